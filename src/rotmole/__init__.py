@@ -1,0 +1,46 @@
+"""Mixtures of low-rank experts gated by scaling and rotation, as an ordinary PEFT method.
+
+Importing this package registers the method ROTMOLE with PEFT:
+
+    import rotmole
+    from peft import get_peft_model
+    model = get_peft_model(base_model, rotmole.RotMoleConfig())
+"""
+
+from rotmole.errors import (
+    AdapterError,
+    ConfigError,
+    DataError,
+    InputError,
+    ModelError,
+    NonFiniteError,
+    RotMoleError,
+    StorageError,
+)
+from rotmole.tuner.registration import add_member, register
+from rotmole_cli import __version__
+
+add_member()  # before the configuration, which names the member, can be used
+
+from rotmole.optim import parameter_groups  # noqa: E402  needs the member
+from rotmole.tuner.balance import balance_states  # noqa: E402  needs the member
+from rotmole.tuner.config import RotMoleConfig  # noqa: E402  needs the member
+from rotmole.tuner.model import RotMoleModel  # noqa: E402  needs the member
+
+register()
+
+__all__ = [
+    "AdapterError",
+    "ConfigError",
+    "DataError",
+    "InputError",
+    "ModelError",
+    "NonFiniteError",
+    "RotMoleConfig",
+    "RotMoleError",
+    "RotMoleModel",
+    "StorageError",
+    "__version__",
+    "balance_states",
+    "parameter_groups",
+]

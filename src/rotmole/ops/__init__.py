@@ -1,0 +1,26 @@
+"""The mathematics: tensors in, tensors out; no modules, no configuration, no state.
+
+reference.py states the whole method as slow loops; routing.py, rotation.py and mixture.py compute
+the same numbers fast; balance.py measures how evenly the experts are used.
+
+Letters in names are axes: T tokens, D inputs, O outputs, E experts, K selected per token, R rank,
+P planes, V rows of a vector gate, M rows of an angle gate.
+"""
+
+from rotmole.ops.balance import load_balance_loss, router_z_loss, usage
+from rotmole.ops.mixture import mixture, rotated
+from rotmole.ops.rotation import ROTATIONS, gate_shapes, is_rotation
+from rotmole.ops.routing import Routing, route
+
+__all__ = [
+    "ROTATIONS",
+    "Routing",
+    "gate_shapes",
+    "is_rotation",
+    "load_balance_loss",
+    "mixture",
+    "rotated",
+    "route",
+    "router_z_loss",
+    "usage",
+]

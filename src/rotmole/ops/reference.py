@@ -1,0 +1,350 @@
+"""The whole method as slow loops over tokens and experts, straight from the equations.
+
+It is the oracle of every test and shares no function with the fast path: where an equation can be
+written as an explicit matrix or an explicit vector of the output space, it is.
+
+    y = W x + s * sum over e in S(x) of g_e(x) * R_e(x)[A_e drop(x)] B_e       (W x is left out)
+
+Letters, as name suffixes: T tokens, D in_features, O out_features, E experts, K selected per token,
+R rank, P planes. Angles are in radians. Everything is differentiable by autograd.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+FLOOR = 0.01  # d: how small the moving vector may be, relative to z, before its length is floored
+
+
+class Routing(NamedTuple):
+    """What the scaling gate decided: weight_TE is zero where selected_TE (bool) is false."""
+
+    weight_TE: Tensor
+    selected_TE: Tensor
+    probability_TE: Tensor
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Raise half types to float32; float32 and float64 stay."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def epsilon(tensor: Tensor) -> float:
+    """Return e, the constant added to squared norms: 1e-24 in float64, 1e-12 in float32."""
+    return 1e-24 if tensor.dtype == torch.float64 else 1e-12
+
+
+def floor_at(s: Tensor, b: Tensor) -> Tensor:
+    """Return s + b k^3 / 3 with k = relu(b - s) / b: s where s >= b, never below b/3."""
+    k = torch.relu(b - s) / b
+    return s + b * k * k * k / 3
+
+
+def rotation_matrix(u_N: Tensor, v_N: Tensor, theta: Tensor) -> Tensor:
+    """Return the N x N matrix that turns u towards v by theta and leaves what is across them.
+
+    I + sin(theta) (v u^T - u v^T) + (cos(theta) - 1) (u u^T + v v^T)
+
+    Args:
+        u_N: unit vector.
+        v_N: unit vector across u_N.
+        theta: angle in radians, a scalar.
+
+    Returns:
+        Matrix [N, N] with determinant +1, to be applied to column vectors.
+
+    Source: textbook (Rodrigues' formula in a plane of N-space).
+    """
+    eye = torch.eye(u_N.shape[0], dtype=u_N.dtype, device=u_N.device)
+    turn = torch.outer(v_N, u_N) - torch.outer(u_N, v_N)
+    plane = torch.outer(u_N, u_N) + torch.outer(v_N, v_N)
+    return eye + torch.sin(theta) * turn + (torch.cos(theta) - 1) * plane
+
+
+def axis_rotation(N: int, planes: list[tuple[int, int]], angle_P: Tensor) -> Tensor:
+    """Return the [N, N] product of rotations of axis i towards axis j by angle, one per plane."""
+    eye = torch.eye(N, dtype=angle_P.dtype, device=angle_P.device)
+    matrix = eye
+    for (i, j), theta in zip(planes, angle_P, strict=True):
+        matrix = rotation_matrix(eye[i], eye[j], theta) @ matrix
+    return matrix
+
+
+def cayley_matrix(S_RR: Tensor) -> Tensor:
+    """Return (I - S) (I + S)^-1, a rotation for every skew S; it equals 2 (I + S)^-1 - I."""
+    eye = torch.eye(S_RR.shape[0], dtype=S_RR.dtype, device=S_RR.device)
+    inverse: Tensor = torch.linalg.inv(eye + S_RR)
+    return (eye - S_RR) @ inverse
+
+
+# One function per mode that acts on one expert's z, in RANK_MODES below. All take the same four
+# things and use some: z_R; q, the vector gate's value; angle, the angle gate's values; M_RR, the
+# matrix of the inner product <a, b> = a M b^T.
+
+
+def across(z_R: Tensor, q_R: Tensor, M_RR: Tensor) -> tuple[Tensor, Tensor]:
+    """Return n2 = <z, z> + e and t = q - (<q, z> / n2) z, the part of q across z."""
+    n2 = z_R @ M_RR @ z_R + epsilon(z_R)
+    return n2, q_R - (q_R @ M_RR @ z_R / n2) * z_R
+
+
+def tangent(z_R: Tensor, q: Tensor, angle: Tensor, M_RR: Tensor) -> Tensor:
+    """z' = z + (sqrt(n2) t - (a/2) z) / (1 + a/4), a = <t, t>: span(z, q), 2 atan(|t|/2)."""
+    n2, t_R = across(z_R, q, M_RR)
+    a = t_R @ M_RR @ t_R
+    return z_R + (torch.sqrt(n2) * t_R - (a / 2) * z_R) / (1 + a / 4)
+
+
+def bivector(z_R: Tensor, q: Tensor, angle: Tensor, M_RR: Tensor) -> Tensor:
+    """Rotate in span(e_1, b) by 2 atan|b|, b = q: the Cayley matrix of S = e_1 b^T - b e_1^T."""
+    e_R = torch.zeros_like(z_R)
+    e_R[0] = 1
+    b_R = torch.cat([torch.zeros_like(z_R[:1]), q])
+    return cayley_matrix(torch.outer(e_R, b_R) - torch.outer(b_R, e_R)) @ z_R
+
+
+def plane(z_R: Tensor, q: Tensor, angle: Tensor, M_RR: Tensor) -> Tensor:
+    """z' = cos(theta) z + sin(theta) sqrt(n2/t2) t with theta = pi tanh(angle) (also centroid)."""
+    n2, t_R = across(z_R, q, M_RR)
+    least = FLOOR**2 * (q @ M_RR @ q + FLOOR**2 * n2) + epsilon(z_R)
+    t2 = floor_at(t_R @ M_RR @ t_R, least)
+    theta = math.pi * torch.tanh(angle[0])
+    return torch.cos(theta) * z_R + torch.sin(theta) * torch.sqrt(n2 / t2) * t_R
+
+
+def givens(z_R: Tensor, q: Tensor, angle: Tensor, M_RR: Tensor) -> Tensor:
+    """Rotate axis 2m towards axis 2m + 1 by theta_m, for every angle there is."""
+    planes = [(2 * m, 2 * m + 1) for m in range(angle.shape[0])]
+    return axis_rotation(z_R.shape[0], planes, angle) @ z_R
+
+
+def cayley(z_R: Tensor, q: Tensor, angle: Tensor, M_RR: Tensor) -> Tensor:
+    """z' = (I - S) (I + S)^-1 z, S skew; its strict upper triangle is the angles, row by row."""
+    R = z_R.shape[0]
+    S_RR = torch.zeros(R, R, dtype=z_R.dtype, device=z_R.device)
+    row, column = torch.triu_indices(R, R, 1)
+    S_RR[row, column] = angle
+    return cayley_matrix(S_RR - S_RR.T) @ z_R
+
+
+def bias(z_R: Tensor, q: Tensor, angle: Tensor, M_RR: Tensor) -> Tensor:
+    """z' = (z + q) sqrt(n2 / floor_at(s2, d^2 n2)), s2 = <z + q, z + q> + e."""
+    n2 = z_R @ M_RR @ z_R + epsilon(z_R)
+    moved_R = z_R + q
+    s2 = moved_R @ M_RR @ moved_R + epsilon(z_R)
+    return moved_R * torch.sqrt(n2 / floor_at(s2, FLOOR**2 * n2))
+
+
+RANK_MODES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+    "none": lambda z_R, q, angle, M_RR: z_R,
+    "tangent": tangent,
+    "bivector": bivector,
+    "plane": plane,
+    "centroid": plane,
+    "givens": givens,
+    "cayley": cayley,
+    "bias": bias,
+    # Controls, no rotations: A + Q in place of A; a signed scalar; any matrix at a token.
+    "offset": lambda z_R, q, angle, M_RR: z_R + q,
+    "scale": lambda z_R, q, angle, M_RR: (torch.cos(angle[0]) + torch.sin(angle[0])) * z_R,
+    "core": lambda z_R, q, angle, M_RR: z_R + angle.reshape(len(z_R), len(z_R)) @ z_R,
+}
+
+
+def metric_matrix(B_RO: Tensor, rotation_metric: str) -> Tensor:
+    """Return M of <a, b> = a M b^T: I, or (G + e I) / (tr(G)/R + e) with G = B B^T ("output")."""
+    B = wide(B_RO)
+    eye = torch.eye(B.shape[0], dtype=B.dtype, device=B.device)
+    if rotation_metric == "rank":
+        return eye
+    G_RR = B @ B.T
+    return (G_RR + epsilon(B) * eye) / (torch.trace(G_RR) / B.shape[0] + epsilon(B))
+
+
+def rotated(
+    x_TD: Tensor,
+    dropped_TD: Tensor,
+    A_ERD: Tensor,
+    B_ERO: Tensor,
+    gates: Mapping[str, Tensor],
+    *,
+    rotation: str,
+    rotation_input: str = "x",
+    rotation_metric: str = "rank",
+) -> tuple[Tensor, Tensor]:
+    """Return every expert's z = A_e drop(x) and z' = R_e(x) z, both [T, E, R].
+
+    Vector gates read drop(x) as A does (or z itself), angle gates read x. Only for modes that act
+    within one expert's rank space (not radar, radar_pairs).
+    """
+    T, (E, R) = x_TD.shape[0], A_ERD.shape[:2]
+    kept, turned = [], []
+    for t in range(T):
+        for e in range(E):
+            z_R = wide(A_ERD[e] @ dropped_TD[t])
+            q = angle = z_R.new_zeros(0)
+            if "rotation_vector" in gates:
+                Q = gates["rotation_vector"][e]
+                q = wide(Q) @ z_R if rotation_input == "z" else wide(Q @ dropped_TD[t])
+            if "rotation_center" in gates:
+                q = wide(gates["rotation_center"][e])
+            if "rotation_angle" in gates:
+                angle = wide(gates["rotation_angle"][e]) @ wide(x_TD[t])
+            M_RR = metric_matrix(B_ERO[e], rotation_metric)
+            kept.append(z_R)
+            turned.append(RANK_MODES[rotation](z_R, q, angle, M_RR))
+    return torch.stack(kept).reshape(T, E, R), torch.stack(turned).reshape(T, E, R)
+
+
+def radar(
+    v: Mapping[int, Tensor], gates: Mapping[str, Tensor], normalize: bool
+) -> dict[int, Tensor]:
+    """Rotate each selected output v_e in the planes (m, m + O/2) by theta_e = (f_e U) V.
+
+    f_e = [v_e ; sum of the other selected v_j], divided by sqrt(mean(f_e^2) + e).
+    """
+    turned = {}
+    for e, v_O in v.items():
+        half = v_O.shape[0] // 2
+        others_O = sum((v[j] for j in v if j != e), start=torch.zeros_like(v_O))
+        f = torch.cat([v_O, others_O])
+        if normalize:
+            f = f / torch.sqrt((f**2).mean() + epsilon(f))
+        theta = (f @ wide(gates["radar_down"])) @ wide(gates["radar_up"])
+        planes = [(m, m + half) for m in range(half)]
+        turned[e] = axis_rotation(2 * half, planes, theta) @ v_O
+    return turned
+
+
+def radar_pairs(
+    v: Mapping[int, Tensor], gates: Mapping[str, Tensor], x_D: Tensor
+) -> dict[int, Tensor]:
+    """Rotate each selected output v_e towards the other selected outputs by learned angles.
+
+    phi = Phi + ((x C) F); c_e = sum over the others of phi_ej v_j/|v_j|; t_e is its part across
+    v_e; v'_e = cos(theta) v_e + |v_e| sin(theta) t_e/|t_e| with theta = 2 atan(|t_e|/2), written
+    as `tangent` is so that t_e = 0 is no singular point; |v|^2 stands for |v|^2 + e.
+    """
+    phi_EE = wide(gates["radar_pair_angle"])
+    if "radar_pair_down" in gates:
+        low = wide(x_D) @ wide(gates["radar_pair_down"])
+        phi_EE = phi_EE + (low @ wide(gates["radar_pair_up"])).reshape(phi_EE.shape)
+    direction = {j: v_O / torch.sqrt(v_O @ v_O + epsilon(v_O)) for j, v_O in v.items()}
+    turned = {}
+    for e, v_O in v.items():
+        towards = (phi_EE[e, j] * direction[j] for j in v if j != e)
+        c_O = sum(towards, start=torch.zeros_like(v_O))
+        eye = torch.eye(v_O.shape[0], dtype=v_O.dtype, device=v_O.device)
+        turned[e] = tangent(v_O, c_O, c_O, eye)
+    return turned
+
+
+def mixture(
+    x_TD: Tensor,
+    dropped_TD: Tensor,
+    weight_TE: Tensor,
+    A_ERD: Tensor,
+    B_ERO: Tensor,
+    gates: Mapping[str, Tensor],
+    *,
+    rotation: str,
+    scale: float,
+    selected_TE: Tensor | None = None,
+    rotation_input: str = "x",
+    rotation_metric: str = "rank",
+    radar_normalize: bool = True,
+) -> Tensor:
+    """Return s * sum over the selected experts of g_e R_e(x)[A_e drop(x)] B_e, [T, O].
+
+    Without `selected_TE` an expert counts as selected where its weight is not zero.
+    """
+    crosses = rotation in ("radar", "radar_pairs")
+    _, turned_TER = rotated(
+        x_TD,
+        dropped_TD,
+        A_ERD,
+        B_ERO,
+        {} if crosses else gates,
+        rotation="none" if crosses else rotation,
+        rotation_input=rotation_input,
+        rotation_metric=rotation_metric,
+    )
+    rows = []
+    for t in range(x_TD.shape[0]):
+        selected_E = weight_TE[t] != 0 if selected_TE is None else selected_TE[t]
+        v = {e: turned_TER[t, e] @ wide(B_ERO[e]) for e in range(len(B_ERO)) if selected_E[e]}
+        if rotation == "radar":
+            v = radar(v, gates, radar_normalize)
+        if rotation == "radar_pairs":
+            v = radar_pairs(v, gates, x_TD[t])
+        weighted = (scale * weight_TE[t, e] * v_O for e, v_O in v.items())
+        rows.append(sum(weighted, start=turned_TER.new_zeros(B_ERO.shape[2])))
+    return torch.stack(rows).to(B_ERO.dtype)
+
+
+def route(
+    logits_TE: Tensor, *, top_k: int, selection: str = "top_k", norm_topk_prob: bool = True
+) -> Routing:
+    """Select experts and weigh them.
+
+    g = softmax of the K largest logits (or of all: "dense"); without `norm_topk_prob` g = p, the
+    softmax over all experts. Of equal logits the expert with the lower number comes first.
+    """
+    T, E = logits_TE.shape
+    logits_TE = wide(logits_TE)
+    weight_TE = torch.zeros_like(logits_TE)
+    selected_TE = torch.zeros(T, E, dtype=torch.bool, device=logits_TE.device)
+    probability_TE = torch.softmax(logits_TE, dim=1)
+    for t in range(T):
+        order = sorted(range(E), key=lambda e, t=t: (-float(logits_TE[t, e].detach()), e))  # type: ignore[misc]
+        chosen = order if selection == "dense" else order[:top_k]
+        weights = torch.softmax(torch.stack([logits_TE[t, e] for e in chosen]), dim=0)
+        for e, weight in zip(chosen, weights, strict=True):
+            selected_TE[t, e] = True
+            weight_TE[t, e] = weight if norm_topk_prob else probability_TE[t, e]
+    return Routing(weight_TE, selected_TE, probability_TE)
+
+
+def load_balance_loss(
+    probability_TE: Tensor,
+    selected_TE: Tensor,
+    *,
+    sequence_T: Tensor | None = None,
+    mask_T: Tensor | None = None,
+) -> Tensor:
+    """Return E * sum_e f_e P_e: f_e the share of selections that fell on e, P_e its mean p.
+
+    With `sequence_T` (each token's sequence number) it is computed per sequence and averaged with
+    the number of unpadded tokens as weight. Padding never counts; no token at all gives 0.
+    """
+    T, E = probability_TE.shape
+    probability_TE = wide(probability_TE)
+    kept = [t for t in range(T) if mask_T is None or mask_T[t]]
+    groups: dict[int, list[int]] = {}
+    for t in kept:
+        groups.setdefault(0 if sequence_T is None else int(sequence_T[t]), []).append(t)
+    total = probability_TE.new_zeros(())
+    for tokens in groups.values():
+        selections = sum(int(selected_TE[t].sum()) for t in tokens)
+        for e in range(E):
+            f = sum(int(selected_TE[t, e]) for t in tokens) / selections
+            P = sum((probability_TE[t, e] for t in tokens), start=torch.zeros_like(total)) / len(
+                tokens
+            )
+            total = total + E * f * P * len(tokens) / len(kept)
+    return total
+
+
+def router_z_loss(logits_TE: Tensor, mask_T: Tensor | None = None) -> Tensor:
+    """Return the mean over unpadded tokens of (log sum_e exp(logit_e))^2; no token gives 0."""
+    logits_TE = wide(logits_TE)
+    kept = [t for t in range(len(logits_TE)) if mask_T is None or mask_T[t]]
+    total = logits_TE.new_zeros(())
+    for t in kept:
+        total = total + torch.logsumexp(logits_TE[t], dim=0) ** 2 / len(kept)
+    return total

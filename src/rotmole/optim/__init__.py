@@ -1,0 +1,5 @@
+"""Optimisation: which parameters learn how fast."""
+
+from rotmole.optim.groups import parameter_groups
+
+__all__ = ["parameter_groups"]

@@ -1,0 +1,69 @@
+"""Parameter groups by role: experts, scaling gate, rotation gate, everything else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from rotmole.tuner.layer import EXPERT, ROTATION_GATE, SCALING_GATE, RotMoleLayer
+
+OTHER = "other"
+
+
+def _roles(model: nn.Module) -> dict[int, str]:
+    """Map id(parameter) to its role, from the modules that own them, never from names."""
+    roles: dict[int, str] = {}
+    for module in model.modules():
+        if not isinstance(module, RotMoleLayer):
+            continue
+        for adapter_name in module.rotmole_experts:
+            experts = module.experts(adapter_name)
+            for name, parameter in experts.named_parameters(recurse=False):
+                role = experts.role(name)
+                roles[id(parameter)] = "expert_B" if parameter is experts.expert_B else role
+    return roles
+
+
+def parameter_groups(
+    model: nn.Module,
+    *,
+    lr: float,
+    scaling_gate_lr: float | None = None,
+    rotation_gate_lr: float | None = None,
+    lora_plus_ratio: float | None = None,
+    weight_decay: float = 0.0,
+) -> list[dict[str, Any]]:
+    """Return the trainable parameters of a model as optimiser groups, one for each role.
+
+    Args:
+        model: any model with rotmole adapters.
+        lr: learning rate of A and of whatever else is trained (modules_to_save, embeddings).
+        scaling_gate_lr: learning rate of routers; None is lr.
+        rotation_gate_lr: learning rate of rotation gates; None is lr.
+        lora_plus_ratio: learning rate of B over that of A; None is 1.
+        weight_decay: for all groups; parameters with fewer than two axes get none.
+
+    Returns:
+        Groups {"params", "lr", "weight_decay", "role"} with role "expert", "expert_B",
+        "scaling_gate", "rotation_gate" or "other"; empty roles are left out.
+
+    Source: LoRA+ (arXiv 2402.12354) for the ratio.
+    """
+    rates = {
+        EXPERT: lr,
+        "expert_B": lr * (1.0 if lora_plus_ratio is None else lora_plus_ratio),
+        SCALING_GATE: lr if scaling_gate_lr is None else scaling_gate_lr,
+        ROTATION_GATE: lr if rotation_gate_lr is None else rotation_gate_lr,
+        OTHER: lr,
+    }
+    roles = _roles(model)
+    members: dict[tuple[str, float], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            decay = weight_decay if parameter.ndim >= 2 else 0.0
+            members.setdefault((roles.get(id(parameter), OTHER), decay), []).append(parameter)
+    return [
+        {"params": parameters, "lr": rates[role], "weight_decay": decay, "role": role}
+        for (role, decay), parameters in members.items()
+    ]

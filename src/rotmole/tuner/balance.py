@@ -1,0 +1,204 @@
+"""Let a balance loss act on the routers wherever the model is trained.
+
+A loss added to `outputs.loss` is lost under reentrant checkpointing, in trainers that compute their
+own loss, and is counted once per process. Here an identity function on the layer's output adds
+the loss's gradient in the backward pass, which every trainer runs once per micro-batch. The price:
+the loss is not part of the reported loss (read it with `BalanceState.pop`), and with gradient
+accumulation somebody must say how many micro-batches make a step (`BalanceState.loss_scale`, set
+by rotmole.training's callback).
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rotmole.ops.balance import load_balance_loss, router_z_loss
+from rotmole.ops.routing import Routing
+
+
+@dataclass(eq=False)
+class BalanceState:
+    """What the layers of one stack (a model, an encoder, a decoder) share during a step.
+
+    Attributes:
+        mask: [N, S] attention mask of the batch at hand, None where there is none.
+        loss_scale: multiplies the losses' gradient: 1 / micro-batches of the step, times the loss
+            scale of fp16 training.
+        managed: True when somebody sets loss_scale at each step; silences the warning about it.
+    """
+
+    mask: Tensor | None = None
+    loss_scale: float = 1.0
+    managed: bool = False
+    warned: bool = False
+    losses: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def pop(self) -> dict[str, float] | None:
+        """Return the mean losses over the backward passes since the last call, and forget them.
+
+        Returns:
+            {"router_aux_loss": 1 when balanced, "router_z_loss": ...}, or None if none ran.
+        """
+        losses, self.losses = self.losses, []
+        if not losses:
+            return None
+        balance, z = (torch.stack(column).mean().item() for column in zip(*losses, strict=True))
+        return {"router_aux_loss": balance, "router_z_loss": z}
+
+    def valid_tokens(self, x: Tensor) -> Tensor | None:
+        """Return the mask if it belongs to an input of x's shape, else None."""
+        if self.mask is None or self.mask.shape != x.shape[:-1]:
+            return None
+        return self.mask
+
+    def warn_of_accumulation(self, router: Tensor) -> None:
+        """Warn once when a gradient is already there and nobody said how many will come."""
+        if self.managed or self.warned or router.grad is None or not bool(router.grad.any()):
+            return
+        self.warned = True
+        warnings.warn(
+            "gradients are accumulated with a balance loss on, and its weight does not follow: set "
+            "state.loss_scale = 1 / steps and state.managed = True for state in "
+            "rotmole.balance_states(model), or add rotmole.training.callbacks.BalanceCallback()",
+            stacklevel=2,
+        )
+
+
+class _AddGradient(torch.autograd.Function):
+    """The identity on `output`; in backward, `loss` receives the gradient `scale`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        output: Tensor,
+        loss: Tensor,
+        scale: float,
+        state: BalanceState | None,
+        terms: tuple[Tensor, Tensor],
+        witness: Tensor | None,
+    ) -> Tensor:
+        ctx.scale, ctx.state, ctx.terms, ctx.witness = scale, state, terms, witness
+        ctx.dtype = loss.dtype
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        if ctx.state is not None:
+            ctx.state.losses.append(ctx.terms)
+            if ctx.witness is not None:
+                ctx.state.warn_of_accumulation(ctx.witness)
+        loss_grad = torch.full((), ctx.scale, dtype=ctx.dtype, device=grad.device)
+        return grad, loss_grad, None, None, None, None
+
+
+@dataclass(frozen=True)
+class BalanceSettings:
+    """Weights of the losses in one layer, already divided by the number of adapted layers."""
+
+    balance: float = 0.0
+    z: float = 0.0
+    scope: str = "sequence"
+    witness: bool = False  # one layer of a stack watches for unmanaged accumulation
+
+
+def add_balance(
+    output: Tensor,
+    x: Tensor,
+    logits_TE: Tensor,
+    routing: Routing,
+    state: BalanceState,
+    settings: BalanceSettings,
+    router: Tensor,
+) -> Tensor:
+    """Return `output`, made so that its backward pass adds the gradient of the balance losses.
+
+    Args:
+        output: the layer's addition, any shape.
+        x: [..., D] layer input; with three axes or more the first numbers the sequences.
+        logits_TE, routing: what the router said of the T tokens of x.
+        state: mask, scale and record of the stack.
+        settings: weights and scope.
+        router: the router's parameter.
+
+    Returns:
+        A tensor equal to output.
+    """
+    mask = state.valid_tokens(x)
+    mask_T = None if mask is None else mask.reshape(-1)
+    sequence_T, sequences = None, None
+    if settings.scope == "sequence" and x.dim() >= 3:
+        sequences = x.shape[0]
+        each = torch.arange(sequences, device=x.device)
+        sequence_T = each.repeat_interleave(x.shape[:-1].numel() // max(sequences, 1))
+    balance = load_balance_loss(
+        routing.probability_TE,
+        routing.selected_TE,
+        sequence_T=sequence_T,
+        sequences=sequences,
+        mask_T=mask_T,
+    )
+    z = router_z_loss(logits_TE, mask_T)
+    loss = settings.balance * balance + settings.z * z
+    terms = (balance.detach(), z.detach())
+    tracing = torch.compiler.is_compiling()  # a record kept in an attribute does not compile
+    return _AddGradient.apply(  # type: ignore[no-any-return, no-untyped-call] # torch's own types
+        output,
+        loss,
+        state.loss_scale,
+        None if tracing else state,
+        terms,
+        router if settings.witness and not tracing else None,
+    )
+
+
+def _keep_mask(
+    state: BalanceState, position: int | None, module: nn.Module, args: Any, kwargs: Any
+) -> None:
+    """Forward pre-hook: remember the [N, S] attention mask of the batch."""
+    mask = kwargs.get("attention_mask")
+    if mask is None and position is not None and len(args) > position:
+        mask = args[position]
+    state.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def watch_masks(model: nn.Module) -> dict[str, tuple[BalanceState, Any]]:
+    """Hook the stacks of a model so that each knows its batch's attention mask.
+
+    An encoder-decoder has two stacks, whose masks differ; any other model has one.
+
+    Returns:
+        {path of the stack in model: (its state, the hook's handle)}.
+    """
+    stacks = {"": model}
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False) and hasattr(model, "get_decoder"):
+        parts = [getattr(model, f"get_{side}")() for side in ("encoder", "decoder")]
+        stacks = {
+            name: part for name, part in model.named_modules() if any(part is p for p in parts)
+        }
+    watched = {}
+    for name, stack in stacks.items():
+        names = list(inspect.signature(stack.forward).parameters)
+        position = names.index("attention_mask") if "attention_mask" in names else None
+        state = BalanceState()
+        hook = partial(_keep_mask, state, position)
+        watched[name] = (state, stack.register_forward_pre_hook(hook, with_kwargs=True))
+    return watched
+
+
+def balance_states(model: nn.Module) -> list[BalanceState]:
+    """Return the distinct balance states of a model's adapted layers, in module order."""
+    found: dict[int, BalanceState] = {}
+    for module in model.modules():
+        state = getattr(module, "rotmole_state", None)
+        if isinstance(state, BalanceState):
+            found[id(state)] = state
+    return list(found.values())
