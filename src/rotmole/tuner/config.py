@@ -241,7 +241,7 @@ def _rotation_problems(config: RotMoleConfig) -> Iterator[str]:
         )
     row = ROTATIONS[config.rotation]
     ranks = {"r": config.r}
-    ranks |= {f"rank_pattern[{key!r}]": rank for key, rank in config.rank_pattern.items()}
+    ranks |= {f"rank_pattern[{key!r}]": rank for key, rank in _items(config.rank_pattern)}
     for name, rank in ranks.items():
         if rank < row.min_rank:
             yield f"rotation {row.name!r} needs a rank of at least {row.min_rank}; {name} is {rank}"

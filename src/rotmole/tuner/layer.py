@@ -242,7 +242,7 @@ class Linear(nn.Module, RotMoleLayer):
         if self.disable_adapters:
             return result
         dtype = result.dtype
-        for adapter_name in self.active_adapters:
+        for adapter_name in self.active_adapters:  # type: ignore[union-attr] # hidden by nn.Module
             if adapter_name in self.rotmole_experts:
                 result = result + self.addition(x, adapter_name)
         return result.to(dtype)
