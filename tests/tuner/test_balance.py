@@ -75,8 +75,8 @@ def _expected(model: PeftModel, ids: torch.Tensor, mask: torch.Tensor) -> dict[s
 
 
 def _close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
-    for name in theirs:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-9, atol=1e-12)
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-9, atol=1e-12)
 
 
 def _plain(model: PeftModel) -> None:

@@ -21,8 +21,12 @@ pytestmark = pytest.mark.filterwarnings(
 
 def _adapted(rotation: str, **settings: object) -> PeftModel:
     config = RotMoleConfig(
-        rotation=rotation, r=4, target_modules=["q_proj", "down_proj"], init_weights=False, **settings
-    )  # fmt: skip
+        rotation=rotation,
+        r=4,
+        target_modules=["q_proj", "down_proj"],
+        init_weights=False,
+        **settings,
+    )
     model = get_peft_model(tiny.llama(num_hidden_layers=1), config)
     model.config.use_cache = False
     return model

@@ -108,8 +108,8 @@ def test_every_parameter_has_a_gradient_even_where_no_token_chose_its_expert(
     rotation: str,
 ) -> None:
     config = RotMoleConfig(
-        rotation=rotation, r=4, num_experts=8, top_k=2, target_modules=["q_proj"], init_weights=False,
-    )  # fmt: skip
+        rotation=rotation, r=4, num_experts=8, target_modules=["q_proj"], init_weights=False
+    )
     model = get_peft_model(tiny.llama(), config)
     ids = tiny.tokens(1, 1)
     model(input_ids=ids).logits.sum().backward()

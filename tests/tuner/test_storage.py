@@ -33,7 +33,7 @@ def _logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, torch.Tensor]:
-    """Return (base folder, adapter folder, logits of the pair), as a user's training leaves them."""
+    """Return (base folder, adapter folder, logits of the pair), as training leaves them."""
     root = tmp_path_factory.mktemp("saved")
     tiny.llama().save_pretrained(root / "base")
     base = AutoModelForCausalLM.from_pretrained(root / "base")
@@ -43,7 +43,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, torch
 
 
 LOADERS = {
-    "PeftModel": "m = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)",
+    "PeftModel": "m = PeftModel.from_pretrained("
+    "AutoModelForCausalLM.from_pretrained(base), adapter)",
     "low_cpu_mem_usage": "m = PeftModel.from_pretrained("
     "AutoModelForCausalLM.from_pretrained(base), adapter, low_cpu_mem_usage=True)",
     "load_adapter": "m = AutoModelForCausalLM.from_pretrained(base); m.load_adapter(adapter)",

@@ -1,0 +1,55 @@
+# Each target sets itself up: `make demo` and `make test` work on a fresh machine.
+PYTHON ?= python3
+BIN := .venv/bin
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+# torch's own thread pool is off in tests: two workers on two cores
+TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test conformance lint types imports docs bench clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: .venv/.complete  ## make .venv with everything the project needs (honours PIP_* and PYTHON=)
+
+# The three lines of set-up that README.md shows, and the checks that say what is missing.
+.venv/.complete: pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "missing: $(PYTHON); install Python 3.10 or newer, or run make PYTHON=/path/to/python"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "missing: Python 3.10 or newer; $(PYTHON) is older. Run make PYTHON=/path/to/python"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "missing: the venv module of $(PYTHON) (Debian: apt-get install python3-venv)"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: setup  ## train RotMoLE and its scalar twin on SmolLM2-135M and compare (about 5 minutes)
+	$(BIN)/rotmole demo
+
+test: setup  ## run the tests (two processes, one torch thread each)
+	@command -v g++ >/dev/null || { echo "missing: g++, which torch.compile's tests need (Debian: apt-get install g++)"; exit 1; }
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -q
+
+conformance: setup  ## run PEFT's own tests against rotmole (fetches PEFT's source distribution)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt '.[conformance]'
+	$(TEST_ENV) $(BIN)/python tests/conformance/run.py
+	$(TEST_ENV) $(BIN)/python tests/conformance/run.py --sabotage all
+
+lint: setup  ## ruff: format and rules
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: setup  ## mypy, strict on ops, tuner, optim and config
+	$(BIN)/mypy
+
+imports: setup  ## the rule that imports only point to the left of the pipeline
+	$(BIN)/lint-imports
+
+docs: setup  ## run every code block of README and docs
+	$(TEST_ENV) $(BIN)/python -m pytest -q tests/docs
+
+bench: setup  ## run the benchmarks
+	@for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python $$script || exit 1; done
+
+clean:  ## remove the environment, caches and runs
+	rm -rf .venv .cache runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
