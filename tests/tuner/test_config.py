@@ -58,6 +58,11 @@ def test_all_broken_rules_are_named_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         RotMoleConfig(num_experts=2, top_k=3, rotation="givens", r=3, rotation_metric="output")
     assert len(caught.value.problems) == 3
+    with pytest.raises(
+        ConfigError
+    ) as caught:  # rules between settings that are right by themselves
+        RotMoleConfig(r="four", num_experts=2, top_k=3, rotation_input="z")
+    assert len(caught.value.problems) == 3
 
 
 def test_defaults() -> None:

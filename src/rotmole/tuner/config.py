@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
@@ -14,7 +15,7 @@ from peft.config import PeftConfig
 from peft.utils import PeftType
 
 from rotmole.errors import AdapterError, ConfigError
-from rotmole.ops.rotation import ROTATIONS
+from rotmole.ops.rotation import ROTATIONS, Rotation
 from rotmole.ops.routing import SELECTIONS
 
 FORMAT_VERSION = 1
@@ -122,8 +123,9 @@ class RotMoleConfig(PeftConfig):  # type: ignore[misc] # peft ships no types
         if self.top_k is None and isinstance(self.num_experts, int):
             self.top_k = min(2, max(1, self.num_experts))
         problems = [*_count_problems(self), *_number_problems(self), *_choice_problems(self)]
-        if not problems:
-            problems = [*_rotation_problems(self), *_target_problems(self)]
+        problems += _target_problems(self)
+        broken = {re.split(r"[ \[]", problem, maxsplit=1)[0] for problem in problems}
+        problems += _rule_problems(self, broken)
         if problems:
             raise ConfigError(problems, "RotMoleConfig")
         for notice in _notices(self):
@@ -137,6 +139,8 @@ class RotMoleConfig(PeftConfig):  # type: ignore[misc] # peft ships no types
             AdapterError: naming each such key and the nearest known one; other unknown keys are
                 left to PEFT, which warns about them.
         """
+        if kwargs.get("peft_type", "ROTMOLE") != "ROTMOLE":
+            return kwargs  # another method's file: PEFT makes that method's configuration of it
         known = {entry.name for entry in fields(cls)}
         problems = []
         for key in sorted(set(kwargs) - known):
@@ -231,33 +235,40 @@ def _choice_problems(config: RotMoleConfig) -> Iterator[str]:
             yield f"{name} is {value!r}; it must be one of {', '.join(allowed)}{hint}"
 
 
-def _rotation_problems(config: RotMoleConfig) -> Iterator[str]:
-    """Yield rules between settings that are broken; single settings are right by now."""
-    assert config.top_k is not None
-    if config.top_k > config.num_experts:
-        yield (
-            f"top_k is {config.top_k} but num_experts is {config.num_experts}; "
-            "a token cannot use more experts than there are, so top_k <= num_experts"
-        )
-    row = ROTATIONS[config.rotation]
-    ranks = {"r": config.r}
-    ranks |= {f"rank_pattern[{key!r}]": rank for key, rank in _items(config.rank_pattern)}
-    for name, rank in ranks.items():
-        if rank < row.min_rank:
-            yield f"rotation {row.name!r} needs a rank of at least {row.min_rank}; {name} is {rank}"
-        if row.max_rank is not None and rank > row.max_rank:
-            yield f"rotation {row.name!r} needs a rank of at most {row.max_rank}; {name} is {rank}"
-        if row.even_rank and rank % 2:
-            yield f"rotation {row.name!r} pairs coordinates and needs an even rank: {name}={rank}"
-        if config.rotation_planes is not None and config.rotation_planes > rank // 2:
+def _rule_problems(config: RotMoleConfig, broken: set[str]) -> Iterator[str]:
+    """Yield rules between settings that are broken, where each setting by itself is right."""
+    if not broken & {"top_k", "num_experts"}:
+        assert config.top_k is not None
+        if config.top_k > config.num_experts:
             yield (
-                f"rotation_planes is {config.rotation_planes}; {name}={rank} has {rank // 2} pairs"
+                f"top_k is {config.top_k} but num_experts is {config.num_experts}; "
+                "a token cannot use more experts than there are, so top_k <= num_experts"
             )
+    if "rotation" in broken:
+        return
+    row = ROTATIONS[config.rotation]
+    if not broken & {"r", "rank_pattern", "rotation_planes"}:
+        ranks = {"r": config.r}
+        ranks |= {f"rank_pattern[{key!r}]": rank for key, rank in config.rank_pattern.items()}
+        for name, rank in ranks.items():
+            yield from _rank_problems(row, name, rank, config.rotation_planes)
     if config.rotation_input == "z" and not row.input_z:
         yield f"rotation_input is 'z'; only bias defines it, rotation is {row.name!r}"
     if config.rotation_metric == "output" and not row.metric:
         able = ", ".join(name for name, other in ROTATIONS.items() if other.metric)
         yield f"rotation_metric is 'output'; only {able} define it, rotation is {row.name!r}"
+
+
+def _rank_problems(row: Rotation, name: str, rank: int, planes: int | None) -> Iterator[str]:
+    """Yield why a rotation cannot work at a rank."""
+    if rank < row.min_rank:
+        yield f"rotation {row.name!r} needs a rank of at least {row.min_rank}; {name} is {rank}"
+    if row.max_rank is not None and rank > row.max_rank:
+        yield f"rotation {row.name!r} needs a rank of at most {row.max_rank}; {name} is {rank}"
+    if row.even_rank and rank % 2:
+        yield f"rotation {row.name!r} pairs coordinates and needs an even rank: {name}={rank}"
+    if planes is not None and planes > rank // 2:
+        yield f"rotation_planes is {planes}; {name}={rank} has {rank // 2} pairs"
 
 
 def _target_problems(config: RotMoleConfig) -> Iterator[str]:

@@ -19,6 +19,15 @@ from rotmole.tuner.balance import BalanceSettings, watch_masks
 from rotmole.tuner.config import RotMoleConfig
 from rotmole.tuner.layer import Linear, RotMoleLayer, layer_widths
 
+try:
+    from peft.utils.error import NoMatchingPeftModuleError
+except ImportError:  # peft 0.20 raises a plain ValueError
+    NoMatchingPeftModuleError = ValueError
+
+
+class NoTargetError(ModelError, NoMatchingPeftModuleError):  # type: ignore[misc] # untyped peft
+    """target_modules match no module; also PEFT's own error for that."""
+
 
 class RotMoleModel(BaseTuner):  # type: ignore[misc] # peft ships no types
     """A model whose target layers carry mixtures of rotated low-rank experts.
@@ -42,7 +51,7 @@ class RotMoleModel(BaseTuner):  # type: ignore[misc] # peft ships no types
         """Adapt the target layers; see peft.tuners.tuners_utils.BaseTuner.inject_adapter.
 
         Raises:
-            ConfigError: target_modules match nothing; names the nearest modules.
+            NoTargetError: target_modules match nothing; names the nearest modules.
             ModelError: a matched module is of a type that cannot be adapted.
         """
         try:
@@ -51,7 +60,9 @@ class RotMoleModel(BaseTuner):  # type: ignore[misc] # peft ships no types
             near = _nearest_modules(model, self.peft_config[adapter_name].target_modules)
             if "not found in the base model" not in str(error) or not near:
                 raise
-            raise type(error)(f"{error} The nearest module names are {', '.join(near)}.") from error
+            raise NoTargetError(
+                f"{error} The nearest module names are {', '.join(near)}."
+            ) from error
         self._set_balance(model, adapter_name)
 
     def _create_and_replace(

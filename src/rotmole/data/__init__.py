@@ -1,0 +1,20 @@
+"""Sources, formats and mixtures of named tasks, and the offline locale tasks."""
+
+from rotmole.data.encode import Collator, encode, encode_all, tokenize_pair, tokenize_pairs
+from rotmole.data.examples import Example
+from rotmole.data.load import data_problems, load_examples
+from rotmole.data.mixture import data_fingerprint, fingerprint, mix
+
+__all__ = [
+    "Collator",
+    "Example",
+    "data_fingerprint",
+    "data_problems",
+    "encode",
+    "encode_all",
+    "fingerprint",
+    "load_examples",
+    "mix",
+    "tokenize_pair",
+    "tokenize_pairs",
+]

@@ -1,0 +1,205 @@
+"""From text to token ids and labels, and from rows to batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from rotmole.data.examples import Example
+from rotmole.errors import DataError, ModelError
+
+IGNORED = -100  # the label that torch's cross entropy leaves out
+BATCH = 1000  # texts of one tokenizer call
+
+
+def tokenize_pair(tokenizer: Any, prompt: str, completion: str) -> tuple[list[int], int]:
+    """Tokenise prompt and completion as ONE text and find where the completion begins.
+
+    A token that covers the boundary belongs to the completion: the prompt alone would end in
+    other tokens. Special tokens are added as the tokenizer does it, but not a second beginning
+    where the text (a chat template) already starts with it, and no end.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        prompt: text before the answer.
+        completion: the answer, with its leading space if it has one.
+
+    Returns:
+        The ids, and the index of the first id of the completion.
+    """
+    return tokenize_pairs(tokenizer, [(prompt, completion)])[0]
+
+
+def tokenize_pairs(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], int]]:
+    """Do what tokenize_pair does for many pairs, several times faster."""
+    bos = tokenizer.bos_token
+    # adding special tokens is one switch for a whole call, so the two kinds of text go apart
+    plain = [i for i, (prompt, text) in enumerate(pairs) if bos and (prompt + text).startswith(bos)]
+    others = sorted(set(range(len(pairs))) - set(plain))
+    found: dict[int, tuple[list[int], int]] = {}
+    for indices, special in ((plain, False), (others, True)):
+        for begin in range(0, len(indices), BATCH):
+            part = indices[begin : begin + BATCH]
+            results = _tokenize(tokenizer, [pairs[i] for i in part], special)
+            found.update(zip(part, results, strict=True))
+    return [found[index] for index in range(len(pairs))]
+
+
+def _tokenize(
+    tokenizer: Any, pairs: Sequence[tuple[str, str]], special: bool
+) -> list[tuple[list[int], int]]:
+    texts = [prompt + completion for prompt, completion in pairs]
+    prompts = [prompt for prompt, _ in pairs]
+    if getattr(tokenizer, "is_fast", False):
+        encoded = tokenizer(texts, add_special_tokens=special, return_offsets_mapping=True)
+        starts = [
+            next((i for i, (_, end) in enumerate(offsets) if end > len(prompt)), len(offsets))
+            for offsets, prompt in zip(encoded["offset_mapping"], prompts, strict=True)
+        ]
+    else:
+        encoded = tokenizer(texts, add_special_tokens=special)
+        before = tokenizer(prompts, add_special_tokens=special)["input_ids"]
+        starts = [_common_prefix(*two) for two in zip(encoded["input_ids"], before, strict=True)]
+    results = []
+    for ids, start in zip(encoded["input_ids"], starts, strict=True):
+        ended = bool(ids) and ids[-1] == tokenizer.eos_token_id  # encode adds the one end there is
+        kept = list(ids[:-1]) if ended else list(ids)
+        results.append((kept, min(start, len(kept))))
+    return results
+
+
+def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    for index, (a, b) in enumerate(zip(first, second, strict=False)):
+        if a != b:
+            return index
+    return min(len(first), len(second))
+
+
+def encode(example: Example, tokenizer: Any, *, max_length: int) -> dict[str, Any]:
+    """Return the ids and labels of one example.
+
+        ids    = tokens(prompt + completion) + EOS
+        labels = -100 for the prompt's tokens, else the ids      (all ids where loss_on is "all")
+
+    The end of the answer is `example.end` where a chat template has its own, else the
+    tokenizer's EOS, once. A row longer than `max_length` is an error unless its `long_rows` is
+    "cut": then the prompt loses its first tokens (a text without prompt loses its last); an
+    answer that does not fit is always an error.
+
+    Args:
+        example: the rendered row.
+        tokenizer: the model's tokenizer.
+        max_length: the most tokens of a row, the end included.
+
+    Returns:
+        input_ids, labels (lists of equal length), task, group.
+
+    Raises:
+        DataError: the row is too long, or no token of it would be learnt; names the row.
+        ModelError: the tokenizer has no end-of-sequence token.
+    """
+    pair = tokenize_pair(tokenizer, example.prompt, example.completion)
+    return _encoded(example, tokenizer, *pair, max_length=max_length)
+
+
+def encode_all(
+    examples: Sequence[Example], tokenizer: Any, *, max_length: int
+) -> list[dict[str, Any]]:
+    """Return what encode returns for each example, in order, several times faster."""
+    pairs = tokenize_pairs(tokenizer, [(e.prompt, e.completion) for e in examples])
+    return [
+        _encoded(example, tokenizer, ids, start, max_length=max_length)
+        for example, (ids, start) in zip(examples, pairs, strict=True)
+    ]
+
+
+def _encoded(
+    example: Example, tokenizer: Any, ids: list[int], start: int, *, max_length: int
+) -> dict[str, Any]:
+    ids = ids + _ending(tokenizer, example.end)
+    if len(ids) > max_length:
+        ids, start = _shorten(example, tokenizer, ids, start, max_length)
+    learn_from = 0 if example.loss_on == "all" else start
+    labels = [IGNORED] * learn_from + ids[learn_from:]
+    if all(label == IGNORED for label in labels[1:]):  # position 0 predicts nothing
+        raise DataError(
+            f"{_where(example)}: all labels are masked, so nothing would be learnt from this row; "
+            "give it an answer"
+        )
+    return {"input_ids": ids, "labels": labels, "task": example.task, "group": example.group}
+
+
+def _ending(tokenizer: Any, end: str) -> list[int]:
+    if end:
+        return list(tokenizer(end, add_special_tokens=False)["input_ids"])
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            "the model's tokenizer has no end-of-sequence token, so an answer could never end; "
+            "set tokenizer.eos_token"
+        )
+    return [tokenizer.eos_token_id]
+
+
+def _shorten(
+    example: Example, tokenizer: Any, ids: list[int], start: int, max_length: int
+) -> tuple[list[int], int]:
+    extra = len(ids) - max_length
+    first = int(ids[0] == tokenizer.bos_token_id)  # a beginning stays the beginning
+    if example.long_rows == "cut":
+        if not example.prompt:
+            return ids[:max_length], start
+        if start - first >= extra:
+            return ids[:first] + ids[first + extra :], start - extra
+    answer = len(ids) - start
+    advice = (
+        f"its answer alone has {answer}; raise training.max_length or shorten the row"
+        if example.long_rows == "cut"
+        else f"{start} of the prompt and {answer} of the answer; raise training.max_length, "
+        f"shorten the row, or set long_rows: cut for task '{example.task}'"
+    )
+    raise DataError(f"{_where(example)}: {len(ids)} tokens, more than {max_length}: {advice}")
+
+
+def _where(example: Example) -> str:
+    return example.origin or f"task '{example.task}', row {example.id}"
+
+
+class Collator:
+    """Pads encoded rows on the right to one batch of tensors.
+
+    The attention mask comes from the rows' lengths, never from the padding id, because models
+    such as SmolLM2 pad with their EOS, which is a target. Columns that are no tensors (task,
+    group) stay out of the batch; an integer `task_id` stays in.
+
+    Args:
+        tokenizer: gives the padding id; EOS or 0 where it has none.
+        pad_to_multiple_of: round the length up to a multiple of this.
+    """
+
+    def __init__(self, tokenizer: Any, pad_to_multiple_of: int | None = None) -> None:
+        ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        self.pad_id = next(i for i in ids if i is not None)
+        self.pad_to_multiple_of = pad_to_multiple_of
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Return input_ids, attention_mask and labels, each [B, longest row]."""
+        longest = max(len(row["input_ids"]) for row in rows)
+        if self.pad_to_multiple_of:
+            longest += -longest % self.pad_to_multiple_of
+        ids = [row["input_ids"] for row in rows]
+        batch = {
+            "input_ids": self._padded(ids, self.pad_id, longest),
+            "attention_mask": self._padded([[1] * len(row) for row in ids], 0, longest),
+        }
+        if "labels" in rows[0]:
+            batch["labels"] = self._padded([row["labels"] for row in rows], IGNORED, longest)
+        if "task_id" in rows[0]:
+            batch["task_id"] = torch.tensor([int(row["task_id"]) for row in rows])
+        return batch
+
+    @staticmethod
+    def _padded(rows: Sequence[Sequence[int]], fill: int, length: int) -> torch.Tensor:
+        padded = [list(row) + [fill] * (length - len(row)) for row in rows]
+        return torch.tensor(padded, dtype=torch.long)
