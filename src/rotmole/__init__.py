@@ -7,6 +7,8 @@ Importing this package registers the method ROTMOLE with PEFT:
     model = get_peft_model(base_model, rotmole.RotMoleConfig())
 """
 
+from importlib.metadata import version
+
 from rotmole.errors import (
     AdapterError,
     ConfigError,
@@ -18,7 +20,6 @@ from rotmole.errors import (
     StorageError,
 )
 from rotmole.tuner.registration import add_member, register
-from rotmole_cli import __version__
 
 add_member()  # before the configuration, which names the member, can be used
 
@@ -28,6 +29,8 @@ from rotmole.tuner.config import RotMoleConfig  # noqa: E402  needs the member
 from rotmole.tuner.model import RotMoleModel  # noqa: E402  needs the member
 
 register()
+
+__version__ = version("rotmole")
 
 __all__ = [
     "AdapterError",

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import tiny
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+import tiny
 from rotmole.config.load import load_run
 from rotmole.models.builtin import SMOLLM2, built_in_folder
 from rotmole_cli.run import run
@@ -137,7 +137,9 @@ def test_the_readme_lists_every_source_file() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     source = ROOT / "src"
     files = [p for p in sorted(source.rglob("*.py")) if p.name != "__init__.py"]
-    missing = [str(p.relative_to(source)) for p in files if f"`{p.relative_to(source)}`" not in text]
+    missing = [
+        str(p.relative_to(source)) for p in files if f"`{p.relative_to(source)}`" not in text
+    ]
     assert not missing, missing
     listed = re.findall(r"^\| `([a-z_/]+\.py)`", text, flags=re.M)
     stale = [name for name in listed if not (source / name).exists()]

@@ -1,0 +1,163 @@
+"""The verbs of the command line: names, options, help; each imports its work when it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="rotmole",
+    help="Train, evaluate and use mixtures of LoRA experts gated by scaling and rotation.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings over the file: training.max_steps=20"),
+]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file.")]
+Target = Annotated[
+    Path, typer.Argument(metavar="TARGET", help="A run folder, a run file or an adapter folder.")
+]
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        from importlib.metadata import version
+
+        typer.echo(f"rotmole {version('rotmole')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; any verb.")] = False,
+) -> None:
+    """Train, evaluate and use mixtures of LoRA experts gated by scaling and rotation."""
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="The run file to write.")] = Path("run.yaml"),
+    template: Annotated[
+        str, typer.Option("--template", "-t", help="One of the names that --list shows.")
+    ] = "quickstart",
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
+    show: Annotated[bool, typer.Option("--list", help="List the templates and stop.")] = False,
+) -> int:
+    """Write a run file to start from."""
+    from rotmole_cli.init import init as work
+
+    return work(path, template, force=force, show=show)
+
+
+@app.command()
+def check(run: RunPath, overrides: Overrides = None) -> int:
+    """Find every mistake in a run file; show what it will cost."""
+    from rotmole.cli.check import check as work
+
+    return work(run, overrides or [])
+
+
+@app.command()
+def train(
+    run: RunPath,
+    overrides: Overrides = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            "--resume",
+            metavar="auto|PATH",
+            help="Go on from the newest complete checkpoint (auto) or from a folder.",
+        ),
+    ] = None,
+) -> int:
+    """Train an adapter as a run file says."""
+    from rotmole.cli.train import train as work
+
+    return work(run, overrides or [], resume)
+
+
+@app.command("eval")
+def evaluate(
+    target: Target,
+    overrides: Overrides = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="Run file, for an adapter folder.")
+    ] = None,
+    split: Annotated[str | None, typer.Option("--split", help="train, validation or test.")] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Rows per task and group.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON in place of a table.")] = False,
+) -> int:
+    """Score a run or an adapter, before beside after."""
+    from rotmole.cli.eval import evaluate as work
+
+    return work(target, overrides or [], config, split, limit, json)
+
+
+@app.command()
+def generate(
+    target: Target,
+    prompt: Annotated[
+        str | None, typer.Argument(help="The prompt; without it --file or stdin is read.")
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", "-f", help="Read the prompt from a file.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus of sampling.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of sampling.")] = 0,
+    stream: Annotated[bool, typer.Option(help="Print tokens as they come.")] = True,
+) -> int:
+    """Generate text with a trained adapter."""
+    from rotmole.cli.generate import generate as work
+
+    return work(target, prompt, file, max_new_tokens, temperature, top_p, seed, stream)
+
+
+@app.command()
+def doctor(
+    adapter: Annotated[
+        Path | None, typer.Argument(help="An adapter folder to examine as well.")
+    ] = None,
+) -> int:
+    """Examine this installation, or an adapter folder."""
+    from rotmole.cli.doctor import doctor as work
+
+    return work(adapter)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", help="Run folder.")] = Path("runs/demo"),
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Updates of each adapter.")] = 200,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of everything.")] = 0,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before starting.")] = False,
+) -> int:
+    """Compare RotMoLE with its scalar-gated twin in minutes."""
+    if not yes and _at_terminal():
+        typer.confirm(
+            "This downloads a 93 MB model once and trains for minutes. Go on?", abort=True
+        )
+    from rotmole.cli.demo import demo as work
+
+    return work(output, steps, seed)
+
+
+def _at_terminal() -> bool:
+    import sys
+
+    return sys.stdin.isatty() and sys.stdout.isatty()

@@ -1,0 +1,139 @@
+"""Run a command; turn whatever it raises into one sentence on stderr and an exit code."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, NoReturn
+
+import typer
+
+from rotmole_cli.commands import app
+
+_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+INTERRUPTED, TERMINATED = 130, 143
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived outside training, which handles it itself."""
+
+
+def run(words: Sequence[str]) -> int:
+    """Run the command that the words name.
+
+    Args:
+        words: the words after ``rotmole``; ``--debug`` may stand anywhere before ``--``.
+
+    Returns:
+        The exit code.
+
+    Source: our choice.
+    """
+    words, debug = _take_debug(list(words))
+    with warnings.catch_warnings(), _sigterm_raises():
+        _prepare(debug)
+        try:
+            # not app(words): that would turn Ctrl-C and a closed pipe into bare exit codes
+            command = typer.main.get_command(app)
+            with command.make_context("rotmole", words) as context:
+                result = command.invoke(context)
+        except BaseException as error:  # everything ends as one sentence and an exit code
+            if debug and not _is_usage(error):
+                traceback.print_exc()
+            return _explain(error, debug)
+    return result if isinstance(result, int) else 0
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # Python allows it only there
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _take_debug(words: list[str]) -> tuple[list[str], bool]:
+    end = words.index("--") if "--" in words else len(words)
+    kept = [word for word in words[:end] if word != "--debug"]
+    return kept + words[end:], len(kept) < end
+
+
+def _prepare(debug: bool) -> None:
+    """Set what belongs to a process, which only the program may do, never the library."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not debug:
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("default", category=UserWarning)
+        warnings.showwarning = _show_warning
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise Terminated
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    _say(f"warning: {' '.join(str(message).split())}")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _is_usage(error: BaseException) -> bool:
+    return hasattr(error, "show") and hasattr(error, "exit_code")
+
+
+def _explain(error: BaseException, debug: bool) -> int:  # noqa: PLR0911 - one return per kind
+    if isinstance(error, typer.Exit):
+        return error.exit_code
+    if isinstance(error, (KeyboardInterrupt, typer.Abort)):
+        _say("rotmole: interrupted.")
+        return INTERRUPTED
+    if isinstance(error, Terminated):
+        _say("rotmole: terminated.")
+        return TERMINATED
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    if _is_usage(error):  # a wrong option or verb: the parser's own message
+        error.show()
+        return 2
+    if isinstance(error, BrokenPipeError):  # the reader, such as head, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    text, code = _sentence(error, debug)
+    _say(f"rotmole: {text}")
+    return code
+
+
+def _sentence(error: BaseException, debug: bool) -> tuple[str, int]:
+    code = getattr(error, "exit_code", None)
+    if isinstance(code, int):  # rotmole's own errors
+        return str(error), code
+    if isinstance(error, ModuleNotFoundError):
+        return f"this needs {error.name}: pip install 'rotmole[train]'.", 2
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+        return (
+            "out of memory; lower training.per_device_train_batch_size (and raise "
+            "gradient_accumulation_steps), training.max_length, or set "
+            "training.activation_checkpointing: true.",
+            1,
+        )
+    if isinstance(error, OSError) and error.errno in _STORAGE:
+        return f"the disk refused: {error}.", 4
+    hint = "" if debug else " Run it again with --debug for the traceback."
+    return f"unexpected {type(error).__name__}: {error}.{hint}", 1
