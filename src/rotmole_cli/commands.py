@@ -111,10 +111,11 @@ def evaluate(
 def generate(
     target: Target,
     prompt: Annotated[
-        str | None, typer.Argument(help="The prompt; without it --file or stdin is read.")
+        str | None,
+        typer.Argument(help="The prompt; without it --file or stdin is read, one prompt a line."),
     ] = None,
     file: Annotated[
-        Path | None, typer.Option("--file", "-f", help="Read the prompt from a file.")
+        Path | None, typer.Option("--file", "-f", help="Read prompts from a file, one a line.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,

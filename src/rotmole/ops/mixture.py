@@ -212,8 +212,8 @@ def _radar_pairs(
     gram_ERFS = torch.einsum("ero,fso->erfs", B_ERO, B_ERO)
     half_TEFS = torch.einsum("ter,erfs->tefs", z_TER, gram_ERFS)
     H_TEF = torch.einsum("tefs,tfs->tef", half_TEFS, z_TER)
-    n2_TE = H_TEF.diagonal(dim1=-2, dim2=-1) + epsilon(z_TER)
-    cos_TEF = H_TEF / torch.sqrt(n2_TE.unsqueeze(-1) * n2_TE.unsqueeze(-2))
+    norm_TE = torch.sqrt(H_TEF.diagonal(dim1=-2, dim2=-1) + epsilon(z_TER))
+    cos_TEF = H_TEF / norm_TE.unsqueeze(-1) / norm_TE.unsqueeze(-2)
     phi_TEF = gates["radar_pair_angle"].to(z_TER.dtype)
     if "radar_pair_down" in gates:
         down = gates["radar_pair_down"].to(z_TER.dtype)
@@ -228,7 +228,7 @@ def _radar_pairs(
     mu_TE = (phi_TEF * cos_TEF).sum(-1)
     square_TE = ((phi_TEF @ cos_TEF) * phi_TEF).sum(-1) - mu_TE.square()
     d_TE = 1 / (1 + square_TE / 4)
-    ratio_TEF = torch.sqrt(n2_TE.unsqueeze(-1) / n2_TE.unsqueeze(-2))
+    ratio_TEF = norm_TE.unsqueeze(-1) / norm_TE.unsqueeze(-2)
     own_TE = 1 - d_TE * (square_TE / 2 + mu_TE)
     C_TEF = d_TE.unsqueeze(-1) * phi_TEF * ratio_TEF + own_TE.unsqueeze(-1) * identity_EE
     return torch.einsum("te,tef->tf", weight_TE.to(C_TEF.dtype), C_TEF)

@@ -104,9 +104,9 @@ def plane(z: Tensor, q: Tensor, angle: Tensor, metric: Tensor | None = None) -> 
         t = q - (<q,z>/n2) z;  t2 = floor_at(<t,t>, d^2 (<q,q> + d^2 n2) + e)
         z' = cos(theta) z + sin(theta) sqrt(n2/t2) t
 
-    Plane and angle are learned apart. Keeps lengths where the part of q across z is at least
-    d = 0.01 of |q|; inside that cone it shortens. Changes an expert's direction per token. R >= 3:
-    at R = 2 there is one plane and only the sense of turning would be left. Source: our choice.
+    Plane and angle are learned apart. Keeps lengths where <t,t> is above its floor, that is where
+    the part of q across z is at least d = 0.01 of |q| and |q| is not tiny beside |z|; elsewhere it
+    shortens. Changes an expert's direction per token. R >= 3: at R = 2 there is one plane and only the sense of turning would be left. Source: our choice.
     """
     n2, t = _part_across(z, q, metric)
     floor = FLOOR**2 * (inner(q, q, metric) + FLOOR**2 * n2) + epsilon(z)
@@ -133,8 +133,9 @@ def givens(z: Tensor, theta: Tensor) -> Tensor:
 def cayley(z: Tensor, upper: Tensor) -> Tensor:
     """Rotate z by the Cayley transform of a skew matrix S: (I + S) y = z;  z' = 2 y - z.
 
-    S has `upper` as its strict upper triangle, row by row. Every rotation without an eigenvalue -1
-    is reached. Solved exactly: a Neumann series would not be orthogonal. R <= 16 (R x R per token
+    S has `upper` as its strict upper triangle, row by row. Where an entry exceeds 1/sqrt(e), all of
+    S is scaled down until it does not: a plane is then turned by pi to rounding, and beyond it the
+    system would be singular. Every rotation without an eigenvalue -1 is reached below that. Solved exactly: a Neumann series would not be orthogonal. R <= 16 (R x R per token
     and expert). Changes an expert's direction per token. Source: our choice; Cayley 1846.
     """
     rank = z.shape[-1]
@@ -143,6 +144,9 @@ def cayley(z: Tensor, upper: Tensor) -> Tensor:
     skew = empty.index_copy(-1, rows * rank + columns, upper)
     skew = skew.reshape(*z.shape, rank)
     skew = skew - skew.transpose(-1, -2)
+    # beyond 1/sqrt(e) the identity would vanish beside S by rounding and odd ranks be singular
+    largest = upper.abs().amax(-1)[..., None, None] * math.sqrt(epsilon(z))
+    skew = skew / largest.clamp(min=1)
     identity = torch.eye(rank, dtype=z.dtype, device=z.device)
     y: Tensor = torch.linalg.solve(identity + skew, z.unsqueeze(-1)).squeeze(-1)
     return 2 * y - z

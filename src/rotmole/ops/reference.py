@@ -1,7 +1,7 @@
 """The whole method as slow loops over tokens and experts, straight from the equations.
 
-It is the oracle of every test and shares no function with the fast path: where an equation can be
-written as an explicit matrix or an explicit vector of the output space, it is.
+The oracle of every test; it shares no function with the fast path. Where an equation can be written
+as an explicit matrix or vector of the output space, it is. A new mode needs its twin here.
 
     y = W x + s * sum over e in S(x) of g_e(x) * R_e(x)[A_e drop(x)] B_e       (W x is left out)
 
@@ -322,9 +322,8 @@ def load_balance_loss(
     With `sequence_T` (each token's sequence number) it is computed per sequence and averaged with
     the number of unpadded tokens as weight. Padding never counts; no token at all gives 0.
     """
-    T, E = probability_TE.shape
-    probability_TE = wide(probability_TE)
-    kept = [t for t in range(T) if mask_T is None or mask_T[t]]
+    probability_TE, E = wide(probability_TE), probability_TE.shape[1]
+    kept = [t for t in range(len(probability_TE)) if mask_T is None or mask_T[t]]
     groups: dict[int, list[int]] = {}
     for t in kept:
         groups.setdefault(0 if sequence_T is None else int(sequence_T[t]), []).append(t)

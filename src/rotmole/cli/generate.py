@@ -1,0 +1,107 @@
+"""rotmole generate: continue prompts with a trained adapter, or with a base model."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from rotmole.errors import InputError
+from rotmole.evaluation import generate_text
+from rotmole.evaluation.target import find_target, load_target
+
+
+def generate(
+    target: Path,
+    prompt: str | None = None,
+    file: Path | None = None,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stream: bool = True,
+) -> int:
+    """Print the continuation of each prompt, as it stands in the prompt, without any template.
+
+    Args:
+        target: run folder, run file or adapter folder.
+        prompt: one prompt; None reads `file`, or standard input.
+        file: prompts, one a line; blank lines are passed over.
+        max_new_tokens: longest continuation in tokens.
+        temperature: 0 is greedy.
+        top_p: sample from the smallest set of tokens with at least this probability.
+        seed: of the sampling; each prompt starts from it anew.
+        stream: print tokens as they come.
+
+    Returns:
+        0.
+
+    Raises:
+        RotMoleError: with the exit code of its class.
+    """
+    prompts = read_prompts(prompt, file)
+    if temperature == 0 and top_p < 1:
+        warnings.warn("top_p has no effect at temperature 0, which is greedy", stacklevel=2)
+    loaded = load_target(find_target(target), say=_note)
+    for index, text in enumerate(prompts):
+        if index:
+            print()  # a blank line between answers
+        answer = generate_text(
+            loaded.model,
+            loaded.tokenizer,
+            text,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            streamer=_streamer(loaded.tokenizer) if stream else None,
+        )
+        if not stream:
+            print(answer, flush=True)
+    return 0
+
+
+def read_prompts(prompt: str | None, file: Path | None) -> list[str]:
+    """The prompts: the argument, else the file's lines, else the lines of standard input.
+
+    Args:
+        prompt: one prompt, taken as it is.
+        file: prompts, one a line.
+
+    Returns:
+        At least one prompt.
+
+    Raises:
+        InputError: both or none were given, or the file cannot be read.
+    """
+    if prompt is not None and file is not None:
+        raise InputError(f"give a prompt or --file {file}, not both.")
+    if prompt is not None:
+        return [prompt]
+    if file is None and sys.stdin.isatty():
+        raise InputError("there is no prompt; give one, or --file PATH, or pipe text in.")
+    name = "standard input" if file is None else str(file)
+    try:
+        if file is None:
+            text = sys.stdin.read()
+        else:
+            text = file.expanduser().read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name} is not UTF-8 text (byte {error.start}).") from None
+    except OSError as error:
+        raise InputError(f"{name} cannot be read: {error.strerror}.") from error
+    prompts = [line for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise InputError(f"{name} holds no prompt; write one a line.")
+    return prompts
+
+
+def _streamer(tokenizer: Any) -> Any:
+    from transformers import TextStreamer
+
+    return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

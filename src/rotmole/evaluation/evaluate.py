@@ -1,0 +1,296 @@
+"""Evaluate a model on named tasks, before the adapter beside after it."""
+
+from __future__ import annotations
+
+import difflib
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from peft import PeftModel
+
+from rotmole.config.schema import EvaluationSection
+from rotmole.data.examples import Example
+from rotmole.errors import ConfigError
+from rotmole.evaluation import generation
+from rotmole.evaluation.few_shot import with_examples
+from rotmole.evaluation.metrics import METRICS, Answer, default_metrics
+from rotmole.evaluation.report import Report, System, compare, summarise
+from rotmole.evaluation.scoring import (
+    context_window,
+    log_likelihoods,
+    scored_answers,
+    scored_choices,
+)
+
+Tasks = Mapping[str, Sequence[Example]]
+Progress = Callable[[str, int, int], None]
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    examples_by_task: Tasks,
+    section: EvaluationSection,
+    *,
+    metrics_by_task: Mapping[str, Sequence[str] | None] | None = None,
+    demonstrations: Tasks | None = None,
+    progress: Progress | None = None,
+    seed: int = 0,
+) -> Report:
+    """Figures of a model; with an adapter, before (adapter disabled) beside after.
+
+    Args:
+        model: a causal language model, or a PeftModel around one.
+        tokenizer: its tokenizer.
+        examples_by_task: rows by task.
+        section: limit, batch size, answer length, worked examples, and whether to score before.
+        metrics_by_task: names from METRICS; a task without an entry gets what its rows call for.
+        demonstrations: training rows by task, needed where section.examples_in_prompt > 0.
+        progress: told (what, done, total) as rows finish.
+        seed: chooses rows under the limit, worked examples, and the bootstrap.
+
+    Returns:
+        A report with the systems "before" and "after", or "base" for a model without adapter.
+
+    Raises:
+        ConfigError: a task without rows, or a metric that does not exist or does not fit its task.
+
+    Source: our choice.
+    """
+    run = partial(
+        measure,
+        model,
+        tokenizer,
+        limit_rows(examples_by_task, section.limit, seed=seed),
+        section,
+        metrics_by_task=metrics_by_task,
+        demonstrations=demonstrations,
+        seed=seed,
+    )
+    systems: dict[str, System] = {}
+    if isinstance(model, PeftModel) and section.before:
+        with model.disable_adapter():
+            systems["before"] = run(progress=_named(progress, "before"))
+    name = "after" if isinstance(model, PeftModel) else "base"
+    systems[name] = run(progress=_named(progress, name))
+    return compare(systems, {**section.model_dump(exclude={"before"}), "seed": seed})
+
+
+def measure(
+    model: Any,
+    tokenizer: Any,
+    examples_by_task: Tasks,
+    section: EvaluationSection,
+    *,
+    metrics_by_task: Mapping[str, Sequence[str] | None] | None = None,
+    demonstrations: Tasks | None = None,
+    progress: Progress | None = None,
+    seed: int = 0,
+) -> System:
+    """Figures of one system: the model as it stands, on every row given.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        examples_by_task: rows by task.
+        section: batch size, answer length and worked examples.
+        metrics_by_task: as in `evaluate`.
+        demonstrations: as in `evaluate`.
+        progress: told (what, done, total) as rows finish.
+        seed: chooses worked examples and the bootstrap.
+
+    Returns:
+        The system; put several beside each other with `compare`.
+
+    Raises:
+        ConfigError: as in `evaluate`.
+
+    Source: our choice.
+    """
+    metrics = task_metrics(examples_by_task, metrics_by_task or {})
+    needs = {task: {str(METRICS[name].needs) for name in metrics[task]} for task in metrics}
+    shown = {
+        task: [
+            with_examples(row, demonstrations or {}, count=section.examples_in_prompt, seed=seed)
+            for row in rows
+        ]
+        for task, rows in examples_by_task.items()
+    }
+    started = time.perf_counter()
+    answers = _scored_answers(
+        model, tokenizer, shown, needs=needs, batch_size=section.batch_size, progress=progress
+    )
+    _add_texts(answers, model, tokenizer, shown, needs=needs, section=section, progress=progress)
+    seconds = time.perf_counter() - started
+    return summarise(examples_by_task, answers, metrics, seconds=seconds, seed=seed)
+
+
+def limit_rows(
+    examples_by_task: Tasks, limit: int | None, *, seed: int
+) -> dict[str, list[Example]]:
+    """At most `limit` rows per task and group: a seeded choice, in the rows' own order.
+
+    Args:
+        examples_by_task: rows by task.
+        limit: None keeps all.
+        seed: of the choice.
+
+    Returns:
+        Rows by task.
+
+    Source: our choice.
+    """
+    result = {}
+    for task, rows in examples_by_task.items():
+        kept: set[int] = set()
+        for group in sorted({row.group for row in rows}):
+            places = [index for index, row in enumerate(rows) if row.group == group]
+            if limit is not None and len(places) > limit:
+                places = random.Random(f"{seed}/{task}/{group}").sample(places, limit)
+            kept.update(places)
+        result[task] = [row for index, row in enumerate(rows) if index in kept]
+    return result
+
+
+def task_metrics(
+    examples_by_task: Tasks, wanted: Mapping[str, Sequence[str] | None]
+) -> dict[str, tuple[str, ...]]:
+    """The metrics of each task, checked; every problem is told at once.
+
+    Args:
+        examples_by_task: rows by task.
+        wanted: names by task; None or no entry means what the rows call for.
+
+    Returns:
+        Names from METRICS by task.
+
+    Raises:
+        ConfigError: a task without rows, an unknown metric, or one whose rows lack what it needs.
+
+    Source: our choice.
+    """
+    result: dict[str, tuple[str, ...]] = {}
+    problems: list[str] = []
+    for task, rows in examples_by_task.items():
+        if not rows:
+            problems.append(f"task {task!r} has no rows to evaluate; check its files or split.")
+            continue
+        result[task] = tuple(wanted.get(task) or default_metrics(rows))
+        problems.extend(_metric_problems(task, rows, result[task]))
+    if not examples_by_task:
+        problems.append("there is no task to evaluate.")
+    if problems:
+        raise ConfigError(problems, where="evaluation")
+    return result
+
+
+def _metric_problems(task: str, rows: Sequence[Example], names: Sequence[str]) -> list[str]:
+    problems = []
+    for name in names:
+        if name not in METRICS:
+            near = difflib.get_close_matches(name, METRICS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(METRICS)}."
+            problems.append(f"task {task!r}: there is no metric {name!r}; {hint}")
+            continue
+        needs = METRICS[name].needs
+        if needs in ("choices", "score") and not all(row.choices for row in rows):
+            problems.append(f"task {task!r}: metric {name!r} needs choices, which its rows lack.")
+        elif needs == "choices" and any(row.answer is None for row in rows):
+            problems.append(f"task {task!r}: metric {name!r} needs the right choice's index.")
+        elif needs == "score" and any(row.score is None for row in rows):
+            problems.append(f"task {task!r}: metric {name!r} needs a score in every row.")
+    return problems
+
+
+def _scored_answers(
+    model: Any,
+    tokenizer: Any,
+    shown: Tasks,
+    *,
+    needs: Mapping[str, set[str]],
+    batch_size: int,
+    progress: Progress | None,
+) -> dict[str, list[Answer]]:
+    """Answers with log-likelihoods and losses, all tasks in one pass over the model."""
+    window = context_window(model)
+    compared = [t for t in shown if needs[t] & {"choices", "score"}]
+    measured = [t for t in shown if "loss" in needs[t]]
+    pairs = [(row.prompt, choice) for t in compared for row in shown[t] for choice in row.choices]
+    right = [row for t in measured for row in shown[t]]
+    texts = scored_choices(pairs, tokenizer, window=window)
+    texts += scored_answers(right, tokenizer, window=window)
+    tick = _counter(progress, "likelihoods", len(texts))
+    values = log_likelihoods(model, texts, batch_size=batch_size, tick=tick)
+    rest = iter(zip(values, texts, strict=True))
+    answers = {task: [Answer()] * len(rows) for task, rows in shown.items()}
+    for task in compared:
+        for index, row in enumerate(shown[task]):
+            found = tuple(next(rest)[0] for _ in row.choices)
+            answers[task][index] = replace(answers[task][index], log_likelihoods=found)
+    for task in measured:
+        for index in range(len(shown[task])):
+            value, text = next(rest)
+            loss = replace(answers[task][index], loss=-value, tokens=len(text.positions))
+            answers[task][index] = loss
+    return answers
+
+
+def _add_texts(
+    answers: dict[str, list[Answer]],
+    model: Any,
+    tokenizer: Any,
+    shown: Tasks,
+    *,
+    needs: Mapping[str, set[str]],
+    section: EvaluationSection,
+    progress: Progress | None,
+) -> None:
+    """Put generated text into the answers of tasks that need it."""
+    for one_line in (True, False):
+        places = [
+            (task, index)
+            for task, rows in shown.items()
+            if "text" in needs[task] and _is_one_line(rows) == one_line
+            for index in range(len(rows))
+        ]
+        if not places:
+            continue
+        texts = generation.answers(
+            model,
+            tokenizer,
+            [shown[task][index].prompt for task, index in places],
+            max_new_tokens=section.max_new_tokens,
+            batch_size=section.batch_size,
+            one_line=one_line,
+            ends=sorted({shown[task][index].end for task, index in places} - {""}),
+            tick=_counter(progress, "answers", len(places)),
+        )
+        for (task, index), text in zip(places, texts, strict=True):
+            answers[task][index] = replace(answers[task][index], text=text)
+
+
+def _is_one_line(rows: Sequence[Example]) -> bool:
+    return not any("\n" in row.completion.strip() for row in rows)
+
+
+def _named(progress: Progress | None, name: str) -> Progress | None:
+    if progress is None:
+        return None
+    return lambda what, done, total: progress(f"{name}: {what}", done, total)
+
+
+def _counter(progress: Progress | None, what: str, total: int) -> Callable[[int], None] | None:
+    if progress is None:
+        return None
+    done = 0
+
+    def tick(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(what, done, total)
+
+    return tick

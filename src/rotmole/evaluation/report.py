@@ -1,0 +1,289 @@
+"""From answers to figures: one system's figures, several systems side by side, and JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from rotmole.data.examples import Example
+from rotmole.evaluation.intervals import bootstrap, paired_difference, wilson
+from rotmole.evaluation.metrics import METRICS, Answer, choose, expected_score
+from rotmole.evaluation.resampled import Columns
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A figure with the ends of its 95 % interval, and the rows it rests on."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The figures of one task ("" is all tasks) and one of its groups ("" is all groups)."""
+
+    task: str
+    group: str
+    metrics: dict[str, Measure]
+
+
+@dataclass(frozen=True)
+class System:
+    """One system on all tasks.
+
+    Attributes:
+        cells: per task, each followed by its groups where it has more than one.
+        overall: metrics that pool over tasks, over all rows of the tasks that have them.
+        seconds: wall time of the answers.
+        examples: the rows by task.
+        answers: their answers, in the same order.
+        columns: (task, metric) -> [N, k], what `compare` resamples.
+    """
+
+    cells: tuple[Cell, ...]
+    overall: dict[str, Measure]
+    seconds: float
+    examples: Mapping[str, Sequence[Example]]
+    answers: Mapping[str, Sequence[Answer]]
+    columns: Mapping[tuple[str, str], Columns] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Systems side by side.
+
+    Attributes:
+        systems: by name, in order of presentation.
+        differences: name -> that system minus the first one, per task, group and overall ("").
+        settings: what was evaluated: split, limit, examples_in_prompt and the like.
+    """
+
+    systems: dict[str, System]
+    differences: dict[str, tuple[Cell, ...]]
+    settings: dict[str, Any]
+
+
+def measure_columns(metric: str, columns: Columns, *, seed: int) -> Measure:
+    """A metric's figure and interval over [N, k] lines.
+
+    Args:
+        metric: name in METRICS.
+        columns: one line a row of data.
+        seed: of the bootstrap.
+
+    Returns:
+        The measure.
+
+    Source: our choice.
+    """
+    row = METRICS[metric]
+    value, n = row.value(columns), len(columns)
+    if row.proportion:
+        low, high = wilson(round(float(columns.sum())), n)
+    else:
+        low, high = bootstrap(row.resampled, columns, seed=seed)
+    return Measure(value, low, high, n)
+
+
+def summarise(
+    examples: Mapping[str, Sequence[Example]],
+    answers: Mapping[str, Sequence[Answer]],
+    metrics: Mapping[str, Sequence[str]],
+    *,
+    seconds: float,
+    seed: int,
+) -> System:
+    """All figures of one system.
+
+    Args:
+        examples: rows by task, none empty.
+        answers: their answers, in the same order.
+        metrics: names by task.
+        seconds: wall time of the answers.
+        seed: of the bootstrap.
+
+    Returns:
+        The system.
+
+    Source: our choice.
+    """
+    columns = {
+        (task, metric): METRICS[metric].columns(rows, answers[task])
+        for task, rows in examples.items()
+        for metric in metrics[task]
+    }
+    cells = tuple(
+        Cell(task, group, {m: measure_columns(m, part, seed=seed) for m, part in parts.items()})
+        for task, group, parts in _parts(examples, columns)
+    )
+    overall = {
+        metric: measure_columns(metric, values, seed=seed)
+        for metric, values in _pooled(columns).items()
+    }
+    return System(cells, overall, seconds, examples, answers, columns)
+
+
+def _parts(
+    examples: Mapping[str, Sequence[Example]], columns: Mapping[tuple[str, str], Columns]
+) -> Iterator[tuple[str, str, dict[str, Columns]]]:
+    """Each task with its columns by metric, followed by its groups where it has more than one."""
+    for task, rows in examples.items():
+        own = {metric: values for (name, metric), values in columns.items() if name == task}
+        yield task, "", own
+        groups = sorted({row.group for row in rows})
+        for group in groups if len(groups) > 1 else ():
+            kept = np.array([row.group == group for row in rows])
+            yield task, group, {metric: values[kept] for metric, values in own.items()}
+
+
+def _pooled(columns: Mapping[tuple[str, str], Columns]) -> dict[str, Columns]:
+    parts: dict[str, list[Columns]] = {}
+    for (_, metric), values in columns.items():
+        if METRICS[metric].pooled:
+            parts.setdefault(metric, []).append(values)
+    return {metric: np.concatenate(values) for metric, values in parts.items()}
+
+
+def compare(systems: Mapping[str, System], settings: Mapping[str, Any] | None = None) -> Report:
+    """Put systems side by side, with paired differences to the first one.
+
+    Args:
+        systems: by name; all on the same rows in the same order.
+        settings: noted in the report.
+
+    Returns:
+        The report.
+
+    Raises:
+        ValueError: two systems answered different rows.
+
+    Source: our choice.
+    """
+    first_name, *others = systems
+    first = systems[first_name]
+    differences = {}
+    for name in others:
+        if _row_ids(systems[name]) != _row_ids(first):
+            raise ValueError(f"{name!r} and {first_name!r} did not answer the same rows")
+        differences[name] = _differences(first, systems[name])
+    return Report(dict(systems), differences, dict(settings or {}))
+
+
+def _row_ids(system: System) -> dict[str, list[str]]:
+    return {task: [row.id for row in rows] for task, rows in system.examples.items()}
+
+
+def _differences(first: System, second: System) -> tuple[Cell, ...]:
+    """Per task and group, then overall, for the metrics that both have."""
+    own, other = _parts(first.examples, first.columns), _parts(second.examples, second.columns)
+    pairs = [
+        (task, group, before, after)
+        for (task, group, before), (_, _, after) in zip(own, other, strict=True)
+    ]
+    pairs.append(("", "", _pooled(first.columns), _pooled(second.columns)))
+    return tuple(
+        Cell(task, group, {m: _difference(m, before[m], after[m]) for m in after if m in before})
+        for task, group, before, after in pairs
+    )
+
+
+def _difference(metric: str, first: Columns, second: Columns) -> Measure:
+    row = METRICS[metric]
+    low, high = paired_difference(row.resampled, first, second)
+    return Measure(row.value(second) - row.value(first), low, high, len(first))
+
+
+def to_json(report: Report, *, predictions: bool = False) -> dict[str, Any]:
+    """The report as plain JSON values; figures that are not finite become null.
+
+    Args:
+        report: the report.
+        predictions: also every row's answer.
+
+    Returns:
+        A dictionary for json.dumps.
+
+    Source: our choice.
+    """
+    systems = {}
+    for name, system in report.systems.items():
+        systems[name] = {
+            "seconds": round(system.seconds, 3),
+            "overall": _measures(system.overall),
+            "tasks": _tasks(system.cells),
+        }
+        if predictions:
+            systems[name]["predictions"] = prediction_rows(system)
+    differences = {name: _tasks(cells) for name, cells in report.differences.items()}
+    overall = {name: found.pop("")["metrics"] for name, found in differences.items()}
+    return {
+        "format": FORMAT,
+        "settings": report.settings,
+        "systems": systems,
+        "differences": {
+            name: {"to": next(iter(report.systems)), "overall": overall[name], "tasks": found}
+            for name, found in differences.items()
+        },
+    }
+
+
+def _tasks(cells: Sequence[Cell]) -> dict[str, Any]:
+    tasks: dict[str, Any] = {}
+    for cell in cells:
+        if cell.group:
+            groups = tasks[cell.task].setdefault("groups", {})
+            groups[cell.group] = {"metrics": _measures(cell.metrics)}
+        else:
+            tasks[cell.task] = {"metrics": _measures(cell.metrics)}
+    return tasks
+
+
+def _measures(measures: Mapping[str, Measure]) -> dict[str, Any]:
+    return {metric: _finite(asdict(measure)) for metric, measure in measures.items()}
+
+
+def _finite(figures: dict[str, Any]) -> dict[str, Any]:
+    return {name: value if math.isfinite(value) else None for name, value in figures.items()}
+
+
+def prediction_rows(system: System) -> list[dict[str, Any]]:
+    """Every row's answer as JSON values: task, group, id, and what was predicted.
+
+    Args:
+        system: one system.
+
+    Returns:
+        One dictionary per row.
+
+    Source: our choice.
+    """
+    return [
+        _prediction(example, answer)
+        for task, examples in system.examples.items()
+        for example, answer in zip(examples, system.answers[task], strict=True)
+    ]
+
+
+def _prediction(example: Example, answer: Answer) -> dict[str, Any]:
+    row: dict[str, Any] = {"task": example.task, "group": example.group, "id": example.id}
+    if answer.text is not None:
+        row |= {"answer": answer.text, "right_answer": example.completion}
+    if answer.log_likelihoods is not None:
+        row["log_likelihoods"] = list(answer.log_likelihoods)
+        row["choice"] = choose(answer.log_likelihoods, example.choices, per_byte=False)
+        row["right_choice"] = example.answer
+        if example.score is not None:
+            row["score"] = expected_score(answer.log_likelihoods)
+            row["right_score"] = example.score
+    if answer.loss is not None:
+        row |= {"loss": answer.loss, "tokens": answer.tokens}
+    return row

@@ -1,0 +1,243 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from rotmole.cli.eval import evaluate
+from rotmole.errors import AdapterError, ConfigError, DataError, InputError
+from rotmole_cli import main
+
+RUN = """\
+output_dir: {folder}/run
+seed: 3
+model: {{name: {folder}/model, dtype: float32, device: cpu}}
+data:
+  root: {folder}
+  tasks:
+    film:
+      source: jsonl
+      files: {{train: film.jsonl, validation: film.jsonl}}
+      group_column: lang
+    mood:
+      source: jsonl
+      files: {{validation: mood.jsonl}}
+      format: classification
+      prompt: "{{text}} is"
+      completion: " {{choice}}"
+      labels: [bad, good]
+      metrics: [accuracy, matthews]
+evaluation: {{max_new_tokens: 3, batch_size: 4}}
+"""
+
+
+def write_lines(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def save_model(folder: Path) -> None:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=280, special_tokens=["<|end|>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    tokenizer.train_from_iterator(["the film is good", "the film is bad"], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(fast), hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64,
+        eos_token_id=fast.eos_token_id, bos_token_id=None, initializer_range=0.3,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def save_adapter(folder: Path, target: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(folder / "model")
+    model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"]))
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.5)
+    model.save_pretrained(target)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory) -> Path:
+    """A model, data, a run file, and a lone adapter; tests only read it."""
+    folder = tmp_path_factory.mktemp("shared")
+    save_model(folder / "model")
+    save_adapter(folder, folder / "lone")
+    film = [
+        {"prompt": f"film {i} is", "completion": " good", "lang": "en" if i % 2 else "de"}
+        for i in range(6)
+    ]
+    write_lines(folder / "film.jsonl", film)
+    write_lines(folder / "mood.jsonl", [{"text": f"x{i}", "label": i % 2} for i in range(6)])
+    (folder / "run.yaml").write_text(RUN.format(folder=folder), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def place(shared, tmp_path) -> Path:
+    """A run file of its own output folder, so that results of tests do not meet."""
+    text = RUN.format(folder=shared).replace(f"{shared}/run", f"{tmp_path}/run")
+    (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
+    return tmp_path
+
+
+def trained(place: Path, shared: Path) -> Path:
+    """A run folder as training leaves it."""
+    save_adapter(shared, place / "run" / "adapter")
+    (place / "run" / "run.yaml").write_text((place / "run.yaml").read_text(), encoding="utf-8")
+    return place / "run"
+
+
+def test_an_untrained_run_file_scores_the_base(place, capsys):
+    assert evaluate(place / "run.yaml") == 0
+    printed = capsys.readouterr().out
+    found = json.loads((place / "run" / "evaluation.json").read_text(encoding="utf-8"))
+    assert list(found["systems"]) == ["base"]
+    assert found["adapter"] is None
+    assert list(found["systems"]["base"]["tasks"]) == ["film", "mood"]
+    assert set(found["systems"]["base"]["tasks"]["film"]["groups"]) == {"de", "en"}
+    assert list(found["systems"]["base"]["tasks"]["mood"]["metrics"]) == ["accuracy", "matthews"]
+    assert "exact_match" in printed
+    assert "evaluation.json" in printed
+    assert "\x1b" not in printed
+
+
+def test_a_run_folder_shows_before_beside_after(place, shared, capsys):
+    folder = trained(place, shared)
+    assert evaluate(folder) == 0
+    found = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    before, after = found["systems"]["before"], found["systems"]["after"]
+    assert before["tasks"] != after["tasks"]
+    assert found["differences"]["after"]["to"] == "before"
+    header = capsys.readouterr().out.splitlines()[0].split()
+    assert header == ["task", "group", "metric", "rows", "before", "after", "difference"]
+    assert evaluate(place / "run.yaml") == 0  # the same through the run file
+    again = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    for system in [*found["systems"].values(), *again["systems"].values()]:
+        del system["seconds"]
+    assert again == found
+
+
+def test_any_adapter_with_a_run_file_for_the_data(shared, place, tmp_path):
+    save_adapter(shared, tmp_path / "lone")
+    assert evaluate(tmp_path / "lone", config=place / "run.yaml", limit=1) == 0
+    found = json.loads((tmp_path / "lone" / "evaluation.json").read_text(encoding="utf-8"))
+    assert found["settings"]["limit"] == 1
+    film = found["systems"]["after"]["tasks"]["film"]["metrics"]["exact_match"]
+    assert film["n"] == 2  # one of each language
+
+
+def test_json_on_standard_output(place, capsys):
+    assert evaluate(place / "run.yaml", as_json=True) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((place / "run" / "evaluation.json").read_text(encoding="utf-8"))
+
+
+def test_worked_examples_come_from_train(place, capsys):
+    overrides = ["evaluation.examples_in_prompt=2", "data.tasks.mood.files.train=mood.jsonl"]
+    assert evaluate(place / "run.yaml", overrides) == 0
+    assert "examples_in_prompt 2" in capsys.readouterr().out
+
+
+def test_a_split_that_only_some_tasks_have(place):
+    with pytest.warns(UserWarning, match="no rows in split 'train': mood"):
+        assert evaluate(place / "run.yaml", split="train") == 0
+
+
+def test_a_split_that_no_task_has(place):
+    with pytest.raises(ConfigError, match="no task has rows in split 'test'"):
+        evaluate(place / "run.yaml", split="test")
+
+
+def test_an_unknown_split(place):
+    with pytest.raises(ConfigError, match=r"evaluation\.split"):
+        evaluate(place / "run.yaml", split="tset")
+
+
+def test_an_adapter_alone_needs_data(shared, tmp_path):
+    save_adapter(shared, tmp_path / "far" / "lone")
+    with pytest.raises(ConfigError, match=r"lies in no run folder, .* give --config"):
+        evaluate(tmp_path / "far" / "lone")
+    with pytest.raises(ConfigError, match=r"'evaluation\.limit=3' needs a run file"):
+        evaluate(tmp_path / "far" / "lone", limit=3)
+
+
+def test_a_run_folder_without_adapter(place):
+    (place / "run").mkdir()
+    (place / "run" / "run.yaml").write_text((place / "run.yaml").read_text(), encoding="utf-8")
+    with pytest.raises(AdapterError, match="holds no adapter"):
+        evaluate(place / "run")
+
+
+def test_a_metric_that_does_not_fit_is_told_before_the_model_loads(place):
+    wrong = ["data.tasks.film.metrics=[matthews]", "model.name=/no/such/model"]
+    with pytest.raises(ConfigError, match="'matthews' needs choices"):
+        evaluate(place / "run.yaml", wrong)
+
+
+@pytest.mark.parametrize(
+    "what", ["missing", "empty", "truncated", "pickle", "tensor", "other model"]
+)
+def test_broken_adapters_are_one_sentence(place, shared, what):
+    folder = trained(place, shared)
+    weights = folder / "adapter" / "adapter_model.safetensors"
+    overrides = []
+    if what == "missing":
+        weights.unlink()
+    elif what == "empty":
+        weights.write_bytes(b"")
+    elif what == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif what == "tensor":
+        tensors = load_file(weights)
+        tensors.pop(sorted(tensors)[0])
+        save_file(tensors, weights)
+    elif what == "pickle":
+        weights.rename(weights.with_name("adapter_model.bin"))
+    else:
+        save_model(place / "wide")
+        config = LlamaConfig.from_pretrained(place / "wide")
+        config.hidden_size, config.head_dim = 64, 32
+        LlamaForCausalLM(config).save_pretrained(place / "wide")
+        overrides = [f"model.name={place}/wide"]
+    with pytest.raises(AdapterError) as caught:
+        evaluate(folder, overrides)
+    assert str(folder / "adapter") in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_wrong_path_is_guessed(place):
+    with pytest.raises(InputError, match=r"did you mean .*run\.yaml"):
+        evaluate(place / "run.yml")
+    (place / "other").mkdir()
+    with pytest.raises(InputError, match=r"neither run\.yaml nor adapter_config\.json"):
+        evaluate(place / "other")
+
+
+def test_bad_data_is_exit_2(place, shared, capsys):
+    write_lines(place / "film.jsonl", [{"prompt": "a"}])
+    override = f"data.tasks.film.files.validation={place}/film.jsonl"
+    with pytest.raises((ConfigError, DataError)):
+        evaluate(place / "run.yaml", [override])
+    assert main(["eval", str(place / "run.yaml"), override]) == 2
+    assert "film.jsonl" in capsys.readouterr().err
+
+
+def test_the_command_line(place, capsys):
+    assert main(["eval", str(place / "run.yaml"), "--limit", "1"]) == 0
+    assert "overall" in capsys.readouterr().out

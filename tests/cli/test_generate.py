@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from rotmole.cli.generate import generate, read_prompts
+from rotmole.errors import AdapterError, InputError
+from rotmole_cli import main
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """A LoRA adapter that names its base by path; tests only read it."""
+    folder = tmp_path_factory.mktemp("shared")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=280, special_tokens=["<|end|>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    tokenizer.train_from_iterator(["the film is good", "the film is bad"], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
+    fast.save_pretrained(folder / "model")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(fast), hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64,
+        eos_token_id=fast.eos_token_id, bos_token_id=None, initializer_range=0.3,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    base = LlamaForCausalLM.from_pretrained(folder / "model")
+    model = get_peft_model(base, LoraConfig(target_modules=["q_proj"]))
+    model.save_pretrained(folder / "adapter")
+    return folder / "adapter"
+
+
+def test_a_prompt_streamed_or_not(adapter, capsys):
+    assert generate(adapter, "the film", max_new_tokens=8) == 0
+    streamed = capsys.readouterr().out
+    assert generate(adapter, "the film", max_new_tokens=8, stream=False) == 0
+    assert capsys.readouterr().out == streamed
+    assert streamed.strip()
+
+
+def test_sampling_is_seeded(adapter, capsys):
+    texts = []
+    for seed in (1, 1, 2):
+        generate(adapter, "the film", max_new_tokens=12, temperature=2.0, seed=seed)
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_file_of_prompts(adapter, tmp_path, capsys):
+    file = tmp_path / "prompts.txt"
+    file.write_text("the film\n\nis bad\n", encoding="utf-8")
+    assert read_prompts(None, file) == ["the film", "is bad"]
+    generate(adapter, file=file, max_new_tokens=4, stream=False)
+    both = capsys.readouterr().out
+    singles = []
+    for prompt in ("the film", "is bad"):
+        generate(adapter, prompt, max_new_tokens=4, stream=False)
+        singles.append(capsys.readouterr().out)
+    assert both == "\n".join(singles)
+
+
+def test_standard_input(adapter, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("the film\n"))
+    assert main(["generate", str(adapter), "--max-new-tokens", "4"]) == 0
+    piped = capsys.readouterr().out
+    generate(adapter, "the film", max_new_tokens=4)
+    assert capsys.readouterr().out == piped
+
+
+def test_a_prompt_and_a_file_are_too_much(adapter, tmp_path):
+    with pytest.raises(InputError, match="not both"):
+        generate(adapter, "a", tmp_path / "b")
+
+
+def test_no_prompt_at_a_terminal(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr("sys.stdin", Terminal())
+    with pytest.raises(InputError, match="there is no prompt"):
+        read_prompts(None, None)
+
+
+def test_unreadable_prompts(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="cannot be read"):
+        read_prompts(None, tmp_path / "missing.txt")
+    (tmp_path / "latin.txt").write_bytes(b"\xe4\xff")
+    with pytest.raises(InputError, match="not UTF-8"):
+        read_prompts(None, tmp_path / "latin.txt")
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
+    with pytest.raises(InputError, match="holds no prompt"):
+        read_prompts(None, None)
+
+
+def test_a_setting_without_effect_is_named(adapter, capsys):
+    with pytest.warns(UserWarning, match="top_p has no effect"):
+        generate(adapter, "a", max_new_tokens=1, top_p=0.5)
+
+
+def test_an_adapter_that_names_no_base(adapter, tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"x")
+    with pytest.raises(AdapterError, match="does not name its base model"):
+        generate(tmp_path, "a")

@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from evaluation_cases import choice_rows, make_model, score_rows
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from rotmole.data.encode import encode
+from rotmole.data.examples import Example
+from rotmole.errors import ModelError
+from rotmole.evaluation.scoring import (
+    Scored,
+    context_window,
+    log_likelihoods,
+    scored_answers,
+    scored_choices,
+)
+
+
+def one_by_one(model, text: Scored) -> float:
+    """The plain way: one text, all logits, a loop over positions."""
+    with torch.no_grad():
+        logits = model(torch.tensor([text.tokens])).logits[0].double()
+    steps = logits.log_softmax(-1)
+    return sum(float(steps[p - 1, text.tokens[p]]) for p in text.positions)
+
+
+def scored_answer(row, tokenizer, **arguments) -> Scored:
+    return scored_answers([row], tokenizer, **arguments)[0]
+
+
+def scored_choice(row, choice, tokenizer) -> Scored:
+    return scored_choices([(row.prompt, choice)], tokenizer)[0]
+
+
+def texts_of(rows, tokenizer):
+    pairs = [(row.prompt, choice) for row in rows for choice in row.choices]
+    return scored_choices(pairs, tokenizer) + scored_answers(rows, tokenizer)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_every_batch_size_equals_one_by_one(model, tokenizer, batch_size):
+    texts = texts_of(choice_rows() + score_rows(), tokenizer)
+    found = log_likelihoods(model, texts, batch_size=batch_size)
+    assert found == pytest.approx([one_by_one(model, text) for text in texts], rel=1e-12)
+
+
+def test_models_without_position_argument(tokenizer):
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=128)
+    model = GPT2LMHeadModel(config).double().eval()
+    forward = GPT2LMHeadModel.forward
+
+    class Plain(GPT2LMHeadModel):
+        def forward(self, input_ids, attention_mask=None, use_cache=None):
+            return forward(self, input_ids, attention_mask=attention_mask, use_cache=use_cache)
+
+    plain = Plain(config).double().eval()
+    plain.load_state_dict(model.state_dict())
+    texts = texts_of(choice_rows(), tokenizer)
+    expected = log_likelihoods(model, texts, batch_size=4)
+    assert log_likelihoods(plain, texts, batch_size=4) == pytest.approx(expected, rel=1e-12)
+
+
+def test_shared_prompts_cost_one_row(model, tokenizer):
+    """Six one-token choices and the right answer need one forward row, not seven."""
+    seen = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape[0]), with_kwargs=True
+    )
+    rows = score_rows(4)
+    texts = texts_of(rows, tokenizer)
+    log_likelihoods(model, texts, batch_size=64)
+    assert sum(seen) == len(rows)
+
+
+def test_choices_are_the_trained_tokens_without_the_end(tokenizer):
+    row = choice_rows()[1]
+    trained = encode(row, tokenizer, max_length=1000)
+    learnt = [i for i, label in enumerate(trained["labels"]) if label != -100]
+    text = scored_choice(row, row.completion, tokenizer)
+    assert trained["input_ids"][-1] == tokenizer.eos_token_id
+    assert list(text.tokens) == trained["input_ids"][:-1]
+    assert list(text.positions) == learnt[:-1]
+    answer = scored_answer(row, tokenizer)
+    assert list(answer.tokens) == trained["input_ids"]
+    assert list(answer.positions) == learnt
+
+
+def test_a_token_across_the_boundary_counts_as_answer(tokenizer):
+    whole = "the film"
+    ids = tokenizer(whole)["input_ids"]
+    row = Example("t", "", "0", "the fi", "lm")
+    assert len(tokenizer("the fi")["input_ids"] + tokenizer("lm")["input_ids"]) > len(ids)
+    text = scored_choice(row, "lm", tokenizer)
+    assert list(text.tokens) == ids
+    first = min(text.positions)
+    assert tokenizer.decode(ids[first:]).endswith("lm")
+    assert len(tokenizer.decode(ids[:first])) <= len("the fi")
+
+
+def test_an_end_of_turn_of_its_own_is_not_scored_in_choices(tokenizer):
+    row = replace(choice_rows()[0], end="<|turn|>")
+    assert tokenizer.convert_tokens_to_ids("<|turn|>") == scored_answer(row, tokenizer).tokens[-1]
+    plain = scored_choice(replace(row, end=""), row.choices[0], tokenizer)
+    assert scored_choice(row, row.choices[0], tokenizer) == plain
+
+
+def test_a_uniform_model_gives_chance(model, tokenizer):
+    torch.nn.init.zeros_(model.lm_head.weight)
+    text = scored_answer(choice_rows()[0], tokenizer)
+    (value,) = log_likelihoods(model, [text], batch_size=1)
+    assert value == pytest.approx(-len(text.positions) * math.log(len(tokenizer)))
+
+
+def test_a_long_prompt_loses_its_beginning(model, tokenizer):
+    row = replace(choice_rows()[0], prompt="the film was bad " * 100 + "Answer:")
+    text = scored_answer(row, tokenizer, window=20)
+    whole = scored_answer(row, tokenizer)
+    assert text.tokens == whole.tokens[-20:]
+    assert [text.tokens[p] for p in text.positions] == [whole.tokens[p] for p in whole.positions]
+    assert context_window(model) == 256
+
+
+def test_an_answer_longer_than_the_window_keeps_its_end(tokenizer):
+    row = Example("t", "", "0", "p", "the film was good " * 20)
+    text = scored_answer(row, tokenizer, window=10)
+    assert len(text.tokens) == 10
+    assert text.positions == tuple(range(1, 10))  # the first token has no context
+
+
+def test_the_mode_and_gradients_come_back(model, tokenizer):
+    model.train()
+    log_likelihoods(model, texts_of(choice_rows(1), tokenizer), batch_size=2)
+    assert model.training
+    assert torch.is_grad_enabled()
+
+
+def test_nan_is_an_error(tokenizer):
+    model = make_model(tokenizer)
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = float("nan")
+    with pytest.raises(ModelError, match="NaN"):
+        log_likelihoods(model, texts_of(choice_rows(1), tokenizer), batch_size=2)
+
+
+def test_progress_counts_every_text_once(model, tokenizer):
+    counts: list[int] = []
+    texts = texts_of(choice_rows(), tokenizer)
+    log_likelihoods(model, texts, batch_size=2, tick=counts.append)
+    assert sum(counts) == len(texts)
+
+
+def test_half_precision_is_summed_in_float32(model, tokenizer):
+    texts = texts_of(choice_rows(), tokenizer)
+    exact = log_likelihoods(model, texts, batch_size=8)
+    rough = log_likelihoods(model.bfloat16(), texts, batch_size=8)
+    assert rough == pytest.approx(exact, rel=0.1)
+    assert any(value != float(torch.tensor(value).bfloat16()) for value in rough)
