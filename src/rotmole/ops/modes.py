@@ -106,7 +106,8 @@ def plane(z: Tensor, q: Tensor, angle: Tensor, metric: Tensor | None = None) -> 
 
     Plane and angle are learned apart. Keeps lengths where <t,t> is above its floor, that is where
     the part of q across z is at least d = 0.01 of |q| and |q| is not tiny beside |z|; elsewhere it
-    shortens. Changes an expert's direction per token. R >= 3: at R = 2 there is one plane and only the sense of turning would be left. Source: our choice.
+    shortens. Changes an expert's direction per token. R >= 3: at R = 2 there is one plane and only
+    the sense of turning would be left. Source: our choice.
     """
     n2, t = _part_across(z, q, metric)
     floor = FLOOR**2 * (inner(q, q, metric) + FLOOR**2 * n2) + epsilon(z)
@@ -135,7 +136,8 @@ def cayley(z: Tensor, upper: Tensor) -> Tensor:
 
     S has `upper` as its strict upper triangle, row by row. Where an entry exceeds 1/sqrt(e), all of
     S is scaled down until it does not: a plane is then turned by pi to rounding, and beyond it the
-    system would be singular. Every rotation without an eigenvalue -1 is reached below that. Solved exactly: a Neumann series would not be orthogonal. R <= 16 (R x R per token
+    system would be singular. Every rotation without an eigenvalue -1 is reached below that. Solved
+    exactly: a Neumann series would not be orthogonal. R <= 16 (R x R per token
     and expert). Changes an expert's direction per token. Source: our choice; Cayley 1846.
     """
     rank = z.shape[-1]
