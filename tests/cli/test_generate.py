@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import io
+import json
+import shutil
 
 import pytest
 import torch
@@ -109,7 +111,10 @@ def test_a_setting_without_effect_is_named(adapter, capsys):
 
 
 def test_an_adapter_that_names_no_base(adapter, tmp_path):
-    (tmp_path / "adapter_config.json").write_text("{}", encoding="utf-8")
-    (tmp_path / "adapter_model.safetensors").write_bytes(b"x")
+    nameless = tmp_path / "nameless"
+    shutil.copytree(adapter, nameless)
+    file = nameless / "adapter_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8")) | {"base_model_name_or_path": None}
+    file.write_text(json.dumps(settings), encoding="utf-8")
     with pytest.raises(AdapterError, match="does not name its base model"):
-        generate(tmp_path, "a")
+        generate(nameless, "a")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import logging
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,13 +14,12 @@ from rotmole.config.load import load_run
 from rotmole.config.schema import ModelSection, RunFile
 from rotmole.data import data_problems
 from rotmole.errors import AdapterError, ConfigError, InputError
+from rotmole.models.adapter import CONFIG, check_adapter_folder
 from rotmole.models.load import LoadedModel, load_model
 
 logger = logging.getLogger(__name__)
 
 ADAPTER = "adapter"
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,7 @@ def find_target(
         return _of_adapter(path, overrides, config)
     if (path / "run.yaml").is_file():
         run = _load(config or path / "run.yaml", overrides)
-        return Target(run.model, check_adapter(path / ADAPTER), run, path)
+        return Target(run.model, _checked(path / ADAPTER), run, path)
     raise InputError(_unknown(path))
 
 
@@ -85,12 +83,12 @@ def _of_run_file(path: Path, overrides: Sequence[str]) -> Target:
     run = _load(path, overrides)
     folder = Path(run.output_dir).expanduser()
     adapter = folder / ADAPTER
-    trained = check_adapter(adapter) if adapter.is_dir() else None
+    trained = _checked(adapter) if adapter.is_dir() else None
     return Target(run.model, trained, run, folder)
 
 
 def _of_adapter(path: Path, overrides: Sequence[str], config: str | Path | None) -> Target:
-    check_adapter(path)
+    settings = check_adapter_folder(path)
     near = path.resolve().parent / "run.yaml"
     if config is None and near.is_file():
         folder = path.parent if path.resolve().name == ADAPTER else path
@@ -104,53 +102,26 @@ def _of_adapter(path: Path, overrides: Sequence[str], config: str | Path | None)
             f"{overrides[0]!r} needs a run file to change, and {path} lies in no run folder; "
             "give --config RUN.yaml."
         )
-    return Target(ModelSection(name=_base_name(path)), path, None, path)
+    return Target(ModelSection(name=_base_name(path, settings)), path, None, path)
 
 
 def _load(path: str | Path, overrides: Sequence[str]) -> RunFile:
     return load_run(path, overrides, data_problems=data_problems)
 
 
-def check_adapter(folder: Path) -> Path:
-    """Say what an adapter folder lacks, before any model loads.
-
-    Args:
-        folder: holds adapter_config.json and adapter_model.safetensors.
-
-    Returns:
-        The folder.
-
-    Raises:
-        AdapterError: a file is missing, empty or of a kind that is never opened.
-
-    Source: our choice.
-    """
+def _checked(folder: Path) -> Path:
+    """Check the adapter of a run folder."""
     if not (folder / CONFIG).is_file():
         raise AdapterError(
             f"{folder} holds no adapter ({CONFIG} is missing); the run may not have finished: "
             "train it again, or go on with --resume auto."
         )
-    weights = folder / WEIGHTS
-    if not weights.is_file():
-        unsafe = folder / "adapter_model.bin"
-        reason = (
-            f"only {unsafe.name}, a pickle that could run code and is never opened; save it again "
-            "as safetensors"
-            if unsafe.is_file()
-            else f"no {WEIGHTS}; copy the file or train again"
-        )
-        raise AdapterError(f"{folder} has an adapter configuration but {reason}.")
-    if weights.stat().st_size == 0:
-        raise AdapterError(f"{weights} is empty; copy the file again or train again.")
+    check_adapter_folder(folder)
     return folder
 
 
-def _base_name(folder: Path) -> str:
-    try:
-        settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        name = settings["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError):
-        name = None
+def _base_name(folder: Path, settings: dict[str, Any]) -> str:
+    name = settings.get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise AdapterError(
             f"{folder / CONFIG} does not name its base model; give --config RUN.yaml, whose model "

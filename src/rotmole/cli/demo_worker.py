@@ -1,0 +1,168 @@
+"""One side of the demo: train one adapter, then answer the test rows; runs in its own process."""
+
+from __future__ import annotations
+
+import sys
+import time
+import traceback
+import warnings
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import TrainerCallback
+
+from rotmole.config.schema import EvaluationSection, RunFile
+from rotmole.errors import RotMoleError
+from rotmole.evaluation import measure
+from rotmole.evaluation.report import System
+from rotmole.training import Built, train
+from rotmole.training.start import load_start, save_start, start_digest
+
+PROBE_UPDATES, PROBE_ANSWERS = 4, 16
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one process has to do.
+
+    Attributes:
+        name: what the table calls the adapter.
+        run: its run file.
+        start: file with the initial A, B and router that both adapters share.
+        leads: writes that file (the other one waits for it).
+        before: what it also answers without adapter: name -> examples in the prompt.
+        threads: of torch.
+    """
+
+    name: str
+    run: RunFile
+    start: Path
+    leads: bool
+    before: dict[str, int]
+    threads: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one process found.
+
+    Attributes:
+        systems: name -> answers and figures.
+        trainable_parameters: gates included.
+        seconds: wall time of training alone.
+        digest: of the initial A, B and router.
+        interrupted: the signal that stopped it, or None.
+    """
+
+    systems: dict[str, System]
+    trainable_parameters: int
+    seconds: float
+    digest: str
+    interrupted: int | None = None
+
+
+class Tell(TrainerCallback):
+    """Send each update to the parent process."""
+
+    def __init__(self, job: Job, messages: Any) -> None:
+        self.job, self.messages = job, messages
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Say how far it is."""
+        done = (self.job.name, "training", state.global_step, state.max_steps)
+        self.messages.put(("progress", *done))
+
+
+def work(job: Job, messages: Any, go: Any) -> None:
+    """Do the job; send ("progress" | "estimate" | "done" | "failed", name, ...) to the parent.
+
+    Args:
+        job: what to do.
+        messages: queue to the parent.
+        go: event by which the parent lets training begin.
+    """
+    try:
+        _quiet()
+        torch.set_num_threads(job.threads)
+        messages.put(("done", job.name, _work(job, messages, go)))
+    except RotMoleError as error:
+        messages.put(("failed", job.name, str(error), error.exit_code))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception:
+        messages.put(("failed", job.name, traceback.format_exc(), 1))
+
+
+def _quiet() -> None:
+    """Leave the screen to the parent; this process is the demo's own."""
+    warnings.simplefilter("ignore")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _work(job: Job, messages: Any, go: Any) -> Outcome:
+    digests: list[str] = []
+
+    def prepare(built: Built) -> None:
+        if job.leads:
+            save_start(built.model, job.start)
+        else:
+            while not job.start.exists():
+                time.sleep(0.1)
+            load_start(built.model, job.start)
+        digests.append(start_digest(built.model))
+        messages.put(("estimate", job.name, _probe(built, job), built.base.note))
+        go.wait()
+
+    result = train(job.run, progress=False, callbacks=[Tell(job, messages)], prepare=prepare)
+    found = (result.trainable_parameters, result.seconds, digests[0])
+    if result.interrupted is not None:
+        return Outcome({}, *found, result.interrupted)
+    systems = _answers(job, result.built, messages)
+    return Outcome(systems, *found)
+
+
+def _answers(job: Job, built: Built, messages: Any) -> dict[str, System]:
+    section = job.run.evaluation
+    systems = {job.name: _measure(job.name, built, section, messages)}
+    with built.model.disable_adapter():
+        for name, count in job.before.items():
+            shown = section.model_copy(update={"examples_in_prompt": count})
+            systems[name] = _measure(name, built, shown, messages)
+    return systems
+
+
+def _measure(name: str, built: Built, section: EvaluationSection, messages: Any) -> System:
+    return measure(
+        built.model,
+        built.base.tokenizer,
+        built.examples[section.split],
+        section,
+        demonstrations=built.examples["train"],
+        progress=lambda what, done, total: messages.put(("progress", name, what, done, total)),
+        seed=built.run.seed,
+    )
+
+
+def _probe(built: Built, job: Job) -> float:
+    """Estimate the job's seconds from a few updates and a few answers; changes nothing."""
+    model, trainer = built.model, built.trainer
+    model.train()
+    times = []
+    for batch in islice(trainer.get_train_dataloader(), PROBE_UPDATES):
+        started = time.perf_counter()
+        trainer.compute_loss(model, batch).backward()
+        times.append(time.perf_counter() - started)
+    model.zero_grad()
+    model.eval()
+    section, rows = job.run.evaluation, built.examples[job.run.evaluation.split]
+    some = {task: found[: PROBE_ANSWERS // len(rows) + 1] for task, found in rows.items()}
+    found = measure(model, built.base.tokenizer, some, section, seed=built.run.seed)
+    batch = section.batch_size
+    batches_ahead = -(-sum(map(len, rows.values())) // batch)
+    answers = (1 + len(job.before)) * batches_ahead * found.seconds
+    return trainer.args.max_steps * min(times) + answers

@@ -1,0 +1,148 @@
+"""``rotmole doctor``: what is installed, what is missing, and what is wrong with an adapter."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import tempfile
+import warnings
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+
+import torch
+from packaging.requirements import Requirement
+
+from rotmole.errors import AdapterError
+from rotmole.models.adapter import check_adapter_folder
+from rotmole.models.builtin import BUILT_IN, built_in_folder, built_in_named, cache_folder
+
+OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HOME")
+
+
+def doctor(adapter: Path | None = None) -> int:
+    """Examine the installation, and an adapter folder if one is given.
+
+    Args:
+        adapter: an adapter folder, or None.
+
+    Returns:
+        0 if all is well, 2 if something is missing or wrong.
+
+    Source: our choice.
+    """
+    problems = [*_packages(), *_registration()]
+    _devices()
+    problems += _cache()
+    for name in OFFLINE:
+        if name in os.environ:
+            print(f"{name:<16}{os.environ[name]}")
+    if adapter is not None:
+        problems += _adapter(adapter)
+    print()
+    for problem in problems:
+        print(f"wrong: {problem}")
+    if not problems:
+        print("nothing is wrong.")
+    return 2 if problems else 0
+
+
+def _packages() -> list[str]:
+    print(f"{'python':<16}{platform.python_version():<14}{sys.executable}")
+    problems = []
+    shown: set[str] = set()
+    for extra, requirements in _requirements().items():
+        missing = []
+        for requirement in requirements:
+            if requirement.name in shown:  # an extra repeats those it builds on
+                continue
+            try:
+                found = version(requirement.name)
+            except PackageNotFoundError:
+                missing.append(requirement.name)
+                continue
+            shown.add(requirement.name)
+            fits = requirement.specifier.contains(found, prereleases=True)
+            wanted = str(requirement.specifier) or "any"
+            print(f"{requirement.name:<16}{found:<14}{wanted if fits else f'needs {wanted}'}")
+            if not fits:
+                problems.append(
+                    f"{requirement.name} {found} is outside {wanted}: "
+                    f"pip install '{requirement.name}{wanted}'."
+                )
+        if missing and extra:
+            print(f"{'extra ' + extra:<16}missing       {', '.join(missing)}")
+        elif missing:
+            problems.append(f"missing: pip install {' '.join(missing)}.")
+    return problems
+
+
+def _requirements() -> dict[str, list[Requirement]]:
+    """Read rotmole's own requirements by extra; "" is what it always needs."""
+    found: dict[str, list[Requirement]] = {"": [Requirement("rotmole")]}
+    for line in requires("rotmole") or []:
+        requirement = Requirement(line)
+        extras = str(requirement.marker or "").split("extra == ")
+        extra = extras[1].strip("\"' )") if len(extras) > 1 else ""
+        if requirement.name != "rotmole" and extra != "dev":
+            found.setdefault(extra, []).append(requirement)
+    return found
+
+
+def _registration() -> list[str]:
+    from peft import PeftType
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    known = "ROTMOLE" in PeftType.__members__ and PeftType("ROTMOLE") in PEFT_TYPE_TO_CONFIG_MAPPING
+    print(f"{'PEFT method':<16}{'ROTMOLE is registered' if known else 'ROTMOLE is missing'}")
+    print(f"{'':<16}in your own programs `import rotmole` comes before an adapter is loaded")
+    return [] if known else ["`import rotmole` did not register ROTMOLE with this PEFT."]
+
+
+def _devices() -> None:
+    cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    mps = ["Apple MPS"] if torch.backends.mps.is_available() else []
+    print(f"{'devices':<16}{', '.join([*cards, *mps, platform.processor() or 'cpu'])}")
+    print(f"{'threads':<16}{torch.get_num_threads()} of {os.cpu_count()} cores")
+
+
+def _cache() -> list[str]:
+    folder = cache_folder()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        print(f"{'cache':<16}{folder} cannot be written")
+        return [f"the cache {folder} cannot be written ({error.strerror}); set ROTMOLE_CACHE."]
+    print(f"{'cache':<16}{folder}")
+    for name, model in BUILT_IN.items():
+        ready = "ready" if built_in_folder(model).is_dir() else "fetched when first used"
+        print(f"{'':<16}{name}: {ready}")
+    return []
+
+
+def _adapter(folder: Path) -> list[str]:
+    print(f"{'adapter':<16}{folder}")
+    try:
+        with warnings.catch_warnings(record=True) as notices:
+            warnings.simplefilter("always")
+            config = check_adapter_folder(folder)
+    except AdapterError as error:
+        return [str(error)]
+    for notice in notices:
+        print(f"{'':<16}{notice.message}")
+    base = str(config.get("base_model_name_or_path"))
+    print(f"{'':<16}method {config['peft_type']}, base model {base}")
+    if config["peft_type"] == "ROTMOLE":
+        print(
+            f"{'':<16}load it after `import rotmole`; without that line PEFT says KeyError: "
+            "'ROTMOLE'"
+        )
+    looks_local = base.startswith(("/", ".", "~"))
+    if looks_local and not Path(base).expanduser().exists() and built_in_named(base) is None:
+        return [
+            f"the base model {base} named in {folder}/adapter_config.json is not on this machine; "
+            "give its folder or hub id where you load the adapter."
+        ]
+    return []

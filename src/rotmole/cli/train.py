@@ -1,0 +1,72 @@
+"""rotmole train: one run file in, one run folder out."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rotmole.config.load import load_run
+from rotmole.data import data_problems
+
+
+def train(path: Path, overrides: Sequence[str] = (), resume: str | None = None) -> int:
+    """Train the run of a file and say what came out.
+
+    Args:
+        path: the run file.
+        overrides: key=value settings laid over it.
+        resume: None starts anew, "auto" goes on from the newest checkpoint, else its path.
+
+    Returns:
+        0, or 128 + the signal that stopped the run, after saving.
+
+    Raises:
+        RotMoleError: with the exit code of its class.
+    """
+    run = load_run(path, overrides, data_problems=data_problems)
+    from rotmole.training import train as work
+
+    result = work(run, resume=resume, say=_note, prepare=_header)
+    if result.interrupted is not None:
+        print(f"stopped after update {result.steps}; a checkpoint is saved.")
+        print(f"go on with: rotmole train {path} {' '.join(overrides)} --resume auto")
+        return 128 + result.interrupted
+    _summary(result)
+    return 0
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _header(built: Any) -> None:
+    """Say what will be trained on what, before the first update."""
+    modules = Counter(n.rpartition(".")[2] for n in built.model.base_model.targeted_module_names)
+    trainable, total = built.model.get_nb_trainable_parameters()
+    print(f"model       {built.base.name}" + (f" ({built.base.note})" if built.base.note else ""))
+    print("adapts      " + ", ".join(f"{name} x {count}" for name, count in modules.items()))
+    print(f"trains      {trainable:,} parameters of {total:,}, gates included")
+    for split, tasks in built.examples.items():
+        if tasks:
+            counts = ", ".join(f"{task} {len(rows):,}" for task, rows in tasks.items())
+            print(f"{split:<11} {counts} rows")
+    args = built.trainer.args
+    batches = -(-len(built.trainer.train_dataset) // args.per_device_train_batch_size)
+    updates = max(-(-batches // args.gradient_accumulation_steps), 1)
+    steps = args.max_steps if args.max_steps > 0 else round(updates * args.num_train_epochs)
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    print(f"updates     {steps:,} of {rows} rows", flush=True)
+
+
+def _summary(result: Any) -> None:
+    print(f"done        {result.steps:,} updates in {result.seconds:.0f} s")
+    for name, value in result.metrics.items():
+        shown = f"{value:.4f}" if isinstance(value, float) else f"{value:,}"
+        print(f"{name.replace('_', ' '):<34} {shown}")
+    if result.best_checkpoint:
+        print(f"the result is the best checkpoint, {Path(result.best_checkpoint).name}")
+    print(f"adapter     {result.adapter_dir}")
+    print(f"score it    rotmole eval {result.run_dir}", flush=True)

@@ -1,0 +1,169 @@
+"""Check a section's keys and value types against the class that will receive them."""
+
+from __future__ import annotations
+
+import difflib
+import enum
+import types
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Union, get_args, get_origin
+
+from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Suggest the nearest known word.
+
+    Args:
+        word: what the user wrote.
+        known: the words that exist.
+
+    Returns:
+        ``; did you mean 'x'?`` or the empty string.
+
+    Source: our choice.
+
+    >>> did_you_mean("rotaton", ["rotation", "router"])
+    "; did you mean 'rotation'?"
+    """
+    close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.7)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def one_of(word: str, words: Sequence[str]) -> str:
+    """List the words that are allowed, and the nearest.
+
+    Args:
+        word: what the user wrote.
+        words: what is allowed; of many only the first ten are listed.
+
+    Returns:
+        Words that follow "is not".
+
+    Source: our choice.
+
+    >>> one_of("trian", ["train", "test"])
+    "one of train, test; did you mean 'train'?"
+    """
+    shown = [*words[:10], "..."] if len(words) > 12 else words
+    return f"one of {', '.join(shown)}{did_you_mean(word, words)}"
+
+
+def check_fields(
+    values: Mapping[str, Any], hints: Mapping[str, Any], refused: Mapping[str, str], section: str
+) -> tuple[dict[str, Any], list[str]]:
+    """Check every key and the type of every value; collect all problems.
+
+    Args:
+        values: the section as parsed from YAML.
+        hints: field name -> type of the class that will receive the values.
+        refused: field name -> why the user may not set it here.
+        section: name of the section in messages.
+
+    Returns:
+        The values that passed, converted ("1e-4" becomes a float where a float is due), and one
+        sentence per problem.
+
+    Source: our choice.
+    """
+    passed: dict[str, Any] = {}
+    problems: list[str] = []
+    allowed = [name for name in hints if name not in refused]
+    for key, value in values.items():
+        name = f"{section}.{key}"
+        if key in refused:
+            problems.append(f"{name} cannot be set here: {refused[key]}.")
+        elif key not in hints:
+            hint = did_you_mean(key, allowed) or f"; the keys are those of {_owner(section)}."
+            problems.append(f"{name}: there is no such setting{hint}")
+        else:
+            converted, problem = convert(value, hints[key], name)
+            if problem:
+                problems.append(problem)
+            else:
+                passed[key] = converted
+    return passed, problems
+
+
+def convert(value: Any, hint: Any, name: str) -> tuple[Any, str]:
+    """Convert one value to the type a field declares.
+
+    Args:
+        value: as parsed from YAML.
+        hint: the field's type.
+        name: the setting's full name.
+
+    Returns:
+        The converted value and the empty string, or the value and the problem.
+
+    Source: our choice.
+    """
+    words = _enum_words(hint)
+    if words and isinstance(value, str) and value not in words:
+        return value, f"{name}: {value!r} is not {one_of(value, words)}"
+    if isinstance(value, bool) and not _accepts(hint, bool):
+        return value, f"{name}: {value!r} is not {describe(hint)}."
+    try:
+        adapter = TypeAdapter(hint)
+    except PydanticSchemaGenerationError:  # a type of another library: that library checks it
+        return value, ""
+    try:
+        return adapter.validate_python(value), ""
+    except ValidationError:
+        return value, f"{name}: {value!r} is not {describe(hint)}."
+
+
+def describe(hint: Any) -> str:
+    """Name a type in words.
+
+    Args:
+        hint: a type annotation.
+
+    Returns:
+        Words that follow "is not".
+
+    Source: our choice.
+
+    >>> describe(int | None), describe(list[str] | str)
+    ('a whole number or null', 'a list of text or text')
+    """
+    names = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        type(None): "null",
+        dict: "a mapping",
+        list: "a list",
+    }
+    parts = _parts(hint)
+    if len(parts) > 1:
+        words = [describe(part) for part in parts]
+        words.sort(key=lambda word: word == "null")
+        return " or ".join(dict.fromkeys(words))
+    origin = get_origin(hint)
+    if origin in (list, set, tuple) and get_args(hint):
+        return f"a list of {describe(get_args(hint)[0]).removeprefix('a ')}"
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return "one of " + ", ".join(str(member.value) for member in hint)
+    if str(origin) == "typing.Literal":
+        return "one of " + ", ".join(repr(word) for word in get_args(hint))
+    return names.get(origin or hint, f"a {getattr(hint, '__name__', hint)}")
+
+
+def _owner(section: str) -> str:
+    return {"adapter": "RotMoleConfig", "training": "trl.SFTConfig"}.get(section, section)
+
+
+def _parts(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def _accepts(hint: Any, kind: type) -> bool:
+    parts = _parts(hint)
+    return Any in parts or kind in parts or any(get_origin(p) is not None for p in parts)
+
+
+def _enum_words(hint: Any) -> list[str]:
+    enums = [p for p in _parts(hint) if isinstance(p, type) and issubclass(p, enum.Enum)]
+    return [str(member.value) for kind in enums for member in kind]

@@ -1,0 +1,124 @@
+"""Turn pydantic's error records into sentences about the run file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args, get_origin
+
+from pydantic import BaseModel
+
+from rotmole.config.fields import describe, did_you_mean, one_of
+
+Location = tuple[int | str, ...]
+
+
+def sentences(
+    errors: Sequence[Mapping[str, Any]], data: Any, model: type[BaseModel], prefix: str = ""
+) -> list[str]:
+    """Write one sentence per wrong setting.
+
+    Args:
+        errors: what ``ValidationError.errors()`` returns.
+        data: the mapping that was validated.
+        model: the class it was validated against.
+        prefix: where in the run file `data` stands, such as ``data.``.
+
+    Returns:
+        Sentences in the order of the errors, each setting once.
+
+    Source: our choice.
+    """
+    seen: dict[Location, str] = {}
+    for error in errors:
+        place = _place(error, data)
+        seen.setdefault(place, _sentence(error, place, data, model, prefix))
+    return list(seen.values())
+
+
+def _place(error: Mapping[str, Any], data: Any) -> Location:
+    """Cut the names of union members, which pydantic appends, off the location."""
+    place: list[int | str] = []
+    for part in error["loc"]:
+        if part == "[key]":
+            break
+        try:
+            data = data[part]
+        except (KeyError, IndexError, TypeError):
+            if error["type"] != "missing":
+                break
+        place.append(part)
+    return tuple(place)
+
+
+def _sentence(
+    error: Mapping[str, Any], place: Location, data: Any, model: type[BaseModel], prefix: str
+) -> str:
+    name = prefix + ".".join(str(part) for part in place)
+    value, kind, context = error.get("input"), error["type"], error.get("ctx") or {}
+    if kind == "missing":
+        return f"{name} is missing; {_help(model, place)}."
+    if kind == "extra_forbidden":
+        fields = _fields(model, place[:-1])
+        hint = did_you_mean(str(place[-1]), fields)
+        return f"{name}: there is no such setting{hint or '; there are ' + ', '.join(fields)}"
+    is_key = bool(error["loc"]) and error["loc"][-1] == "[key]"
+    if is_key or kind == "literal_error":
+        word, words = str(place[-1] if is_key else value), _words(context)
+        return f"{name}: {word!r} is not {one_of(word, words)}"
+    bounds = {"greater_than": "above", "greater_than_equal": "at least", "less_than": "below"}
+    if kind in bounds:
+        limit = context.get("gt", context.get("ge", context.get("lt")))
+        return f"{name}: {value!r} must be {bounds[kind]} {limit}."
+    if kind in ("too_short", "string_too_short"):
+        return f"{name} is empty; {_help(model, place)}."
+    hint = _hint(model, place)
+    wanted = "a mapping of settings" if hint is None else describe(hint)
+    return f"{name}: {value!r} is not {wanted}."
+
+
+def _words(context: Mapping[str, Any]) -> list[str]:
+    expected = str(context.get("expected", "")).replace(" or ", ", ")
+    return [word.strip().strip("'") for word in expected.split(",")]
+
+
+def _hint(model: type[BaseModel], place: Location) -> Any:
+    """Find the annotation at a place; None for a section."""
+    hint: Any = model
+    for part in place:
+        section = _section(hint)
+        if section is not None:
+            field = section.model_fields.get(str(part))
+            hint = field.annotation if field else None
+        elif get_origin(hint) in (dict, list):
+            hint = get_args(hint)[-1]
+        else:
+            return hint
+    return None if _section(hint) is not None else hint
+
+
+def _section(hint: Any) -> type[BaseModel] | None:
+    return hint if isinstance(hint, type) and issubclass(hint, BaseModel) else None
+
+
+def _fields(model: type[BaseModel], place: Location) -> list[str]:
+    hint: Any = model
+    for part in place:
+        section = _section(hint)
+        if section is not None:
+            hint = section.model_fields[str(part)].annotation
+        else:
+            hint = get_args(hint)[-1]
+    section = _section(hint)
+    return list(section.model_fields) if section else []
+
+
+def _help(model: type[BaseModel], place: Location) -> str:
+    section: Any = model
+    for part in place[:-1]:
+        known = _section(section)
+        section = known.model_fields[str(part)].annotation if known else get_args(section)[-1]
+    known = _section(section)
+    field = known.model_fields.get(str(place[-1])) if known else None
+    if field is None:
+        return "it must be given"
+    return f"it is {field.description}" if field.description else "it must be given"

@@ -1,0 +1,331 @@
+"""The `training:` section: TRL SFTConfig's own names, our defaults, and what we refuse and why."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from typing import Any, cast, get_type_hints
+
+from rotmole.config.fields import check_fields, did_you_mean
+from rotmole.config.schema import ModelSection, RunFile, TaskSection
+
+_ROWS = "rows are rendered and tokenised by the data: section"
+_METRICS = "metrics come from `rotmole eval`"
+_PACKING = (
+    "rows are never joined, because the balance loss is per sequence and task names stay with "
+    "their rows"
+)
+_HUB = "a run writes to its own folder only; upload the adapter afterwards"
+
+REFUSED: dict[str, str] = {
+    "output_dir": "write output_dir at the top level of the run file",
+    "seed": "write seed at the top level of the run file",
+    "data_seed": "the order of rows follows seed at the top level of the run file",
+    "do_train": "the command decides (rotmole train, rotmole eval)",
+    "do_eval": "the command decides (rotmole train, rotmole eval)",
+    "do_predict": "the command decides (rotmole train, rotmole eval)",
+    "resume_from_checkpoint": "use rotmole train RUN.yaml --resume auto",
+    "use_cpu": "write model.device: cpu",
+    "model_init_kwargs": "the model: section says how the model is loaded",
+    "trust_remote_code": "a file may not switch on foreign code",
+    "router_aux_loss_coef": "write it under adapter:",
+    "packing": _PACKING,
+    "packing_strategy": _PACKING,
+    "eval_packing": _PACKING,
+    "padding_free": _PACKING,
+    "completion_only_loss": "write loss_on under each task of data.tasks",
+    "assistant_only_loss": "write loss_on under each task of data.tasks",
+    "dataset_text_field": _ROWS,
+    "dataset_kwargs": _ROWS,
+    "dataset_num_proc": _ROWS,
+    "chat_template_path": _ROWS,
+    "eos_token": _ROWS,
+    "pad_token": _ROWS,
+    "truncation_mode": _ROWS,
+    "shuffle_dataset": "the mixture is shuffled by seed already",
+    "remove_unused_columns": "batches are built by rotmole's own collator",
+    "label_names": "batches are built by rotmole's own collator",
+    "include_for_metrics": _METRICS,
+    "batch_eval_metrics": _METRICS,
+    "prediction_loss_only": _METRICS,
+    "eval_do_concat_batches": _METRICS,
+    "logging_nan_inf_filter": "a loss that is not finite stops the run",
+    "push_to_hub": _HUB,
+    "hub_model_id": _HUB,
+    "hub_token": _HUB,
+    "hub_strategy": _HUB,
+    "hub_private_repo": _HUB,
+    "hub_always_push": _HUB,
+    "hub_revision": _HUB,
+    "loss_type": "the loss is the negative log-likelihood",
+    "activation_offloading": "it is not tested with this method",
+    "local_rank": "torchrun sets it",
+    "deepspeed": "it is not tested with this method; use fsdp",
+}
+
+_AT_LEAST_ONE = (
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "max_length",
+    "save_total_limit",
+    "eval_accumulation_steps",
+)
+_ABOVE_ZERO = ("num_train_epochs", "logging_steps", "save_steps", "eval_steps", "adam_epsilon")
+_NOT_NEGATIVE = (
+    "learning_rate",
+    "weight_decay",
+    "max_grad_norm",
+    "warmup_steps",
+    "eval_delay",
+    "dataloader_num_workers",
+)
+_SHARES = ("adam_beta1", "adam_beta2", "label_smoothing_factor")
+_RENAMED = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+
+DEFAULTS: dict[str, Any] = {
+    "per_device_train_batch_size": 8,
+    "per_device_eval_batch_size": 16,
+    "learning_rate": 5e-4,
+    "num_train_epochs": 1.0,
+    "max_length": 512,
+    "bf16": False,
+    "fp16": False,
+    "activation_checkpointing": False,
+    "logging_steps": 10,
+    "logging_first_step": True,
+    "save_strategy": "steps",
+    "save_steps": 0.2,
+    "save_total_limit": 2,
+    "report_to": "none",
+}
+"""Ours where they differ from TRL's, which suit large GPUs (bf16, checkpointing, length 1024)."""
+
+
+def training_hints() -> dict[str, Any]:
+    """Give the name and type of every setting of trl.SFTConfig.
+
+    Returns:
+        Field name -> type.
+
+    Source: TRL.
+    """
+    from trl import SFTConfig
+
+    return {
+        name: hint
+        for name, hint in get_type_hints(SFTConfig).items()
+        if name in SFTConfig.__dataclass_fields__
+    }
+
+
+def check_training(
+    values: Mapping[str, Any], model: ModelSection, has_validation: bool
+) -> tuple[dict[str, Any], list[str]]:
+    """Check the `training:` section; collect every problem.
+
+    Args:
+        values: the section as parsed.
+        model: the `model:` section (device and dtype decide what is possible).
+        has_validation: whether any task has validation rows.
+
+    Returns:
+        The converted values and one sentence per problem.
+
+    Source: our choice; the last word is SFTConfig's own.
+    """
+    passed, problems = check_fields(values, training_hints(), REFUSED, "training")
+    problems += _range_problems(passed)
+    problems += _pair_problems(passed, model, has_validation)
+    if not problems:
+        problems += _library_problems(arguments(passed, "run", 0, model, has_validation))
+    return passed, problems
+
+
+def sft_arguments(run: RunFile) -> dict[str, Any]:
+    """Build the keyword arguments of trl.SFTConfig: our defaults under the user's settings.
+
+    Args:
+        run: a run file that `load_run` has checked.
+
+    Returns:
+        A plain dict that holds only arguments SFTConfig knows. Its eval_strategy is "steps" where
+        a task may have validation rows; the caller switches it off where none are found.
+
+    Source: our choice; TRL's own defaults (bf16, checkpointing, length 1024) do not suit a CPU.
+    """
+    validated = any(has_validation(task) for task in run.data.tasks.values())
+    return arguments(run.training, run.output_dir, run.seed, run.model, validated)
+
+
+def arguments(
+    training: Mapping[str, Any], output_dir: str, seed: int, model: ModelSection, validated: bool
+) -> dict[str, Any]:
+    """Merge defaults, the user's settings and what only rotmole may set.
+
+    Args:
+        training: the checked section.
+        output_dir: the run folder.
+        seed: the run's seed.
+        model: the `model:` section.
+        validated: whether any task has validation rows.
+
+    Returns:
+        Keyword arguments for SFTConfig.
+
+    Source: our choice.
+    """
+    from trl import SFTConfig
+
+    known = SFTConfig.__dataclass_fields__
+    user = {_RENAMED.get(k, k): v for k, v in training.items()}
+    merged = DEFAULTS | ({"eval_strategy": "steps", "eval_steps": 0.2} if validated else {}) | user
+    if merged.get("save_strategy") != "steps":
+        merged.pop("save_steps")
+    if merged.get("eval_strategy", "no") != "steps":
+        merged.pop("eval_steps", None)
+    cpu = _on_cpu(model)
+    merged |= {
+        "output_dir": output_dir,
+        "seed": seed,
+        "data_seed": seed,
+        "use_cpu": cpu,
+        "remove_unused_columns": False,
+        "prediction_loss_only": True,
+        "logging_nan_inf_filter": False,
+        "packing": False,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+    }
+    merged.setdefault("dataloader_pin_memory", not cpu)
+    if "activation_checkpointing" not in known:  # older transformers know the older names only
+        older = {new: old for old, new in _RENAMED.items()}
+        merged = {older.get(k, k): v for k, v in merged.items()}
+    return {k: v for k, v in merged.items() if k in known}
+
+
+def has_validation(task: TaskSection) -> bool:
+    """Tell whether a task has rows to validate on.
+
+    Args:
+        task: the task's section.
+
+    Returns:
+        True for locale tasks, for a carved fraction, where a validation split is named, and for
+        sets of a hub, which may bring one.
+
+    Source: our choice.
+    """
+    return (
+        task.source in ("locale", "hub")
+        or task.validation_fraction > 0
+        or "validation" in task.files
+    )
+
+
+def warn_without_effect(training: Mapping[str, Any]) -> None:
+    """Warn by name of settings that another setting makes idle.
+
+    Args:
+        training: the checked section.
+
+    Source: our choice.
+    """
+    idle = []
+    if training.get("max_steps", -1) > 0 and "num_train_epochs" in training:
+        idle.append(("num_train_epochs", "max_steps is set"))
+    for what in ("save", "eval", "logging"):
+        strategy = training.get(f"{what}_strategy")
+        if f"{what}_steps" in training and strategy not in (None, "steps"):
+            idle.append((f"{what}_steps", f"{what}_strategy is {strategy!r}"))
+    for name, reason in idle:
+        warnings.warn(f"training.{name} has no effect, because {reason}.", stacklevel=3)
+
+
+def _on_cpu(model: ModelSection) -> bool:
+    import torch
+
+    if model.device != "auto":
+        return model.device == "cpu"
+    return not (torch.cuda.is_available() or torch.backends.mps.is_available())
+
+
+def _range_problems(values: Mapping[str, Any]) -> list[str]:
+    rules: list[tuple[tuple[str, ...], Callable[[float], bool], str]] = [
+        (_AT_LEAST_ONE, lambda v: v >= 1, "at least 1"),
+        (_ABOVE_ZERO, lambda v: v > 0, "above 0"),
+        (_NOT_NEGATIVE, lambda v: v >= 0, "0 or above"),
+        (_SHARES, lambda v: 0 <= v < 1, "at least 0 and below 1"),
+    ]
+    problems = []
+    for names, rule, words in rules:
+        for name in names:
+            value = values.get(name)
+            if value is not None and not (math.isfinite(value) and rule(value)):
+                problems.append(f"training.{name}: {value} must be {words}.")
+    steps = values.get("max_steps", -1)
+    if steps != -1 and steps < 1:
+        problems.append(f"training.max_steps: {steps} must be at least 1, or -1 for no limit.")
+    return problems
+
+
+def _pair_problems(values: Mapping[str, Any], model: ModelSection, validated: bool) -> list[str]:
+    problems = []
+    for old, new in _RENAMED.items():
+        if old in values and new in values:
+            problems.append(f"training.{old} and training.{new} are two names of one setting.")
+    if values.get("bf16") and values.get("fp16"):
+        problems.append("training.bf16 and training.fp16 are both true; choose one.")
+    if values.get("fp16") and _on_cpu(model):
+        problems.append("training.fp16: true needs a GPU; on a CPU use model.dtype instead.")
+    wants_validation = [
+        name
+        for name, value in values.items()
+        if (name == "eval_strategy" and value != "no")
+        or (name in ("load_best_model_at_end", "eval_on_start") and value is True)
+    ]
+    if not validated:
+        problems += [
+            f"training.{name}: {values[name]} needs validation rows, but no task has any; give "
+            "files: {validation: ...} or validation_fraction."
+            for name in wants_validation
+        ]
+    if values.get("use_liger_kernel") and find_spec("liger_kernel") is None:
+        problems.append("training.use_liger_kernel: true needs: pip install liger-kernel.")
+    reports = values.get("report_to", "none")
+    for report in [reports] if isinstance(reports, str) else reports or []:
+        problems += _report_problem(report)
+    return problems
+
+
+def _report_problem(report: str) -> list[str]:
+    packages = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
+    known = ["none", "all", *packages, "trackio", "comet_ml", "clearml", "swanlab", "dvclive"]
+    if report not in known and (hint := did_you_mean(report, known)):
+        return [f"training.report_to: {report!r} is not known{hint}"]
+    package = packages.get(report)
+    if package and find_spec(package) is None:
+        return [f"training.report_to: {report} needs the package {package}: pip install {package}."]
+    return []
+
+
+def _library_problems(merged: dict[str, Any]) -> list[str]:
+    """Let SFTConfig itself look, without letting it claim a device for the whole process."""
+    import torch
+    from trl import SFTConfig
+
+    def cpu(_: Any) -> torch.device:
+        return torch.device("cpu")
+
+    kind = cast(Any, type("_Values", (SFTConfig,), {"device": property(cpu)}))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            kind(**merged)
+    except (ValueError, TypeError, ImportError, NotImplementedError, KeyError) as error:
+        return [f"training: {' '.join(str(error).split())}"]
+    return []

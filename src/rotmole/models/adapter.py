@@ -1,0 +1,168 @@
+"""Check an adapter folder before anything is loaded from it."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from rotmole.config.fields import convert, did_you_mean
+from rotmole.errors import AdapterError, ConfigError
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+
+REQUIRED = (
+    "base_model_name_or_path", "r", "lora_alpha", "num_experts", "top_k", "selection",
+    "norm_topk_prob", "rotation", "target_modules", "format_version",
+)  # fmt: skip
+"""Without these a default would change the outputs silently."""
+
+
+def check_adapter_folder(path: str | Path) -> dict[str, Any]:
+    """Check the configuration and the weight file's frame of an adapter folder.
+
+    Args:
+        path: the folder, of any PEFT method; a RotMoLE one is checked field by field.
+
+    Returns:
+        The configuration as saved.
+
+    Raises:
+        AdapterError: naming every bad field with its value and rule.
+
+    Source: our choice.
+    """
+    folder = Path(path)
+    config = read_config(folder)
+    problems = field_problems(config) + weight_problems(folder)
+    if len(problems) == 1:
+        raise AdapterError(f"adapter folder {str(folder)!r}: {problems[0].rstrip('.')}.")
+    if problems:
+        lines = "".join(f"\n  - {problem.rstrip('.')}" for problem in problems)
+        raise AdapterError(f"adapter folder {str(folder)!r}: {len(problems)} problems:{lines}")
+    return config
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read adapter_config.json.
+
+    Args:
+        folder: the adapter folder.
+
+    Returns:
+        The configuration as saved.
+
+    Raises:
+        AdapterError: the folder or file is missing, or the file is no JSON object.
+
+    Source: our choice.
+    """
+    if not folder.is_dir():
+        raise AdapterError(f"adapter folder {str(folder)!r}: there is no such folder.")
+    file = folder / CONFIG
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        inside = sorted(str(p.parent.relative_to(folder)) for p in folder.glob(f"*/{CONFIG}"))
+        hint = f"; did you mean {str(folder / inside[0])!r}?" if inside else "."
+        raise AdapterError(f"adapter folder {str(folder)!r}: it has no {CONFIG}{hint}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise AdapterError(
+            f"{file}: not JSON ({error}); save the adapter again or restore the file."
+        ) from error
+    except OSError as error:
+        raise AdapterError(f"{file}: cannot be read: {error.strerror}.") from error
+    if not isinstance(config, dict):
+        raise AdapterError(f"{file}: a JSON {type(config).__name__}, not an object of settings.")
+    return config
+
+
+def field_problems(config: dict[str, Any]) -> list[str]:
+    """Find every bad field of an adapter configuration; unknown harmless keys only warn.
+
+    Args:
+        config: as read from JSON.
+
+    Returns:
+        One sentence per problem.
+
+    Source: our choice.
+    """
+    from peft import PeftType
+
+    from rotmole.tuner.config import RotMoleConfig
+
+    kind = config.get("peft_type")
+    if kind is None:
+        return ["peft_type is missing; it names the method, ROTMOLE for this library"]
+    if kind not in [str(member.value) for member in PeftType]:
+        words = [str(member.value) for member in PeftType]
+        return [f"peft_type is {kind!r}, which this PEFT does not know{did_you_mean(kind, words)}"]
+    if kind != "ROTMOLE":
+        return []
+    problems = [
+        f"{key} is missing; it changes the outputs" for key in REQUIRED if key not in config
+    ]
+    names = RotMoleConfig.__dataclass_fields__
+    hints = {k: v for k, v in get_type_hints(RotMoleConfig).items() if k in names}
+    known = {}
+    for key, value in config.items():
+        if key in hints:
+            _, problem = convert(value, hints[key], key)
+            problems += [problem] if problem else []
+            known |= {} if problem else {key: value}
+    problems += _unknown_problems({key: v for key, v in config.items() if key not in hints})
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            RotMoleConfig(**known)
+    except ConfigError as error:
+        problems += error.problems
+    except (ValueError, TypeError) as error:  # PEFT's own rules
+        problems.append(" ".join(str(error).split()))
+    return problems
+
+
+def _unknown_problems(unknown: dict[str, Any]) -> list[str]:
+    from rotmole.tuner.config import RotMoleConfig
+
+    try:
+        RotMoleConfig.check_kwargs(**unknown)
+    except AdapterError as error:
+        return [str(error).removeprefix(f"{CONFIG}: ")]
+    for key in unknown:
+        warnings.warn(f"{CONFIG}: the unknown key {key!r} is ignored.", stacklevel=4)
+    return []
+
+
+def weight_problems(folder: Path) -> list[str]:
+    """Look at the weight file's header and length, without loading a tensor.
+
+    Args:
+        folder: the adapter folder.
+
+    Returns:
+        One sentence per problem.
+
+    Source: our choice; pickle files are refused by name, before opening.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    file = folder / WEIGHTS
+    if not file.is_file():
+        if (folder / "adapter_model.bin").exists():
+            return [
+                "its weights are a pickle file (adapter_model.bin), which can run code and is not "
+                "opened; save the adapter as safetensors"
+            ]
+        return [f"it has a configuration but no {WEIGHTS}; copy the whole folder again"]
+    try:
+        with safe_open(file, framework="pt") as weights:
+            if not list(weights.keys()):
+                return [f"{WEIGHTS} holds no tensor; save the adapter again"]
+    except (SafetensorError, OSError) as error:
+        size = file.stat().st_size
+        return [f"{WEIGHTS} is damaged ({size} bytes on disk: {error}); copy or save it again"]
+    return []

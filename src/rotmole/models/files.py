@@ -1,0 +1,130 @@
+"""Writing files so that a crash, a full disk or a second process never leaves half a file."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from rotmole.errors import StorageError
+
+_REASONS = {
+    errno.ENOSPC: "the disk is full; free some space or choose another folder",
+    errno.EDQUOT: "the disk quota is used up; free some space or choose another folder",
+    errno.EROFS: "the file system is read-only; choose another folder",
+    errno.EACCES: "permission denied; choose a folder you may write to",
+    errno.EPERM: "permission denied; choose a folder you may write to",
+    errno.ENOENT: "the folder does not exist; create it first",
+    errno.ENOTDIR: "a part of the path is a file, not a folder; choose another path",
+    errno.EISDIR: "it is a folder, not a file; choose another path",
+    errno.EIO: "the disk reports an input/output error; check it before going on",
+}
+
+
+@contextmanager
+def storage_errors(path: str | Path) -> Iterator[None]:
+    """Turn every OSError of the block into a StorageError that names the path and the fix.
+
+    Args:
+        path: the file or folder the block writes.
+
+    Raises:
+        StorageError: the disk is full, read-only, missing or otherwise refuses.
+    """
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        reason = _REASONS.get(error.errno or 0, error.strerror or str(error))
+        raise StorageError(f"cannot write {str(path)!r}: {reason}.") from error
+
+
+def atomic_write_bytes(path: str | Path, data: bytes) -> Path:
+    """Write a file all or nothing: temporary file in the same folder, fsync, rename.
+
+    Args:
+        path: the file; its folder must exist.
+        data: the content.
+
+    Returns:
+        The path written.
+
+    Raises:
+        StorageError: the disk refused; the old file, if any, is untouched.
+
+    Source: our choice.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    with storage_errors(path):
+        try:
+            with temporary.open("xb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            temporary.replace(path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
+        sync(path.parent)
+    return path
+
+
+def atomic_write_text(path: str | Path, text: str) -> Path:
+    r"""Write UTF-8 text all or nothing; line ends stay as given (``\n``).
+
+    Args:
+        path: the file; its folder must exist.
+        text: the content.
+
+    Returns:
+        The path written.
+
+    Raises:
+        StorageError: the disk refused; the old file, if any, is untouched.
+
+    Source: our choice.
+    """
+    return atomic_write_bytes(path, text.encode("utf-8"))
+
+
+def make_folder(path: str | Path) -> Path:
+    """Create a folder and its parents if they are missing.
+
+    Args:
+        path: the folder.
+
+    Returns:
+        The folder.
+
+    Raises:
+        StorageError: it cannot be created.
+
+    Source: our choice.
+    """
+    path = Path(path)
+    with storage_errors(path):
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
+            raise OSError(errno.ENOTDIR, "a file of that name exists") from error
+    return path
+
+
+def sync(path: Path) -> None:
+    """Ask the disk to keep a file or a folder's entries, where the platform can."""
+    if path.is_dir() and os.name == "nt":  # Windows cannot open folders
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network disks have no fsync
+            raise
+    finally:
+        os.close(handle)

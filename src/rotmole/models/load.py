@@ -1,0 +1,309 @@
+"""Load a base model and its tokenizer: hub id, local folder, GGUF file or built-in name."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rotmole.config.schema import ModelSection
+from rotmole.errors import ModelError, RotMoleError
+from rotmole.models.builtin import (
+    BUILT_IN,
+    BuiltIn,
+    built_in_folder,
+    built_in_named,
+    fetch_built_in,
+)
+from rotmole.models.gguf import check_gguf, gguf_arguments, make_ordinary
+from rotmole.models.precision import choose_device, choose_dtype, quantization_config
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class LoadedModel:
+    """A base model ready for an adapter.
+
+    Attributes:
+        model: the transformers model, in eval mode, on its device.
+        tokenizer: its tokenizer, with a padding token.
+        name: the name in the run file.
+        note: one line that belongs beside every figure made with it, or None.
+    """
+
+    model: Any
+    tokenizer: Any
+    name: str
+    note: str | None = None
+
+
+@dataclass(frozen=True)
+class _Source:
+    location: str
+    gguf: Path | None = None
+    built_in: BuiltIn | None = None
+
+
+def load_model(
+    section: ModelSection,
+    *,
+    trust_remote_code: bool = False,
+    say: Callable[[str], None] = logger.info,
+) -> LoadedModel:
+    """Load model and tokenizer as the run file's `model:` section says.
+
+    Args:
+        section: name, dtype, device, attention implementation, revision, device map, quantisation.
+        trust_remote_code: let transformers run code that came with the model; never by default.
+        say: receives one line before each slow step (download and conversion of a built-in model).
+
+    Returns:
+        The model with every weight read from the file (none left at random), and its tokenizer.
+
+    Raises:
+        ModelError: the model cannot be found, read or used; the message says what to do.
+        ConfigError: a package is missing.
+
+    Source: our choice.
+    """
+    device = choose_device(section)
+    dtype = choose_dtype(section, device)
+    quantization = quantization_config(section, dtype)
+    source = _resolve(section.name)
+    if source.gguf and quantization is not None:
+        raise ModelError(
+            f"model.quantization: {section.quantization} cannot be used with the GGUF file "
+            f"{section.name!r}; use quantization: none, or a folder with safetensors."
+        )
+    if source.built_in:
+        fetch_built_in(source.built_in, say)
+    tokenizer = load_tokenizer(section, trust_remote_code=trust_remote_code)
+    arguments: dict[str, Any] = {"dtype": dtype, "device_map": section.device_map}
+    if quantization is not None:
+        arguments["quantization_config"] = quantization
+        arguments["device_map"] = section.device_map or {"": str(device)}
+    if section.attn_implementation:
+        arguments["attn_implementation"] = section.attn_implementation
+    model = _pretrained(section, source, arguments, trust_remote_code)
+    if source.gguf:
+        make_ordinary(model)
+    if arguments["device_map"] is None:
+        model.to(device)
+    _fit(model, tokenizer, section.name)
+    note = source.built_in.note if source.built_in else None
+    return LoadedModel(model, tokenizer, section.name, note)
+
+
+def load_tokenizer(section: ModelSection, *, trust_remote_code: bool = False) -> Any:
+    """Load the tokenizer alone, with a padding token (the end-of-sequence token where it has none).
+
+    Args:
+        section: the run file's `model:` section.
+        trust_remote_code: let transformers run code that came with the tokenizer.
+
+    Returns:
+        The tokenizer; its vocabulary is never changed.
+
+    Raises:
+        ModelError: it cannot be found or read, or has no end-of-sequence token.
+
+    Source: our choice; padding is told by the attention mask, so pad may equal eos.
+    """
+    from transformers import AutoTokenizer
+
+    source = _resolve(section.name)
+    if source.built_in:
+        fetch_built_in(source.built_in)
+    arguments = _common(section, trust_remote_code)
+    if source.gguf:
+        arguments["gguf_file"] = source.gguf.name
+    with _explained(section, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(source.location, **arguments)
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"model.name {section.name!r}: its tokenizer has no end-of-sequence token, so no "
+            "answer could ever end; set eos_token in tokenizer_config.json or choose another model."
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_config(section: ModelSection, *, trust_remote_code: bool = False) -> Any:
+    """Load the transformers configuration alone; the built-in model needs no download for it.
+
+    Args:
+        section: the run file's `model:` section.
+        trust_remote_code: let transformers run code that came with the model.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        ModelError: it cannot be found or read.
+
+    Source: our choice.
+    """
+    from transformers import AutoConfig
+
+    source = _resolve(section.name)
+    if source.built_in and not built_in_folder(source.built_in).is_dir():
+        return AutoConfig.for_model(**source.built_in.architecture)
+    arguments = _common(section, trust_remote_code)
+    if source.gguf:
+        arguments["gguf_file"] = source.gguf.name
+    with _explained(section, "configuration"):
+        return AutoConfig.from_pretrained(source.location, **arguments)
+
+
+def empty_model(section: ModelSection, dtype: torch.dtype = torch.float32) -> Any:
+    """Build the model's modules without weights (meta device), for names, shapes and counts.
+
+    Args:
+        section: the run file's `model:` section.
+        dtype: of the parameters.
+
+    Returns:
+        A causal language model whose parameters hold no memory.
+
+    Raises:
+        ModelError: the configuration cannot be read or is no causal language model's.
+
+    Source: our choice.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(section)
+    with _explained(section, "model"), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.tie_weights()
+    return model
+
+
+def _resolve(name: str) -> _Source:
+    built_in = built_in_named(name)
+    if built_in:
+        return _Source(str(built_in_folder(built_in)), built_in=built_in)
+    path = Path(name).expanduser()
+    if path.suffix.lower() == ".gguf":
+        check_gguf(path)
+        return _Source(str(path.parent), gguf=path)
+    if path.is_dir():
+        _check_folder(path, name)
+        return _Source(str(path))
+    if path.is_file():
+        raise ModelError(
+            f"model.name {name!r} is a file; give the folder that holds config.json, or a file "
+            "whose name ends in .gguf."
+        )
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
+        raise ModelError(
+            f"model.name {name!r}: there is no such folder (seen from {Path.cwd()}); check the "
+            f"path, or use a hub id such as org/name, or a built-in name ({', '.join(BUILT_IN)})."
+        )
+    return _Source(name)
+
+
+def _check_folder(path: Path, name: str) -> None:
+    if (path / "config.json").is_file():
+        return
+    if (path / "adapter_config.json").is_file():
+        raise ModelError(
+            f"model.name {name!r} holds an adapter, not a model; set model.name to its base model."
+        )
+    files = sorted(path.glob("*.gguf"))
+    hint = f"; set model.name to the file {str(files[0])!r}" if files else ""
+    raise ModelError(f"model.name {name!r}: not a model folder, it has no config.json{hint}.")
+
+
+def _common(section: ModelSection, trust_remote_code: bool) -> dict[str, Any]:
+    arguments: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if section.revision:
+        arguments["revision"] = section.revision
+    return arguments
+
+
+def _pretrained(
+    section: ModelSection, source: _Source, arguments: dict[str, Any], trust_remote_code: bool
+) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    arguments = {**_common(section, trust_remote_code), **arguments}
+    if source.gguf:
+        arguments |= gguf_arguments(source.gguf)
+    with _explained(section, "model"):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source.location, output_loading_info=True, **arguments
+        )
+    missing = sorted(report["missing_keys"])
+    if missing:
+        some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise ModelError(
+            f"model.name {section.name!r}: its weights lack {len(missing)} tensors that a causal "
+            f"language model needs ({some}); they would start at random. Choose a complete one."
+        )
+    return model
+
+
+def _fit(model: Any, tokenizer: Any, name: str) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    # Loaders add special tokens that a file does not have, such as <|endoftext|>; only one that is
+    # used matters.
+    used = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    idle = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special} - used
+    largest = max(set(tokenizer.get_vocab().values()) - idle, default=-1)
+    if largest >= rows:
+        raise ModelError(
+            f"model.name {name!r}: the tokenizer has token {largest}, but the model embeds only "
+            f"{rows} tokens (0 to {rows - 1}); they do not belong together."
+        )
+    for config in (model.config, model.generation_config):
+        if config is not None and getattr(config, "pad_token_id", None) is None:
+            config.pad_token_id = tokenizer.pad_token_id
+
+
+@contextmanager
+def _explained(section: ModelSection, what: str) -> Iterator[None]:
+    try:
+        yield
+    except RotMoleError:
+        raise
+    except Exception as error:  # loaders raise whatever their parsers raise
+        raise ModelError(explain(error, section, what)) from error
+
+
+def explain(error: Exception, section: ModelSection, what: str) -> str:
+    """Say in one sentence why loading failed and what to do.
+
+    Args:
+        error: what transformers, safetensors or huggingface_hub raised.
+        section: the run file's `model:` section.
+        what: what was being loaded (model, tokenizer, configuration).
+
+    Returns:
+        The sentence.
+
+    Source: our choice.
+    """
+    name, text = section.name, " ".join(str(error).split())
+    head = f"model.name {name!r}: the {what} cannot be loaded"
+    short = text if len(text) <= 300 else text[:297] + "..."
+    if isinstance(error, torch.OutOfMemoryError) or "out of memory" in text.lower():
+        return f"{head}: not enough memory; choose a smaller model, dtype bfloat16 or quantization."
+    if "trust_remote_code" in text:
+        return f"{head}: it needs code from its repository, which is not run unless you allow it."
+    if Path(name).expanduser().exists() or built_in_named(name):
+        return f"{head}: the files are broken, incomplete or of an unknown kind ({short})."
+    if "gated" in text.lower() or "401" in text or "403" in text:
+        return f"{head}: the hub asks for permission; accept its terms there and log in."
+    return (
+        f"{head}: not found on the hub, or the hub cannot be reached ({short}). Check the spelling "
+        "and the network (and whether HF_HUB_OFFLINE is set), download it beforehand, or set "
+        f"model.name to a local folder or a built-in name ({', '.join(BUILT_IN)})."
+    )

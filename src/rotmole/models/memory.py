@@ -1,0 +1,230 @@
+"""How much memory a training run will need, from a model without weights."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+FRAGMENTATION = 1.5
+"""Batches differ in length, so the C allocator cannot fill every hole it has; measured."""
+
+FIRST_UPDATE = 55_000_000
+"""Code and buffers that libraries load with the first update; measured."""
+
+_QUANTISED_BYTES = {"bnb-8bit": 1.0, "torchao-int8": 1.0, "bnb-4bit-nf4": 0.5625}
+
+HEAD_TILE = 4096 * 4
+"""Tokens that TRL's fused head projects at once, and bytes of a logit."""
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes a training process holds at its peak.
+
+    Attributes:
+        process: interpreter, libraries, tokenizer and rows.
+        weights: the base model.
+        adapter: what is trained.
+        optimizer: its state.
+        step: activations, gradients and passing tensors of one update.
+    """
+
+    process: int
+    weights: int
+    adapter: int
+    optimizer: int
+    step: int
+
+    @property
+    def total(self) -> int:
+        """The sum of all parts."""
+        return self.process + self.weights + self.adapter + self.optimizer + self.step
+
+
+def estimate_memory(
+    model: nn.Module,
+    *,
+    batch: int,
+    length: int,
+    settings: Mapping[str, Any],
+    process: int,
+    quantization: str = "none",
+) -> MemoryEstimate:
+    """Estimate the peak memory of training.
+
+        total     = process + weights + adapter + optimizer + step
+        process   = what is held now + 55 MB that libraries take with the first update
+        weights   = sum over frozen parameters of size * bytes of their type, where the weights of
+                    linear layers but the head take 1 byte in 8 bits and 0.5625 in 4 bits
+        adapter   = the same over trainable parameters
+        optimizer = states per parameter * 4 bytes * trainable parameters (AdamW: 2 states)
+        step      = 1.5 * (peak of one traced forward and backward + head) [+ gradients that
+                    wait while a further micro-batch runs]
+        head      = min(T, 4096) * V * 4 bytes, T = batch * length, V the vocabulary; three times
+                    as much where the loss needs whole logits (label smoothing)
+
+    Args:
+        model: the adapted model on the meta device; its parameters are replaced by fake ones.
+        batch: rows of a micro-batch.
+        length: tokens of the longest row.
+        settings: arguments of SFTConfig (optim, gradient_accumulation_steps, ...).
+        process: bytes the process holds before a model is loaded.
+        quantization: model.quantization of the run file.
+
+    Returns:
+        The parts.
+
+    Source: our choice; the trace counts every tensor that one update really makes. Against the
+    measured peak of training on a CPU: within 11 % on three tiny runs and on SmolLM2-135M.
+    """
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    adapter = _bytes(trainable)
+    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    head = min(batch * length * 4, HEAD_TILE) * vocabulary
+    if settings.get("label_smoothing_factor"):
+        head = 3 * batch * length * 4 * vocabulary
+    names = ("activation_checkpointing", "gradient_checkpointing")
+    checkpointing = any(settings.get(name) for name in names)
+    traced = traced_peak(model, batch=batch, length=length, checkpointing=checkpointing)
+    waiting = adapter if settings.get("gradient_accumulation_steps", 1) > 1 else 0
+    return MemoryEstimate(
+        process=process + FIRST_UPDATE,
+        weights=_base_bytes(model, _QUANTISED_BYTES.get(quantization)),
+        adapter=adapter,
+        optimizer=_optimizer_states(str(settings.get("optim", "adamw"))) * adapter,
+        step=int(FRAGMENTATION * (traced + head)) + waiting,
+    )
+
+
+def traced_peak(model: nn.Module, *, batch: int, length: int, checkpointing: bool) -> int:
+    """Run one forward and backward on tensors without data and count what is alive at most.
+
+    Args:
+        model: the adapted model on the meta device; its parameters are replaced by fake ones.
+        batch: rows.
+        length: tokens of a row.
+        checkpointing: recompute activations in the backward pass.
+
+    Returns:
+        Bytes, without parameters, gradients included.
+
+    Source: our choice.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    base: Any = model.get_base_model()  # type: ignore[operator]
+    backbone = getattr(base, base.base_model_prefix, base)
+    if checkpointing:
+        base.enable_input_require_grads()
+        base.gradient_checkpointing_enable()
+    model.train()
+    with FakeTensorMode():
+        _replace_by_fake(backbone)
+        counter = _LiveBytes(backbone)
+        ids = torch.zeros(batch, length, dtype=torch.long)
+        with counter:
+            output = backbone(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+            loss = output[0].float().sum()
+            del output
+            loss.backward()
+    return counter.peak
+
+
+def resident_bytes() -> int:
+    """Return the memory this process holds now (its peak where the system does not tell).
+
+    Returns:
+        Bytes.
+
+    Source: /proc/self/statm on Linux, getrusage elsewhere.
+    """
+    statm = Path("/proc/self/statm")
+    if statm.is_file():
+        return int(statm.read_text().split()[1]) * resource.getpagesize()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages alive, beside those of the parameters."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        tensors = [*model.parameters(), *model.buffers()]
+        self.known = {id(tensor.untyped_storage()): 0 for tensor in tensors}
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._add(leaf.untyped_storage())
+        return result
+
+    def _add(self, storage: Any) -> None:
+        key = id(storage)
+        if key not in self.known:
+            self.known[key] = storage.nbytes()
+            self.live += self.known[key]
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._drop, key)
+
+    def _drop(self, key: int) -> None:
+        self.live -= self.known.pop(key)
+
+
+def _replace_by_fake(model: nn.Module) -> None:
+    """Put tensors without data, that claim to be on the CPU, in place of the meta tensors."""
+    fakes: dict[int, Tensor] = {}
+
+    def fake(tensor: Tensor) -> Tensor:
+        if id(tensor) not in fakes:
+            fakes[id(tensor)] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+        return fakes[id(tensor)]
+
+    for module in list(model.modules()):
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(fake(parameter), parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = fake(buffer)
+
+
+def _bytes(parameters: Any) -> int:
+    return sum(p.numel() * p.element_size() for p in parameters)
+
+
+def _base_bytes(model: nn.Module, quantised: float | None) -> int:
+    """Count the frozen parameters; linear layers but the head may take fewer bytes a weight."""
+    total = float(_bytes(p for p in model.parameters() if not p.requires_grad))
+    if quantised is None:
+        return int(total)
+    head = model.get_base_model().get_output_embeddings()  # type: ignore[operator]
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module is not head:
+            weight = module.weight
+            total -= 0 if weight.requires_grad else weight.numel() * weight.element_size()
+            total += 0 if weight.requires_grad else weight.numel() * quantised
+    return int(total)
+
+
+def _optimizer_states(optim: str) -> float:
+    """How many copies of the trainable parameters an optimizer keeps."""
+    if "8bit" in optim:
+        return 0.5
+    if optim.startswith(("sgd", "adafactor", "galore", "apollo", "lomo")):
+        return 0.1
+    return 1.0 if optim.startswith(("lion", "rmsprop", "adagrad")) else 2.0

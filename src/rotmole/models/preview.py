@@ -1,0 +1,135 @@
+"""The adapted model without weights: which modules match, how much is trained, what is wrong."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from rotmole.config.fields import did_you_mean
+from rotmole.config.schema import ModelSection
+from rotmole.errors import RotMoleError
+from rotmole.models.load import empty_model
+from rotmole.tuner.config import RotMoleConfig
+from rotmole.tuner.layer import RotMoleLayer
+
+
+def preview(section: ModelSection, adapter: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """Build the adapted model on the meta device.
+
+    Args:
+        section: the run file's `model:` section.
+        adapter: the checked `adapter:` section.
+        dtype: of the base model.
+
+    Returns:
+        A PeftModel whose parameters hold no memory.
+
+    Raises:
+        ModelError: the base model's configuration cannot be read.
+        ValueError: the adapter does not fit the model.
+
+    Source: our choice.
+    """
+    base = empty_model(section, dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the real run gives them
+        return get_peft_model(base, RotMoleConfig(task_type="CAUSAL_LM", **adapter))
+
+
+def adapter_problems(section: ModelSection, adapter: Mapping[str, Any]) -> list[str]:
+    """Say what keeps the adapter from fitting the model; reads the model's configuration only.
+
+    Args:
+        section: the run file's `model:` section.
+        adapter: the checked `adapter:` section.
+
+    Returns:
+        One sentence per problem: a model that cannot be found, targets that match nothing (each
+        one, with the nearest module names), modules of a type that cannot be adapted.
+
+    Source: our choice.
+    """
+    try:
+        base = empty_model(section)
+    except RotMoleError as error:
+        return [str(error)]
+    if problems := _unmatched(base, adapter.get("target_modules")):
+        return problems
+    try:
+        model = preview(section, adapter, torch.float32)
+    except (ValueError, TypeError) as error:  # PEFT's and ours
+        return [f"adapter.target_modules: {' '.join(str(error).split())}"]
+    if isinstance(model.get_base_model().get_output_embeddings(), RotMoleLayer):
+        return [
+            "adapter.target_modules: the output layer (lm_head) cannot be adapted, because the "
+            "trainer computes the loss from its weight directly; leave it out"
+        ]
+    return []
+
+
+def matched(model: Any) -> dict[tuple[str, int, int], int]:
+    """Count the adapted modules.
+
+    Args:
+        model: the adapted model.
+
+    Returns:
+        (last part of the name, in_features, out_features) -> how many.
+
+    Source: our choice.
+    """
+    counts: dict[tuple[str, int, int], int] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, RotMoleLayer):
+            key = (name.rpartition(".")[2], module.in_features, module.out_features)
+            counts[key] = counts.get(key, 0) + 1
+    return counts
+
+
+def trainable_by_role(model: Any) -> dict[str, int]:
+    """Count the trainable parameters by what they are for.
+
+    Args:
+        model: the adapted model.
+
+    Returns:
+        expert, scaling_gate, rotation_gate and other (modules_to_save and the like) -> count.
+
+    Source: our choice.
+    """
+    counts = {"expert": 0, "scaling_gate": 0, "rotation_gate": 0}
+    for module in model.modules():
+        if isinstance(module, RotMoleLayer):
+            for name in module.rotmole_experts:
+                experts = module.experts(name)
+                for key, parameter in experts.named_parameters():
+                    counts[experts.role(key)] += parameter.numel()
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    counts["other"] = trainable - sum(counts.values())
+    return counts
+
+
+def _unmatched(base: nn.Module, targets: Any) -> list[str]:
+    """Find the entries of a list that match nothing; PEFT only notices when all of them do."""
+    if not isinstance(targets, list):
+        return []
+    names = [name for name, _ in base.named_modules()]
+    linear = sorted(
+        {
+            name.rpartition(".")[2]
+            for name, module in base.named_modules()
+            if isinstance(module, (nn.Linear, Conv1D))
+        }
+    )
+    return [
+        f"adapter.target_modules: {target!r} matches no module of this model"
+        f"{did_you_mean(target, linear) or '; its linear modules are ' + ', '.join(linear)}"
+        for target in targets
+        if not any(name == target or name.endswith(f".{target}") for name in names)
+    ]

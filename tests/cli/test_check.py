@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import rotmole.config
+import tiny_folders
+from rotmole_cli import main
+
+TEMPLATES = sorted(Path(rotmole.config.__file__).parent.glob("templates/*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny Llama and two files of rows; tests only read them."""
+    folder = tmp_path_factory.mktemp("check")
+    tiny_folders.write_model(folder / "model")
+    for split, count in (("train", 12), ("validation", 3)):
+        rows = [{"prompt": f"the film {i} is ", "completion": "good"} for i in range(count)]
+        tiny_folders.write_rows(folder / f"{split}.jsonl", rows)
+    return folder
+
+
+def run_file(path, folder, **sections):
+    settings = {
+        "output_dir": str(path.parent / "run"),
+        "model": {"name": str(folder / "model"), "dtype": "float32", "device": "cpu"},
+        "adapter": {"r": 4, "num_experts": 2, "target_modules": ["q_proj", "v_proj"]},
+        "data": {
+            "root": str(folder),
+            "tasks": {
+                "films": {
+                    "source": "jsonl",
+                    "files": {"train": "train.jsonl", "validation": "validation.jsonl"},
+                }
+            },
+        },
+        "training": {"max_steps": 6, "per_device_train_batch_size": 4},
+    }
+    path.write_text(yaml.safe_dump(settings | sections))
+    return str(path)
+
+
+def test_what_it_shows(folder, tmp_path, capsys):
+    path = run_file(tmp_path / "run.yaml", folder)
+    assert main(["check", path]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == [path, "is", "right."]
+    assert ["modules", "2", "x", "q_proj", "[32", "->", "32]"] in lines
+    assert ["modules", "2", "x", "v_proj", "[32", "->", "16]"] in lines
+    experts = 2 * 2 * 4 * (32 + 32 + 32 + 16)  # layers, experts, rank, widths
+    scaling, rotation = 2 * 2 * 2 * 32, 2 * 2 * 2 * 4 * 32
+    trainable = f"{experts + scaling + rotation:,}"
+    assert any(line[:3] == ["parameters", trainable, "trainable"] for line in lines)
+    assert [f"{rotation:,}", "rotation", "gate"] in lines
+    films = [line for line in lines if line[:1] == ["films"]]
+    assert [line[:3] for line in films] == [["films", "train", "12"], ["films", "validation", "3"]]
+    words = tiny_folders.tokenizer()
+    counted = sum(len(words(f"the film {i} is good").input_ids) + 1 for i in range(12))
+    assert int(films[0][3]) == counted
+    assert any(line[:2] == ["memory", "about"] for line in lines)
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_mistake_at_once_before_anything_loads(folder, tmp_path, capsys, monkeypatch):
+    for name in ("load_tokenizer", "load_examples", "preview"):
+        monkeypatch.setattr(f"rotmole.cli.check.{name}", None)  # calling it would fail
+    path = run_file(
+        tmp_path / "run.yaml",
+        folder,
+        adapter={"target_modules": ["q_porj", "xyz"]},
+        data={
+            "tasks": {
+                "films": {"source": "jsonl", "files": {"train": str(folder / "trian.jsonl")}},
+                "units": {"source": "locale", "kind": "unit"},
+            }
+        },
+        training={"lerning_rate": 1},
+        sed=1,
+    )
+    assert main(["check", path]) == 2
+    shown = capsys.readouterr().err
+    for words in (
+        "6 problems",
+        "did you mean 'q_proj'?",
+        "'xyz' matches no module",
+        "did you mean 'train.jsonl'?",
+        "did you mean 'units'?",
+        "did you mean 'learning_rate'?",
+        "did you mean 'seed'?",
+    ):
+        assert words in shown
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.stem)
+def test_every_template_passes(template, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    raw = yaml.safe_load(template.read_text())
+    row = {
+        "text": "the film", "label": 0, "question": "the film", "choices": ["good", "bad"],
+        "answer": 1, "body": "the film is", "title": "good", "lang": "de",
+        "messages": [
+            {"role": "user", "content": "the film"}, {"role": "assistant", "content": "good"},
+        ],
+    }  # fmt: skip
+    rows = [row | {"text": f"the film {i}", "body": str(i)} for i in range(40)]
+    overrides = [f"model.name={folder / 'model'}", "model.dtype=float32", "model.device=cpu"]
+    for name, task in raw["data"]["tasks"].items():
+        for file in task.get("files", {}).values():
+            tiny_folders.write_rows(Path(raw["data"].get("root", "."), file), rows)
+        if task["source"] == "locale":
+            overrides.append(f"data.tasks.{name}.languages=[de]")
+            overrides.append(f"data.tasks.{name}.limit={json.dumps({'train': 5, 'validation': 2})}")
+    assert main(["check", str(template), *overrides]) == 0, capsys.readouterr().err
+    shown = capsys.readouterr().out
+    assert f"{template} is right." in shown
+    assert ("note: training needs" in shown) == (template.stem == "quantised")
+
+
+RUNS = {
+    "small": ({}, 4, 4),
+    "wide": ({"hidden_size": 256, "intermediate_size": 512, "vocab_size": 8000}, 60, 8),
+    "deep": ({"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 6}, 80, 16),
+}
+
+
+@pytest.mark.parametrize(("settings", "words", "batch"), RUNS.values(), ids=RUNS)
+def test_the_memory_estimate_is_within_a_quarter_of_the_peak(settings, words, batch, tmp_path):
+    """Check and train in one process, which counts its own peak."""
+    tiny_folders.write_model(tmp_path / "model", **settings)
+    rows = [{"prompt": "red blue " * words + f"{i} ", "completion": "green"} for i in range(48)]
+    tiny_folders.write_rows(tmp_path / "train.jsonl", rows)
+    tasks = {"colours": {"source": "jsonl", "files": {"train": "train.jsonl"}}}
+    path = run_file(
+        tmp_path / "run.yaml",
+        tmp_path,
+        data={"root": str(tmp_path), "tasks": tasks},
+        training={"max_steps": 6, "per_device_train_batch_size": batch},
+    )
+    code = """
+import resource, sys
+from rotmole_cli import main
+for verb in ("check", "train"):
+    assert main([verb, sys.argv[1]]) == 0
+print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, path], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    number, unit = re.search(r"memory +about ([\d.]+) (GB|MB)", done.stdout).groups()
+    estimate = float(number) * {"GB": 1e9, "MB": 1e6}[unit]
+    peak = int(done.stdout.split("PEAK ")[1])
+    assert abs(estimate - peak) < 0.25 * peak

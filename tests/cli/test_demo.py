@@ -1,0 +1,75 @@
+"""The demo, whole, on a tiny model: two processes, one start, one table, one file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rotmole.cli.demo import OURS, TWIN, demo, make_jobs
+from rotmole.errors import RotMoleError
+from training_cases import write_model
+
+
+@pytest.fixture(scope="module")
+def overrides(tmp_path_factory) -> list[str]:
+    """A tiny model and few rows in place of the demo's own."""
+    folder = write_model(tmp_path_factory.mktemp("model"))
+    tasks = [
+        f"data.tasks.{kind}={{source: locale, kind: {kind}, languages: [de, fr], "
+        "limit: {train: 6, validation: 1, test: 2}}"
+        for kind in ("units", "currency", "dates", "numbers")
+    ]
+    return [f"model.name={folder}", "model.dtype=float32", "evaluation.max_new_tokens=4", *tasks]
+
+
+@pytest.fixture(scope="module")
+def output(overrides, tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("demo") / "out"
+
+
+def test_the_demo_tells_all_it_promises(overrides, output, capfd):
+    assert demo(output, 3, 1, overrides) == 0
+    screen = capfd.readouterr()
+    lines = screen.out.splitlines()
+    estimate = next(i for i, line in enumerate(lines) if line.startswith("estimate"))
+    header = next(i for i, line in enumerate(lines) if line.startswith("task "))
+    assert estimate < header
+    for name in ("before", "before, 3 examples", TWIN, OURS):
+        assert name in lines[header]
+    cells = [line.split()[:2] for line in lines[header + 1 :]]
+    for task in ("units", "currency", "dates", "numbers"):
+        for language in ("de", "fr"):
+            assert [task, language] in cells
+    assert "trainable parameters" in screen.out
+    assert "One seed decides nothing" in screen.out
+    assert f"{OURS}: training 3/3" in screen.err
+    found = json.loads((output / "demo.json").read_text(encoding="utf-8"))
+    assert set(found["exact_match"]) == {"before", "before, 3 examples", TWIN, OURS}
+    for name in (TWIN, OURS):
+        assert found["rise"][name] == found["exact_match"][name] - found["exact_match"]["before"]
+    assert found["trainable_parameters"][OURS] > found["trainable_parameters"][TWIN]
+    assert found["report"]["systems"][OURS]["tasks"]["units"]["groups"].keys() == {"de", "fr"}
+
+
+def test_the_sides_differ_in_the_rotation_alone(overrides, tmp_path):
+    ours, twin = (job.run for job in make_jobs(tmp_path, 3, 1, overrides))
+    assert twin.adapter["rotation"] == "none"
+    assert ours.adapter | {"rotation": "none"} == twin.adapter
+    same = {"output_dir": "", "adapter": {}}
+    assert ours.model_copy(update=same) == twin.model_copy(update=same)
+
+
+def test_the_shipped_settings_are_the_ones_described(tmp_path):
+    run = make_jobs(tmp_path, 200, 0)[0].run
+    cells = sum(len(task.languages) for task in run.data.tasks.values())
+    rows = sum(len(task.languages) * task.limit["train"] for task in run.data.tasks.values())
+    assert cells == 20
+    assert rows == run.training["max_steps"] * run.training["per_device_train_batch_size"]
+
+
+def test_a_failing_side_ends_the_demo_with_its_sentence(overrides, tmp_path):
+    with pytest.raises(RotMoleError, match="no_such_module") as caught:
+        demo(tmp_path, 3, 0, [*overrides, "adapter.target_modules=[no_such_module]"])
+    assert caught.value.exit_code == 2

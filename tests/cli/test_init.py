@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import rotmole.config
+import rotmole_cli.init
+from rotmole.config.load import load_run
+from rotmole_cli import main
+
+SHIPPED = Path(rotmole.config.__file__).parent / "templates"
+
+
+def test_the_file_is_written_and_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["init"]) == 0
+    assert capsys.readouterr().out == "wrote run.yaml (template quickstart)\n"
+    assert (tmp_path / "run.yaml").read_text() == (SHIPPED / "quickstart.yaml").read_text()
+    assert load_run("run.yaml").model.name == "smollm2-135m"
+    assert [file.name for file in tmp_path.iterdir()] == ["run.yaml"]
+
+
+@pytest.mark.parametrize("template", [path.stem for path in sorted(SHIPPED.glob("*.yaml"))])
+def test_every_template_by_name(tmp_path, template):
+    assert main(["init", str(tmp_path / "x.yaml"), "--template", template]) == 0
+    assert (tmp_path / "x.yaml").read_text() == (SHIPPED / f"{template}.yaml").read_text()
+
+
+def test_an_existing_file_is_kept_unless_forced(tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text("mine")
+    assert main(["init", str(file)]) == 2
+    assert file.read_text() == "mine"
+    assert "exists already" in capsys.readouterr().err
+    assert main(["init", str(file), "--force"]) == 0
+    assert file.read_text() != "mine"
+
+
+def test_a_folder_gets_a_run_yaml(tmp_path):
+    assert main(["init", str(tmp_path)]) == 0
+    assert (tmp_path / "run.yaml").is_file()
+
+
+def test_an_unknown_template(tmp_path, capsys):
+    assert main(["init", str(tmp_path / "x.yaml"), "-t", "quickstrat"]) == 2
+    error = capsys.readouterr().err
+    assert "did you mean 'quickstart'?" in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_missing(tmp_path, capsys):
+    assert main(["init", str(tmp_path / "no" / "x.yaml")]) == 4
+    assert "cannot write" in capsys.readouterr().err
+
+
+def test_the_list_names_every_template(capsys):
+    assert main(["init", "--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(rotmole_cli.init.templates())
+    assert all(len(line) <= 110 for line in lines)

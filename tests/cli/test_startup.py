@@ -1,0 +1,49 @@
+"""Help, version and init answer at once: nothing heavy is imported for them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+COMMANDS = {
+    "help": ["--help"],
+    "version": ["--version"],
+    "verb help": ["train", "--help"],
+    "init": ["init", "run.yaml"],
+    "mistake": ["tarin"],
+}
+HEAVY = ["torch", "peft", "transformers", "trl", "datasets", "numpy", "rotmole"]
+
+
+@pytest.mark.parametrize("words", COMMANDS.values(), ids=COMMANDS)
+def test_nothing_heavy_is_imported(words, tmp_path):
+    code = f"""
+import sys
+from rotmole_cli import main
+code = main({words!r})
+assert code == {2 if words == ["tarin"] else 0}, code
+print("HEAVY", sorted(set({HEAVY!r}) & set(sys.modules)))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "HEAVY []"
+
+
+@pytest.mark.parametrize("name", ["help", "version", "init"])
+def test_a_cold_process_answers_in_half_a_second(name, tmp_path):
+    best = float("inf")
+    for attempt in range(5):
+        words = [word.replace("run", f"run{attempt}") for word in COMMANDS[name]]
+        start = time.perf_counter()
+        subprocess.run(
+            [sys.executable, "-m", "rotmole_cli", *words],
+            cwd=tmp_path,
+            check=True,
+            capture_output=True,
+        )
+        best = min(best, time.perf_counter() - start)
+    assert best < 0.5

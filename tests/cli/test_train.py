@@ -1,0 +1,139 @@
+"""rotmole train as a user runs it: what it says, exit codes, signals, equal ways to one result."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from rotmole.training.callbacks import read_metrics
+from rotmole.training.folder import find_resume
+from rotmole_cli import main
+from training_cases import settings, write_data, write_model
+
+
+@pytest.fixture(scope="module")
+def run_yaml(tmp_path_factory) -> Path:
+    """A run file on disk, with its model and rows."""
+    root = tmp_path_factory.mktemp("train")
+    model, data = write_model(root / "model"), root / "data"
+    data.mkdir()
+    content = settings(model, write_data(data), root / "run")
+    path = root / "run.yaml"
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return path
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def assert_close(first: Path, second: Path) -> None:
+    found = adapter(second)
+    for name, value in adapter(first).items():
+        difference = (value - found[name]).abs().max().item()
+        assert difference < 1e-4 * value.abs().max().item(), (second.name, name, difference)
+
+
+def test_it_says_what_it_trains_and_what_came_out(run_yaml, tmp_path, capsys):
+    words = [str(run_yaml), f"output_dir={tmp_path / 'run'}", "training.max_steps=5"]
+    assert main(["train", *words]) == 0
+    screen = capsys.readouterr()
+    assert "q_proj x 2, v_proj x 2" in screen.out
+    assert "gates included" in screen.out
+    assert "colours 30, sums 30 rows" in screen.out
+    assert "updates     5 of 4 rows" in screen.out
+    assert "eval colours loss" in screen.out
+    assert "step 5/5" in screen.err
+    assert f"rotmole eval {tmp_path / 'run'}" in screen.out
+
+
+def test_it_runs_again_into_its_own_folder(run_yaml, tmp_path):
+    words = ["train", str(run_yaml), f"output_dir={tmp_path / 'run'}", "training.max_steps=5"]
+    assert main(words) == 0
+    first = adapter(tmp_path / "run")
+    assert main(words) == 0
+    second = adapter(tmp_path / "run")
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_ways_to_one_update_agree(run_yaml, tmp_path):
+    """Batches of 4, 2 x 2 and 1 x 4, with checkpointing on: one curve, balance loss included.
+
+    Rows of equal length, because the balance loss weighs sequences by their tokens within a
+    micro-batch; 14 rows, so that an epoch ends with a short update of equal micro-batches.
+    """
+    rows = [{"prompt": "red 1 then ", "completion": c} for c in ("blue", "pink")] * 7
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    task = f"{{equal: {{source: jsonl, files: {{train: {file}}}}}}}"
+    common = [
+        f"data.tasks={task}", "training.max_steps=-1", "training.num_train_epochs=2",
+        "adapter.lora_dropout=0", "training.save_steps=1.0", "training.eval_steps=null",
+        "adapter.router_aux_loss_coef=5",
+    ]  # fmt: skip
+    size, accumulation = "per_device_train_batch_size", "gradient_accumulation_steps"
+    ways = {
+        "4 x 1": [],
+        "2 x 2": [f"training.{size}=2", f"training.{accumulation}=2"],
+        "1 x 4": [f"training.{size}=1", f"training.{accumulation}=4"],
+        "checkpointed": ["training.activation_checkpointing=true"],
+    }  # fmt: skip
+    for name, words in ways.items():
+        folder = f"output_dir={tmp_path / name}"
+        assert main(["train", str(run_yaml), folder, *common, *words]) == 0
+    for name in ways:
+        assert_close(tmp_path / "4 x 1", tmp_path / name)
+
+
+def test_bad_settings_are_all_told_before_anything_loads(run_yaml, tmp_path, capsys):
+    words = [f"output_dir={tmp_path / 'run'}", "training.max_stepz=5", "adapter.top_k=9"]
+    assert main(["train", str(run_yaml), *words]) == 2
+    said = capsys.readouterr().err
+    assert "max_steps" in said
+    assert "top_k" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_finite_exits_with_3(run_yaml, tmp_path, capsys):
+    words = [f"output_dir={tmp_path / 'run'}", "training.learning_rate=1e30"]
+    assert main(["train", str(run_yaml), *words, "training.warmup_steps=0"]) == 3
+    assert "not finite" in (said := capsys.readouterr().err) or "loss of update" in said
+    assert (tmp_path / "run" / "failure.json").is_file()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_before_the_exit(run_yaml, tmp_path, number, code):
+    folder = tmp_path / "run"
+    words = ["train", str(run_yaml), f"output_dir={folder}", "training.max_steps=5000"]
+    words += ["training.save_steps=5000", "training.eval_steps=5000"]
+    script = "import sys; from rotmole_cli import main; sys.exit(main(sys.argv[1:]))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, *words],
+        stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    while process.poll() is None and not read_metrics(folder / "metrics.jsonl"):
+        time.sleep(0.05)
+    process.send_signal(number)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == code
+    assert "--resume auto" in said
+    (checkpoint,) = folder.glob("checkpoint-*")
+    step = int(checkpoint.name.removeprefix("checkpoint-"))
+    assert 0 < step < 5000
+    assert not (folder / "adapter").exists()
+    assert find_resume(folder, "auto") == checkpoint
+    if number == signal.SIGINT:
+        last = [f"training.max_steps={step + 2}", "training.save_steps=5000"]
+        assert main([*words, *last, "training.eval_steps=5000", "--resume", "auto"]) == 0
+        steps = [row["step"] for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
+        assert steps == list(range(1, step + 3))
