@@ -18,7 +18,7 @@ def overrides(tmp_path_factory) -> list[str]:
     folder = write_model(tmp_path_factory.mktemp("model"))
     tasks = [
         f"data.tasks.{kind}={{source: locale, kind: {kind}, languages: [de, fr], "
-        "limit: {train: 6, validation: 1, test: 2}}"
+        "limit: {train: 6, validation: 1, test: 2}, metrics: [exact_match]}"
         for kind in ("units", "currency", "dates", "numbers")
     ]
     return [f"model.name={folder}", "model.dtype=float32", "evaluation.max_new_tokens=4", *tasks]

@@ -101,13 +101,13 @@ def test_wrong_usage(words, capsys):
 
 
 def test_sigterm_is_143_and_the_handler_comes_back(monkeypatch, capsys):
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     monkeypatch.setattr(
         rotmole.cli.doctor, "doctor", lambda adapter: os.kill(os.getpid(), signal.SIGTERM)
     )
     assert main(["doctor"]) == 143
     assert capsys.readouterr().err == "rotmole: terminated.\n"
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.signal(signal.SIGTERM, before) is signal.SIG_DFL
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -6,6 +6,7 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,13 +17,14 @@ import transformers
 from transformers import TrainerCallback
 
 from rotmole.config.schema import EvaluationSection, RunFile
+from rotmole.data import Example
 from rotmole.errors import RotMoleError
 from rotmole.evaluation import measure
 from rotmole.evaluation.report import System
 from rotmole.training import Built, train
 from rotmole.training.start import load_start, save_start, start_digest
 
-PROBE_UPDATES, PROBE_ANSWERS = 4, 16
+PROBE_UPDATES = 4
 
 
 @dataclass(frozen=True)
@@ -128,22 +130,33 @@ def _work(job: Job, messages: Any, go: Any) -> Outcome:
 
 def _answers(job: Job, built: Built, messages: Any) -> dict[str, System]:
     section = job.run.evaluation
-    systems = {job.name: _measure(job.name, built, section, messages)}
+    rows = built.examples[section.split]
+    systems = {job.name: _measure(built, section, rows, _teller(job.name, messages))}
     with built.model.disable_adapter():
         for name, count in job.before.items():
             shown = section.model_copy(update={"examples_in_prompt": count})
-            systems[name] = _measure(name, built, shown, messages)
+            systems[name] = _measure(built, shown, rows, _teller(name, messages))
     return systems
 
 
-def _measure(name: str, built: Built, section: EvaluationSection, messages: Any) -> System:
+def _teller(name: str, messages: Any) -> Callable[[str, int, int], None]:
+    return lambda what, done, total: messages.put(("progress", name, what, done, total))
+
+
+def _measure(
+    built: Built,
+    section: EvaluationSection,
+    rows: dict[str, list[Example]],
+    progress: Callable[[str, int, int], None] | None = None,
+) -> System:
     return measure(
         built.model,
         built.base.tokenizer,
-        built.examples[section.split],
+        rows,
         section,
+        metrics_by_task={name: task.metrics for name, task in built.run.data.tasks.items()},
         demonstrations=built.examples["train"],
-        progress=lambda what, done, total: messages.put(("progress", name, what, done, total)),
+        progress=progress,
         seed=built.run.seed,
     )
 
@@ -160,9 +173,7 @@ def _probe(built: Built, job: Job) -> float:
     model.zero_grad()
     model.eval()
     section, rows = job.run.evaluation, built.examples[job.run.evaluation.split]
-    some = {task: found[: PROBE_ANSWERS // len(rows) + 1] for task, found in rows.items()}
-    found = measure(model, built.base.tokenizer, some, section, seed=built.run.seed)
-    batch = section.batch_size
-    batches_ahead = -(-sum(map(len, rows.values())) // batch)
-    answers = (1 + len(job.before)) * batches_ahead * found.seconds
-    return trainer.args.max_steps * min(times) + answers
+    some = {task: found[: section.batch_size // len(rows)] for task, found in rows.items()}
+    seconds = _measure(built, section, some).seconds
+    rounds = -(-sum(map(len, rows.values())) // section.batch_size) * (1 + len(job.before))
+    return trainer.args.max_steps * min(times) + rounds * seconds

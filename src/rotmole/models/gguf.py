@@ -81,4 +81,3 @@ def make_ordinary(model: Any) -> None:
     if torch.equal(head.weight, source.weight):
         model.config.tie_word_embeddings = True
         head.weight = source.weight
-        model.tie_weights()

@@ -1,0 +1,238 @@
+"""From a run file to everything that training needs: the one place where the parts are wired."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from peft import PeftModel, get_peft_model
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
+from trl import SFTConfig
+
+from rotmole.config.load import sft_arguments
+from rotmole.config.schema import SPLITS, RunFile, Split
+from rotmole.data import Collator, Example, encode_all, load_examples, mix
+from rotmole.errors import ConfigError, DataError
+from rotmole.models.load import LoadedModel, load_model
+from rotmole.training.callbacks import BalanceCallback, JsonLinesCallback, NonFiniteCallback
+from rotmole.training.folder import METRICS
+from rotmole.training.trainer import RotMoleTrainer
+from rotmole.tuner.config import RotMoleConfig
+
+UNLIMITED = 1 << 30
+
+
+@dataclass
+class Built:
+    """The parts of a run, wired.
+
+    Attributes:
+        run: the run file.
+        base: the base model as loaded, with its tokenizer and note.
+        model: the base with the adapter.
+        examples: split -> task -> rows as text, every split that the tasks have.
+        trainer: ready to train.
+    """
+
+    run: RunFile
+    base: LoadedModel
+    model: PeftModel
+    examples: dict[Split, dict[str, list[Example]]]
+    trainer: RotMoleTrainer
+
+
+def build(
+    run: RunFile,
+    *,
+    callbacks: Sequence[TrainerCallback] = (),
+    say: Callable[[str], None] | None = None,
+) -> Built:
+    """Wire a run: model, adapter, data, trainer.
+
+    Args:
+        run: a checked run file.
+        callbacks: beside those of every run (balance scale, metric lines, stop at a NaN).
+        say: told before slow steps.
+
+    Returns:
+        The parts.
+
+    Raises:
+        InputError: model, adapter, data or training settings do not work together.
+
+    Source: our choice.
+    """
+    say = say or (lambda text: None)
+    say(f"loading {run.model.name}")
+    base = load_model(run.model, say=say)
+    say("loading data")
+    examples = all_examples(run, base.tokenizer)
+    model = add_adapter(run, base.model)
+    trainer = build_trainer(run, model, base.tokenizer, examples, callbacks)
+    return Built(run, base, model, examples, trainer)
+
+
+def all_examples(run: RunFile, tokenizer: Any) -> dict[Split, dict[str, list[Example]]]:
+    """Load every split that the tasks have.
+
+    Args:
+        run: the run.
+        tokenizer: the model's.
+
+    Returns:
+        split -> task -> rows; a split without rows is empty.
+
+    Raises:
+        DataError: no task has a row to train on.
+
+    Source: our choice.
+    """
+    found = {s: load_examples(run.data, s, seed=run.seed, tokenizer=tokenizer) for s in SPLITS}
+    if not any(found["train"].values()):
+        raise DataError("no task has a row in its train split; name files: {train: ...}.")
+    return found
+
+
+def add_adapter(run: RunFile, base: Any) -> PeftModel:
+    """Put the run's adapter on a base model; the seed decides its initial weights.
+
+    Args:
+        run: the run; `adapter:` holds RotMoleConfig's settings.
+        base: the base model.
+
+    Returns:
+        The PeftModel.
+
+    Raises:
+        ConfigError: the settings contradict each other or do not fit the model.
+
+    Source: our choice.
+    """
+    set_seed(run.seed)
+    config = RotMoleConfig(task_type="CAUSAL_LM", **run.adapter)
+    return get_peft_model(base, config)
+
+
+def build_trainer(
+    run: RunFile,
+    model: PeftModel,
+    tokenizer: Any,
+    examples: Mapping[Split, Mapping[str, list[Example]]],
+    callbacks: Sequence[TrainerCallback] = (),
+) -> RotMoleTrainer:
+    """Wire the trainer.
+
+    Args:
+        run: the run.
+        model: base with adapter.
+        tokenizer: the model's.
+        examples: from `all_examples`.
+        callbacks: beside those of every run.
+
+    Returns:
+        The trainer; transformers' own progress and printing are off.
+
+    Raises:
+        ConfigError, DataError: settings or rows that cannot be trained on.
+
+    Source: our choice.
+    """
+    validation = {task: rows for task, rows in examples["validation"].items() if rows}
+    arguments = training_arguments(run, validated=bool(validation))
+    length = arguments.max_length or UNLIMITED
+    train = mix(dict(examples["train"]), run.data, seed=run.seed)
+    trainer = RotMoleTrainer(
+        optimizer_section=run.optimizer,
+        model=model,
+        args=arguments,
+        train_dataset=tokenised(train, tokenizer, length),
+        eval_dataset={t: tokenised(rows, tokenizer, length) for t, rows in validation.items()}
+        or None,
+        data_collator=Collator(tokenizer, arguments.pad_to_multiple_of),
+        processing_class=tokenizer,
+        callbacks=[
+            BalanceCallback(),
+            NonFiniteCallback(),
+            JsonLinesCallback(Path(run.output_dir, METRICS)),
+            *callbacks,
+        ],
+    )
+    for printing in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(printing)
+    return trainer
+
+
+def training_arguments(run: RunFile, *, validated: bool) -> SFTConfig:
+    """Complete the run's training settings by what depends on the data.
+
+    Where there are validation rows, the checkpoint with the lowest validation loss is the result,
+    if checkpoints are saved when validation runs.
+
+    Args:
+        run: the run.
+        validated: whether there are validation rows.
+
+    Returns:
+        The trainer's arguments.
+
+    Raises:
+        ConfigError: a setting that only TRL's own trainer knows.
+
+    Source: our choice.
+    """
+    values = sft_arguments(run) | {"disable_tqdm": True}
+    values.setdefault("include_num_input_tokens_seen", "non_padding")
+    if not validated:
+        values |= {"eval_strategy": "no", "eval_steps": None, "load_best_model_at_end": False}
+    elif values.get("eval_strategy", "no") != "no" and "load_best_model_at_end" not in values:
+        values["load_best_model_at_end"] = _saves_when_it_validates(values)
+    if values.get("load_best_model_at_end"):
+        values.setdefault("metric_for_best_model", "eval_loss")
+    idle = [n for n, d in {"loss_type": "nll", "activation_offloading": False}.items()
+            if values.get(n, d) != d]  # fmt: skip
+    if idle:
+        raise ConfigError([f"training.{name} is not supported; leave it out." for name in idle])
+    return SFTConfig(**values)
+
+
+def _saves_when_it_validates(values: Mapping[str, Any]) -> bool:
+    """Tell whether each checkpoint has a validation loss; warn where the best cannot be known."""
+    save, validate = values.get("save_strategy"), values["eval_strategy"]
+    if save == "best" or (save == validate and save == "epoch"):
+        return True
+    if save == validate == "steps":
+        steps = values.get("save_steps", 500), values.get("eval_steps") or values["logging_steps"]
+        if round(steps[0] * 10**6) % round(steps[1] * 10**6) == 0:
+            return (steps[0] < 1) == (steps[1] < 1)
+    if save != "no":
+        warnings.warn(
+            "the last checkpoint will be the result, not the best: training.save_strategy and "
+            "save_steps must follow eval_strategy and eval_steps for that.",
+            stacklevel=2,
+        )
+    return False
+
+
+def tokenised(rows: Sequence[Example], tokenizer: Any, max_length: int) -> Dataset:
+    """Turn rows of text into token ids, keeping task and id beside them.
+
+    Args:
+        rows: the rows, in order.
+        tokenizer: the model's.
+        max_length: most tokens of a row.
+
+    Returns:
+        Columns input_ids, labels, task, group, id.
+
+    Raises:
+        DataError: a row is too long or has nothing to learn.
+
+    Source: our choice.
+    """
+    encoded = encode_all(rows, tokenizer, max_length=max_length)
+    ids = [{"id": row.id} for row in rows]
+    return Dataset.from_list([{**e, **i} for e, i in zip(encoded, ids, strict=True)])

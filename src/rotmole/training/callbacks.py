@@ -1,0 +1,319 @@
+"""What happens beside a training step: balance scale, metric lines, progress, stops.
+
+Each callback is an ordinary transformers TrainerCallback and works with any Trainer;
+`BalanceCallback` is the one that plain Trainer users need when they accumulate gradients.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from rotmole.errors import NonFiniteError
+from rotmole.models.files import atomic_write_text, storage_errors
+from rotmole.tuner.balance import balance_states
+
+TIMING_SUFFIXES = ("_runtime", "_per_second", "peak_memory_bytes")
+"""Ends of the metric names that differ between two runs of one command; all others are equal."""
+
+
+def micro_batches(args: TrainingArguments, state: TrainerState, dataloader: Any) -> int:
+    """Count the micro-batches of the update about to begin; an epoch's last one may be shorter.
+
+    Args:
+        args: the trainer's arguments (gradient_accumulation_steps).
+        state: the trainer's state (global_step is the number of finished updates).
+        dataloader: the training batches; one without a length counts as endless.
+
+    Returns:
+        Number of micro-batches, at least 1.
+
+    Source: our choice.
+    """
+    accumulation = max(args.gradient_accumulation_steps, 1)
+    try:
+        batches = len(dataloader)
+    except TypeError:
+        return accumulation
+    updates = max(math.ceil(batches / accumulation), 1)
+    is_last = state.global_step % updates == updates - 1
+    return (batches % accumulation or accumulation) if is_last else accumulation
+
+
+def balance_logs(model: torch.nn.Module) -> dict[str, float]:
+    """Take the mean balance losses since the last call out of a model.
+
+    Args:
+        model: a model with a RotMoLE adapter; any other has none.
+
+    Returns:
+        router_aux_loss and router_z_loss, each a mean over layers and micro-batches, in so far as
+        they were computed.
+
+    Source: our choice.
+    """
+    sums: dict[str, list[float]] = {}
+    for balance in balance_states(model):
+        for name, value in (balance.pop() or {}).items():
+            sums.setdefault(name, []).append(value)
+    return {name: sum(values) / len(values) for name, values in sums.items()}
+
+
+class BalanceCallback(TrainerCallback):
+    """Scale the balance loss to its update, loss_scale = AMP scale / micro-batches, and log it."""
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Set the scale before the update's first micro-batch."""
+        scale = 1.0 / micro_batches(args, state, kwargs.get("train_dataloader"))
+        scaler = getattr(kwargs.get("optimizer"), "scaler", None)  # fp16 only
+        if scaler is not None:
+            scale *= scaler.get_scale()
+        for balance in balance_states(kwargs["model"]):
+            balance.managed = True
+            balance.loss_scale = scale
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the balance losses to a training log; loss itself does not contain them."""
+        if logs is not None and "loss" in logs:
+            logs.update(balance_logs(kwargs["model"]))
+
+
+class JsonLinesCallback(TrainerCallback):
+    """Append every log to a file, one JSON object a line, flushed at once.
+
+    Args:
+        path: the file (metrics.jsonl). Lines of updates that a resumed run repeats are dropped.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Keep the lines up to the step that training starts from."""
+        if not state.is_world_process_zero:
+            return
+        rows = read_metrics(self.path) if state.global_step else []
+        kept = [row for row in rows if row["step"] <= state.global_step]
+        atomic_write_text(self.path, "".join(_line(row) for row in kept))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Append one line."""
+        if logs is None or not state.is_world_process_zero:
+            return
+        with storage_errors(self.path), self.path.open("a", encoding="utf-8") as stream:
+            stream.write(_line({"step": state.global_step, **logs}))
+            stream.flush()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Read metrics.jsonl; a last line cut short by a crash is left out.
+
+    Args:
+        path: the file; a missing one has no rows.
+
+    Returns:
+        One dictionary a log, in order.
+
+    Source: our choice.
+    """
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def _line(row: dict[str, Any]) -> str:
+    finite = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in row.items()
+    }
+    return json.dumps(finite) + "\n"
+
+
+class ProgressCallback(TrainerCallback):
+    """Show progress on standard error: a bar on a terminal, plain lines elsewhere.
+
+    Args:
+        label: what the bar is called, such as the adapter's name.
+    """
+
+    def __init__(self, label: str = "training") -> None:
+        self.label = label
+        self.bar: Any = None
+        self.job: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open the bar if somebody watches."""
+        if not state.is_world_process_zero or not sys.stderr.isatty():
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+        columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self.bar = Progress(*columns, "{task.fields[note]}", console=Console(stderr=True))
+        self.job = self.bar.add_task(
+            self.label, total=state.max_steps, completed=state.global_step, note=""
+        )
+        self.bar.start()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Move the bar."""
+        if self.bar is not None:
+            self.bar.update(self.job, completed=state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Show the newest losses."""
+        note = describe(logs or {})
+        if not note or not state.is_world_process_zero:
+            return
+        if self.bar is not None:
+            self.bar.update(self.job, note=note)
+        else:
+            line = f"{self.label}: step {state.global_step}/{state.max_steps}  {note}"
+            print(line, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leave the terminal as it was; safe to call at any time."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+
+def describe(logs: dict[str, Any]) -> str:
+    """Say a log in a few words.
+
+    Args:
+        logs: what the trainer logged.
+
+    Returns:
+        Such as "loss 1.2345  774 tokens/s", "" where nothing is worth a line.
+
+    Source: our choice.
+    """
+    parts = []
+    for name, text in (
+        ("loss", "loss {:.4f}"),
+        ("eval_loss", "validation loss {:.4f}"),
+        ("router_aux_loss", "balance {:.3f}"),
+        ("train_tokens_per_second", "{:.0f} tokens/s"),
+    ):
+        if name in logs and ("loss" in logs or "eval_loss" in logs):
+            parts.append(text.format(logs[name]))
+    return "  ".join(parts)
+
+
+class NonFiniteCallback(TrainerCallback):
+    """Stop before an update whose gradient is not finite, so no NaN reaches the weights.
+
+    Under fp16 the gradient scaler skips such updates itself; then nothing is checked here.
+    """
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Look at the gradient's norm; clipping has spread any NaN, but has not hidden it."""
+        if getattr(kwargs.get("optimizer"), "scaler", None) is not None:
+            return
+        model = kwargs["model"]
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        if grads and not torch.stack([grad.norm() for grad in grads]).sum().isfinite():
+            raise NonFiniteError(
+                f"the gradient of update {state.global_step + 1} is not finite; training stopped "
+                "before the update. Lower training.learning_rate or training.max_grad_norm, or "
+                "look at the rows in failure.json."
+            )
+
+
+class StopOnSignal(TrainerCallback):
+    """Turn Ctrl-C or SIGTERM into: finish this update, save a checkpoint, stop.
+
+    Args:
+        say: told when a signal arrives.
+
+    Attributes:
+        signum: the signal that asked for the stop, None while nobody asked.
+    """
+
+    def __init__(self, say: Callable[[str], None] | None = None) -> None:
+        self.signum: int | None = None
+        self.say = say
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handle the two signals inside the block; a second Ctrl-C stops without saving."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # only the main thread may set handlers
+            return
+        previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in previous:
+            signal.signal(number, self._ask)
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _ask(self, signum: int, frame: FrameType | None) -> None:
+        if self.signum is not None:
+            raise KeyboardInterrupt
+        self.signum = signum
+        if self.say is not None:
+            self.say("saving a checkpoint after this update; once more stops without saving")
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Save and stop if somebody asked and there is work left."""
+        if self.signum is not None and state.global_step < state.max_steps:
+            control.should_save = True
+            control.should_training_stop = True
+        return control

@@ -1,0 +1,171 @@
+"""The run folder: what lies where, which checkpoint to go on from, and whose folder it is."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+from pathlib import Path
+from typing import Any
+
+from rotmole.errors import InputError
+from rotmole.models.files import make_folder, storage_errors, sync
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+METRICS = "metrics.jsonl"
+ADAPTER = "adapter"
+_PRODUCTS = (MANIFEST, METRICS, "run.yaml", "loss.svg", "failure.json", "evaluation.json")
+_CHECKPOINT_FILES = (
+    "trainer_state.json",
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "optimizer.pt",
+    "scheduler.pt",
+)
+
+
+def is_main_process() -> bool:
+    """Tell whether this process writes the run folder: the only one, or torchrun's first."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """List a run's checkpoints, oldest first.
+
+    Args:
+        run_dir: the run folder; it need not exist.
+
+    Returns:
+        Folders checkpoint-N, sorted by N, complete or not.
+
+    Source: our choice.
+    """
+    found = [path for path in run_dir.glob("checkpoint-*") if path.name[11:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[11:]))
+
+
+def missing_files(checkpoint: Path) -> list[str]:
+    """Name the files that a checkpoint lacks to be resumed from, empty ones included.
+
+    Args:
+        checkpoint: its folder.
+
+    Returns:
+        File names, none where training can go on from it.
+
+    Source: our choice.
+    """
+    files = {name: checkpoint / name for name in _CHECKPOINT_FILES}
+    return [n for n, path in files.items() if not path.is_file() or path.stat().st_size == 0]
+
+
+def find_resume(run_dir: Path, resume: str | None) -> Path | None:
+    """Find the checkpoint to go on from.
+
+    Args:
+        run_dir: the run folder.
+        resume: None starts anew, "auto" takes the newest complete checkpoint of the run folder
+            (none there: starts anew), anything else is a checkpoint's path.
+
+    Returns:
+        The checkpoint's folder, or None to start anew.
+
+    Raises:
+        InputError: the path is no complete checkpoint.
+
+    Source: our choice.
+    """
+    if resume is None:
+        return None
+    if resume != "auto":
+        path = Path(resume).expanduser()
+        missing = missing_files(path)
+        if missing:
+            what = "there is no such folder" if not path.is_dir() else "it is not complete"
+            raise InputError(
+                f"cannot resume from {str(path)!r}: {what} (missing: {', '.join(missing)}). Use "
+                "--resume auto to take the newest complete checkpoint of the run folder."
+            )
+        return path
+    for path in reversed(checkpoints(run_dir)):
+        missing = missing_files(path)
+        if not missing:
+            return path
+        logger.warning("skipped checkpoint %s: it lacks %s", path, ", ".join(missing))
+    return None
+
+
+def claim(run_dir: Path, *, resuming: bool) -> None:
+    """Make the run folder ready: a finished earlier run gives way, an unfinished one does not.
+
+    Args:
+        run_dir: the run folder, created if missing.
+        resuming: the run goes on from a checkpoint, so everything stays.
+
+    Raises:
+        InputError: the folder holds an unfinished run with checkpoints, or files of others.
+        StorageError: the folder cannot be written.
+
+    Source: our choice.
+    """
+    make_folder(run_dir)
+    with storage_errors(run_dir):
+        probe = run_dir / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    if resuming:
+        (run_dir / "failure.json").unlink(missing_ok=True)
+        return
+    kept = checkpoints(run_dir)
+    if kept and not (run_dir / ADAPTER).is_dir():
+        raise InputError(
+            f"output_dir {str(run_dir)!r} holds an unfinished run (newest checkpoint "
+            f"{kept[-1].name}). Add --resume auto to go on with it, choose another output_dir, or "
+            "delete the folder to start anew."
+        )
+    if kept and not (run_dir / MANIFEST).is_file():
+        raise InputError(
+            f"output_dir {str(run_dir)!r} holds checkpoints that are not rotmole's; choose another."
+        )
+    if not (run_dir / MANIFEST).is_file():
+        return
+    logger.warning("the finished run in %s is replaced", run_dir)
+    with storage_errors(run_dir):
+        for path in [*kept, run_dir / ADAPTER]:
+            shutil.rmtree(path, ignore_errors=True)
+        for name in _PRODUCTS:
+            (run_dir / name).unlink(missing_ok=True)
+
+
+def save_adapter(model: Any, run_dir: Path) -> Path:
+    """Save the adapter into run_dir/adapter, all or nothing.
+
+    Args:
+        model: the PeftModel.
+        run_dir: the run folder.
+
+    Returns:
+        The adapter's folder.
+
+    Raises:
+        StorageError: the disk refused; an older adapter is untouched.
+
+    Source: our choice.
+    """
+    target = run_dir / ADAPTER
+    fresh = run_dir / f".{ADAPTER}-{secrets.token_hex(4)}"
+    with storage_errors(target):
+        try:
+            model.save_pretrained(fresh)
+            for file in fresh.iterdir():
+                sync(file)
+            shutil.rmtree(target, ignore_errors=True)
+            fresh.rename(target)
+            sync(run_dir)
+        except BaseException:
+            shutil.rmtree(fresh, ignore_errors=True)
+            raise
+    return target

@@ -1,0 +1,75 @@
+"""Callbacks: the balance loss's scale, metric lines, and words for a log."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+from transformers import TrainerControl, TrainerState
+
+from rotmole.training.callbacks import (
+    JsonLinesCallback,
+    ProgressCallback,
+    describe,
+    micro_batches,
+    read_metrics,
+)
+
+
+@pytest.mark.parametrize("batches", [1, 3, 4, 8, 9, 11])
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+def test_micro_batches_add_up_to_the_epochs(batches, accumulation):
+    args = SimpleNamespace(gradient_accumulation_steps=accumulation)
+    updates = math.ceil(batches / accumulation)
+    found = [
+        micro_batches(args, TrainerState(global_step=step), range(batches))
+        for step in range(3 * updates)
+    ]
+    assert sum(found) == 3 * batches
+    assert max(found) <= accumulation
+    assert found[:updates] == found[updates : 2 * updates]
+
+
+def test_an_endless_dataloader_has_full_updates():
+    args = SimpleNamespace(gradient_accumulation_steps=4)
+    assert micro_batches(args, TrainerState(global_step=5), iter(())) == 4
+
+
+def test_metric_lines_that_a_resume_repeats_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = JsonLinesCallback(path)
+    lines.on_train_begin(None, TrainerState(global_step=0), TrainerControl())
+    for step in (1, 2, 3):
+        state = TrainerState(global_step=step)
+        lines.on_log(None, state, TrainerControl(), logs={"loss": float(step)})
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write('{"step": 4, "lo')  # killed while writing
+    lines.on_train_begin(None, TrainerState(global_step=2), TrainerControl())
+    assert read_metrics(path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}]
+
+
+def test_what_is_not_finite_stays_json(tmp_path):
+    lines = JsonLinesCallback(tmp_path / "metrics.jsonl")
+    logs = {"eval_loss": math.nan, "loss": math.inf}
+    lines.on_log(None, TrainerState(global_step=1), TrainerControl(), logs=logs)
+    assert read_metrics(lines.path) == [{"step": 1, "eval_loss": None, "loss": None}]
+
+
+def test_a_log_in_words():
+    assert describe({"loss": 1.25, "train_tokens_per_second": 774.2}) == "loss 1.2500  774 tokens/s"
+    assert describe({"eval_loss": 1.5}) == "validation loss 1.5000"
+    assert describe({"train_runtime": 3.0}) == ""
+
+
+def test_progress_is_plain_lines_where_nobody_watches(capsys):
+    progress = ProgressCallback("training")
+    state = TrainerState(global_step=0, max_steps=4)
+    progress.on_train_begin(None, state, TrainerControl())
+    state.global_step = 2
+    progress.on_step_end(None, state, TrainerControl())
+    progress.on_log(None, state, TrainerControl(), logs={"loss": 1.0})
+    progress.close()
+    screen = capsys.readouterr()
+    assert screen.err == "training: step 2/4  loss 1.0000\n"
+    assert screen.out == ""

@@ -1,0 +1,163 @@
+"""A run from its file to its folder: what it learns, what it leaves, and that it repeats."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from rotmole.config.load import load_run
+from rotmole.errors import InputError, NonFiniteError
+from rotmole.training import TrainResult, train
+from rotmole.training.callbacks import TIMING_SUFFIXES, read_metrics
+from training_cases import run_file
+
+
+class PowerCut(TrainerCallback):
+    """Ends the run before an update."""
+
+    def __init__(self, update: int) -> None:
+        self.update = update
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step + 1 == self.update:
+            raise RuntimeError("power cut")
+
+
+def comparable(run_dir: Path) -> list[dict]:
+    """The metric lines without what two runs of one command may differ in."""
+    return [
+        {name: value for name, value in row.items() if not name.endswith(TIMING_SUFFIXES)}
+        for row in read_metrics(run_dir / "metrics.jsonl")
+    ]
+
+
+def weights(result: TrainResult) -> dict[str, torch.Tensor]:
+    return {n: p.detach() for n, p in result.built.model.named_parameters() if p.requires_grad}
+
+
+@pytest.fixture(scope="module")
+def straight(model_folder, data_folder, tmp_path_factory) -> TrainResult:
+    """One uninterrupted run of 20 updates."""
+    output = tmp_path_factory.mktemp("runs") / "straight"
+    return train(run_file(model_folder, data_folder, output), progress=False)
+
+
+def test_the_loss_falls(straight):
+    losses = [
+        row["loss"] for row in read_metrics(straight.run_dir / "metrics.jsonl") if "loss" in row
+    ]
+    assert len(losses) == 20
+    assert sum(losses[-5:]) / 5 < min(losses[:5]) - 0.3
+
+
+def test_a_run_leaves_its_papers(straight):
+    folder = straight.run_dir
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["seed"] == 3
+    assert manifest["data"]["splits"]["train"]["sums"]["rows"] == 30
+    assert {"rotmole", "torch", "peft", "transformers"} <= set(manifest["versions"])
+    assert manifest["adapter"]["trainable_parameters"] == straight.trainable_parameters
+    assert load_run(folder / "run.yaml") == straight.built.run
+    assert (folder / "loss.svg").read_text(encoding="utf-8").lstrip().startswith("<?xml")
+    assert {path.name for path in folder.glob("checkpoint-*")} == {
+        f"checkpoint-{step}" for step in (5, 10, 15, 20)
+    }
+    assert not list(folder.glob(".*"))
+
+
+def test_the_manifest_holds_no_environment(straight, monkeypatch):
+    monkeypatch.setenv("SOME_TOKEN", "do-not-write-this")
+    from rotmole.training.manifest import manifest
+
+    text = manifest(straight.built.run, {}, {})
+    assert "do-not-write-this" not in text
+    assert "SOME_TOKEN" not in text
+
+
+def test_validation_loss_is_told_by_task(straight):
+    rows = [r for r in read_metrics(straight.run_dir / "metrics.jsonl") if "eval_loss" in r]
+    assert [row["step"] for row in rows] == [5, 10, 15, 20]
+    for row in rows:  # six rows of each task
+        mean = (row["eval_colours_loss"] + row["eval_sums_loss"]) / 2
+        assert row["eval_loss"] == pytest.approx(mean)
+
+
+def test_balance_speed_and_memory_are_logged(straight):
+    rows = read_metrics(straight.run_dir / "metrics.jsonl")
+    first = next(row for row in rows if "loss" in row)
+    assert 0.9 < first["router_aux_loss"] < 3
+    assert first["train_tokens_per_second"] > 0
+    assert straight.metrics["peak_memory_bytes"] > 1e7
+
+
+def test_the_best_checkpoint_is_the_result(straight):
+    rows = [r for r in read_metrics(straight.run_dir / "metrics.jsonl") if "eval_loss" in r]
+    best = min(rows, key=lambda row: row["eval_loss"])
+    assert Path(straight.best_checkpoint).name == f"checkpoint-{best['step']}"
+    assert straight.metrics["eval_loss"] == best["eval_loss"]
+
+
+def test_the_adapter_loads_with_equal_logits(straight, model_folder):
+    base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    loaded = PeftModel.from_pretrained(base, straight.adapter_dir).eval()
+    ids = torch.arange(3, 15)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, straight.built.model.eval()(ids).logits)
+
+
+def test_the_card_starts_with_the_import_and_its_code_runs(straight):
+    card = (straight.adapter_dir / "README.md").read_text(encoding="utf-8")
+    code = card.removeprefix("```python\n").partition("```")[0]
+    assert code.startswith("import rotmole\n")
+    namespace: dict = {}
+    exec(code, namespace)
+    assert type(namespace["model"]).__name__ == "PeftModelForCausalLM"
+    assert f"{straight.metrics['eval_loss']:.4g}" in card
+
+
+def test_the_same_command_twice_gives_equal_metrics(straight, model_folder, data_folder, tmp_path):
+    again = train(run_file(model_folder, data_folder, tmp_path / "again"), progress=False)
+    assert comparable(again.run_dir) == comparable(straight.run_dir)
+    for name, value in weights(again).items():
+        assert torch.equal(value, weights(straight)[name]), name
+
+
+@pytest.mark.parametrize("step", [5, 15])  # inside epoch 0 and at its end
+def test_resume_equals_the_straight_run(straight, model_folder, data_folder, tmp_path, step):
+    run = run_file(model_folder, data_folder, tmp_path / "cut")
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(run, progress=False, callbacks=[PowerCut(step + 1)])
+    resumed = train(run, resume="auto", progress=False)
+    assert comparable(resumed.run_dir)[:-1] == comparable(straight.run_dir)[:-1]
+    for name, value in weights(resumed).items():
+        assert torch.equal(value, weights(straight)[name]), name
+
+
+def test_an_unfinished_run_is_not_overwritten(model_folder, data_folder, tmp_path):
+    run = run_file(model_folder, data_folder, tmp_path / "cut", max_steps=6)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(run, progress=False, callbacks=[PowerCut(6)])
+    with pytest.raises(InputError, match="--resume auto"):
+        train(run, progress=False)
+    assert (tmp_path / "cut" / "checkpoint-5").is_dir()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(model_folder, data_folder, tmp_path):
+    run = run_file(
+        model_folder, data_folder, tmp_path / "nan", learning_rate=1e30, warmup_steps=0,
+        eval_steps=1, save_steps=1,
+    )  # fmt: skip
+    with pytest.raises(NonFiniteError) as caught:
+        train(run, progress=False)
+    assert caught.value.exit_code == 3
+    failure = json.loads((tmp_path / "nan" / "failure.json").read_text(encoding="utf-8"))
+    assert failure["update"] > 1
+    assert {row["task"] for row in failure["rows"]} <= {"colours", "sums"}
+    assert len(failure["rows"]) == 4
+    assert not (tmp_path / "nan" / "adapter").exists()
+    assert (tmp_path / "nan" / f"checkpoint-{failure['update'] - 1}").is_dir()

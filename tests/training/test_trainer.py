@@ -1,0 +1,137 @@
+"""The trainer's own parts: loss, groups, order, and the stop before a NaN."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import Trainer
+
+from rotmole.errors import ConfigError, NonFiniteError
+from rotmole.training import build
+from rotmole.training.callbacks import NonFiniteCallback
+from rotmole.training.trainer import EpochSampler, first_nonfinite
+from training_cases import run_file
+
+
+@pytest.fixture
+def built(model_folder, data_folder, tmp_path):
+    run = run_file(model_folder, data_folder, tmp_path)
+    made = build(run)
+    made.model.eval()
+    with torch.no_grad():  # a start where every part of the adapter acts
+        for _, parameter in made.model.named_parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(parameter.dim()))
+    return made
+
+
+def batch(built, start=0, stop=4):
+    rows = [built.trainer.train_dataset[i] for i in range(start, stop)]
+    return built.trainer.data_collator(rows)
+
+
+@pytest.mark.parametrize("count", [None, 57])
+def test_the_loss_is_transformers_own(built, count):
+    count = None if count is None else torch.tensor(count)
+    ours = built.trainer.compute_loss(built.model, batch(built), num_items_in_batch=count)
+    theirs = Trainer.compute_loss(
+        built.trainer, built.model, batch(built), num_items_in_batch=count
+    )
+    torch.testing.assert_close(ours, theirs)
+    names = [n for n, p in built.model.named_parameters() if p.requires_grad]
+    values = [p for p in built.model.parameters() if p.requires_grad]
+    for name, mine, other in zip(
+        names,
+        torch.autograd.grad(ours, values, allow_unused=True),
+        torch.autograd.grad(theirs, values, allow_unused=True),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, other, msg=name)
+
+
+def test_a_batch_without_a_learnt_token_has_loss_zero(built):
+    inputs = batch(built)
+    inputs["labels"].fill_(-100)
+    loss = built.trainer.compute_loss(built.model, inputs, num_items_in_batch=torch.tensor(0))
+    loss.backward()
+    assert loss.item() == 0
+    assert all(p.grad is None or p.grad.isfinite().all() for p in built.model.parameters())
+
+
+def test_a_model_that_cannot_skip_positions_is_trained_all_the_same(built):
+    ours = built.trainer.compute_loss(built.model, batch(built))
+    built.trainer.can_skip_positions = False
+    torch.testing.assert_close(built.trainer.compute_loss(built.model, batch(built)), ours)
+
+
+def test_learning_rates_follow_the_roles(model_folder, data_folder, tmp_path):
+    run = run_file(model_folder, data_folder, tmp_path)
+    rates = run.optimizer.model_copy(
+        update={"scaling_gate_lr": 1e-3, "rotation_gate_lr": 2e-3, "lora_plus_ratio": 4.0}
+    )
+    built = build(run.model_copy(update={"optimizer": rates}))
+    groups = {g["role"]: g for g in built.trainer.create_optimizer().param_groups}
+    assert {role: group["lr"] for role, group in groups.items()} == {
+        "expert": 2e-2, "expert_B": 8e-2, "scaling_gate": 1e-3, "rotation_gate": 2e-3,
+    }  # fmt: skip
+    held = sum(p.numel() for group in groups.values() for p in group["params"])
+    assert held == built.model.get_nb_trainable_parameters()[0]
+
+
+def test_an_optimizer_that_ignores_the_roles_is_refused(model_folder, data_folder, tmp_path):
+    run = run_file(model_folder, data_folder, tmp_path)
+    rates = run.optimizer.model_copy(update={"scaling_gate_lr": 1e-3})
+    trainer = build(run.model_copy(update={"optimizer": rates})).trainer
+    trainer.get_optimizer_cls_and_kwargs = lambda *_: (torch.optim.AdamW, {"params": []})
+    with pytest.raises(ConfigError, match="optimizer:"):
+        trainer.create_optimizer()
+
+
+def test_epoch_0_keeps_the_mixture_and_later_ones_are_shuffled():
+    sampler = EpochSampler(50, seed=7)
+    assert list(sampler) == list(range(50))
+    sampler.set_epoch(1)
+    first, again = list(sampler), list(sampler)
+    assert first == again != list(range(50))
+    assert sorted(first) == list(range(50))
+    sampler.set_epoch(2)
+    assert list(sampler) != first
+    assert len(sampler) == 50
+
+
+def test_the_second_epoch_reaches_the_sampler(built):
+    loader = built.trainer.get_train_dataloader()
+    seen = []
+    for epoch in (0, 1):
+        loader.set_epoch(epoch)
+        seen.append(torch.cat([b["input_ids"][:, 0] for b in loader]).tolist())
+    assert seen[0] != seen[1]
+
+
+def test_the_failing_rows_are_named(built):
+    rows = built.trainer.rows_of_update(1)
+    expected = built.trainer.train_dataset.select(range(4, 8))
+    assert rows == [{"task": row["task"], "id": row["id"]} for row in expected]
+    shuffled = EpochSampler(60, built.run.seed).order(1)[:4]
+    expected = built.trainer.train_dataset.select(shuffled)
+    assert [row["id"] for row in built.trainer.rows_of_update(15)] == expected["id"]
+
+
+def test_the_first_layer_that_is_not_finite_is_named(built):
+    with torch.no_grad():
+        built.model.get_base_model().model.layers[1].mlp.up_proj.weight.fill_(float("nan"))
+    name = first_nonfinite(built.model, batch(built))
+    assert name == "base_model.model.model.layers.1.mlp.up_proj"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_stops_before_the_update(built, value):
+    built.trainer.compute_loss(built.model, batch(built)).backward()
+    parameters = [p for p in built.model.parameters() if p.grad is not None]
+    call = NonFiniteCallback().on_pre_optimizer_step
+    state = built.trainer.state
+    call(built.trainer.args, state, built.trainer.control, model=built.model)  # finite: goes on
+    parameters[0].grad.view(-1)[0] = value
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    with pytest.raises(NonFiniteError, match="update 1"):
+        call(built.trainer.args, state, built.trainer.control, model=built.model)
