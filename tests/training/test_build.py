@@ -10,8 +10,7 @@ import yaml
 
 from rotmole.config.load import load_run
 from rotmole.errors import ConfigError
-from rotmole.training import build
-from rotmole.training.build import training_arguments
+from rotmole.training.build import build, training_arguments
 from rotmole.training.manifest import git_commit, machine
 from rotmole.training.plots import loss_svg
 from rotmole.training.run import final_metrics

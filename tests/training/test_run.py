@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from rotmole.config.load import load_run
 from rotmole.errors import InputError, NonFiniteError
-from rotmole.training import TrainResult, train
 from rotmole.training.callbacks import TIMING_SUFFIXES, read_metrics
+from rotmole.training.run import TrainResult, train
 from training_cases import run_file
 
 

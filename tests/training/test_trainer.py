@@ -7,7 +7,7 @@ import torch
 from transformers import Trainer
 
 from rotmole.errors import ConfigError, NonFiniteError
-from rotmole.training import build
+from rotmole.training.build import build
 from rotmole.training.callbacks import NonFiniteCallback
 from rotmole.training.trainer import EpochSampler, first_nonfinite
 from training_cases import run_file

@@ -21,7 +21,8 @@ from rotmole.data import Example
 from rotmole.errors import RotMoleError
 from rotmole.evaluation import measure
 from rotmole.evaluation.report import System
-from rotmole.training import Built, train
+from rotmole.training.build import Built
+from rotmole.training.run import train
 from rotmole.training.start import load_start, save_start, start_digest
 
 PROBE_UPDATES = 4

@@ -10,6 +10,7 @@ from typing import Any
 
 from rotmole.config.load import load_run
 from rotmole.data import data_problems
+from rotmole.models.preview import adapter_problems
 
 
 def train(path: Path, overrides: Sequence[str] = (), resume: str | None = None) -> int:
@@ -26,8 +27,8 @@ def train(path: Path, overrides: Sequence[str] = (), resume: str | None = None) 
     Raises:
         RotMoleError: with the exit code of its class.
     """
-    run = load_run(path, overrides, data_problems=data_problems)
-    from rotmole.training import train as work
+    run = load_run(path, overrides, data_problems=data_problems, model_problems=adapter_problems)
+    from rotmole.training.run import train as work
 
     result = work(run, resume=resume, say=_note, prepare=_header)
     if result.interrupted is not None:
