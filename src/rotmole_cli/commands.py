@@ -144,7 +144,7 @@ def doctor(
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option("--output", help="Run folder.")] = Path("runs/demo"),
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Updates of each adapter.")] = 200,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Updates of each adapter.")] = 180,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of everything.")] = 0,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before starting.")] = False,
 ) -> int:

@@ -62,7 +62,7 @@ def test_the_sides_differ_in_the_rotation_alone(overrides, tmp_path):
 
 
 def test_the_shipped_settings_are_the_ones_described(tmp_path):
-    run = make_jobs(tmp_path, 200, 0)[0].run
+    run = make_jobs(tmp_path, 180, 0)[0].run
     cells = sum(len(task.languages) for task in run.data.tasks.values())
     rows = sum(len(task.languages) * task.limit["train"] for task in run.data.tasks.values())
     assert cells == 20

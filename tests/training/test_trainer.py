@@ -99,6 +99,19 @@ def test_epoch_0_keeps_the_mixture_and_later_ones_are_shuffled():
     assert len(sampler) == 50
 
 
+def test_grouping_by_length_saves_padding_and_keeps_every_row():
+    lengths = [3 + 7 * (row * 7919 % 50) for row in range(400)]
+    sampler = EpochSampler(400, seed=7, batch=4, lengths=lengths)
+    order = sampler.order(0)
+    assert sorted(order) == list(range(400))
+    assert order == sampler.order(0) != sampler.order(1)
+
+    def padded(rows: list[int]) -> int:
+        return sum(4 * max(lengths[r] for r in rows[i : i + 4]) for i in range(0, 400, 4))
+
+    assert padded(order) < 0.75 * padded(list(range(400)))
+
+
 def test_the_second_epoch_reaches_the_sampler(built):
     loader = built.trainer.get_train_dataloader()
     seen = []
@@ -122,6 +135,16 @@ def test_the_first_layer_that_is_not_finite_is_named(built):
         built.model.get_base_model().model.layers[1].mlp.up_proj.weight.fill_(float("nan"))
     name = first_nonfinite(built.model, batch(built))
     assert name == "base_model.model.model.layers.1.mlp.up_proj"
+
+
+def test_a_loss_that_is_not_finite_stops_at_once_and_names_the_layer(built):
+    count = torch.tensor(20)
+    assert built.trainer.training_step(built.model, batch(built), count).isfinite()
+    built.model.zero_grad()
+    with torch.no_grad():
+        built.model.get_base_model().model.layers[0].self_attn.o_proj.weight.fill_(float("inf"))
+    with pytest.raises(NonFiniteError, match=r"loss of update 1 is nan.*layers\.0\.self_attn"):
+        built.trainer.training_step(built.model, batch(built), count)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -27,7 +27,7 @@ TWIN, OURS = "MoE-LoRA", "RotMoLE"
 BEFORE, SHOWN = "before", "before, 3 examples"
 
 
-def demo(output: Path, steps: int = 200, seed: int = 0, overrides: Sequence[str] = ()) -> int:
+def demo(output: Path, steps: int = 180, seed: int = 0, overrides: Sequence[str] = ()) -> int:
     """Train both adapters from one start on the same rows, and show one table.
 
     Args:
@@ -51,7 +51,7 @@ def demo(output: Path, steps: int = 200, seed: int = 0, overrides: Sequence[str]
         print("stopped; a demo starts anew each time.")
         return 128 + interrupted[0]
     if outcomes[TWIN].digest != outcomes[OURS].digest:
-        raise RotMoleError("the two adapters did not start from the same A, B and router.")
+        raise RotMoleError("the two adapters did not have the same start and order of rows.")
     systems = {n: s for outcome in outcomes.values() for n, s in outcome.systems.items()}
     report = compare(
         {name: systems[name] for name in (BEFORE, SHOWN, TWIN, OURS)},
@@ -237,7 +237,8 @@ def show(report: Report, outcomes: dict[str, Outcome], seconds: float) -> None:
             f"{name:<9} {outcome.trainable_parameters:>9,} trainable parameters, trained in "
             f"{outcome.seconds:.0f} s, answered in {outcome.systems[name].seconds:.0f} s"
         )
-    print(f"all in {seconds:.0f} s\n")
+    print(f"all in {seconds:.0f} s")
+    print("RotMoLE's rotation gates are on top: the two have not the same number of parameters.\n")
     show_generations(report)
     print("\nOne seed decides nothing: with another seed the two adapters may change places.")
 

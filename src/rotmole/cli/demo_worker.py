@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import time
 import traceback
@@ -57,7 +58,7 @@ class Outcome:
         systems: name -> answers and figures.
         trainable_parameters: gates included.
         seconds: wall time of training alone.
-        digest: of the initial A, B and router.
+        digest: of the initial A, B and router, and of the order of rows.
         interrupted: the signal that stopped it, or None.
     """
 
@@ -117,7 +118,7 @@ def _work(job: Job, messages: Any, go: Any) -> Outcome:
             while not job.start.exists():
                 time.sleep(0.1)
             load_start(built.model, job.start)
-        digests.append(start_digest(built.model))
+        digests.append(start_digest(built.model) + _order_digest(built))
         messages.put(("estimate", job.name, _probe(built, job), built.base.note))
         go.wait()
 
@@ -127,6 +128,13 @@ def _work(job: Job, messages: Any, go: Any) -> Outcome:
         return Outcome({}, *found, result.interrupted)
     systems = _answers(job, result.built, messages)
     return Outcome(systems, *found)
+
+
+def _order_digest(built: Built) -> str:
+    digest = hashlib.sha256()
+    for batch in built.trainer.get_train_dataloader():
+        digest.update(batch["input_ids"].cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _answers(job: Job, built: Built, messages: Any) -> dict[str, System]:

@@ -22,6 +22,7 @@ from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Sampler
 from transformers import Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import speed_metrics
 
 from rotmole.config.schema import OptimizerSection
@@ -34,16 +35,23 @@ IGNORED = -100
 
 
 class EpochSampler(Sampler[int]):
-    """Walk the mixture in its own order in epoch 0, in a permutation of (seed, epoch) later.
+    """The order of rows, a function of (seed, epoch) alone.
+
+    Epoch 0 keeps the mixture's own order, later ones are permutations. With lengths, every epoch
+    is a permutation in which the rows of a batch are of similar length.
 
     Args:
         rows: number of rows N.
         seed: the run's seed.
+        batch: rows of an update; with lengths only.
+        lengths: tokens of each row, to save padding, or None.
     """
 
-    def __init__(self, rows: int, seed: int) -> None:
-        self.rows = rows
-        self.seed = seed
+    def __init__(
+        self, rows: int, seed: int, *, batch: int = 1, lengths: list[int] | None = None
+    ) -> None:
+        self.rows, self.seed = rows, seed
+        self.batch, self.lengths = batch, lengths
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -52,9 +60,12 @@ class EpochSampler(Sampler[int]):
 
     def order(self, epoch: int) -> list[int]:
         """Return the row numbers of one epoch, in order."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        if self.lengths is not None:
+            grouped = LengthGroupedSampler(self.batch, lengths=self.lengths, generator=generator)
+            return list(grouped)
         if epoch == 0:
             return list(range(self.rows))
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         return torch.randperm(self.rows, generator=generator).tolist()
 
     def __iter__(self) -> Iterator[int]:
@@ -106,9 +117,14 @@ class RotMoleTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
-        if self.args.train_sampling_strategy != "random":
-            return super()._get_train_sampler(train_dataset)
-        return EpochSampler(len(train_dataset or self.train_dataset), self.args.seed)
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        if self.args.train_sampling_strategy == "random":
+            return EpochSampler(len(rows), self.args.seed)
+        if self.args.train_sampling_strategy == "group_by_length":
+            lengths = [len(ids) for ids in rows["input_ids"]]
+            return EpochSampler(len(rows), self.args.seed, batch=batch, lengths=lengths)
+        return super()._get_train_sampler(train_dataset)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """Build the optimizer of training.optim over groups by role."""
