@@ -161,3 +161,28 @@ def test_a_loss_that_is_not_finite_stops_the_run(model_folder, data_folder, tmp_
     assert len(failure["rows"]) == 4
     assert not (tmp_path / "nan" / "adapter").exists()
     assert (tmp_path / "nan" / f"checkpoint-{failure['update'] - 1}").is_dir()
+
+
+def test_resuming_a_finished_run_changes_nothing(model_folder, data_folder, tmp_path):
+    run = run_file(model_folder, data_folder, tmp_path / "run", max_steps=5)
+    weights = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
+    first = train(run, progress=False)
+    before = weights.read_bytes()
+    again = train(run, progress=False, resume="auto")
+    assert (again.steps, again.interrupted) == (first.steps, None) == (5, None)
+    assert weights.read_bytes() == before
+
+
+def test_files_of_others_are_not_replaced(model_folder, data_folder, tmp_path):
+    precious = tmp_path / "run" / "adapter" / "precious.txt"
+    precious.parent.mkdir(parents=True)
+    precious.write_text("mine", encoding="utf-8")
+    with pytest.raises(InputError, match="no run of rotmole wrote"):
+        train(run_file(model_folder, data_folder, tmp_path / "run"), progress=False)
+    assert precious.read_text(encoding="utf-8") == "mine"
+
+
+def test_a_home_folder_is_expanded_once(model_folder, data_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run = run_file(model_folder, data_folder, Path("~/run"))
+    assert run.output_dir == str(tmp_path / "run")

@@ -104,7 +104,7 @@ def test_the_gradient_is_that_of_the_sum_padding_left_out(
         _loss(model, ids, mask).backward()
         _close(_gradients(model), expected)
     (state,) = balance_states(model)
-    assert len(state.losses) == 2 * 4  # once a layer and step, recomputation or not
+    assert state.count == 2 * 4  # once a layer and step, recomputation or not
     popped = state.pop()
     assert popped is not None
     assert 0.5 < popped["router_aux_loss"] < 2
@@ -215,3 +215,19 @@ def test_unloading_removes_the_hook() -> None:
     assert base._forward_pre_hooks
     model.unload()
     assert not base._forward_pre_hooks
+
+
+def test_a_frozen_adapter_feels_no_balance_loss() -> None:
+    model, (ids, mask) = _adapted(), _batch()
+    model.requires_grad_(False)
+    gradients = []
+    for coefficient in (COEFFICIENT, 0.0):
+        if not coefficient:
+            for layer in model.modules():
+                if hasattr(layer, "rotmole_experts"):
+                    layer.experts("default").balance = type(layer.experts("default").balance)()
+        embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+        model(inputs_embeds=embedded, attention_mask=mask, labels=ids).loss.backward()
+        gradients.append(embedded.grad)
+    assert torch.equal(*gradients)
+    assert balance_states(model)[0].pop() is None

@@ -240,3 +240,13 @@ def test_a_saved_configuration_with_a_key_that_changes_the_maths_is_refused(
     (tmp_path / "adapter_config.json").write_text("{not json")
     with pytest.raises(AdapterError, match="not valid JSON"):
         RotMoleConfig.from_pretrained(tmp_path)
+
+
+def test_a_layer_that_torch_never_calls_is_refused() -> None:
+    class Attention(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = torch.nn.MultiheadAttention(8, 2)
+
+    with pytest.raises(ModelError, match=r"inner.out_proj.*would do nothing"):
+        get_peft_model(Attention(), _config(target_modules=["out_proj"]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -33,7 +35,8 @@ def train(path: Path, overrides: Sequence[str] = (), resume: str | None = None) 
     result = work(run, resume=resume, say=_note, prepare=_header)
     if result.interrupted is not None:
         print(f"stopped after update {result.steps}; a checkpoint is saved.")
-        print(f"go on with: rotmole train {path} {' '.join(overrides)} --resume auto")
+        words = ["rotmole", "train", str(path), *overrides, "--resume", "auto"]
+        print(f"go on with: {shlex.join(words)}")
         return 128 + result.interrupted
     _summary(result)
     return 0
@@ -55,10 +58,11 @@ def _header(built: Any) -> None:
             counts = ", ".join(f"{task} {len(rows):,}" for task, rows in tasks.items())
             print(f"{split:<11} {counts} rows")
     args = built.trainer.args
-    batches = -(-len(built.trainer.train_dataset) // args.per_device_train_batch_size)
-    updates = max(-(-batches // args.gradient_accumulation_steps), 1)
-    steps = args.max_steps if args.max_steps > 0 else round(updates * args.num_train_epochs)
-    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    each = args.per_device_train_batch_size * args.world_size
+    batches = math.ceil(len(built.trainer.train_dataset) / each)
+    updates = max(math.ceil(batches / args.gradient_accumulation_steps), 1)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(updates * args.num_train_epochs)
+    rows = each * args.gradient_accumulation_steps
     print(f"updates     {steps:,} of {rows} rows", flush=True)
 
 

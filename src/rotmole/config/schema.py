@@ -7,9 +7,10 @@ This module imports neither torch nor peft.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import os
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -143,7 +144,9 @@ class EvaluationSection(Section):
 class RunFile(Section):
     """One run."""
 
-    output_dir: str = Field(min_length=1, description="the run folder")
+    output_dir: Annotated[str, AfterValidator(os.path.expanduser)] = Field(
+        min_length=1, description="the run folder"
+    )
     seed: int = Field(default=0, ge=0)
     model: ModelSection = Field(default_factory=ModelSection)
     adapter: dict[str, Any] = Field(default_factory=dict)

@@ -61,6 +61,7 @@ REFUSED: dict[str, str] = {
     "hub_revision": _HUB,
     "loss_type": "the loss is the negative log-likelihood",
     "activation_offloading": "it is not tested with this method",
+    "save_only_model": "a checkpoint without the optimiser's state cannot be resumed from",
     "local_rank": "torchrun sets it",
     "deepspeed": "it is not tested with this method; use fsdp",
 }

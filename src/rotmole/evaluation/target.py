@@ -179,6 +179,7 @@ def with_adapter(model: Any, folder: Path) -> Any:
     Source: our choice.
     """
     from peft import PeftModel
+    from torch import OutOfMemoryError
 
     import rotmole  # noqa: F401  registers the method
 
@@ -187,7 +188,7 @@ def with_adapter(model: Any, folder: Path) -> Any:
             # PEFT only warns, and answers with the random start of what is missing.
             warnings.filterwarnings("error", message="Found missing adapter keys")
             return PeftModel.from_pretrained(model, str(folder))
-    except InputError:
+    except (InputError, MemoryError, OutOfMemoryError):
         raise
     except Exception as error:  # PEFT and safetensors raise whatever their parsers raise
         short = " ".join(str(error).split())[:300]

@@ -265,7 +265,7 @@ class NonFiniteCallback(TrainerCallback):
             return
         model = kwargs["model"]
         grads = [p.grad for p in model.parameters() if p.grad is not None]
-        if grads and not torch.stack([grad.norm() for grad in grads]).sum().isfinite():
+        if grads and not torch.nn.utils.get_total_norm(grads).isfinite():
             raise NonFiniteError(
                 f"the gradient of update {state.global_step + 1} is not finite; training stopped "
                 "before the update. Lower training.learning_rate or training.max_grad_norm, or "

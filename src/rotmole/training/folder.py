@@ -121,16 +121,24 @@ def claim(run_dir: Path, *, resuming: bool) -> None:
         return
     kept = checkpoints(run_dir)
     if kept and not (run_dir / ADAPTER).is_dir():
+        whole = [path.name for path in kept if not missing_files(path)]
+        advice = f"add --resume auto to go on from {whole[-1]}, " if whole else ""
         raise InputError(
-            f"output_dir {str(run_dir)!r} holds an unfinished run (newest checkpoint "
-            f"{kept[-1].name}). Add --resume auto to go on with it, choose another output_dir, or "
-            "delete the folder to start anew."
+            f"output_dir {str(run_dir)!r} holds an unfinished run with "
+            f"{f'checkpoint {whole[-1]}' if whole else 'no complete checkpoint'}; {advice}"
+            "choose another output_dir, or delete the folder to start anew."
         )
     if kept and not (run_dir / MANIFEST).is_file():
         raise InputError(
             f"output_dir {str(run_dir)!r} holds checkpoints that are not rotmole's; choose another."
         )
     if not (run_dir / MANIFEST).is_file():
+        foreign = [name for name in (ADAPTER, *_PRODUCTS) if (run_dir / name).exists()]
+        if foreign:
+            raise InputError(
+                f"output_dir {str(run_dir)!r} holds {', '.join(foreign)}, which a run replaces "
+                "and which no run of rotmole wrote; choose another output_dir."
+            )
         return
     logger.warning("the finished run in %s is replaced", run_dir)
     with storage_errors(run_dir):
@@ -156,16 +164,24 @@ def save_adapter(model: Any, run_dir: Path) -> Path:
     Source: our choice.
     """
     target = run_dir / ADAPTER
-    fresh = run_dir / f".{ADAPTER}-{secrets.token_hex(4)}"
+    mark = secrets.token_hex(4)
+    fresh, old = run_dir / f".{ADAPTER}-{mark}", run_dir / f".{ADAPTER}-old-{mark}"
     with storage_errors(target):
         try:
             model.save_pretrained(fresh)
             for file in fresh.iterdir():
                 sync(file)
-            shutil.rmtree(target, ignore_errors=True)
-            fresh.rename(target)
+            if target.exists():
+                target.rename(old)
+            try:
+                fresh.rename(target)
+            except BaseException:
+                if old.exists():
+                    old.rename(target)
+                raise
             sync(run_dir)
         except BaseException:
             shutil.rmtree(fresh, ignore_errors=True)
             raise
+        shutil.rmtree(old, ignore_errors=True)
     return target

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 from rotmole.config.load import resolved_yaml
 from rotmole.config.schema import RunFile
@@ -111,6 +111,8 @@ def train(
 
 
 def _fit(built: Built, stop: StopOnSignal, checkpoint: Path | None) -> None:
+    if checkpoint is not None and _nothing_left(built, checkpoint):
+        return
     try:
         with stop.listening():
             built.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -118,6 +120,21 @@ def _fit(built: Built, stop: StopOnSignal, checkpoint: Path | None) -> None:
         if is_main_process():
             built.trainer.write_failure(error)
         raise
+
+
+def _nothing_left(built: Built, checkpoint: Path) -> bool:
+    """Load a checkpoint after the last update; the Trainer would make one more before it looks."""
+    trainer, state = built.trainer, TrainerState.load_from_json(checkpoint / "trainer_state.json")
+    last = trainer.args.max_steps
+    if last <= 0:
+        same = trainer.args.num_train_epochs <= state.num_train_epochs
+        last = state.max_steps if same else state.global_step + 1
+    if state.global_step < last:
+        return False
+    best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    trainer._load_from_checkpoint(best or str(checkpoint))
+    trainer.state = state
+    return True
 
 
 def _result(built: Built, stop: StopOnSignal, seconds: float) -> TrainResult:

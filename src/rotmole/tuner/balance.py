@@ -6,13 +6,17 @@ the loss's gradient in the backward pass, which every trainer runs once per micr
 the loss is not part of the reported loss (read it with `BalanceState.pop`), and with gradient
 accumulation somebody must say how many micro-batches make a step (`BalanceState.loss_scale`, set
 by rotmole.training's callback).
+
+Two limits. Keys and values of cross-attention read the encoder's tokens but belong to the decoder's
+stack, so the encoder's padding counts there. With gradient checkpointing a layer reads the mask
+again in the backward pass, so there each forward pass needs its backward pass before the next.
 """
 
 from __future__ import annotations
 
 import inspect
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -38,7 +42,8 @@ class BalanceState:
     loss_scale: float = 1.0
     managed: bool = False
     warned: bool = False
-    losses: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    count: int = 0
+    sums: Tensor | None = None
 
     def pop(self) -> dict[str, float] | None:
         """Return the mean losses over the backward passes since the last call, and forget them.
@@ -46,11 +51,16 @@ class BalanceState:
         Returns:
             {"router_aux_loss": 1 when balanced, "router_z_loss": ...}, or None if none ran.
         """
-        losses, self.losses = self.losses, []
-        if not losses:
+        if self.sums is None:
             return None
-        balance, z = (torch.stack(column).mean().item() for column in zip(*losses, strict=True))
+        balance, z = (self.sums / self.count).tolist()
+        self.count, self.sums = 0, None
         return {"router_aux_loss": balance, "router_z_loss": z}
+
+    def record(self, terms: Tensor) -> None:
+        """Add one layer's (balance loss, z-loss) to the sums that `pop` reads."""
+        self.count += 1
+        self.sums = terms if self.sums is None else self.sums + terms.to(self.sums.device)
 
     def valid_tokens(self, x: Tensor) -> Tensor | None:
         """Return the mask if it belongs to an input of x's shape, else None."""
@@ -81,7 +91,7 @@ class _AddGradient(torch.autograd.Function):
         loss: Tensor,
         scale: float,
         state: BalanceState | None,
-        terms: tuple[Tensor, Tensor],
+        terms: Tensor,
         witness: Tensor | None,
     ) -> Tensor:
         ctx.scale, ctx.state, ctx.terms, ctx.witness = scale, state, terms, witness
@@ -92,7 +102,7 @@ class _AddGradient(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         if ctx.state is not None:
-            ctx.state.losses.append(ctx.terms)
+            ctx.state.record(ctx.terms)
             if ctx.witness is not None:
                 ctx.state.warn_of_accumulation(ctx.witness)
         loss_grad = torch.full((), ctx.scale, dtype=ctx.dtype, device=grad.device)
@@ -132,7 +142,7 @@ def add_balance(
         A tensor equal to output.
     """
     mask = state.valid_tokens(x)
-    mask_T = None if mask is None else mask.reshape(-1)
+    mask_T = None if mask is None else mask.reshape(-1).to(x.device)
     sequence_T, sequences = None, None
     if settings.scope == "sequence" and x.dim() >= 3:
         sequences = x.shape[0]
@@ -147,7 +157,7 @@ def add_balance(
     )
     z = router_z_loss(logits_TE, mask_T)
     loss = settings.balance * balance + settings.z * z
-    terms = (balance.detach(), z.detach())
+    terms = torch.stack([balance.detach(), z.detach()])
     tracing = torch.compiler.is_compiling()  # a record kept in an attribute does not compile
     return _AddGradient.apply(  # type: ignore[no-any-return, no-untyped-call] # torch's own types
         output,

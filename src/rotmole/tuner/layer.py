@@ -209,7 +209,8 @@ class RotMoleLayer(BaseTunerLayer):  # type: ignore[misc] # peft ships no types
         )
         delta: Tensor = delta_TO.reshape(*x.shape[:-1], self.out_features)
         settings = experts.balance
-        if routed is not None and (settings.balance or settings.z) and torch.is_grad_enabled():
+        learns = torch.is_grad_enabled() and (settings.balance or settings.z)
+        if routed is not None and learns and experts.router_weight.requires_grad:
             logits_TE, routing = routed
             delta = add_balance(
                 delta, x, logits_TE, routing, self.rotmole_state, settings, experts.router_weight

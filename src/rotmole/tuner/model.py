@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from rotmole.errors import ConfigError, ModelError
@@ -152,6 +153,11 @@ def _check_supported(target: nn.Module, name: str, config: RotMoleConfig) -> Non
     layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     weight = getattr(layer, "weight", None)
     linear = isinstance(layer, (nn.Linear, Conv1D))
+    if isinstance(layer, NonDynamicallyQuantizableLinear):
+        raise ModelError(
+            f"module {name!r} belongs to a torch.nn.MultiheadAttention, which reads its weight and "
+            "never calls it, so an adapter there would do nothing. Leave it out of target_modules"
+        )
     if not linear and not (isinstance(weight, Tensor) and type(weight) is nn.Parameter):
         # only a weight that is no plain parameter can belong to a quantised linear layer
         linear = _is_quantised_linear(layer)
