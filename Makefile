@@ -47,8 +47,9 @@ imports: setup  ## the rule that imports only point to the left of the pipeline
 docs: setup  ## run every code block of README and docs
 	$(TEST_ENV) $(BIN)/python -m pytest -q tests/docs
 
-bench: setup  ## run the benchmarks
-	@for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python $$script || exit 1; done
+bench: setup  ## cost of a layer beside LoRA's; with DATA=folder also agreement with lm-eval
+	$(BIN)/python benchmarks/layer_cost.py
+	@if [ -n "$(DATA)" ]; then $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[eval]' && $(BIN)/python benchmarks/eval_parity.py --data "$(DATA)"; fi
 
 clean:  ## remove the environment, caches and runs
 	rm -rf .venv .cache runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -186,3 +186,16 @@ def test_a_home_folder_is_expanded_once(model_folder, data_folder, tmp_path, mon
     monkeypatch.setenv("HOME", str(tmp_path))
     run = run_file(model_folder, data_folder, Path("~/run"))
     assert run.output_dir == str(tmp_path / "run")
+
+
+def test_going_on_with_another_adapter_is_refused_before_anything_is_written(
+    model_folder, data_folder, tmp_path
+):
+    run = run_file(model_folder, data_folder, tmp_path / "cut", max_steps=6)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(run, progress=False, callbacks=[PowerCut(6)])
+    written = (tmp_path / "cut" / "run.yaml").read_bytes()
+    other = run.model_copy(update={"adapter": run.adapter | {"r": 6}})
+    with pytest.raises(InputError, match="r is 6, the checkpoint has 4"):
+        train(other, progress=False, resume="auto")
+    assert (tmp_path / "cut" / "run.yaml").read_bytes() == written

@@ -90,7 +90,7 @@ def _of_run_file(path: Path, overrides: Sequence[str]) -> Target:
 def _of_adapter(path: Path, overrides: Sequence[str], config: str | Path | None) -> Target:
     settings = check_adapter_folder(path)
     near = path.resolve().parent / "run.yaml"
-    if config is None and near.is_file():
+    if config is None and near.is_file() and (near.parent / "manifest.json").is_file():
         folder = path.parent if path.resolve().name == ADAPTER else path
         run = _load(near, overrides)
         return Target(run.model, path, run, folder)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import secrets
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
 from rotmole.errors import InputError
 from rotmole.models.files import make_folder, storage_errors, sync
+from rotmole.tuner.config import RotMoleConfig
 
 logger = logging.getLogger(__name__)
 
@@ -18,6 +21,11 @@ MANIFEST = "manifest.json"
 METRICS = "metrics.jsonl"
 ADAPTER = "adapter"
 _PRODUCTS = (MANIFEST, METRICS, "run.yaml", "loss.svg", "failure.json", "evaluation.json")
+_SAME = (
+    "r", "lora_alpha", "use_rslora", "num_experts", "top_k", "router", "selection",
+    "norm_topk_prob", "rotation", "rotation_input", "rotation_metric", "rotation_planes",
+    "radar_rank", "radar_normalize", "rank_pattern", "alpha_pattern",
+)  # fmt: skip
 _CHECKPOINT_FILES = (
     "trainer_state.json",
     "adapter_model.safetensors",
@@ -96,6 +104,34 @@ def find_resume(run_dir: Path, resume: str | None) -> Path | None:
             return path
         logger.warning("skipped checkpoint %s: it lacks %s", path, ", ".join(missing))
     return None
+
+
+def check_same_adapter(checkpoint: Path, adapter: dict[str, Any]) -> None:
+    """Refuse to go on from a checkpoint with another adapter, before anything is written.
+
+    Args:
+        checkpoint: a complete checkpoint.
+        adapter: the run file's adapter section.
+
+    Raises:
+        InputError: naming every setting of the mathematics that differs, with both values.
+
+    Source: our choice.
+    """
+    saved = json.loads((checkpoint / "adapter_config.json").read_text(encoding="utf-8"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they were shown when the run file was read
+        asked = RotMoleConfig(**adapter).to_dict()
+    differ = [
+        f"{name} is {asked[name]!r}, the checkpoint has {saved[name]!r}"
+        for name in _SAME
+        if name in saved and asked[name] != saved[name]
+    ]
+    if differ:
+        raise InputError(
+            f"cannot go on from {str(checkpoint)!r} with another adapter: {'; '.join(differ)}. "
+            "Use the settings of the checkpoint, or another output_dir."
+        )
 
 
 def claim(run_dir: Path, *, resuming: bool) -> None:

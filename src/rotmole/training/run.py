@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from rotmole.training.callbacks import ProgressCallback, StopOnSignal, read_metr
 from rotmole.training.folder import (
     MANIFEST,
     METRICS,
+    check_same_adapter,
     claim,
     find_resume,
     is_main_process,
@@ -27,6 +29,12 @@ from rotmole.training.folder import (
 )
 from rotmole.training.manifest import manifest, model_card
 from rotmole.training.plots import loss_svg
+
+logger = logging.getLogger(__name__)
+
+_FIGURES = (
+    "train_loss", "train_tokens_per_second", "num_input_tokens_seen", "peak_memory_bytes",
+)  # fmt: skip
 
 
 @dataclass
@@ -91,6 +99,9 @@ def train(
     """
     run_dir = Path(run.output_dir)
     checkpoint = find_resume(run_dir, resume)
+    if checkpoint is not None:
+        check_same_adapter(checkpoint, run.adapter)
+        (say or logger.info)(f"going on from {checkpoint}")
     if is_main_process():
         claim(run_dir, resuming=checkpoint is not None)
     stop = StopOnSignal(say)
@@ -132,6 +143,7 @@ def _nothing_left(built: Built, checkpoint: Path) -> bool:
     if state.global_step < last:
         return False
     best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    logger.warning("nothing is left to do: %s is at update %d", checkpoint, state.global_step)
     trainer._load_from_checkpoint(best or str(checkpoint))
     trainer.state = state
     return True
@@ -219,11 +231,8 @@ def final_metrics(rows: Sequence[dict[str, Any]], *, best: bool) -> dict[str, An
     """
     found: dict[str, Any] = {}
     for row in rows:
-        for name in ("train_tokens_per_second", "num_input_tokens_seen"):
-            if "loss" in row and name in row:
-                found[name] = row[name]
         if "train_loss" in row:
-            found |= {name: row[name] for name in ("train_loss", "peak_memory_bytes")}
+            found |= {name: row[name] for name in _FIGURES if name in row}
     validated = [row for row in rows if row.get("eval_loss") is not None]
     if validated:
         row = min(validated, key=lambda row: row["eval_loss"]) if best else validated[-1]

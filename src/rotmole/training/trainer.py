@@ -221,11 +221,15 @@ class RotMoleTrainer(Trainer):
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the balance losses and the peak memory before anybody sees the log."""
+        """Add balance losses, and to the last log speed and memory, before anybody sees it."""
         if "loss" in logs:
             logs.update(balance_logs(self.model))
         if "train_loss" in logs:
             logs["peak_memory_bytes"] = peak_memory_bytes()
+            seen = self.state.num_input_tokens_seen
+            since = seen - getattr(self, "_initial_num_input_tokens_seen", 0)
+            logs["num_input_tokens_seen"] = seen
+            logs["train_tokens_per_second"] = since / max(logs.get("train_runtime", 0.0), 1e-9)
         super().log(logs, start_time)
 
 
