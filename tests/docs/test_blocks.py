@@ -148,3 +148,11 @@ def test_the_readme_lists_every_source_file_by_its_first_line() -> None:
     assert not missing, "\n".join(missing)
     listed = [line for line in text.split("\n") if line.startswith("| `rotmole")]
     assert sorted(listed) == sorted(rows)
+
+
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "experiments").glob("*.yaml")), ids=lambda file: file.name
+)
+def test_the_run_files_of_experiments_are_right(file: Path) -> None:
+    run = load_run(file, ["data.root=somewhere"])
+    assert run.data.root == "somewhere"
