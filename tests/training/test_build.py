@@ -96,10 +96,10 @@ def test_the_machine_is_told_in_plain_values():
 
 def test_figures_are_those_of_the_result():
     rows = [
-        {"step": 1, "loss": 3.0, "train_tokens_per_second": 9.0},
+        {"step": 1, "loss": 3.0, "train_tokens_per_second": 5.0},  # of the first update alone
         {"step": 1, "eval_loss": 1.0, "eval_a_loss": 1.0, "eval_runtime": 5.0},
         {"step": 2, "eval_loss": 2.0, "eval_a_loss": 2.0},
-        {"step": 2, "train_loss": 2.5, "peak_memory_bytes": 7},
+        {"step": 2, "train_loss": 2.5, "peak_memory_bytes": 7, "train_tokens_per_second": 9.0},
     ]
     common = {"train_tokens_per_second": 9.0, "train_loss": 2.5, "peak_memory_bytes": 7}
     assert final_metrics(rows, best=True) == common | {
