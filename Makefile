@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM ?= false
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test conformance lint types imports docs bench clean
+.PHONY: help setup demo test test-all conformance lint types imports docs bench clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ demo: setup  ## train RotMoLE and its scalar twin on SmolLM2-135M and compare (5
 test: setup  ## run the tests (two processes, one torch thread each)
 	@command -v g++ >/dev/null || { echo "missing: g++, which torch.compile's tests need (Debian: apt-get install g++)"; exit 1; }
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -q
+
+test-all: setup  ## the tests and the heavy lanes (under 40 minutes)
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -q -m ""
 
 conformance: setup  ## run PEFT's own tests against rotmole (fetches PEFT's source distribution)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[conformance]'

@@ -1,0 +1,161 @@
+"""The rules a RotMoleConfig must keep: one sentence for every setting that breaks one."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from rotmole.ops.rotation import ROTATIONS, Rotation
+from rotmole.ops.routing import SELECTIONS
+
+if TYPE_CHECKING:
+    from rotmole.tuner.config import RotMoleConfig
+
+FORMAT_VERSION = 1
+ROUTERS = ("linear",)
+SCOPES = ("sequence", "micro_batch")
+
+
+def _is_number(value: object) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and math.isfinite(value)  # type: ignore[arg-type] # checked the line before
+
+
+def count_problems(config: RotMoleConfig) -> Iterator[str]:
+    """Yield what is wrong with numbers that count something."""
+    counts: dict[str, object] = {"r": config.r, "num_experts": config.num_experts}
+    for name in ("top_k", "rotation_planes", "radar_rank"):
+        if getattr(config, name) is not None:
+            counts[name] = getattr(config, name)
+    counts |= {f"rank_pattern[{key!r}]": rank for key, rank in _items(config.rank_pattern)}
+    for name, count in counts.items():
+        if not (isinstance(count, int) and not isinstance(count, bool) and count >= 1):
+            yield f"{name} is {count!r}; it must be a whole number of at least 1"
+    if config.format_version != FORMAT_VERSION:
+        yield (
+            f"format_version is {config.format_version!r}; this version of rotmole reads "
+            f"{FORMAT_VERSION}, so a newer rotmole is needed to read this adapter"
+        )
+
+
+def number_problems(config: RotMoleConfig) -> Iterator[str]:
+    """Yield what is wrong with real numbers and flags."""
+    alphas = {"lora_alpha": config.lora_alpha}
+    alphas |= {f"alpha_pattern[{key!r}]": alpha for key, alpha in _items(config.alpha_pattern)}
+    for name, alpha in alphas.items():
+        if not (_is_number(alpha) and alpha > 0):
+            yield f"{name} is {alpha!r}; it must be a number above 0"
+    if not (_is_number(config.lora_dropout) and 0 <= config.lora_dropout < 1):
+        yield f"lora_dropout is {config.lora_dropout!r}; it must lie in 0 <= lora_dropout < 1"
+    for name in ("router_aux_loss_coef", "router_z_loss_coef"):
+        value = getattr(config, name)
+        if not (_is_number(value) and value >= 0):
+            yield f"{name} is {value!r}; it must be a number of at least 0"
+    for name in ("use_rslora", "norm_topk_prob", "radar_normalize", "init_weights"):
+        if not isinstance(getattr(config, name), bool):
+            yield f"{name} is {getattr(config, name)!r}; it must be true or false"
+
+
+def _items(pattern: object) -> Iterator[tuple[str, Any]]:
+    """Iterate over a pattern; a wrong type is reported by target_problems."""
+    if isinstance(pattern, dict):
+        yield from pattern.items()
+
+
+def choice_problems(config: RotMoleConfig) -> Iterator[str]:
+    """Yield what is wrong with settings that take one of a few values."""
+    choices: dict[str, tuple[str, ...]] = {
+        "router": ROUTERS,
+        "selection": SELECTIONS,
+        "rotation": tuple(ROTATIONS),
+        "rotation_input": ("x", "z"),
+        "rotation_metric": ("rank", "output"),
+        "router_aux_loss_scope": SCOPES,
+    }
+    for name, allowed in choices.items():
+        value = getattr(config, name)
+        if value not in allowed:
+            near = difflib.get_close_matches(str(value), allowed, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            yield f"{name} is {value!r}; it must be one of {', '.join(allowed)}{hint}"
+
+
+def rule_problems(config: RotMoleConfig, broken: set[str]) -> Iterator[str]:
+    """Yield rules between settings that are broken, where each setting by itself is right."""
+    if not broken & {"top_k", "num_experts"}:
+        assert config.top_k is not None
+        if config.top_k > config.num_experts:
+            yield (
+                f"top_k is {config.top_k} but num_experts is {config.num_experts}; "
+                "a token cannot use more experts than there are, so top_k <= num_experts"
+            )
+    if "rotation" in broken:
+        return
+    row = ROTATIONS[config.rotation]
+    if not broken & {"r", "rank_pattern", "rotation_planes"}:
+        ranks = {"r": config.r}
+        ranks |= {f"rank_pattern[{key!r}]": rank for key, rank in config.rank_pattern.items()}
+        for name, rank in ranks.items():
+            yield from _rank_problems(row, name, rank, config.rotation_planes)
+    if config.rotation_input == "z" and not row.input_z:
+        yield f"rotation_input is 'z'; only bias defines it, rotation is {row.name!r}"
+    if config.rotation_metric == "output" and not row.metric:
+        able = ", ".join(name for name, other in ROTATIONS.items() if other.metric)
+        yield f"rotation_metric is 'output'; only {able} define it, rotation is {row.name!r}"
+
+
+def _rank_problems(row: Rotation, name: str, rank: int, planes: int | None) -> Iterator[str]:
+    """Yield why a rotation cannot work at a rank."""
+    if rank < row.min_rank:
+        yield f"rotation {row.name!r} needs a rank of at least {row.min_rank}; {name} is {rank}"
+    if row.max_rank is not None and rank > row.max_rank:
+        yield f"rotation {row.name!r} needs a rank of at most {row.max_rank}; {name} is {rank}"
+    if row.even_rank and rank % 2:
+        yield f"rotation {row.name!r} pairs coordinates and needs an even rank: {name}={rank}"
+    if planes is not None and planes > rank // 2:
+        yield f"rotation_planes is {planes}; {name}={rank} has {rank // 2} pairs"
+
+
+def target_problems(config: RotMoleConfig) -> Iterator[str]:
+    """Yield what is wrong with the choice of modules; PEFT's LoRA has the same rules."""
+    for name in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(getattr(config, name), dict):
+            yield f"{name} is {getattr(config, name)!r}; it must map module patterns to values"
+    for name in ("target_modules", "exclude_modules"):
+        value = getattr(config, name)
+        if not (
+            value is None
+            or isinstance(value, str)
+            or (isinstance(value, set) and all(isinstance(entry, str) for entry in value))
+        ):
+            yield f"{name} is {value!r}; it must be a list of module names or one string"
+    for name in ("layers_to_transform", "layers_pattern"):
+        if isinstance(config.target_modules, str) and getattr(config, name) is not None:
+            yield f"{name} cannot be used when target_modules is a regular expression (a string)"
+    if config.layers_pattern and config.layers_to_transform is None:
+        yield "layers_pattern is set, so layers_to_transform must be set as well"
+
+
+def notices(config: RotMoleConfig) -> Iterator[str]:
+    """Yield one sentence for each setting that cannot do what its name says."""
+    routed = config.num_experts > 1
+    if routed and config.selection == "top_k" and config.top_k == 1 and config.norm_topk_prob:
+        yield (
+            "top_k=1 with norm_topk_prob=True gives the selected expert the constant weight 1, so "
+            "the scaling gate cannot learn; set norm_topk_prob=False (as Switch does) or top_k >= 2"
+        )
+    if config.rotation == "radar_pairs" and (config.top_k == 1 or not routed):
+        yield "rotation='radar_pairs' does nothing with one selected expert: it has no pairs"
+    idle = {
+        "rotation_planes": config.rotation != "givens" and config.rotation_planes is not None,
+        "radar_rank": not config.rotation.startswith("radar") and config.radar_rank is not None,
+        "radar_normalize": config.rotation != "radar" and not config.radar_normalize,
+        "router_aux_loss_coef": not routed and config.router_aux_loss_coef > 0,
+        "router_z_loss_coef": not routed and config.router_z_loss_coef > 0,
+        "norm_topk_prob": config.selection == "dense" and not config.norm_topk_prob,
+    }
+    for name, is_idle in idle.items():
+        if is_idle:
+            yield f"{name}={getattr(config, name)!r} has no effect with the other settings"
