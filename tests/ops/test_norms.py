@@ -177,9 +177,9 @@ def test_linear_modes_are_proper_rotations(name: str, data: st.DataObject) -> No
     value = torch.randn(rows, generator=generator, dtype=torch.float64) * data.draw(sizes)
 
     def matrix(value: Tensor) -> Tensor:
-        many = value.expand(R, 1, rows)
-        gate = Gate(vector_TEV=many) if row.vector_rows else Gate(angle_TEM=many)
-        return row.rotate(torch.eye(R, dtype=torch.float64).unsqueeze(1), gate)[:, 0].T
+        many = value.unsqueeze(-1).expand(1, rows, R)
+        gate = Gate(vector_EVT=many) if row.vector_rows else Gate(angle_EMT=many)
+        return row.rotate(torch.eye(R, dtype=torch.float64).unsqueeze(0), gate)[0]
 
     assert is_rotation(matrix(value), 1e-10) == (True, "")
     assert_close(matrix(-value), matrix(value).T, 1e-10)

@@ -1,7 +1,7 @@
 """The modes of the rotation gate: how an expert's low-rank activation z is turned, per token.
 
-Every mode is one function from z_TER [T, E, R] to z' [T, E, R]; rotation.py tabulates them. Angles
-are in radians. <a,b> is the inner product over the rank axis, or a M_e b^T where a metric is given
+Every mode is one function from z_ERT [E, R, T] to z' [E, R, T]; rotation.py tabulates them. Tokens
+come last, so that sums over the few ranks run along whole vectors of tokens. Angles are in radians. <a,b> is the inner product over the rank axis, or a M_e b^T where a metric is given
 (`output_metric`), which keeps the length of the expert's output instead of that of z.
 
 All modes are finite, with finite first and second derivatives, for every input in range: a small
@@ -24,11 +24,11 @@ from rotmole.ops.precision import at_least_float32, epsilon
 FLOOR = 0.01  # d of the formulas: where a direction counts as undefined, relative to its parent
 
 
-def inner(a_TER: Tensor, b_TER: Tensor, metric_ERR: Tensor | None = None) -> Tensor:
-    """Return <a,b> over the rank axis, kept as [T, E, 1]; with a metric, a M_e b^T."""
+def inner(a_ERT: Tensor, b_ERT: Tensor, metric_ERR: Tensor | None = None) -> Tensor:
+    """Return <a,b> over the rank axis, kept as [E, 1, T]; with a metric, a M_e b^T."""
     if metric_ERR is not None:
-        a_TER = torch.einsum("ter,ers->tes", a_TER, metric_ERR)
-    return (a_TER * b_TER).sum(-1, keepdim=True)
+        a_ERT = metric_ERR.mT @ a_ERT
+    return (a_ERT * b_ERT).sum(-2, keepdim=True)
 
 
 def floor_at(s: Tensor, b: Tensor) -> Tensor:
@@ -68,21 +68,22 @@ def output_metric(B_ERO: Tensor) -> Tensor:
 def _part_across(z: Tensor, q: Tensor, metric: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return n2 = <z,z> + e and the part of q across z, t = q - (<q,z>/n2) z."""
     n2 = inner(z, z, metric) + epsilon(z)
-    return n2, q - (inner(q, z, metric) / n2) * z
+    return n2, torch.addcmul(q, inner(q, z, metric) / n2, z, value=-1)
 
 
 def tangent(z: Tensor, q: Tensor, metric: Tensor | None = None) -> Tensor:
     """Rotate z in span(z, q) by 2 atan(|t|/2), t the part of q across z.
 
         n2 = <z,z> + e;  t = q - (<q,z>/n2) z;  a = <t,t>
-        z' = z + (sqrt(n2) t - (a/2) z) / (1 + a/4)
+        z' = z + (sqrt(n2) t - (a/2) z) / (1 + a/4)       computed as alpha z + beta t
 
     Changes an expert's direction per token, has no singular point, reaches every angle below pi.
     Source: our choice: the smooth form of RotMoLE's "pure rotation within a 2-dimensional plane".
     """
     n2, t = _part_across(z, q, metric)
     a = inner(t, t, metric)
-    return z + (torch.sqrt(n2) * t - (a / 2) * z) / (1 + a / 4)
+    shrink = 1 / (1 + a / 4)
+    return torch.addcmul((1 - (a / 2) * shrink) * z, torch.sqrt(n2) * shrink, t)
 
 
 def bivector(z: Tensor, b: Tensor) -> Tensor:
@@ -93,9 +94,9 @@ def bivector(z: Tensor, b: Tensor) -> Tensor:
     A Cayley transform of a rank-2 skew matrix: rational, no epsilon, no root, no singular point.
     Changes an expert's direction per token. Source: our choice.
     """
-    z1, zr = z[..., :1], z[..., 1:]
+    z1, zr = z[..., :1, :], z[..., 1:, :]
     y = (z1 - inner(b, zr)) / (1 + inner(b, b))
-    return torch.cat([2 * y - z1, zr + 2 * y * b], dim=-1)
+    return torch.cat([2 * y - z1, zr + 2 * y * b], dim=-2)
 
 
 def plane(z: Tensor, q: Tensor, angle: Tensor, metric: Tensor | None = None) -> Tensor:
@@ -113,7 +114,7 @@ def plane(z: Tensor, q: Tensor, angle: Tensor, metric: Tensor | None = None) -> 
     floor = FLOOR**2 * (inner(q, q, metric) + FLOOR**2 * n2) + epsilon(z)
     t2 = floor_at(inner(t, t, metric), floor)
     theta = math.pi * torch.tanh(angle)
-    return torch.cos(theta) * z + torch.sin(theta) * torch.sqrt(n2 / t2) * t
+    return torch.addcmul(torch.cos(theta) * z, torch.sin(theta) * torch.sqrt(n2 / t2), t)
 
 
 def givens(z: Tensor, theta: Tensor) -> Tensor:
@@ -123,12 +124,11 @@ def givens(z: Tensor, theta: Tensor) -> Tensor:
     planes; M = 1 is one plane for E D parameters. Changes an expert's direction per token. R even.
     Source: our choice; rotary planes as in RoFormer (arXiv 2104.09864).
     """
-    planes = theta.shape[-1]
-    pair = z[..., : 2 * planes].reshape(*z.shape[:-1], planes, 2)
+    planes = theta.shape[-2]
+    first, second = z[..., 0 : 2 * planes : 2, :], z[..., 1 : 2 * planes : 2, :]
     cos, sin = torch.cos(theta), torch.sin(theta)
-    first, second = pair[..., 0], pair[..., 1]
-    turned = torch.stack([cos * first - sin * second, sin * first + cos * second], dim=-1)
-    return torch.cat([turned.flatten(-2), z[..., 2 * planes :]], dim=-1)
+    turned = torch.stack([cos * first - sin * second, sin * first + cos * second], dim=-2)
+    return torch.cat([turned.flatten(-3, -2), z[..., 2 * planes :, :]], dim=-2)
 
 
 def cayley(z: Tensor, upper: Tensor) -> Tensor:
@@ -140,18 +140,19 @@ def cayley(z: Tensor, upper: Tensor) -> Tensor:
     exactly: a Neumann series would not be orthogonal. R <= 16 (R x R per token
     and expert). Changes an expert's direction per token. Source: our choice; Cayley 1846.
     """
+    z, upper = z.mT, upper.mT  # [E, T, R]: the solver wants its matrices last
     rank = z.shape[-1]
     rows, columns = torch.triu_indices(rank, rank, 1, device=z.device)
     empty = upper.new_zeros((*upper.shape[:-1], rank * rank))
     skew = empty.index_copy(-1, rows * rank + columns, upper)
     skew = skew.reshape(*z.shape, rank)
-    skew = skew - skew.transpose(-1, -2)
+    skew = skew - skew.mT
     # beyond 1/sqrt(e) the identity would vanish beside S by rounding and odd ranks be singular
     largest = upper.abs().amax(-1)[..., None, None] * math.sqrt(epsilon(z))
     skew = skew / largest.clamp(min=1)
     identity = torch.eye(rank, dtype=z.dtype, device=z.device)
     y: Tensor = torch.linalg.solve(identity + skew, z.unsqueeze(-1)).squeeze(-1)
-    return 2 * y - z
+    return (2 * y - z).mT
 
 
 def bias(z: Tensor, q: Tensor, metric: Tensor | None = None) -> Tensor:
@@ -183,4 +184,6 @@ def core(z: Tensor, matrix: Tensor) -> Tensor:
 
     Source: our choice.
     """
-    return z + torch.einsum("tesr,ter->tes", matrix.reshape(*z.shape, z.shape[-1]), z)
+    experts, rank, tokens = z.shape
+    core_ESRT = matrix.reshape(experts, rank, rank, tokens)
+    return z + torch.einsum("esrt,ert->est", core_ESRT, z)

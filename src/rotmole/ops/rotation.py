@@ -19,31 +19,31 @@ class Gate(NamedTuple):
     """What a rotation reads besides z; None where the mode does not use it.
 
     Attributes:
-        vector_TEV: [T, E, V] vector gate q = Q_e x (or b = Q_e x for bivector).
-        angle_TEM: [T, E, M] angle gate, linear in the layer's input.
+        vector_EVT: [E, V, T] vector gate q = Q_e x (or b = Q_e x for bivector).
+        angle_EMT: [E, M, T] angle gate, linear in the layer's input.
         center_ER: [E, R] one learned vector per expert.
         metric_ERR: [E, R, R] metric of the inner product; None is the identity.
     """
 
-    vector_TEV: Tensor | None = None
-    angle_TEM: Tensor | None = None
+    vector_EVT: Tensor | None = None
+    angle_EMT: Tensor | None = None
     center_ER: Tensor | None = None
     metric_ERR: Tensor | None = None
 
 
 def _vector(gate: Gate) -> Tensor:
-    assert gate.vector_TEV is not None
-    return gate.vector_TEV
+    assert gate.vector_EVT is not None
+    return gate.vector_EVT
 
 
 def _angle(gate: Gate) -> Tensor:
-    assert gate.angle_TEM is not None
-    return gate.angle_TEM
+    assert gate.angle_EMT is not None
+    return gate.angle_EMT
 
 
 def _center(z: Tensor, gate: Gate) -> Tensor:
     assert gate.center_ER is not None
-    return gate.center_ER.expand_as(z)
+    return gate.center_ER.unsqueeze(-1).expand_as(z)
 
 
 Rotate = Callable[[Tensor, Gate], Tensor]
@@ -57,7 +57,7 @@ class Rotation:
         name: the value of the `rotation` setting.
         kind: "identity", "rotation" (each expert by itself, in rank space), "control" (no
             rotation, for comparison) or "output" (experts act on one another; see mixture.py).
-        rotate: (z_TER, gate) -> z'_TER; None for kind "output".
+        rotate: (z_ERT, gate) -> z'_ERT; None for kind "output".
         vector_rows: R -> V, rows of the vector gate of an expert; None without one.
         angle_rows: (R, planes) -> M, rows of the angle gate of an expert; None without one.
         center: whether it learns a vector per expert.

@@ -41,6 +41,25 @@ def router_logits(x_TD: Tensor, router_ED: Tensor) -> Tensor:
         return torch.nn.functional.linear(x_TD.to(router_ED.dtype), router_ED)
 
 
+def largest(score_ET: Tensor, top_k: int) -> Tensor:
+    """Say which K of the E scores of a token are the largest; of equal ones the lower index wins.
+
+    Args:
+        score_ET: [E, T] scores, tokens last.
+        top_k: K, within 1..E.
+
+    Returns:
+        [E, T] bool with K True in every column (none where a score is NaN).
+
+    >>> largest(torch.tensor([[0.0], [1.0], [1.0]]), 1).T
+    tensor([[False,  True, False]])
+    """
+    least_T = torch.topk(score_ET.mT, top_k, dim=-1).values[:, -1]
+    above_ET, equal_ET = score_ET > least_T, score_ET == least_T
+    room_T = top_k - above_ET.sum(0)
+    return above_ET | (equal_ET & (equal_ET.cumsum(0) <= room_T))
+
+
 def route(
     logits_TE: Tensor, *, top_k: int, selection: str = "top_k", norm_topk_prob: bool = True
 ) -> Routing:
@@ -77,16 +96,14 @@ def route(
         raise ValueError(f"selection is {selection!r}; it must be one of {', '.join(SELECTIONS)}")
     if selection == "top_k" and not 1 <= top_k <= experts:
         raise ValueError(f"top_k is {top_k}; it must lie in 1..{experts}, the number of experts")
-    logits_TE = at_least_float32(logits_TE)
-    probability_TE = torch.softmax(logits_TE, dim=-1)
+    logits_ET = at_least_float32(logits_TE).mT.contiguous()
+    probability_ET = torch.softmax(logits_ET, dim=0)
     if selection == "dense":
-        every_TE = torch.ones_like(probability_TE, dtype=torch.bool)
-        return Routing(probability_TE, every_TE, probability_TE)
-    order_TE = torch.sort(logits_TE.detach(), dim=-1, descending=True, stable=True).indices
-    selected_TE = torch.zeros_like(logits_TE, dtype=torch.bool)
-    selected_TE = selected_TE.scatter(-1, order_TE[..., :top_k], True)
+        every_TE = torch.ones_like(logits_TE, dtype=torch.bool)
+        return Routing(probability_ET.mT, every_TE, probability_ET.mT)
+    selected_ET = largest(logits_ET.detach(), top_k)
     if norm_topk_prob:
-        weight_TE = torch.softmax(logits_TE.masked_fill(~selected_TE, -torch.inf), dim=-1)
+        weight_ET = torch.softmax(logits_ET.masked_fill(~selected_ET, -torch.inf), dim=0)
     else:
-        weight_TE = probability_TE * selected_TE
-    return Routing(weight_TE, selected_TE, probability_TE)
+        weight_ET = probability_ET * selected_ET
+    return Routing(weight_ET.mT, selected_ET.mT, probability_ET.mT)

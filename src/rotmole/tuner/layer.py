@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from rotmole.ops.fused import Settings, can_fuse, fused_mixture
 from rotmole.ops.mixture import mixture
 from rotmole.ops.rotation import ROTATIONS, gate_shapes
 from rotmole.ops.routing import Routing, route, router_logits
@@ -95,31 +96,51 @@ class Experts(nn.Module):
                     fan_in = parameter.shape[1]
                 nn.init.uniform_(parameter, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
 
-    def forward(
-        self, x_TD: Tensor, dropped_TD: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, Routing] | None]:
-        """Return the addition [T, O] and, where there is a router, (its logits, the routing)."""
-        routed = None
-        if self.expert_A.shape[0] > 1:
-            logits_TE = router_logits(x_TD, self.router_weight)
-            routing = route(
-                logits_TE,
+    def forward(self, x_TD: Tensor, dropout: nn.Module) -> tuple[Tensor, Tensor | None]:
+        """Return the addition [T, O] and, where there is a router, its logits [T, E].
+
+        Args:
+            x_TD: [T, D] layer input.
+            dropout: the adapter's nn.Dropout, or nn.Identity.
+        """
+        gates = {name: getattr(self, name) for name in self.gate_names}
+        router_ED = self.router_weight if self.expert_A.shape[0] > 1 else None
+        weight_TE = x_TD.new_ones(x_TD.shape[0], 1) if router_ED is None else None
+        dtype = compute_dtype(x_TD, self.expert_A)
+        if can_fuse(self.rotation, self.rotation_input, self.rotation_metric):
+            keep_TD, keep_scale = _kept(x_TD, dropout)
+            settings = Settings(
+                self.rotation,
+                self.scale,
                 top_k=self.top_k,
                 selection=self.selection,
                 norm_topk_prob=self.norm_topk_prob,
+                dtype=dtype,
+                keep_scale=keep_scale,
             )
-            routed = (logits_TE, routing)
-            weight_TE, selected_TE = routing.weight_TE, routing.selected_TE
-        else:
-            weight_TE = x_TD.new_ones(x_TD.shape[0], 1)
-            selected_TE = torch.ones_like(weight_TE, dtype=torch.bool)
+            return fused_mixture(
+                settings,
+                x_TD,
+                self.expert_A,
+                self.expert_B,
+                gates,
+                router_ED=router_ED,
+                weight_TE=weight_TE,
+                keep_TD=keep_TD,
+            )
+        logits_TE = selected_TE = None
+        if router_ED is not None:
+            logits_TE = router_logits(x_TD, router_ED)
+            weight_TE, selected_TE, _ = self.route(logits_TE)
+        assert weight_TE is not None
+        x_TD = x_TD.to(self.expert_A.dtype)
         delta_TO = mixture(
             x_TD,
-            dropped_TD,
+            dropout(x_TD),
             weight_TE,
             self.expert_A,
             self.expert_B,
-            {name: getattr(self, name) for name in self.gate_names},
+            gates,
             rotation=self.rotation,
             scale=self.scale,
             selected_TE=selected_TE,
@@ -127,7 +148,16 @@ class Experts(nn.Module):
             rotation_metric=self.rotation_metric,
             radar_normalize=self.radar_normalize,
         )
-        return delta_TO, routed
+        return delta_TO, logits_TE
+
+    def route(self, logits_TE: Tensor) -> Routing:
+        """Return what the scaling gate makes of the router's logits [T, E]."""
+        return route(
+            logits_TE,
+            top_k=self.top_k,
+            selection=self.selection,
+            norm_topk_prob=self.norm_topk_prob,
+        )
 
     def extra_repr(self) -> str:
         """Show shape and modes when the model is printed."""
@@ -137,6 +167,23 @@ class Experts(nn.Module):
             f"in_features={inputs}, out_features={outputs}, num_experts={experts}, r={rank}, "
             f"top_k={self.top_k}, rotation={self.rotation!r}"
         )
+
+
+def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """Return the type of the products with A and B: autocast's where it is on, else the weight's."""
+    kind = x.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind) and weight.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return weight.dtype
+
+
+def _kept(x_TD: Tensor, dropout: nn.Module) -> tuple[Tensor | None, float]:
+    """Draw which inputs dropout keeps, and what it multiplies them by; (None, 1) where all."""
+    p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+    if p == 0:
+        return None, 1.0
+    keep_TD = torch.empty(x_TD.shape, dtype=torch.bool, device=x_TD.device).bernoulli_(1 - p)
+    return keep_TD, 1 / (1 - p)
 
 
 def layer_widths(layer: Any) -> tuple[int, int]:
@@ -202,18 +249,21 @@ class RotMoleLayer(BaseTunerLayer):  # type: ignore[misc] # peft ships no types
     def addition(self, x: Tensor, adapter_name: str) -> Tensor:
         """Return what one adapter adds to the base layer's output: [..., O] for x [..., D]."""
         experts = self.experts(adapter_name)
-        x = self._cast_input_dtype(x, experts.expert_A.dtype)
-        dropped: Tensor = self.rotmole_dropout[adapter_name](x)
-        delta_TO, routed = experts(
-            x.reshape(-1, self.in_features), dropped.reshape(-1, self.in_features)
+        delta_TO, logits_TE = experts(
+            x.reshape(-1, self.in_features), self.rotmole_dropout[adapter_name]
         )
         delta: Tensor = delta_TO.reshape(*x.shape[:-1], self.out_features)
         settings = experts.balance
         learns = torch.is_grad_enabled() and (settings.balance or settings.z)
-        if routed is not None and learns and experts.router_weight.requires_grad:
-            logits_TE, routing = routed
+        if logits_TE is not None and learns and experts.router_weight.requires_grad:
             delta = add_balance(
-                delta, x, logits_TE, routing, self.rotmole_state, settings, experts.router_weight
+                delta,
+                x,
+                logits_TE,
+                experts.route(logits_TE),
+                self.rotmole_state,
+                settings,
+                experts.router_weight,
             )
         return delta
 
