@@ -212,13 +212,14 @@ def _logits(model: Any, inputs: Sequence[Sequence[int]], positions: Sequence[int
     arguments: dict[str, Any] = {"input_ids": ids_BT.to(device), "use_cache": False}
     if not bool(mask_BT.all()):
         arguments["attention_mask"] = mask_BT.to(device)
-    if _keeps_logits(model):  # the vocabulary projection is only paid where it is read
+    if keeps_logits(model):  # the vocabulary projection is only paid where it is read
         logits = model(**arguments, logits_to_keep=keep).logits
     else:
         logits = model(**arguments).logits[:, keep]
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def _keeps_logits(model: Any) -> bool:
+def keeps_logits(model: Any) -> bool:
+    """Say whether a model can be told at which positions to compute logits."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return "logits_to_keep" in inspect.signature(base.forward).parameters

@@ -60,6 +60,12 @@ class RotMoleConfig(PeftConfig):  # type: ignore[misc] # peft ships no types
         router_aux_loss_scope: "sequence" (does not depend on how a batch is split) or
             "micro_batch" (does).
         router_z_loss_coef: weight of the router z-loss, treated likewise.
+        compute_dtype: type of the products with A, B and vector gates: "adapter", that of the
+            weights (float32 on a half-precision base, unless autocast_adapter_dtype is false), as
+            in PEFT's LoRA; or "input", that of the layer's input, with the weights kept as they
+            are: on a bfloat16 base about half the time of these products, and gradients within
+            about one percent. Autocast goes before either. Gates, routing and angles are computed
+            in at least float32 with both.
         target_modules, exclude_modules, layers_to_transform, layers_pattern, rank_pattern,
             alpha_pattern, modules_to_save, trainable_token_indices: as in PEFT's LoraConfig.
         init_weights: True starts at the base model's output (B = 0, rotations at the identity);
@@ -88,6 +94,7 @@ class RotMoleConfig(PeftConfig):  # type: ignore[misc] # peft ships no types
     router_aux_loss_coef: float = field(default=0.0, metadata={"help": "Load-balance weight."})
     router_aux_loss_scope: str = field(default="sequence", metadata={"help": "Over what it acts."})
     router_z_loss_coef: float = field(default=0.0, metadata={"help": "Router z-loss weight."})
+    compute_dtype: str = field(default="adapter", metadata={"help": "adapter or input."})
     target_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "Names, a regular expression, or 'all-linear'."}
     )

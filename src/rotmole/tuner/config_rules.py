@@ -73,6 +73,7 @@ def choice_problems(config: RotMoleConfig) -> Iterator[str]:
         "rotation_input": ("x", "z"),
         "rotation_metric": ("rank", "output"),
         "router_aux_loss_scope": SCOPES,
+        "compute_dtype": ("adapter", "input"),
     }
     for name, allowed in choices.items():
         value = getattr(config, name)

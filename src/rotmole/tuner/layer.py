@@ -41,6 +41,7 @@ class Experts(nn.Module):
         self.rotation_input = config.rotation_input
         self.rotation_metric = config.rotation_metric
         self.radar_normalize = config.radar_normalize
+        self.computes_in_input_dtype = config.compute_dtype == "input"
         self.top_k = config.top_k
         self.selection = config.selection
         self.norm_topk_prob = config.norm_topk_prob
@@ -106,7 +107,7 @@ class Experts(nn.Module):
         gates = {name: getattr(self, name) for name in self.gate_names}
         router_ED = self.router_weight if self.expert_A.shape[0] > 1 else None
         weight_TE = x_TD.new_ones(x_TD.shape[0], 1) if router_ED is None else None
-        dtype = compute_dtype(x_TD, self.expert_A)
+        dtype = compute_dtype(x_TD, self.expert_A, self.computes_in_input_dtype)
         if can_fuse(self.rotation, self.rotation_input, self.rotation_metric):
             keep_TD, keep_scale = _kept(x_TD, dropout)
             settings = Settings(
@@ -133,13 +134,15 @@ class Experts(nn.Module):
             logits_TE = router_logits(x_TD, router_ED)
             weight_TE, selected_TE, _ = self.route(logits_TE)
         assert weight_TE is not None
-        x_TD = x_TD.to(self.expert_A.dtype)
+        x_TD = x_TD.to(dtype)
+        if "rotation_vector" in gates:
+            gates["rotation_vector"] = gates["rotation_vector"].to(dtype)
         delta_TO = mixture(
             x_TD,
             dropout(x_TD),
             weight_TE,
-            self.expert_A,
-            self.expert_B,
+            self.expert_A.to(dtype),
+            self.expert_B.to(dtype),
             gates,
             rotation=self.rotation,
             scale=self.scale,
@@ -169,12 +172,12 @@ class Experts(nn.Module):
         )
 
 
-def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
-    """Return the type of the products with A and B: autocast's where it is on, else the weight's."""
+def compute_dtype(x: Tensor, weight: Tensor, as_input: bool) -> torch.dtype:
+    """Return the type of the products with A and B: autocast's, the input's or the weight's."""
     kind = x.device.type
     if kind != "meta" and torch.is_autocast_enabled(kind) and weight.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
-    return weight.dtype
+    return x.dtype if as_input else weight.dtype
 
 
 def _kept(x_TD: Tensor, dropout: nn.Module) -> tuple[Tensor | None, float]:

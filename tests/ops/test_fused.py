@@ -1,0 +1,255 @@
+"""The fused function and its slow twin agree: outputs, every gradient, under every option."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from ops_cases import IN_RANK_SPACE, VARIANTS, Problem, Variant, assert_close, make, problems
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from rotmole.ops import fused, reference
+from rotmole.ops.adjoint import BY_HAND, adjoint
+from rotmole.ops.fused import GATES, Settings, can_fuse, fused_mixture
+from rotmole.ops.rotation import ROTATIONS, Gate
+
+
+def _fusible(variant: Variant) -> bool:
+    options = dict(variant.options)
+    return can_fuse(variant.rotation, options.get("rotation_input", "x"),
+                    options.get("rotation_metric", "rank"))  # fmt: skip
+
+
+FUSED = [v for v in VARIANTS if _fusible(v)]
+every = pytest.mark.parametrize("variant", FUSED, ids=str)
+
+
+def settings_of(problem: Problem, **changes: Any) -> Settings:
+    plain = Settings(
+        problem.variant.rotation,
+        problem.scale,
+        top_k=problem.top_k,
+        dtype=problem.x_TD.dtype,
+        keep_scale=1 / 0.75,
+    )
+    return replace(plain, **changes)
+
+
+def router_of(problem: Problem, seed: int = 9) -> Tensor:
+    E, D = problem.A_ERD.shape[0], problem.A_ERD.shape[2]
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(E, D, generator=generator, dtype=torch.float64).requires_grad_()
+
+
+def by_reference(
+    settings: Settings, problem: Problem, router_ED: Tensor, keep_TD: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    x_TD = problem.x_TD
+    dropped_TD = x_TD if keep_TD is None else x_TD * keep_TD * settings.keep_scale
+    logits_TE = x_TD @ router_ED.T
+    routing = reference.route(
+        logits_TE,
+        top_k=settings.top_k,
+        selection=settings.selection,
+        norm_topk_prob=settings.norm_topk_prob,
+    )
+    y_TO = reference.mixture(
+        x_TD, dropped_TD, routing.weight_TE, problem.A_ERD, problem.B_ERO, problem.gates,
+        rotation=settings.rotation, scale=settings.scale,
+    )  # fmt: skip
+    return y_TO, logits_TE
+
+
+def run(
+    settings: Settings, problem: Problem, router_ED: Tensor, keep_TD: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    return fused_mixture(
+        settings, problem.x_TD, problem.A_ERD, problem.B_ERO, problem.gates,
+        router_ED=router_ED, keep_TD=keep_TD,
+    )  # fmt: skip
+
+
+def gradients(
+    outputs: tuple[Tensor, Tensor | None], inputs: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Gradients of a fixed random functional of both outputs."""
+    generator = torch.Generator().manual_seed(4)
+    total = sum(
+        (o * torch.randn(o.shape, generator=generator, dtype=o.dtype)).sum()
+        for o in outputs if o is not None
+    )  # fmt: skip
+    found = torch.autograd.grad(total, list(inputs.values()), materialize_grads=True)
+    return dict(zip(inputs, found, strict=True))
+
+
+def leaves(problem: Problem, router_ED: Tensor) -> dict[str, Tensor]:
+    tensors = {name: t for name, t in problem.tensors().items() if name != "logits"}
+    return tensors | {"router": router_ED}
+
+
+@every
+@given(data=st.data())
+def test_outputs_and_every_gradient(variant: Variant, data: st.DataObject) -> None:
+    problem = data.draw(problems(variant, T=3, E=3)).leaves()
+    router_ED = router_of(problem)
+    settings = settings_of(
+        problem,
+        selection=data.draw(st.sampled_from(["top_k", "dense"])),
+        norm_topk_prob=data.draw(st.booleans()),
+    )
+    keep_TD = problem.keep_TD > 0 if data.draw(st.booleans()) else None
+    fast = run(settings, problem, router_ED, keep_TD)
+    slow = by_reference(settings, problem, router_ED, keep_TD)
+    assert_close(fast[0], slow[0], 1e-12, "y")
+    assert fast[1] is not None
+    assert_close(fast[1], slow[1], 1e-13, "logits")
+    inputs = leaves(problem, router_ED)
+    found, wanted = gradients(fast, inputs), gradients(slow, inputs)
+    for name in inputs:
+        assert_close(found[name], wanted[name], 1e-10, name)
+
+
+@every
+@pytest.mark.parametrize("dropped", [False, True])
+def test_first_and_second_derivatives(variant: Variant, dropped: bool) -> None:
+    problem = make(variant, 2, T=2, E=3, K=2, D=3, O=4).leaves()
+    inputs = leaves(problem, router_of(problem))
+    keep_TD = problem.keep_TD > 0 if dropped else None
+
+    def function(*tensors: Tensor) -> tuple[Tensor, Tensor | None]:
+        named = dict(zip(inputs, tensors, strict=True))
+        changed = problem.map(lambda name, t: named.get(name, t))
+        return run(settings_of(problem), changed, named["router"], keep_TD)
+
+    assert torch.autograd.gradcheck(function, tuple(inputs.values()))
+    assert torch.autograd.gradgradcheck(function, tuple(inputs.values()))
+
+
+@pytest.mark.parametrize("name", sorted(BY_HAND))
+@given(data=st.data())
+def test_backward_by_hand_is_autograd(name: str, data: st.DataObject) -> None:
+    """Also where norms vanish: z = 0, q = 0, q along z, and far from 1."""
+    problem = data.draw(problems(Variant(name), T=3, E=2))
+    size = data.draw(st.sampled_from([0.0, 1e-9, 1e-3, 1.0, 1e3]))
+    z_TER, _ = problem.rotated()
+    z = (z_TER * data.draw(st.sampled_from([0.0, 1e-9, 1.0]))).permute(1, 2, 0).contiguous()
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    E, R, T = z.shape
+    row = ROTATIONS[name]
+    vector = angle = None
+    if row.vector_rows:
+        q = torch.randn(E, row.vector_rows(R), T, generator=generator, dtype=z.dtype) * size
+        vector = z * size if data.draw(st.booleans()) else q
+    if row.angle_rows:
+        angle = torch.randn(E, row.angle_rows(R, R // 2), T, generator=generator, dtype=z.dtype)
+    G = torch.rand(E, 1, T, generator=generator, dtype=z.dtype)
+    dm = torch.randn(E, R, T, generator=generator, dtype=z.dtype)
+    gate = Gate(vector, angle)
+    by_hand = BY_HAND.pop(name)
+    try:
+        wanted = adjoint(name, z, gate, G, dm)
+    finally:
+        BY_HAND[name] = by_hand
+    found = adjoint(name, z, gate, G, dm)
+    for part, (one, other) in zip(found._fields, zip(found, wanted, strict=True), strict=True):
+        assert (one is None) == (other is None), part
+        if one is not None:
+            assert one.isfinite().all(), part
+            scale = max(1.0, float(other.abs().max()))
+            assert_close(one / scale, other / scale, 1e-9, part)
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_zero_start_is_bit_equal_to_none(variant: Variant, dtype: torch.dtype) -> None:
+    if ROTATIONS[variant.rotation].kind == "identity":
+        variant = Variant("tangent")
+    for seed, T in enumerate((1, 2, 7, 64)):
+        problem = make(variant, seed, T=T, E=4, K=2, D=33, O=20, dtype=dtype)
+        problem = problem.at_zero_start()
+        router_ED = router_of(problem).detach().to(dtype)
+        settings = settings_of(problem)
+        plain = replace(problem, variant=Variant("none"), gates={})
+        found = run(settings, problem, router_ED, None)
+        wanted = run(replace(settings, rotation="none"), plain, router_ED, None)
+        assert torch.equal(found[0], wanted[0])
+        assert torch.equal(found[1], wanted[1])
+
+
+@every
+def test_given_weights_and_frozen_inputs(variant: Variant) -> None:
+    """With weights instead of a router, and with x that wants no gradient."""
+    problem = make(variant, 5, T=4, E=3, K=2, D=5, O=6).leaves()
+    weight_TE = torch.rand(4, 3, dtype=torch.float64).requires_grad_()
+    arguments = (problem.A_ERD, problem.B_ERO, problem.gates)
+    settings = settings_of(problem)
+    y_TO, logits = fused_mixture(settings, problem.x_TD.detach(), *arguments, weight_TE=weight_TE)
+    assert logits is None
+    wanted_TO = reference.mixture(
+        problem.x_TD, problem.x_TD, weight_TE, *arguments,
+        rotation=settings.rotation, scale=settings.scale,
+    )  # fmt: skip
+    inputs = {"weight": weight_TE, "A": problem.A_ERD, "B": problem.B_ERO} | problem.gates
+    found, wanted = gradients((y_TO, None), inputs), gradients((wanted_TO, None), inputs)
+    for name in inputs:
+        assert_close(found[name], wanted[name], 1e-11, name)
+
+
+@every
+@pytest.mark.parametrize("dropped", [False, True])
+def test_what_is_kept_for_the_backward_pass(variant: Variant, dropped: bool) -> None:
+    """x, its mask, the parameters, and of the experts only z, the gates' values and weights."""
+    T, E, D, O = 64, 3, 40, 50  # noqa: E741 - the legend's letter
+    problem = make(variant, 7, T=T, E=E, K=2, D=D, O=O, dtype=torch.float32).leaves()
+    router_ED = router_of(problem).detach().float().requires_grad_()
+    parameters = {t.data_ptr() for t in leaves(problem, router_ED).values()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in parameters:
+            kept[tensor.data_ptr()] = tensor
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        settings = settings_of(problem)
+        run(settings, problem, router_ED, problem.keep_TD > 0 if dropped else None)
+    found = sum(t.numel() * t.element_size() for t in kept.values())
+    R = problem.A_ERD.shape[1]
+    row = ROTATIONS[variant.rotation]
+    per_expert = R + 1
+    per_expert += row.vector_rows(R) if row.vector_rows else 0
+    if row.angle_rows:
+        per_expert += problem.gates["rotation_angle"].shape[1]
+    assert found <= 4 * T * E * per_expert + (T * D if dropped else 0)
+
+
+def test_products_in_bfloat16_give_nearly_the_gradients_of_float32() -> None:
+    """compute_dtype "input": float32 weights, bfloat16 products; gates stay in float32."""
+    for name in ("none", "tangent", "plane", "givens"):
+        problem = make(Variant(name), 3, T=256, E=4, K=2, R=8, D=128, O=96, dtype=torch.float32)
+        problem = problem.map(
+            lambda n, t: t.bfloat16().float() if n == "x" else t / t.shape[-1] ** 0.5
+        ).leaves()
+        router_ED = router_of(problem).detach().float().requires_grad_()
+        inputs = leaves(problem, router_ED)
+        found = {}
+        for dtype in (torch.float32, torch.bfloat16):
+            y_TO, _ = run(settings_of(problem, dtype=dtype), problem, router_ED, None)
+            found[dtype] = gradients((y_TO.float(), None), inputs)
+        for key, wanted in found[torch.float32].items():
+            error = (found[torch.bfloat16][key] - wanted).norm() / wanted.norm()
+            assert error < 0.02, (name, key, float(error))
+
+
+def test_unknown_rotations_are_left_to_the_slow_twin() -> None:
+    assert {v.rotation for v in IN_RANK_SPACE} == {v.rotation for v in FUSED}
+    assert not can_fuse("radar")
+    assert not can_fuse("bias", rotation_input="z")
+    assert not can_fuse("tangent", rotation_metric="output")
+    assert set(GATES) == {"rotation_vector", "rotation_angle", "rotation_center"}
+    assert fused.GATES is GATES
