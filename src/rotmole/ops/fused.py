@@ -140,7 +140,7 @@ class _Fused(torch.autograd.Function):
             if settings.selection == "top_k" and not settings.norm_topk_prob:
                 probability_TE = routing.probability_TE
         assert weight_TE is not None
-        turned_ERT = _rotate(z_ERT, gate, settings)
+        turned_ERT = _rotate(z_ERT.expand(B_ERO.shape[0], -1, -1), gate, settings)
         G_E1T = (settings.scale * weight_TE).mT.unsqueeze(1)
         y_TO = combine(G_E1T * turned_ERT, B_ERO.to(dtype))
         ctx.save_for_backward(
@@ -209,6 +209,7 @@ def _backward(
     dm_ERT = at_least_float32(project(dy_TO, B_ERO.to(dtype)))
     G_E1T = (settings.scale * weight_TE).mT.unsqueeze(1)
     center = None if center_ER is None else at_least_float32(center_ER)
+    z_ERT = z_ERT.expand(B_ERO.shape[0], -1, -1)
     found = adjoint(settings.rotation, z_ERT, Gate(vector, angle, center), G_E1T, dm_ERT)
     dB = (found.m_ERT.to(dtype).flatten(0, 1) @ dy_TO).view(B_ERO.shape).to(B_ERO.dtype)
     dweight_ET = settings.scale * found.weight_E1T.squeeze(1)
@@ -217,7 +218,8 @@ def _backward(
         drouter_ET = _router_gradient(ctx, dweight_ET, weight_TE, probability_TE)
         if dlogits_TE is not None:
             drouter_ET = drouter_ET + dlogits_TE.mT
-    reads_dropped = [(A_ERD, found.z_ERT), (vector_EVD, found.vector_EVT)]
+    dz = found.z_ERT if A_ERD.shape[0] > 1 or B_ERO.shape[0] == 1 else found.z_ERT.sum(0)
+    reads_dropped = [(A_ERD, dz), (vector_EVD, found.vector_EVT)]
     reads_x = [(router_ED, drouter_ET), (angle_EMD, found.angle_EMT)]
     needs_x = ctx.needs_input_grad[1]
     if keep_TD is None:
@@ -287,7 +289,8 @@ def fused_mixture(
     Args:
         settings: rotation, scale, routing and types.
         x_TD: [T, D] layer input, of any floating type.
-        A_ERD, B_ERO: [E, R, D] and [E, R, O] factors.
+        A_ERD: [E, R, D] input factors, or [1, R, D]: one for all experts.
+        B_ERO: [E, R, O] output factors.
         gates: rotation-gate parameters by name, as in rotation.gate_shapes.
         router_ED: [E, D] router, or None where weight_TE [T, E] is given.
         weight_TE: the experts' weights, zero where not selected.

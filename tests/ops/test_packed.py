@@ -1,0 +1,49 @@
+"""The packed path for decoding finds what the reference finds, in every type and selection."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from ops_cases import Variant, assert_close, make
+from test_fused import FUSED, by_reference, router_of, run, settings_of
+
+from rotmole.ops.packed import pack, packed_mixture
+
+
+@pytest.mark.parametrize("variant", FUSED, ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"norm_topk_prob": False}, {"selection": "dense"}], ids=str
+)
+def test_outputs(variant: Variant, options: dict[str, Any]) -> None:
+    for T in (1, 3):
+        problem = make(variant, T, T=T, E=4, K=2, D=5, O=6)
+        router_ED = router_of(problem).detach()
+        settings = settings_of(problem, **options)
+        packed = pack(problem.A_ERD, problem.B_ERO, problem.gates, router_ED, torch.float64)
+        wanted, _ = by_reference(settings, problem, router_ED, None)
+        assert_close(packed_mixture(settings, problem.x_TD, packed), wanted, 1e-12)
+
+
+@pytest.mark.parametrize("variant", FUSED, ids=str)
+def test_half_types_keep_gates_in_float32(variant: Variant) -> None:
+    problem = make(variant, 4, T=8, E=4, K=2, D=16, O=12, dtype=torch.bfloat16)
+    router_ED = router_of(problem).detach().bfloat16()
+    settings = settings_of(problem)
+    packed = pack(problem.A_ERD, problem.B_ERO, problem.gates, router_ED, torch.bfloat16)
+    found = packed_mixture(settings, problem.x_TD, packed)
+    wanted, _ = run(settings, problem, router_ED, None)
+    assert found.dtype == torch.bfloat16
+    error = (found.float() - wanted.float()).norm() / wanted.float().norm()
+    assert error < 0.01
+    assert {name: w.dtype for name, w in packed.apart.items()}["router"] == torch.float32
+
+
+def test_equal_logits_choose_the_lower_index() -> None:
+    problem = make(Variant("none"), 1, T=2, E=6, K=2, D=5, O=6)
+    settings = settings_of(problem)
+    router_ED = torch.zeros(6, 5, dtype=torch.float64)
+    packed = pack(problem.A_ERD, problem.B_ERO, {}, router_ED, torch.float64)
+    wanted, _ = by_reference(settings, problem, router_ED, None)
+    assert_close(packed_mixture(settings, problem.x_TD, packed), wanted, 1e-13)
