@@ -17,6 +17,7 @@ from torch.nn.functional import linear
 from rotmole.ops.modes import output_metric
 from rotmole.ops.precision import at_least_float32, epsilon, without_autocast
 from rotmole.ops.rotation import ROTATIONS, Gate
+from rotmole.ops.sqrt_gate import combine_sqrt_gate
 
 
 def _project(x_TD: Tensor, weight_EMD: Tensor) -> Tensor:
@@ -24,6 +25,11 @@ def _project(x_TD: Tensor, weight_EMD: Tensor) -> Tensor:
     experts, rows = weight_EMD.shape[:2]
     projected: Tensor = linear(x_TD, weight_EMD.flatten(0, 1))
     return projected.reshape(x_TD.shape[0], experts, rows)
+
+
+def _activations(dropped_TD: Tensor, A_ERD: Tensor, experts: int) -> Tensor:
+    """Return z [T, E, R] in at least float32; one A for all experts is multiplied once."""
+    return at_least_float32(_project(dropped_TD, A_ERD)).expand(-1, experts, -1)
 
 
 def _gate(
@@ -72,7 +78,7 @@ def rotated(
     Args:
         x_TD: [T, D] layer input; angle gates read it.
         dropped_TD: [T, D] the same after dropout; A and vector gates read it.
-        A_ERD: [E, R, D] input factors.
+        A_ERD: [E, R, D] input factors, or [1, R, D]: one for all experts.
         B_ERO: [E, R, O] output factors; only the output metric reads them.
         gates: rotation-gate parameters by name, as in rotation.gate_shapes.
         rotation: a name in ROTATIONS, not of kind "output".
@@ -92,7 +98,7 @@ def rotated(
     rotate = ROTATIONS[rotation].rotate
     if rotate is None:
         raise ValueError(f"rotation {rotation!r} turns experts' outputs, not their activations")
-    z_TER = at_least_float32(_project(dropped_TD, A_ERD))
+    z_TER = _activations(dropped_TD, A_ERD, B_ERO.shape[0])
     if rotation == "none":
         return z_TER, z_TER
     gate = _gate(x_TD, dropped_TD, z_TER, B_ERO, gates, rotation_input, rotation_metric)
@@ -119,6 +125,7 @@ def mixture(
     rotation_input: str = "x",
     rotation_metric: str = "rank",
     radar_normalize: bool = True,
+    sqrt_gate: bool = False,
 ) -> Tensor:
     """Return what the adapter adds to W x: s sum_e g_e R_e(x)[A_e drop(x)] B_e.
 
@@ -126,7 +133,8 @@ def mixture(
         x_TD: [T, D] layer input.
         dropped_TD: [T, D] the same after dropout.
         weight_TE: [T, E] g, zero where an expert is not selected.
-        A_ERD, B_ERO: [E, R, D] and [E, R, O] factors.
+        A_ERD: [E, R, D] input factors, or [1, R, D]: one for all experts (HydraLoRA).
+        B_ERO: [E, R, O] output factors.
         gates: rotation-gate parameters by name, as in rotation.gate_shapes.
         rotation: a name in ROTATIONS.
         scale: s, lora_alpha / R (rsLoRA: lora_alpha / sqrt(R)).
@@ -134,6 +142,8 @@ def mixture(
             radar and radar_pairs read it.
         rotation_input, rotation_metric: see `rotated`.
         radar_normalize: divide radar's features by their root mean square.
+        sqrt_gate: A, B and rotation learn with sqrt(g) in place of g, see `combine_sqrt_gate`;
+            radar and radar_pairs ignore it.
 
     Returns:
         [T, O] in the type of B.
@@ -152,8 +162,10 @@ def mixture(
             x_TD, dropped_TD, A_ERD, B_ERO, gates,
             rotation=rotation, rotation_input=rotation_input, rotation_metric=rotation_metric,
         )  # fmt: skip
+        if sqrt_gate:
+            return combine_sqrt_gate(weight_TE, turned_TER, B_ERO, scale=scale)
         return _combine((scale * weight_TE).unsqueeze(-1) * turned_TER, B_ERO)
-    z_TER = at_least_float32(_project(dropped_TD, A_ERD))
+    z_TER = _activations(dropped_TD, A_ERD, B_ERO.shape[0])
     with without_autocast(x_TD):
         if rotation == "radar":
             y_TO = _radar(z_TER, weight_TE, selected_TE, B_ERO, gates, radar_normalize)

@@ -11,29 +11,35 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from rotmole.ops.mixture import mixture
-from rotmole.ops.rotation import ROTATIONS, gate_shapes
+from rotmole.ops.rotation import gate_shapes
 from rotmole.ops.routing import Routing, route, router_logits
 from rotmole.tuner.balance import BalanceSettings, BalanceState, add_balance
 from rotmole.tuner.config import RotMoleConfig
+from rotmole.tuner.initial import draw, take_segments
 
 EXPERT, SCALING_GATE, ROTATION_GATE = "expert", "scaling_gate", "rotation_gate"
+
+FROZEN = {"none": frozenset[str](), "A": frozenset({"expert_A"}),
+          "AB": frozenset({"expert_A", "expert_B"})}  # fmt: skip
+"""Which parameters the setting `frozen` keeps from being trained."""
 
 
 class Experts(nn.Module):
     """All parameters of one adapter in one layer, and their forward pass.
 
     Parameters (E experts, R rank, D in_features, O out_features):
-        expert_A: [E, R, D];  expert_B: [E, R, O];  router_weight: [E, D], absent at E = 1
-        and those of the rotation gate, as in rotmole.ops.gate_shapes.
+        expert_A: [E, R, D], or [1, R, D] where all experts share it;  expert_B: [E, R, O];
+        router_weight: [E, D], absent at E = 1; residual_A, residual_B: the start of A and B, with
+        init_weights "svd"; and those of the rotation gate, as in rotmole.ops.gate_shapes.
     """
 
     expert_A: nn.Parameter
     expert_B: nn.Parameter
+    residual_A: nn.Parameter
+    residual_B: nn.Parameter
     router_weight: nn.Parameter
 
-    def __init__(
-        self, config: RotMoleConfig, *, in_features: int, out_features: int, rank: int, alpha: float
-    ) -> None:
+    def __init__(self, config: RotMoleConfig, *, in_features: int, out_features: int) -> None:
         super().__init__()
         assert config.top_k is not None
         self.rotation = config.rotation
@@ -43,10 +49,13 @@ class Experts(nn.Module):
         self.top_k = config.top_k
         self.selection = config.selection
         self.norm_topk_prob = config.norm_topk_prob
-        self.scale = alpha / (math.sqrt(rank) if config.use_rslora else rank)
+        self.scale = _scale(config, in_features)
         self.balance = BalanceSettings()
-        experts = config.num_experts
-        shapes: dict[str, tuple[int, ...]] = {"expert_A": (experts, rank, in_features)}
+        self.A_density = config.A_density
+        self.num_experts = config.num_experts
+        experts, rank = config.num_experts, config.r
+        input_factors = (1 if config.share_A else experts, rank, in_features)
+        shapes: dict[str, tuple[int, ...]] = {"expert_A": input_factors}
         if experts > 1:
             shapes["router_weight"] = (experts, in_features)
         shapes["expert_B"] = (experts, rank, out_features)
@@ -61,8 +70,13 @@ class Experts(nn.Module):
             radar_rank=config.radar_rank,
         )
         self.gate_names = tuple(gates)
-        for name, shape in (shapes | gates).items():
-            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+        residual = {}
+        if config.init_weights == "svd":
+            residual = {"residual_A": input_factors, "residual_B": shapes["expert_B"]}
+        self.frozen = FROZEN[config.frozen] | residual.keys()
+        for name, shape in (shapes | gates | residual).items():
+            learns = name not in self.frozen
+            self.register_parameter(name, nn.Parameter(torch.empty(shape), requires_grad=learns))
 
     @property
     def weight(self) -> Tensor:
@@ -75,32 +89,12 @@ class Experts(nn.Module):
             return ROTATION_GATE
         return SCALING_GATE if name == "router_weight" else EXPERT
 
-    @torch.no_grad()
-    def reset_parameters(self, init_weights: bool = True) -> None:
-        """Draw all parameters; with init_weights the output starts at the base model's.
-
-        A, vector gates: Kaiming uniform (a = sqrt 5) of each expert, that is uniform in
-        +-1/sqrt(D). Router and other linear gates: Linear's default, the same bound of their own
-        fan-in. B and the parameters that ROTATIONS names: 0. Without init_weights nothing is 0.
-        """
-        zero = ("expert_B", *ROTATIONS[self.rotation].zero) if init_weights else ()
-        for name, parameter in self.named_parameters():
-            if name in zero:
-                nn.init.zeros_(parameter)
-            elif name in {"rotation_center", "radar_pair_angle"}:
-                nn.init.normal_(parameter)
-            else:
-                fan_in = parameter.shape[0 if name.startswith("radar_") else -1]
-                if name == "expert_B":
-                    fan_in = parameter.shape[1]
-                nn.init.uniform_(parameter, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
-
     def forward(
         self, x_TD: Tensor, dropped_TD: Tensor
     ) -> tuple[Tensor, tuple[Tensor, Routing] | None]:
         """Return the addition [T, O] and, where there is a router, (its logits, the routing)."""
         routed = None
-        if self.expert_A.shape[0] > 1:
+        if self.num_experts > 1:
             logits_TE = router_logits(x_TD, self.router_weight)
             routing = route(
                 logits_TE,
@@ -127,16 +121,31 @@ class Experts(nn.Module):
             rotation_metric=self.rotation_metric,
             radar_normalize=self.radar_normalize,
         )
+        if "residual_A" in self.frozen:
+            delta_TO = delta_TO - self._residual(x_TD, weight_TE)
         return delta_TO, routed
+
+    def _residual(self, x_TD: Tensor, weight_TE: Tensor) -> Tensor:
+        """Return what balanced gates would have added at the start: (s / E) sum_e B0_e^T A0_e x."""
+        even_TE = torch.full_like(weight_TE, 1 / self.num_experts)
+        A_ERD, B_ERO = self.residual_A, self.residual_B
+        return mixture(x_TD, x_TD, even_TE, A_ERD, B_ERO, {}, rotation="none", scale=self.scale)
 
     def extra_repr(self) -> str:
         """Show shape and modes when the model is printed."""
-        experts, rank, inputs = self.expert_A.shape
-        outputs = self.expert_B.shape[-1]
+        experts, rank, outputs = self.expert_B.shape
+        inputs = self.expert_A.shape[-1]
         return (
             f"in_features={inputs}, out_features={outputs}, num_experts={experts}, r={rank}, "
             f"top_k={self.top_k}, rotation={self.rotation!r}"
         )
+
+
+def _scale(config: RotMoleConfig, in_features: int) -> float:
+    """Return s: lora_alpha / r, lora_alpha / sqrt(r), or GOAT's closed form sqrt(3 eta D / r)."""
+    if config.goat_eta is not None:
+        return math.sqrt(3 * config.goat_eta * in_features / config.r)
+    return config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
 
 
 def layer_widths(layer: Any) -> tuple[int, int]:
@@ -173,25 +182,35 @@ class RotMoleLayer(BaseTunerLayer):  # type: ignore[misc] # peft ships no types
         adapter_name: str,
         config: RotMoleConfig,
         *,
-        rank: int,
-        alpha: float,
         inference_mode: bool = False,
     ) -> None:
         """Add an adapter to this layer, or replace the one of that name."""
-        experts = Experts(
-            config,
-            in_features=self.in_features,
-            out_features=self.out_features,
-            rank=rank,
-            alpha=alpha,
-        )
+        experts = Experts(config, in_features=self.in_features, out_features=self.out_features)
         if experts.weight.device.type != "meta":
-            experts.reset_parameters(config.init_weights)
+            draw(experts, config.init_weights)
+            if config.init_weights == "svd" and not inference_mode:  # loading overwrites it
+                take_segments(experts, self.get_base_layer())
         self.rotmole_experts[adapter_name] = experts
         p = config.lora_dropout
         self.rotmole_dropout[adapter_name] = nn.Dropout(p) if p > 0 else nn.Identity()
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Activate adapters; what the setting `frozen` names stays untrained."""
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self._freeze()
+
+    def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
+        """Switch training of adapters; what the setting `frozen` names stays untrained."""
+        super().set_requires_grad(adapter_names, requires_grad=requires_grad)
+        self._freeze()
+
+    def _freeze(self) -> None:
+        for name in self.rotmole_experts:
+            experts = self.experts(name)
+            for frozen in experts.frozen:
+                getattr(experts, frozen).requires_grad_(False)
 
     def experts(self, adapter_name: str) -> Experts:
         """Return the parameters of one adapter in this layer."""
@@ -226,16 +245,11 @@ class Linear(nn.Module, RotMoleLayer):
         base_layer: nn.Module,
         adapter_name: str,
         config: RotMoleConfig,
-        *,
-        rank: int,
-        alpha: float,
     ) -> None:
         super().__init__()
         RotMoleLayer.__init__(self, base_layer)
         self._active_adapter = adapter_name
-        self.update_layer(
-            adapter_name, config, rank=rank, alpha=alpha, inference_mode=config.inference_mode
-        )
+        self.update_layer(adapter_name, config, inference_mode=config.inference_mode)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the base layer's output plus the additions of the active adapters."""

@@ -10,7 +10,6 @@ from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
@@ -19,6 +18,7 @@ from rotmole.errors import ConfigError, ModelError
 from rotmole.tuner.balance import BalanceSettings, watch_masks
 from rotmole.tuner.config import RotMoleConfig
 from rotmole.tuner.layer import Linear, RotMoleLayer, layer_widths
+from rotmole.tuner.patterns import module_config
 
 try:
     from peft.utils.error import NoMatchingPeftModuleError
@@ -75,21 +75,12 @@ class RotMoleModel(BaseTuner):  # type: ignore[misc] # peft ships no types
         parent: nn.Module,
         current_key: str,
     ) -> None:
-        rank_key = get_pattern_key(peft_config.rank_pattern, current_key)
-        alpha_key = get_pattern_key(peft_config.alpha_pattern, current_key)
-        rank = peft_config.rank_pattern.get(rank_key, peft_config.r)
-        alpha = peft_config.alpha_pattern.get(alpha_key, peft_config.lora_alpha)
+        config = module_config(peft_config, self.model, current_key)
         if isinstance(target, RotMoleLayer):
-            target.update_layer(
-                adapter_name,
-                peft_config,
-                rank=rank,
-                alpha=alpha,
-                inference_mode=peft_config.inference_mode,
-            )
+            target.update_layer(adapter_name, config, inference_mode=config.inference_mode)
             return
-        _check_supported(target, current_key, peft_config)
-        layer = Linear(target, adapter_name, peft_config, rank=rank, alpha=alpha)
+        _check_supported(target, current_key, config)
+        layer = Linear(target, adapter_name, config)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # an additional adapter is not trainable by itself
         self._replace_module(parent, target_name, layer, target)
@@ -100,10 +91,12 @@ class RotMoleModel(BaseTuner):  # type: ignore[misc] # peft ships no types
         layers = [
             (name, module)
             for name, module in model.named_modules()
-            if isinstance(module, RotMoleLayer) and adapter_name in module.rotmole_experts
+            if isinstance(module, RotMoleLayer)
+            and adapter_name in module.rotmole_experts
+            and module.experts(adapter_name).num_experts > 1
         ]
         coefficients = (config.router_aux_loss_coef, config.router_z_loss_coef)
-        if not layers or config.num_experts == 1 or not any(coefficients):
+        if not layers or not any(coefficients):
             return
         if not hasattr(self, "_watched"):
             self._watched = watch_masks(model)
