@@ -47,7 +47,7 @@ class RotMoleConfig(PeftConfig):  # type: ignore[misc] # peft ships no types
         lora_dropout: probability of dropping an input of A and of vector gates.
         use_rslora: see lora_alpha.
         num_experts: E. With 1 there is no router, and rotation "none" is LoRA itself.
-        top_k: K, experts a token uses; None is 2, or 1 if there is one expert.
+        top_k: K, experts a token uses; None is 2, or 1 if every module has one expert.
         router: how experts are scored, a name in rotmole.ops.ROUTERS: "linear", "mlp",
             "mlp_hadamard", "cosine", "attention", "hybrid", "hash" (of the token id), "magnitude".
         router_dim: hidden width of the routers that have one; None is 16.
@@ -170,7 +170,7 @@ class RotMoleConfig(PeftConfig):  # type: ignore[misc] # peft ships no types
         if isinstance(self.exclude_modules, (list, tuple)):
             self.exclude_modules = set(self.exclude_modules)
         if self.top_k is None and isinstance(self.num_experts, int):
-            self.top_k = min(2, max(1, self.num_experts))
+            self.top_k = 2 if is_routed(self) else 1
         problems = [*count_problems(self), *number_problems(self), *choice_problems(self)]
         problems += [*target_problems(self), *expert_problems(self), *router_problems(self)]
         broken = {re.split(r"[ \[]", problem, maxsplit=1)[0] for problem in problems}

@@ -66,8 +66,9 @@ def _is_number(value: object) -> bool:
 def is_routed(config: RotMoleConfig) -> bool:
     """Tell whether any module may have more than one expert, hence a router."""
     pattern = config.num_experts_pattern
-    values = pattern.values() if isinstance(pattern, dict) else pattern
-    return any(number > 1 for number in [config.num_experts, *values])
+    values = list(pattern.values()) if isinstance(pattern, dict) else pattern
+    numbers = [config.num_experts, *(values if isinstance(values, list) else [])]
+    return any(isinstance(number, int) and number > 1 for number in numbers)
 
 
 def expert_notices(config: RotMoleConfig) -> Iterator[str]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -19,6 +20,7 @@ from rotmole.tuner.balance import BalanceSettings, watch_masks
 from rotmole.tuner.config import RotMoleConfig
 from rotmole.tuner.layer import Linear, RotMoleLayer, layer_widths
 from rotmole.tuner.patterns import module_config
+from rotmole.tuner.scaling import check_stack, reads_ids, reads_sequences
 
 try:
     from peft.utils.error import NoMatchingPeftModuleError
@@ -34,7 +36,8 @@ class RotMoleModel(BaseTuner):  # type: ignore[misc] # peft ships no types
     """A model whose target layers carry mixtures of rotated low-rank experts.
 
     Made by `peft.get_peft_model(model, RotMoleConfig(...))`. Nothing outside the adapted layers is
-    changed, but for a forward hook that keeps the attention mask where a balance loss is on.
+    changed, but for a forward hook that keeps the attention mask and token ids where a balance loss
+    is on, or a router or selection reads them.
 
     Args:
         model: the base model.
@@ -45,6 +48,16 @@ class RotMoleModel(BaseTuner):  # type: ignore[misc] # peft ships no types
     prefix: str = "rotmole_"
     tuner_layer_cls = RotMoleLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    @classmethod
+    def from_adapters(cls, base: nn.Module, paths: Sequence[str | Path], **options: Any) -> Any:
+        """Make a mixture whose experts are trained PEFT LoRA adapters; see tuner/from_adapters.py.
+
+            RotMoleModel.from_adapters(base, ["math", "code"], trainable="gates", top_k=2)
+        """
+        from rotmole.tuner.from_adapters import from_adapters  # it makes models, so it comes after
+
+        return from_adapters(base, paths, **options)
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
@@ -64,7 +77,7 @@ class RotMoleModel(BaseTuner):  # type: ignore[misc] # peft ships no types
             raise NoTargetError(
                 f"{error} The nearest module names are {', '.join(near)}."
             ) from error
-        self._set_balance(model, adapter_name)
+        self._watch(model, adapter_name)
 
     def _create_and_replace(
         self,
@@ -80,13 +93,14 @@ class RotMoleModel(BaseTuner):  # type: ignore[misc] # peft ships no types
             target.update_layer(adapter_name, config, inference_mode=config.inference_mode)
             return
         _check_supported(target, current_key, config)
+        check_stack(self.model, current_key, config)
         layer = Linear(target, adapter_name, config)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # an additional adapter is not trainable by itself
         self._replace_module(parent, target_name, layer, target)
 
-    def _set_balance(self, model: nn.Module, adapter_name: str) -> None:
-        """Divide the losses' weights by the number of routed layers; watch masks if one is on."""
+    def _watch(self, model: nn.Module, adapter_name: str) -> None:
+        """Watch masks and token ids if something wants them; share out the losses' weights."""
         config = self.peft_config[adapter_name]
         layers = [
             (name, module)
@@ -96,7 +110,7 @@ class RotMoleModel(BaseTuner):  # type: ignore[misc] # peft ships no types
             and module.experts(adapter_name).num_experts > 1
         ]
         coefficients = (config.router_aux_loss_coef, config.router_z_loss_coef)
-        if not layers or not any(coefficients):
+        if not layers or not (any(coefficients) or reads_ids(config) or reads_sequences(config)):
             return
         if not hasattr(self, "_watched"):
             self._watched = watch_masks(model)
