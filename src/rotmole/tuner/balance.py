@@ -9,7 +9,8 @@ by rotmole.training's callback).
 
 Two limits. Keys and values of cross-attention read the encoder's tokens but belong to the decoder's
 stack, so the encoder's padding counts there. With gradient checkpointing a layer reads the mask
-again in the backward pass, so there each forward pass needs its backward pass before the next.
+again in the backward pass, so there each forward pass needs its backward pass before the next
+(router "hash" and selection "expert_choice" read token ids and mask in the same way).
 """
 
 from __future__ import annotations
@@ -33,12 +34,14 @@ class BalanceState:
 
     Attributes:
         mask: [N, S] attention mask of the batch at hand, None where there is none.
+        ids: [N, S] token ids of the batch at hand, likewise.
         loss_scale: multiplies the losses' gradient: 1 / micro-batches of the step, times the loss
             scale of fp16 training.
         managed: True when somebody sets loss_scale at each step; silences the warning about it.
     """
 
     mask: Tensor | None = None
+    ids: Tensor | None = None
     loss_scale: float = 1.0
     managed: bool = False
     warned: bool = False
@@ -169,18 +172,19 @@ def add_balance(
     )
 
 
-def _keep_mask(
-    state: BalanceState, position: int | None, module: nn.Module, args: Any, kwargs: Any
+def _keep_batch(
+    state: BalanceState, names: list[str], module: nn.Module, args: Any, kwargs: Any
 ) -> None:
-    """Forward pre-hook: remember the [N, S] attention mask of the batch."""
-    mask = kwargs.get("attention_mask")
-    if mask is None and position is not None and len(args) > position:
-        mask = args[position]
-    state.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    """Forward pre-hook: remember the [N, S] attention mask and token ids of the batch."""
+    for attribute, name in (("mask", "attention_mask"), ("ids", "input_ids")):
+        found = kwargs.get(name)
+        if found is None and name in names and len(args) > names.index(name):
+            found = args[names.index(name)]
+        setattr(state, attribute, found if isinstance(found, Tensor) and found.dim() == 2 else None)
 
 
 def watch_masks(model: nn.Module) -> dict[str, tuple[BalanceState, Any]]:
-    """Hook the stacks of a model so that each knows its batch's attention mask.
+    """Hook the stacks of a model so that each knows its batch's attention mask and token ids.
 
     An encoder-decoder has two stacks, whose masks differ; any other model has one.
 
@@ -197,9 +201,8 @@ def watch_masks(model: nn.Module) -> dict[str, tuple[BalanceState, Any]]:
     watched = {}
     for name, stack in stacks.items():
         names = list(inspect.signature(stack.forward).parameters)
-        position = names.index("attention_mask") if "attention_mask" in names else None
         state = BalanceState()
-        hook = partial(_keep_mask, state, position)
+        hook = partial(_keep_batch, state, names)
         watched[name] = (state, stack.register_forward_pre_hook(hook, with_kwargs=True))
     return watched
 

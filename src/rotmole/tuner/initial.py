@@ -25,24 +25,30 @@ def draw(experts: Experts, init_weights: bool | str) -> None:
 
     A, vector gates: Kaiming uniform (a = sqrt 5) of each expert, that is uniform in +-1/sqrt(D); A
     normal with "gaussian". Router and other linear gates: Linear's default, the same bound of their
-    own fan-in. B and the parameters that ROTATIONS names: 0. With False nothing is 0, for tests.
+    own fan-in. Learned keys: normal, so that the logits of router "attention" start as large as
+    those of "linear". B, the mix of router "hybrid" and the parameters that ROTATIONS names: 0.
+    With False nothing is 0, for tests.
 
     Args:
         experts: the parameters of one layer; those named `residual_*` become 0.
         init_weights: a value of INITS; "svd" draws as True does, see `take_segments`.
     """
-    zero = ("expert_B", *ROTATIONS[experts.rotation].zero) if init_weights else ()
+    zero: tuple[str, ...] = ()
+    if init_weights:
+        zero = ("expert_B", "router_mix", *ROTATIONS[experts.rotation].zero)
     for name, parameter in experts.named_parameters():
         if name in zero or name.startswith("residual_"):
             nn.init.zeros_(parameter)
         elif name == "expert_A" and init_weights == "gaussian":
             parameter.copy_(gaussian(_three(parameter)))
-        elif name in {"rotation_center", "radar_pair_angle"}:
+        elif name in {"rotation_center", "radar_pair_angle", "router_key"}:
             nn.init.normal_(parameter)
         else:
             fan_in = parameter.shape[0 if name.startswith("radar_") else -1]
             if name == "expert_B":
                 fan_in = parameter.shape[1]
+            elif name == "router_threshold_bias":
+                fan_in = experts.expert_A.shape[-1]
             nn.init.uniform_(parameter, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
     if experts.A_density < 1:
         mask_ERD = sparse_mask(_three(experts.expert_A), experts.A_density)

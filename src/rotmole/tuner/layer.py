@@ -12,10 +12,11 @@ from transformers.pytorch_utils import Conv1D
 
 from rotmole.ops.mixture import mixture
 from rotmole.ops.rotation import gate_shapes
-from rotmole.ops.routing import Routing, route, router_logits
+from rotmole.ops.routing import Routing
 from rotmole.tuner.balance import BalanceSettings, BalanceState, add_balance
 from rotmole.tuner.config import RotMoleConfig
 from rotmole.tuner.initial import draw, take_segments
+from rotmole.tuner.scaling import NO_TOKENS, ScalingGate, Tokens
 
 EXPERT, SCALING_GATE, ROTATION_GATE = "expert", "scaling_gate", "rotation_gate"
 
@@ -29,15 +30,15 @@ class Experts(nn.Module):
 
     Parameters (E experts, R rank, D in_features, O out_features):
         expert_A: [E, R, D], or [1, R, D] where all experts share it;  expert_B: [E, R, O];
-        router_weight: [E, D], absent at E = 1; residual_A, residual_B: the start of A and B, with
-        init_weights "svd"; and those of the rotation gate, as in rotmole.ops.gate_shapes.
+        router_*: those of the scaling gate, absent at E = 1; residual_A, residual_B: the start of
+        A and B, with init_weights "svd"; and those of the rotation gate, as in rotmole.ops.gate_shapes.
     """
 
     expert_A: nn.Parameter
     expert_B: nn.Parameter
     residual_A: nn.Parameter
     residual_B: nn.Parameter
-    router_weight: nn.Parameter
+    router_bias: Tensor | None
 
     def __init__(self, config: RotMoleConfig, *, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -47,8 +48,7 @@ class Experts(nn.Module):
         self.rotation_metric = config.rotation_metric
         self.radar_normalize = config.radar_normalize
         self.top_k = config.top_k
-        self.selection = config.selection
-        self.norm_topk_prob = config.norm_topk_prob
+        self.scaling_gate = ScalingGate.of(config)
         self.scale = _scale(config, in_features)
         self.balance = BalanceSettings()
         self.A_density = config.A_density
@@ -56,8 +56,9 @@ class Experts(nn.Module):
         experts, rank = config.num_experts, config.r
         input_factors = (1 if config.share_A else experts, rank, in_features)
         shapes: dict[str, tuple[int, ...]] = {"expert_A": input_factors}
-        if experts > 1:
-            shapes["router_weight"] = (experts, in_features)
+        routers = self.scaling_gate.shapes(in_features)
+        self.router_names = tuple(routers)
+        shapes |= routers
         shapes["expert_B"] = (experts, rank, out_features)
         gates = gate_shapes(
             config.rotation,
@@ -77,33 +78,53 @@ class Experts(nn.Module):
         for name, shape in (shapes | gates | residual).items():
             learns = name not in self.frozen
             self.register_parameter(name, nn.Parameter(torch.empty(shape), requires_grad=learns))
+        biased = experts > 1 and config.router_bias_rate > 0
+        self.register_buffer("router_bias", torch.zeros(experts) if biased else None)
 
     @property
     def weight(self) -> Tensor:
         """One parameter, by which PEFT's FSDP policy knows this module holds weights."""
         return self.expert_B
 
+    @property
+    def first_router_parameter(self) -> Tensor | None:
+        """One parameter of the scaling gate, by which to know whether it learns; None without."""
+        return getattr(self, self.router_names[0]) if self.router_names else None
+
     def role(self, name: str) -> str:
         """Return "expert", "scaling_gate" or "rotation_gate" for a parameter of this module."""
         if name in self.gate_names:
             return ROTATION_GATE
-        return SCALING_GATE if name == "router_weight" else EXPERT
+        return SCALING_GATE if name in self.router_names else EXPERT
+
+    def route(self, x_TD: Tensor, tokens: Tokens = NO_TOKENS) -> tuple[Tensor, Routing] | None:
+        """Return the router's logits [T, E] and the routing; None where there is one expert."""
+        if self.num_experts == 1:
+            return None
+        return self.scaling_gate.route(
+            x_TD,
+            {name: getattr(self, name) for name in self.router_names},
+            A_ERD=self.expert_A,
+            tokens=tokens,
+            bias_E=self.router_bias,
+            training=self.training,
+        )
 
     def forward(
-        self, x_TD: Tensor, dropped_TD: Tensor
+        self,
+        x_TD: Tensor,
+        dropped_TD: Tensor,
+        tokens: Tokens = NO_TOKENS,
+        routed: tuple[Tensor, Routing] | None = None,
     ) -> tuple[Tensor, tuple[Tensor, Routing] | None]:
-        """Return the addition [T, O] and, where there is a router, (its logits, the routing)."""
-        routed = None
-        if self.num_experts > 1:
-            logits_TE = router_logits(x_TD, self.router_weight)
-            routing = route(
-                logits_TE,
-                top_k=self.top_k,
-                selection=self.selection,
-                norm_topk_prob=self.norm_topk_prob,
-            )
-            routed = (logits_TE, routing)
-            weight_TE, selected_TE = routing.weight_TE, routing.selected_TE
+        """Return the addition [T, O] and, where there is a router, (its logits, the routing).
+
+        A routing that is given is used in place of this layer's own.
+        """
+        if routed is None:
+            routed = self.route(x_TD, tokens)
+        if routed is not None:
+            weight_TE, selected_TE = routed[1].weight_TE, routed[1].selected_TE
         else:
             weight_TE = x_TD.new_ones(x_TD.shape[0], 1)
             selected_TE = torch.ones_like(weight_TE, dtype=torch.bool)
@@ -223,17 +244,17 @@ class RotMoleLayer(BaseTunerLayer):  # type: ignore[misc] # peft ships no types
         experts = self.experts(adapter_name)
         x = self._cast_input_dtype(x, experts.expert_A.dtype)
         dropped: Tensor = self.rotmole_dropout[adapter_name](x)
+        tokens = experts.scaling_gate.tokens(self.rotmole_state, x)
         delta_TO, routed = experts(
-            x.reshape(-1, self.in_features), dropped.reshape(-1, self.in_features)
+            x.reshape(-1, self.in_features), dropped.reshape(-1, self.in_features), tokens
         )
         delta: Tensor = delta_TO.reshape(*x.shape[:-1], self.out_features)
         settings = experts.balance
         learns = torch.is_grad_enabled() and (settings.balance or settings.z)
-        if routed is not None and learns and experts.router_weight.requires_grad:
+        router = experts.first_router_parameter
+        if routed is not None and learns and router is not None and router.requires_grad:
             logits_TE, routing = routed
-            delta = add_balance(
-                delta, x, logits_TE, routing, self.rotmole_state, settings, experts.router_weight
-            )
+            delta = add_balance(delta, x, logits_TE, routing, self.rotmole_state, settings, router)
         return delta
 
 
