@@ -11,6 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from rotmole.config.fields import check_fields, one_of
+from rotmole.config.optimizer import optimizer_problems
 from rotmole.config.problems import sentences
 from rotmole.config.schema import METRICS, DataSection, ModelSection, RunFile, TaskSection
 from rotmole.config.training import (
@@ -76,6 +77,7 @@ def load_run(
         problems += sentences(error.errors(), raw, RunFile)
     adapter, training, found = _check_sections(raw, model_problems, schema_is_right=run is not None)
     problems += found
+    problems += optimizer_problems(_section(raw, "optimizer"), training)
     data = _valid_data(raw)
     if data is not None and data_problems is not None:
         problems += data_problems(data)
@@ -206,10 +208,22 @@ def _valid_data(raw: Mapping[str, Any]) -> DataSection | None:
 
 def _check_adapter(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     from rotmole.tuner.config import RotMoleConfig
+    from rotmole.tuner.presets import PRESETS, preset_fields
 
     names = RotMoleConfig.__dataclass_fields__
     hints = {k: v for k, v in get_type_hints(RotMoleConfig).items() if k in names}
-    passed, problems = check_fields(values, hints, ADAPTER_REFUSED, "adapter")
+    known = hints | {"preset": str}
+    passed, problems = check_fields(values, known, ADAPTER_REFUSED, "adapter")
+    preset = passed.pop("preset", None)
+    if preset in PRESETS:
+        passed = preset_fields(preset, passed)
+    elif preset is not None:
+        problems.append(f"adapter.preset: {preset!r} is not {one_of(preset, list(PRESETS))}")
+    if passed.get("frozen") == "AB" and passed.get("init_weights") != "svd":
+        problems.append(
+            "adapter.frozen: AB keeps B at zero here, so nothing would be trained; it is for "
+            "experts imported with RotMoleModel.from_adapters"
+        )
     try:
         with warnings.catch_warnings():
             if problems:
@@ -236,6 +250,8 @@ def _metric_problems(name: str, task: TaskSection) -> list[str]:
 def _warn_idle_sections(run: RunFile, adapter: Mapping[str, Any]) -> None:
     """Warn by name of settings that cannot act in this run."""
     idle = []
+    if run.optimizer.riemannian_delta is not None and run.optimizer.name is None:
+        idle.append(("optimizer.riemannian_delta", "optimizer.name is not set"))
     if run.optimizer.rotation_gate_lr is not None and adapter.get("rotation") == "none":
         idle.append(("optimizer.rotation_gate_lr", "adapter.rotation is none"))
     if run.optimizer.scaling_gate_lr is not None and adapter.get("num_experts") == 1:

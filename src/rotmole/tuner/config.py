@@ -23,6 +23,7 @@ from rotmole.tuner.config_rules import (
     target_problems,
 )
 from rotmole.tuner.expert_rules import expert_notices, expert_problems, is_routed
+from rotmole.tuner.presets import preset_fields
 from rotmole.tuner.router_rules import router_notices, router_problems, router_rule_problems
 
 # A key in a saved configuration that this version does not know changes the mathematics if it
@@ -180,6 +181,24 @@ class RotMoleConfig(PeftConfig):  # type: ignore[misc] # peft ships no types
         routed = is_routed(self)
         for notice in [*notices(self), *expert_notices(self), *router_notices(self, routed)]:
             warnings.warn(notice, stacklevel=3)
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> RotMoleConfig:
+        """Make the configuration of a published method; docs/family.md says what each is.
+
+            RotMoleConfig.preset("goat", r=4, task_type="CAUSAL_LM")
+
+        Args:
+            name: "lora" (arXiv 2106.09685), "moe_lora" (1701.06538), "hydralora" (2404.19245),
+                "loramoe" (2312.09979), "mola" (2402.08562), "mixlora" (2404.15159), "adamole"
+                (2405.00361), "goat" (2502.16894), "switch" (2101.03961), "top_p" (2403.07652),
+                "radargate" (2505.23184), "rotmole" (2605.25565) or "flylora" (2510.08396).
+            overrides: further settings, which win over the preset's.
+
+        Raises:
+            ConfigError: no such preset, or settings that do not fit.
+        """
+        return cls(**preset_fields(name, overrides))
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
