@@ -119,8 +119,15 @@ class DataSection(Section):
 
 
 class OptimizerSection(Section):
-    """Learning rates by role; whatever is None follows training.learning_rate."""
+    """The optimiser's metric, and learning rates by role; None follows training.learning_rate."""
 
+    name: Literal["riemannian_adamw", "riemannian_sgd"] | None = Field(
+        default=None,
+        description="precondition the experts' gradients; None: training.optim decides",
+    )
+    riemannian_delta: float | None = Field(
+        default=None, gt=0, description="d of (B B^T + d I)^-1; None is 1e-6"
+    )
     scaling_gate_lr: float | None = Field(default=None, ge=0)
     rotation_gate_lr: float | None = Field(default=None, ge=0)
     lora_plus_ratio: float | None = Field(
