@@ -91,7 +91,7 @@ def _magnitude(view: View, p: Parameters) -> Tensor:
     assert view.A_ERD is not None, "router 'magnitude' needs the experts' A"
     A_ERD = at_least_float32(view.A_ERD).to(view.x_TD.dtype)
     z_TER = linear(view.x_TD, A_ERD.flatten(0, 1)).reshape(-1, *A_ERD.shape[:2])
-    length_TE: Tensor = z_TER.detach().square().sum(-1).sqrt()
+    length_TE: Tensor = torch.linalg.vector_norm(z_TER.detach(), dim=-1)
     return length_TE
 
 
