@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft import get_peft_model
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
 from rotmole.config.fields import did_you_mean
@@ -109,10 +110,46 @@ def trainable_by_role(model: Any) -> dict[str, int]:
             for name in module.rotmole_experts:
                 experts = module.experts(name)
                 for key, parameter in experts.named_parameters():
-                    counts[experts.role(key)] += parameter.numel()
+                    if parameter.requires_grad:  # not what `frozen` or an SVD start keeps
+                        counts[experts.role(key)] += parameter.numel()
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     counts["other"] = trainable - sum(counts.values())
     return counts
+
+
+def flops_per_token(model: Any) -> int:
+    """Count what the adapter adds to one token's forward pass, as it is computed.
+
+    Matrix products count 2 each multiplication, as torch.utils.flop_counter does; elementwise work
+    and small linear systems (rotation cayley) are not counted. A gate computes every expert's
+    activation, so experts that are not selected count as well.
+
+    Args:
+        model: the adapted model, on the meta device.
+
+    Returns:
+        Floating-point operations of all adapted layers together.
+
+    Source: our choice.
+    """
+    counted: dict[tuple[Any, ...], int] = {}
+    total = 0
+    for module in model.modules():
+        if isinstance(module, RotMoleLayer):
+            for name in module.rotmole_experts:
+                shapes = {k: v.shape for k, v in module.experts(name).state_dict().items()}
+                key = (name, *shapes.items())  # layers of equal shapes cost the same
+                if key not in counted:
+                    counted[key] = _layer_flops(module, name)
+                total += counted[key]
+    return total
+
+
+def _layer_flops(layer: RotMoleLayer, adapter: str) -> int:
+    x = torch.empty(1, 1, layer.in_features, device="meta")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        layer.addition(x, adapter)
+    return int(counter.get_total_flops())
 
 
 def _unmatched(base: nn.Module, targets: Any) -> list[str]:

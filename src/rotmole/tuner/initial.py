@@ -78,18 +78,20 @@ def take_segments(experts: Experts, base_layer: nn.Module) -> None:
     """
     from peft.utils.integrations import dequantize_module_weight
 
+    number, rank, outputs = experts.expert_B.shape
+    narrow = min(outputs, experts.expert_A.shape[-1])
+    if number * rank > narrow:
+        raise ConfigError(
+            f"init_weights is 'svd': {number} experts of rank {rank} need {number * rank} singular "
+            f"directions, and a module's weight has {narrow}; lower num_experts or r, or leave "
+            "narrow modules out"
+        )
     if base_layer.weight.device.type == "meta":
         return
     weight: Tensor = dequantize_module_weight(base_layer)
     if isinstance(base_layer, Conv1D):
         weight = weight.T
-    number, rank, _ = experts.expert_B.shape
-    try:
-        A_ERD, B_ERO = svd_segments(weight, number, rank, experts.scale)
-    except ValueError as error:
-        raise ConfigError(
-            f"init_weights is 'svd': {error}; lower num_experts or r, or leave this module out"
-        ) from error
+    A_ERD, B_ERO = svd_segments(weight, number, rank, experts.scale)
     for name, value in (("A", A_ERD), ("B", B_ERO)):
         getattr(experts, f"expert_{name}").copy_(value)
         getattr(experts, f"residual_{name}").copy_(value)
