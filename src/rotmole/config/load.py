@@ -11,9 +11,9 @@ import yaml
 from pydantic import ValidationError
 
 from rotmole.config.fields import check_fields, one_of
-from rotmole.config.optimizer import optimizer_problems
 from rotmole.config.problems import sentences
 from rotmole.config.schema import METRICS, DataSection, ModelSection, RunFile, TaskSection
+from rotmole.config.sections import optimizer_problems, task_group_problems
 from rotmole.config.training import (
     check_training,
     has_validation,
@@ -104,6 +104,7 @@ def _check_sections(
     validated = any(has_validation(task) for task in tasks.values()) or not schema_is_right
     training, found = check_training(_section(raw, "training"), model or ModelSection(), validated)
     problems += found
+    problems += task_group_problems(tasks, adapter)
     for name, task in tasks.items():
         problems += _metric_problems(name, task)
     return adapter, training, problems
@@ -250,6 +251,10 @@ def _metric_problems(name: str, task: TaskSection) -> list[str]:
 def _warn_idle_sections(run: RunFile, adapter: Mapping[str, Any]) -> None:
     """Warn by name of settings that cannot act in this run."""
     idle = []
+    grouped = [name for name, task in run.data.tasks.items() if task.task_group is not None]
+    if grouped and not adapter.get("router_task_loss_coef"):
+        setting = f"data.tasks.{grouped[0]}.task_group"
+        idle.append((setting, "adapter.router_task_loss_coef is 0"))
     if run.optimizer.riemannian_delta is not None and run.optimizer.name is None:
         idle.append(("optimizer.riemannian_delta", "optimizer.name is not set"))
     if run.optimizer.rotation_gate_lr is not None and adapter.get("rotation") == "none":

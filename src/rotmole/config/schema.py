@@ -98,6 +98,12 @@ class TaskSection(Section):
         default_factory=dict,
         description="at most this many rows per group (locale: per language), seeded choice",
     )
+    task_group: int | None = Field(
+        default=None,
+        ge=0,
+        description="which group of experts adapter.router_task_loss_coef favours for this task; "
+        "None: tasks take the groups in turn",
+    )
     long_rows: Literal["error", "cut"] = Field(
         default="error",
         description="a row longer than max_length: error, or cut the start of its prompt",

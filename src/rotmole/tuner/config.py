@@ -13,6 +13,11 @@ from peft.config import PeftConfig
 from peft.utils import PeftType
 
 from rotmole.errors import AdapterError, ConfigError
+from rotmole.tuner.balance_rules import (
+    balance_notices,
+    balance_problems,
+    balance_rule_problems,
+)
 from rotmole.tuner.config_rules import (
     FORMAT_VERSION,
     choice_problems,
@@ -75,6 +80,13 @@ class RotMoleConfig(PeftConfig):  # type: ignore[misc] # peft ships no types
         router_aux_loss_scope: "sequence" (does not depend on how a batch is split) or
             "micro_batch" (does).
         router_z_loss_coef: weight of the router z-loss, treated likewise.
+        router_task_loss_coef: weight of LoRAMoE's localised loss, treated likewise; batches must
+            bring `task_id`, one whole number a row: the group of the row's task.
+        router_task_offset: a of that loss: experts of a row's own group count 1 - a, others 1 + a.
+        router_task_groups: into how many groups the experts are split, evenly and in order.
+        router_sqrt_gate: A, B and rotation learn with sqrt(g) in place of g (arXiv 2502.15828).
+        router_scope: "layer", or "block" (MixLoRA): a feed-forward block has one router, its
+            experts adapt all its layers, and modules outside of such blocks have one expert.
         target_modules, exclude_modules, layers_to_transform, layers_pattern, rank_pattern,
             alpha_pattern, modules_to_save, trainable_token_indices: as in PEFT's LoraConfig.
         num_experts_pattern, top_k_pattern: num_experts and top_k of modules that match a pattern,
@@ -124,6 +136,11 @@ class RotMoleConfig(PeftConfig):  # type: ignore[misc] # peft ships no types
     router_aux_loss_coef: float = field(default=0.0, metadata={"help": "Load-balance weight."})
     router_aux_loss_scope: str = field(default="sequence", metadata={"help": "Over what it acts."})
     router_z_loss_coef: float = field(default=0.0, metadata={"help": "Router z-loss weight."})
+    router_task_loss_coef: float = field(default=0.0, metadata={"help": "Localised balance."})
+    router_task_offset: float = field(default=0.1, metadata={"help": "How far tasks part."})
+    router_task_groups: int = field(default=2, metadata={"help": "Groups of experts."})
+    router_sqrt_gate: bool = field(default=False, metadata={"help": "Learn with sqrt(g)."})
+    router_scope: str = field(default="layer", metadata={"help": "layer or block."})
     target_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "Names, a regular expression, or 'all-linear'."}
     )
@@ -174,12 +191,15 @@ class RotMoleConfig(PeftConfig):  # type: ignore[misc] # peft ships no types
             self.top_k = 2 if is_routed(self) else 1
         problems = [*count_problems(self), *number_problems(self), *choice_problems(self)]
         problems += [*target_problems(self), *expert_problems(self), *router_problems(self)]
+        problems += balance_problems(self)
         broken = {re.split(r"[ \[]", problem, maxsplit=1)[0] for problem in problems}
         problems += [*rule_problems(self, broken), *router_rule_problems(self, broken)]
+        problems += balance_rule_problems(self, broken)
         if problems:
             raise ConfigError(problems, "RotMoleConfig")
         routed = is_routed(self)
-        for notice in [*notices(self), *expert_notices(self), *router_notices(self, routed)]:
+        said = [*notices(self), *expert_notices(self), *router_notices(self, routed)]
+        for notice in [*said, *balance_notices(self, routed)]:
             warnings.warn(notice, stacklevel=3)
 
     @classmethod

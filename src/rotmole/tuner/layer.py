@@ -16,6 +16,7 @@ from rotmole.ops.routing import Routing
 from rotmole.tuner.balance import BalanceSettings, BalanceState, add_balance
 from rotmole.tuner.config import RotMoleConfig
 from rotmole.tuner.initial import draw, take_segments
+from rotmole.tuner.loss_free import LoadCount, count_loads
 from rotmole.tuner.scaling import NO_TOKENS, ScalingGate, Tokens
 
 EXPERT, SCALING_GATE, ROTATION_GATE = "expert", "scaling_gate", "rotation_gate"
@@ -31,7 +32,7 @@ class Experts(nn.Module):
     Parameters (E experts, R rank, D in_features, O out_features):
         expert_A: [E, R, D], or [1, R, D] where all experts share it;  expert_B: [E, R, O];
         router_*: those of the scaling gate, absent at E = 1; residual_A, residual_B: the start of
-        A and B, with init_weights "svd"; and those of the rotation gate, as in rotmole.ops.gate_shapes.
+        A and B, with init_weights "svd"; and the rotation gate's, as in rotmole.ops.gate_shapes.
     """
 
     expert_A: nn.Parameter
@@ -51,6 +52,9 @@ class Experts(nn.Module):
         self.scaling_gate = ScalingGate.of(config)
         self.scale = _scale(config, in_features)
         self.balance = BalanceSettings()
+        self.sqrt_gate = config.router_sqrt_gate
+        self.router_bias_rate = config.router_bias_rate
+        self.loads = LoadCount()
         self.A_density = config.A_density
         self.num_experts = config.num_experts
         experts, rank = config.num_experts, config.r
@@ -141,6 +145,7 @@ class Experts(nn.Module):
             rotation_input=self.rotation_input,
             rotation_metric=self.rotation_metric,
             radar_normalize=self.radar_normalize,
+            sqrt_gate=self.sqrt_gate,
         )
         if "residual_A" in self.frozen:
             delta_TO = delta_TO - self._residual(x_TD, weight_TE)
@@ -249,12 +254,25 @@ class RotMoleLayer(BaseTunerLayer):  # type: ignore[misc] # peft ships no types
             x.reshape(-1, self.in_features), dropped.reshape(-1, self.in_features), tokens
         )
         delta: Tensor = delta_TO.reshape(*x.shape[:-1], self.out_features)
-        settings = experts.balance
-        learns = torch.is_grad_enabled() and (settings.balance or settings.z)
+        return delta if routed is None else self._balanced(delta, x, routed, experts)
+
+    def _balanced(
+        self, delta: Tensor, x: Tensor, routed: tuple[Tensor, Routing], experts: Experts
+    ) -> Tensor:
+        """Let the losses act, and count who was chosen, in the backward pass of delta."""
+        if not torch.is_grad_enabled():
+            return delta
+        logits_TE, routing = routed
+        state, settings = self.rotmole_state, experts.balance
         router = experts.first_router_parameter
-        if routed is not None and learns and router is not None and router.requires_grad:
-            logits_TE, routing = routed
-            delta = add_balance(delta, x, logits_TE, routing, self.rotmole_state, settings, router)
+        if settings.acts and router is not None and router.requires_grad:
+            delta = add_balance(delta, x, logits_TE, routing, state, settings, router)
+        if experts.router_bias is not None and experts.training and delta.requires_grad:
+            mask = state.valid_tokens(x)
+            mask_T = None if mask is None else mask.reshape(-1).to(x.device)
+            delta = count_loads(
+                delta, routing.selected_TE, mask_T, experts.loads, experts.expert_B
+            )
         return delta
 
 

@@ -21,6 +21,7 @@ from rotmole.tuner.config import RotMoleConfig
 from rotmole.tuner.layer import Linear, RotMoleLayer, layer_widths
 from rotmole.tuner.patterns import module_config
 from rotmole.tuner.scaling import check_stack, reads_ids, reads_sequences
+from rotmole.tuner.tasks import watch_tasks
 
 try:
     from peft.utils.error import NoMatchingPeftModuleError
@@ -109,15 +110,20 @@ class RotMoleModel(BaseTuner):  # type: ignore[misc] # peft ships no types
             and adapter_name in module.rotmole_experts
             and module.experts(adapter_name).num_experts > 1
         ]
-        coefficients = (config.router_aux_loss_coef, config.router_z_loss_coef)
-        if not layers or not (any(coefficients) or reads_ids(config) or reads_sequences(config)):
+        if not layers or not _watches(config):
             return
         if not hasattr(self, "_watched"):
             self._watched = watch_masks(model)
+        states = [state for state, _ in self._watched.values()]
+        if config.router_task_loss_coef and not any(state.wants_tasks for state in states):
+            self._watched_tasks = watch_tasks(model, states, config.router_task_groups)
         settings = BalanceSettings(
-            balance=coefficients[0] / len(layers),
-            z=coefficients[1] / len(layers),
+            balance=config.router_aux_loss_coef / len(layers),
+            z=config.router_z_loss_coef / len(layers),
             scope=config.router_aux_loss_scope,
+            task=config.router_task_loss_coef / len(layers),
+            task_offset=config.router_task_offset,
+            task_groups=config.router_task_groups,
         )
         seen: set[int] = set()
         for name, layer in layers:
@@ -132,6 +138,8 @@ class RotMoleModel(BaseTuner):  # type: ignore[misc] # peft ships no types
         model: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)
         for _, handle in getattr(self, "_watched", {}).values():
             handle.remove()
+        if hasattr(self, "_watched_tasks"):
+            self._watched_tasks.remove()
         return model
 
     def _check_merge_allowed(self) -> None:
@@ -149,6 +157,13 @@ class RotMoleModel(BaseTuner):  # type: ignore[misc] # peft ships no types
                 "rotmole; call set_adapter() and run the rows of each adapter as a batch"
             )
         yield
+
+
+def _watches(config: RotMoleConfig) -> bool:
+    """Tell whether anything of an adapter wants to know more of a batch than the layers' inputs."""
+    losses = config.router_aux_loss_coef, config.router_z_loss_coef, config.router_task_loss_coef
+    counts = config.router_bias_rate > 0  # padding does not count
+    return any(losses) or counts or reads_ids(config) or reads_sequences(config)
 
 
 def _is_inside(name: str, stack: str) -> bool:
