@@ -85,7 +85,10 @@ PRESETS: dict[str, Preset] = {
     ),
     "top_p": Preset(
         "2403.07652", "the fewest experts that hold a share of the probability",
-        {"num_experts": 8, "selection": "top_p", "top_p": 0.4, "rotation": "none"},
+        {
+            "num_experts": 8, "selection": "top_p", "top_p": 0.4, "norm_topk_prob": False,
+            "rotation": "none",
+        },
     ),
     "radargate": Preset(
         "2505.23184", "each expert's output rotated by what the other selected experts say",
