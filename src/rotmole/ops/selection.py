@@ -200,8 +200,10 @@ def select(
                        unpadded tokens where its p is largest;  g = p;  c = top_k
         constant weights: S = the K largest logits + bias;  g = 1/K ("mean") or 1 ("one")
 
-    The bias counts for the selection alone. Of equals the lower index (expert; for expert_choice
-    earlier token) wins, on every machine.
+    Where a single expert is selected and weights are normalised, its weight is the constant 1 and
+    the router gets no gradient there; norm_topk_prob False avoids that. The bias counts for the
+    selection alone. Of equals the lower index (expert; for expert_choice earlier token) wins, on
+    every machine.
 
     Args:
         logits_TE: [T, E] router scores.
