@@ -86,6 +86,8 @@ def test_the_table_has_every_preset_and_counts_lora_by_hand(
     assert found["hydralora"]["experts"] == 4 * factors - 3 * shared_A
     goat = found["goat"]
     assert goat["trainable"] == 8 * factors + 8 * 4 * 32  # what it subtracts is not trained
+    mix = found["mixlora"]
+    assert (mix["gates"], mix["modules"]) == (2 * 8 * 32, 14)  # one router a block
     fly = found["flylora"]
     assert (fly["gates"], fly["trainable"]) == (0, 2 * 32 * (32 + 16))
     assert main(words) == 0

@@ -16,6 +16,7 @@ from rotmole.config.fields import did_you_mean
 from rotmole.config.schema import ModelSection
 from rotmole.errors import RotMoleError
 from rotmole.models.load import empty_model
+from rotmole.tuner.balance import balance_states
 from rotmole.tuner.config import RotMoleConfig
 from rotmole.tuner.layer import RotMoleLayer
 
@@ -132,23 +133,32 @@ def flops_per_token(model: Any) -> int:
 
     Source: our choice.
     """
+    base = model.get_base_model()
+    for state in balance_states(base):
+        state.ids = torch.zeros(1, 1, dtype=torch.long, device="meta")  # for router hash
+    widths: dict[str, int] = {}
+    for path, module in base.named_modules():
+        if isinstance(module, RotMoleLayer):
+            # the layers of a block-routed block only work together
+            place = path.rpartition(".")[0] if module.rotmole_blocks else path
+            widths.setdefault(place, module.in_features)
     counted: dict[tuple[Any, ...], int] = {}
     total = 0
-    for module in model.modules():
-        if isinstance(module, RotMoleLayer):
-            for name in module.rotmole_experts:
-                shapes = {k: v.shape for k, v in module.experts(name).state_dict().items()}
-                key = (name, *shapes.items())  # layers of equal shapes cost the same
-                if key not in counted:
-                    counted[key] = _layer_flops(module, name)
-                total += counted[key]
+    for path, width in widths.items():
+        owner = base.get_submodule(path)
+        key = tuple((name, tensor.shape) for name, tensor in owner.state_dict().items())
+        if key not in counted:  # modules of equal shapes cost the same
+            with model.disable_adapter():
+                plain = _forward_flops(owner, width)
+            counted[key] = _forward_flops(owner, width) - plain
+        total += counted[key]
     return total
 
 
-def _layer_flops(layer: RotMoleLayer, adapter: str) -> int:
-    x = torch.empty(1, 1, layer.in_features, device="meta")
+def _forward_flops(module: nn.Module, width: int) -> int:
+    x = torch.empty(1, 1, width, device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        layer.addition(x, adapter)
+        module(x)
     return int(counter.get_total_flops())
 
 

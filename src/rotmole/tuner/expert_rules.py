@@ -32,6 +32,8 @@ def expert_problems(config: RotMoleConfig) -> Iterator[str]:
         yield f"goat_eta is {config.goat_eta!r}; it must be a number above 0 or null"
     if config.share_A is True and config.init_weights == "svd":
         yield "share_A is True; init_weights 'svd' starts each expert at an A of its own"
+    if config.init_weights == "svd" and config.router_scope == "block":
+        yield "init_weights is 'svd', whose residual router_scope 'block' cannot subtract"
     if config.share_A is True and config.router == "magnitude":
         yield "share_A is True; router 'magnitude' would give all experts the same score |A x|"
 
