@@ -92,8 +92,9 @@ def test_saved_and_loaded_bit_equal(settings: dict[str, Any], tmp_path: Path) ->
     model = _far(copy.deepcopy(base), settings).float()
     expected = _logits(model, ids)
     model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(base, tmp_path).eval()
-    assert torch.equal(_logits(again, ids), expected)
+    for options in ({"low_cpu_mem_usage": True}, {}):
+        again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, **options).eval()
+        assert torch.equal(_logits(again, ids), expected)
     with again.disable_adapter():
         assert not torch.equal(_logits(again, ids), expected)
 

@@ -77,7 +77,9 @@ def threshold_of(x_TD: Tensor, weight_1D: Tensor, bias_1: Tensor, *, experts: in
     tensor([0.1250])
     """
     with without_autocast(x_TD):
-        weight_1D = at_least_float32(weight_1D)
+        # a copy, because the product with one row depends in its last bit on where the row lies in
+        # memory, which loading without a copy (low_cpu_mem_usage) leaves to chance
+        weight_1D = at_least_float32(weight_1D).clone()
         logit_T1 = x_TD.to(weight_1D.dtype) @ weight_1D.T + at_least_float32(bias_1)
         return torch.sigmoid(logit_T1) / experts
 
