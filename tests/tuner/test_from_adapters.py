@@ -159,10 +159,16 @@ def test_damaged_and_foreign_folders_are_refused(two: tuple[Path, Path], tmp_pat
         next(iter(tensors.values()))[0, 0] = float("nan")
         save_file(tensors, file)
 
+    def shorten(file: Path) -> None:
+        tensors = load_file(file)
+        del tensors[max(tensors)]
+        save_file(tensors, file)
+
     weights, config = "adapter_model__safetensors", "adapter_config__json"
     refused("has no adapter_model", **{weights: None})
     refused("is damaged", **{weights: lambda file: file.write_bytes(b"12345678")})
     refused("not finite", **{weights: spoil})
+    refused("lora_B.weight is missing", **{weights: shorten})
     refused("peft_type is 'LOHA'", **{config: {"peft_type": "LOHA"}})
     refused("use_bdlora", **{config: {"use_bdlora": {"a": 1}}})
     (tmp_path / "pickled").mkdir()
