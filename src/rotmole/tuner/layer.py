@@ -10,20 +10,19 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from rotmole.errors import ModelError
 from rotmole.ops.mixture import mixture
 from rotmole.ops.rotation import gate_shapes
 from rotmole.ops.routing import Routing
 from rotmole.tuner.balance import BalanceSettings, BalanceState, add_balance
+from rotmole.tuner.blocks import BlockPart
 from rotmole.tuner.config import RotMoleConfig
+from rotmole.tuner.expert_rules import FROZEN
 from rotmole.tuner.initial import draw, take_segments
 from rotmole.tuner.loss_free import LoadCount, count_loads
 from rotmole.tuner.scaling import NO_TOKENS, ScalingGate, Tokens
 
 EXPERT, SCALING_GATE, ROTATION_GATE = "expert", "scaling_gate", "rotation_gate"
-
-FROZEN = {"none": frozenset[str](), "A": frozenset({"expert_A"}),
-          "AB": frozenset({"expert_A", "expert_B"})}  # fmt: skip
-"""Which parameters the setting `frozen` keeps from being trained."""
 
 
 class Experts(nn.Module):
@@ -41,7 +40,9 @@ class Experts(nn.Module):
     residual_B: nn.Parameter
     router_bias: Tensor | None
 
-    def __init__(self, config: RotMoleConfig, *, in_features: int, out_features: int) -> None:
+    def __init__(
+        self, config: RotMoleConfig, *, in_features: int, out_features: int, routes: bool = True
+    ) -> None:
         super().__init__()
         assert config.top_k is not None
         self.rotation = config.rotation
@@ -60,7 +61,8 @@ class Experts(nn.Module):
         experts, rank = config.num_experts, config.r
         input_factors = (1 if config.share_A else experts, rank, in_features)
         shapes: dict[str, tuple[int, ...]] = {"expert_A": input_factors}
-        routers = self.scaling_gate.shapes(in_features)
+        self.routes = routes and experts > 1  # else another layer of its block has the router
+        routers = self.scaling_gate.shapes(in_features) if self.routes else {}
         self.router_names = tuple(routers)
         shapes |= routers
         shapes["expert_B"] = (experts, rank, out_features)
@@ -82,7 +84,7 @@ class Experts(nn.Module):
         for name, shape in (shapes | gates | residual).items():
             learns = name not in self.frozen
             self.register_parameter(name, nn.Parameter(torch.empty(shape), requires_grad=learns))
-        biased = experts > 1 and config.router_bias_rate > 0
+        biased = self.routes and config.router_bias_rate > 0
         self.register_buffer("router_bias", torch.zeros(experts) if biased else None)
 
     @property
@@ -120,11 +122,15 @@ class Experts(nn.Module):
         dropped_TD: Tensor,
         tokens: Tokens = NO_TOKENS,
         routed: tuple[Tensor, Routing] | None = None,
+        part: BlockPart | None = None,
     ) -> tuple[Tensor, tuple[Tensor, Routing] | None]:
         """Return the addition [T, O] and, where there is a router, (its logits, the routing).
 
-        A routing that is given is used in place of this layer's own.
+        A routing that is given is used in place of this layer's own. A part of a block-routed
+        feed-forward block answers as `BlockPart.add` says.
         """
+        if part is not None:
+            return part.add(self, x_TD, dropped_TD, tokens)
         if routed is None:
             routed = self.route(x_TD, tokens)
         if routed is not None:
@@ -190,7 +196,7 @@ class RotMoleLayer(BaseTunerLayer):  # type: ignore[misc] # peft ships no types
     """
 
     adapter_layer_names: tuple[str, ...] = ("rotmole_experts",)
-    other_param_names: tuple[str, ...] = ("rotmole_dropout",)
+    other_param_names: tuple[str, ...] = ("rotmole_dropout", "rotmole_blocks")
     rotmole_experts: nn.ModuleDict
     rotmole_dropout: nn.ModuleDict
 
@@ -198,6 +204,7 @@ class RotMoleLayer(BaseTunerLayer):  # type: ignore[misc] # peft ships no types
         self.base_layer = base_layer
         self.rotmole_experts = nn.ModuleDict({})
         self.rotmole_dropout = nn.ModuleDict({})
+        self.rotmole_blocks: dict[str, BlockPart] = {}
         self.rotmole_state = BalanceState()
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
@@ -209,9 +216,18 @@ class RotMoleLayer(BaseTunerLayer):  # type: ignore[misc] # peft ships no types
         config: RotMoleConfig,
         *,
         inference_mode: bool = False,
+        part: BlockPart | None = None,
     ) -> None:
         """Add an adapter to this layer, or replace the one of that name."""
-        experts = Experts(config, in_features=self.in_features, out_features=self.out_features)
+        experts = Experts(
+            config,
+            in_features=self.in_features,
+            out_features=self.out_features,
+            routes=part is None or part.leads,
+        )
+        self.rotmole_blocks.pop(adapter_name, None)
+        if part is not None:
+            self.rotmole_blocks[adapter_name] = part
         if experts.weight.device.type != "meta":
             draw(experts, config.init_weights)
             if config.init_weights == "svd" and not inference_mode:  # loading overwrites it
@@ -238,6 +254,21 @@ class RotMoleLayer(BaseTunerLayer):  # type: ignore[misc] # peft ships no types
             for frozen in experts.frozen:
                 getattr(experts, frozen).requires_grad_(False)
 
+    def block_part(self, active: list[str]) -> BlockPart | None:
+        """Return what this layer is in a block-routed block under the active adapters.
+
+        Raises:
+            ModelError: such an adapter is not the only active one of this layer.
+        """
+        parts = [self.rotmole_blocks[name] for name in active if name in self.rotmole_blocks]
+        if parts and len(active) > 1:
+            raise ModelError(
+                f"adapters {', '.join(active)} are active together, and one of them has router_"
+                "scope 'block': its experts are whole feed-forward blocks, behind whose activation "
+                "nothing can be added; activate it alone"
+            )
+        return parts[0] if parts else None
+
     def experts(self, adapter_name: str) -> Experts:
         """Return the parameters of one adapter in this layer."""
         found = self.rotmole_experts[adapter_name]
@@ -245,15 +276,25 @@ class RotMoleLayer(BaseTunerLayer):  # type: ignore[misc] # peft ships no types
         return found
 
     def addition(self, x: Tensor, adapter_name: str) -> Tensor:
-        """Return what one adapter adds to the base layer's output: [..., O] for x [..., D]."""
-        experts = self.experts(adapter_name)
+        """Return what one adapter adds to the base layer's output: [..., O] for x [..., D].
+
+        In a block-routed block the inner layers return [K, ..., O], the outer takes [K, ..., D].
+        """
+        experts, part = self.experts(adapter_name), self.rotmole_blocks.get(adapter_name)
         x = self._cast_input_dtype(x, experts.expert_A.dtype)
         dropped: Tensor = self.rotmole_dropout[adapter_name](x)
-        tokens = experts.scaling_gate.tokens(self.rotmole_state, x)
+        if part is not None:
+            part.begin(x)
+        gate = experts.scaling_gate
+        tokens = gate.tokens(self.rotmole_state, x) if experts.routes else NO_TOKENS
         delta_TO, routed = experts(
-            x.reshape(-1, self.in_features), dropped.reshape(-1, self.in_features), tokens
+            x.reshape(-1, self.in_features),
+            dropped.reshape(-1, self.in_features),
+            tokens,
+            part=part,
         )
-        delta: Tensor = delta_TO.reshape(*x.shape[:-1], self.out_features)
+        lead = x.shape[:-1] if part is None else part.lead(x)
+        delta: Tensor = delta_TO.reshape(*lead, self.out_features)
         return delta if routed is None else self._balanced(delta, x, routed, experts)
 
     def _balanced(
@@ -270,9 +311,7 @@ class RotMoleLayer(BaseTunerLayer):  # type: ignore[misc] # peft ships no types
         if experts.router_bias is not None and experts.training and delta.requires_grad:
             mask = state.valid_tokens(x)
             mask_T = None if mask is None else mask.reshape(-1).to(x.device)
-            delta = count_loads(
-                delta, routing.selected_TE, mask_T, experts.loads, experts.expert_B
-            )
+            delta = count_loads(delta, routing.selected_TE, mask_T, experts.loads, experts.expert_B)
         return delta
 
 
@@ -284,21 +323,25 @@ class Linear(nn.Module, RotMoleLayer):
         base_layer: nn.Module,
         adapter_name: str,
         config: RotMoleConfig,
+        part: BlockPart | None = None,
     ) -> None:
         super().__init__()
         RotMoleLayer.__init__(self, base_layer)
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config, inference_mode=config.inference_mode)
+        self.update_layer(adapter_name, config, inference_mode=config.inference_mode, part=part)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the base layer's output plus the additions of the active adapters."""
-        result: Tensor = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
-            return result
+            plain: Tensor = self.base_layer(x, *args, **kwargs)
+            return plain
+        active = [name for name in self.active_adapters if name in self.rotmole_experts]  # type: ignore[union-attr] # hidden by nn.Module
+        part = self.block_part(active)
+        read = x if part is None else part.read(x)
+        result: Tensor = self.base_layer(read, *args, **kwargs)
         dtype = result.dtype
-        for adapter_name in self.active_adapters:  # type: ignore[union-attr] # hidden by nn.Module
-            if adapter_name in self.rotmole_experts:
-                result = result + self.addition(x, adapter_name)
+        for adapter_name in active:
+            result = result + self.addition(x, adapter_name)
         return result.to(dtype)
 
     def __repr__(self) -> str:

@@ -17,7 +17,9 @@ from transformers.pytorch_utils import Conv1D
 
 from rotmole.errors import ConfigError, ModelError
 from rotmole.tuner.balance import BalanceSettings, watch_masks
+from rotmole.tuner.blocks import block_part, check_blocks, plain_outside
 from rotmole.tuner.config import RotMoleConfig
+from rotmole.tuner.expert_rules import is_routed
 from rotmole.tuner.layer import Linear, RotMoleLayer, layer_widths
 from rotmole.tuner.patterns import module_config
 from rotmole.tuner.scaling import check_stack, reads_ids, reads_sequences
@@ -54,7 +56,7 @@ class RotMoleModel(BaseTuner):  # type: ignore[misc] # peft ships no types
     def from_adapters(cls, base: nn.Module, paths: Sequence[str | Path], **options: Any) -> Any:
         """Make a mixture whose experts are trained PEFT LoRA adapters; see tuner/from_adapters.py.
 
-            RotMoleModel.from_adapters(base, ["math", "code"], trainable="gates", top_k=2)
+        RotMoleModel.from_adapters(base, ["math", "code"], trainable="gates", top_k=2)
         """
         from rotmole.tuner.from_adapters import from_adapters  # it makes models, so it comes after
 
@@ -90,12 +92,21 @@ class RotMoleModel(BaseTuner):  # type: ignore[misc] # peft ships no types
         current_key: str,
     ) -> None:
         config = module_config(peft_config, self.model, current_key)
+        part = None
+        if peft_config.router_scope == "block":
+            part = block_part(parent, target_name, adapter_name)
+            if part is None:
+                plain_outside(peft_config, config, current_key)
+            elif config.num_experts == 1:
+                part = None  # one expert is added in the layer itself
         if isinstance(target, RotMoleLayer):
-            target.update_layer(adapter_name, config, inference_mode=config.inference_mode)
+            target.update_layer(
+                adapter_name, config, inference_mode=config.inference_mode, part=part
+            )
             return
         _check_supported(target, current_key, config)
         check_stack(self.model, current_key, config)
-        layer = Linear(target, adapter_name, config)
+        layer = Linear(target, adapter_name, config, part)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # an additional adapter is not trainable by itself
         self._replace_module(parent, target_name, layer, target)
@@ -103,12 +114,14 @@ class RotMoleModel(BaseTuner):  # type: ignore[misc] # peft ships no types
     def _watch(self, model: nn.Module, adapter_name: str) -> None:
         """Watch masks and token ids if something wants them; share out the losses' weights."""
         config = self.peft_config[adapter_name]
+        if config.router_scope == "block" and is_routed(config):
+            check_blocks(model, adapter_name)
         layers = [
             (name, module)
             for name, module in model.named_modules()
             if isinstance(module, RotMoleLayer)
             and adapter_name in module.rotmole_experts
-            and module.experts(adapter_name).num_experts > 1
+            and module.experts(adapter_name).routes
         ]
         if not layers or not _watches(config):
             return
