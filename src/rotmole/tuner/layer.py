@@ -255,11 +255,7 @@ class RotMoleLayer(BaseTunerLayer):  # type: ignore[misc] # peft ships no types
                 getattr(experts, frozen).requires_grad_(False)
 
     def block_part(self, active: list[str]) -> BlockPart | None:
-        """Return what this layer is in a block-routed block under the active adapters.
-
-        Raises:
-            ModelError: such an adapter is not the only active one of this layer.
-        """
+        """Return what this layer is in a block-routed block; such an adapter must act alone."""
         parts = [self.rotmole_blocks[name] for name in active if name in self.rotmole_blocks]
         if parts and len(active) > 1:
             raise ModelError(
