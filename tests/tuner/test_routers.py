@@ -148,6 +148,19 @@ def test_jitter_acts_in_training_and_is_off_in_evaluation() -> None:
     assert not torch.equal(_logits(model, ids), _logits(model, ids))
 
 
+@pytest.mark.parametrize("router", LEARNED)
+def test_the_balance_loss_acts_on_every_parameter_of_every_learned_router(router: str) -> None:
+    ids, gradients = tiny.tokens(2, 7), []
+    for coefficient in (0.0, 5.0):
+        torch.manual_seed(0)
+        settings = {"router": router, "router_aux_loss_coef": coefficient}
+        model = get_peft_model(tiny.llama(), _config(settings, init_weights=False))
+        model(input_ids=ids, labels=ids).loss.backward()
+        experts = _layer(model).experts("default")
+        gradients.append({name: getattr(experts, name).grad for name in experts.router_names})
+    assert not [n for n, g in gradients[0].items() if torch.allclose(g, gradients[1][n])]
+
+
 def test_two_adapters_with_different_routers() -> None:
     model, ids = _far(tiny.llama(), {"router": "hash"}), tiny.tokens(2, 7)
     first = _logits(model, ids)
