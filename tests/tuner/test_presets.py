@@ -83,12 +83,8 @@ def test_it_comes_back_bit_equal_without_a_setting(name: str, tmp_path: Path) ->
     torch.manual_seed(9)
     again = PeftModel.from_pretrained(copy.deepcopy(base()), tmp_path).eval()
     assert torch.equal(logits(again), expected)
-    mapped = PeftModel.from_pretrained(
-        copy.deepcopy(base()), tmp_path, low_cpu_mem_usage=True
-    )  # tensors stay where they lie in the file, and a matrix product's last bit depends on where
-    wanted = model.state_dict()
-    assert all(torch.equal(value, wanted[key]) for key, value in mapped.state_dict().items())
-    torch.testing.assert_close(logits(mapped.eval()), expected, rtol=1e-5, atol=1e-6)
+    mapped = PeftModel.from_pretrained(copy.deepcopy(base()), tmp_path, low_cpu_mem_usage=True)
+    assert torch.equal(logits(mapped.eval()), expected)
 
 
 @every_preset

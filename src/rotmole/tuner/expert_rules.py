@@ -11,7 +11,12 @@ from rotmole.tuner.initial import INITS
 if TYPE_CHECKING:
     from rotmole.tuner.config import RotMoleConfig
 
-FROZEN_CHOICES = ("none", "A", "AB")
+FROZEN = {
+    "none": frozenset[str](),
+    "A": frozenset({"expert_A"}),
+    "AB": frozenset({"expert_A", "expert_B"}),
+}
+"""Which parameters the setting `frozen` keeps from being trained."""
 
 
 def expert_problems(config: RotMoleConfig) -> Iterator[str]:
@@ -20,8 +25,8 @@ def expert_problems(config: RotMoleConfig) -> Iterator[str]:
         yield from _pattern_problems(name, getattr(config, name))
     if not isinstance(config.share_A, bool):
         yield f"share_A is {config.share_A!r}; it must be true or false"
-    if config.frozen not in FROZEN_CHOICES:
-        yield f"frozen is {config.frozen!r}; it must be one of {', '.join(FROZEN_CHOICES)}"
+    if config.frozen not in FROZEN:
+        yield f"frozen is {config.frozen!r}; it must be one of {', '.join(FROZEN)}"
     if not any(config.init_weights is value or config.init_weights == value for value in INITS):
         yield f"init_weights is {config.init_weights!r}; it must be true, false, gaussian or svd"
     if not (_is_number(config.A_density) and 0 < config.A_density <= 1):
