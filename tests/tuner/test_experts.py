@@ -346,3 +346,45 @@ def test_only_layers_with_a_router_share_the_balance_loss() -> None:
 def test_fewer_experts_than_a_token_uses_is_said_with_the_module() -> None:
     with pytest.raises(ConfigError, match=r"layers.0.self_attn.q_proj' has 2 experts.*to use 3"):
         adapted(num_experts=4, top_k=3, num_experts_pattern={"q_proj": 2})
+
+
+BROKEN: list[tuple[dict[str, object], str]] = [
+    ({"num_experts_pattern": {"q_proj": 0}}, "num_experts_pattern holds 0"),
+    ({"num_experts_pattern": "q_proj"}, "num_experts_pattern is 'q_proj'"),
+    ({"top_k_pattern": [2, True]}, "top_k_pattern holds True"),
+    ({"share_A": 1}, "share_A is 1"),
+    ({"share_A": True, "init_weights": "svd"}, "share_A is True; init_weights 'svd'"),
+    ({"share_A": True, "router": "magnitude"}, "share_A is True; router 'magnitude'"),
+    ({"frozen": "B"}, "frozen is 'B'"),
+    ({"init_weights": "pissa"}, "init_weights is 'pissa'"),
+    ({"init_weights": "svd", "router_scope": "block"}, "init_weights is 'svd', whose residual"),
+    ({"A_density": 0}, "A_density is 0;"),
+    ({"A_density": 1.5, "frozen": "A"}, "A_density is 1.5"),
+    ({"A_density": 0.5}, "A_density is 0.5 but frozen is 'none'"),
+    ({"A_density": 0.5, "frozen": "A", "init_weights": "svd"}, "'svd' gives a dense A"),
+    ({"goat_eta": 0}, "goat_eta is 0"),
+]
+
+
+@pytest.mark.parametrize(("settings", "told"), BROKEN, ids=[told for _, told in BROKEN])
+def test_settings_of_experts_that_cannot_work_are_told(
+    settings: dict[str, object], told: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        RotMoleConfig(**settings)
+    assert told in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"num_experts": 1, "rotation": "none", "share_A": True}, "share_A=True"),
+        ({"selection": "dense", "top_k_pattern": {"q_proj": 1}}, "top_k_pattern="),
+        ({"goat_eta": 1.0, "use_rslora": True}, "use_rslora=True"),
+        ({"goat_eta": 1.0, "alpha_pattern": {"q_proj": 4}}, "alpha_pattern="),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_settings_of_experts_without_effect_warn(settings: dict[str, object], told: str) -> None:
+    with pytest.warns(UserWarning, match=f"{told}.*has no effect"):
+        RotMoleConfig(**settings)
