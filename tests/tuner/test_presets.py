@@ -69,7 +69,7 @@ def test_it_starts_at_the_base_model(name: str) -> None:
     found, plain = logits(adapted(name)), logits(base())
     if name == "goat":
         distance = (found - plain).norm(dim=-1) / plain.norm(dim=-1)
-        assert 0 < distance.max() < 0.3
+        assert 0 < distance.max() < 0.05
     else:
         assert torch.equal(found, plain)
 
