@@ -161,6 +161,16 @@ def test_the_balance_loss_acts_on_every_parameter_of_every_learned_router(router
     assert not [n for n, g in gradients[0].items() if torch.allclose(g, gradients[1][n])]
 
 
+@pytest.mark.parametrize("router", ["linear", "magnitude"])
+def test_a_large_bias_decides_who_is_selected(router: str) -> None:
+    model = _far(tiny.llama(), {"router": router, "router_bias_rate": 0.1})
+    experts = _layer(model).experts("default")
+    experts.router_bias.copy_(torch.tensor([0.0, 1e3, 0.0, 1e3]))
+    x_TD = torch.randn(5, 32, dtype=torch.float64)
+    _, (_, routing) = experts(x_TD, x_TD)
+    assert torch.equal(routing.selected_TE, torch.tensor([False, True, False, True]).expand(5, 4))
+
+
 def test_two_adapters_with_different_routers() -> None:
     model, ids = _far(tiny.llama(), {"router": "hash"}), tiny.tokens(2, 7)
     first = _logits(model, ids)

@@ -158,9 +158,7 @@ class ScalingGate:
         )
 
     def shapes(self, in_features: int) -> dict[str, tuple[int, ...]]:
-        """Return name and shape of every parameter; none where there is one expert."""
-        if self.experts == 1:
-            return {}
+        """Return name and shape of every parameter."""
         shapes = router_shapes(self.router, E=self.experts, D=in_features, H=self.dim)
         if self.selection == "threshold":
             shapes |= threshold_shapes(in_features)
