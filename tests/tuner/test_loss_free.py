@@ -110,31 +110,34 @@ def test_a_step_without_an_update_warns_once() -> None:
 
     with pytest.warns(UserWarning, match="nobody moves the bias") as said:
         steps()
-    assert len(said) == 2  # once a layer
+    assert len(said) == 1  # not once a layer
     model = _adapted()
     optimizer.register_step_post_hook(lambda *_: update_router_bias(model))
     steps()  # a warning would be an error
 
 
 def test_the_trainer_balances_the_experts(tmp_path: Path) -> None:
-    rows = Dataset.from_list([{"input_ids": r, "labels": r} for r in tiny.tokens(8, 10).tolist()])
-    shares = {}
-    for rate in (0.0, RATE):
-        model = _adapted(router_bias_rate=rate)
-        arguments = TrainingArguments(
-            output_dir=str(tmp_path), max_steps=20, per_device_train_batch_size=4, use_cpu=True,
-            gradient_accumulation_steps=2, learning_rate=1e-6, report_to="none", disable_tqdm=True,
-            save_strategy="no", dataloader_pin_memory=False,
-        )  # fmt: skip
-        Trainer(
-            model=model, args=arguments, train_dataset=rows, callbacks=[BalanceCallback()]
-        ).train()
-        if rate:
-            moved = torch.tensor(_biases(model)) / rate
-            assert torch.allclose(moved, moved.round(), atol=1e-4)  # 20 equal steps, no more
-            assert moved.abs().max() <= 20
+    """A bias that sends most tokens to expert 0 is taken back, one step of the rate an update."""
+    ids = tiny.tokens(8, 10)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    model = _adapted(router_bias_rate=0.05)
+    for experts in _experts(model):
+        experts.router_bias[0] = 0.5
+
+    def greatest_share() -> float:
         model.eval()
-        ids = tiny.tokens(8, 10)
-        loads = _loads(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
-        shares[rate] = max(float((x / x.sum()).max()) for x in loads)
-    assert shares[RATE] < 0.35 < 0.4 < shares[0.0]  # perfect balance is 0.25
+        return max(float((x / x.sum()).max()) for x in _loads(model, batch))
+
+    before = greatest_share()
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=12, per_device_train_batch_size=4, use_cpu=True,
+        gradient_accumulation_steps=2, learning_rate=1e-6, report_to="none", disable_tqdm=True,
+        save_strategy="no", dataloader_pin_memory=False,
+    )  # fmt: skip
+    rows = Dataset.from_list([{"input_ids": row, "labels": row} for row in ids.tolist()])
+    Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[BalanceCallback()]).train()
+    moved = torch.tensor(_biases(model)) / 0.05
+    torch.testing.assert_close(moved, moved.round(), rtol=0, atol=1e-3)  # whole steps
+    assert (moved[:, 0] < 8).all()  # it was 10
+    assert (moved[:, 1:].abs() <= 12).all()  # one an update, not one a micro-batch
+    assert greatest_share() < 0.8 < before

@@ -49,6 +49,7 @@ class BalanceState:
     tasks: Tensor | None = None
     wants_tasks: bool = False
     warned_of_tasks: bool = False
+    warned_of_bias: bool = False
     loss_scale: float = 1.0
     managed: bool = False
     warned: bool = False

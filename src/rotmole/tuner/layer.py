@@ -307,7 +307,9 @@ class RotMoleLayer(BaseTunerLayer):  # type: ignore[misc] # peft ships no types
         if experts.router_bias is not None and experts.training and delta.requires_grad:
             mask = state.valid_tokens(x)
             mask_T = None if mask is None else mask.reshape(-1).to(x.device)
-            delta = count_loads(delta, routing.selected_TE, mask_T, experts.loads, experts.expert_B)
+            delta = count_loads(
+                delta, routing.selected_TE, mask_T, experts.loads, experts.expert_B, state
+            )
         return delta
 
 

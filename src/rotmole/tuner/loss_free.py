@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from rotmole.tuner.balance import BalanceState
     from rotmole.tuner.layer import Experts
 
 
@@ -29,16 +30,15 @@ class LoadCount:
     def __init__(self) -> None:
         self.loads_E: Tensor | None = None
         self.version = 0
-        self.warned = False
 
-    def add(self, loads_E: Tensor, witness: Tensor) -> None:
-        """Count one micro-batch; warn once if the weights moved and the bias did not."""
+    def add(self, loads_E: Tensor, witness: Tensor, state: BalanceState) -> None:
+        """Count one micro-batch; warn once a stack if the weights moved and the bias did not."""
         if self.loads_E is None:
             self.loads_E, self.version = loads_E, witness._version
             return
         self.loads_E = self.loads_E + loads_E
-        if witness._version != self.version and not self.warned:
-            self.warned = True
+        if witness._version != self.version and not state.warned_of_bias:
+            state.warned_of_bias = True
             warnings.warn(
                 "router_bias_rate is on, but nobody moves the bias after an optimizer step: call "
                 "rotmole.update_router_bias(model) there, or add "
@@ -52,15 +52,20 @@ class _Count(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, output: Tensor, loads_E: Tensor, count: LoadCount, witness: Tensor
+        ctx: Any,
+        output: Tensor,
+        loads_E: Tensor,
+        count: LoadCount,
+        witness: Tensor,
+        state: BalanceState,
     ) -> Tensor:
-        ctx.loads_E, ctx.count, ctx.witness = loads_E, count, witness
+        ctx.loads_E, ctx.count, ctx.witness, ctx.state = loads_E, count, witness, state
         return output.view_as(output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.count.add(ctx.loads_E, ctx.witness)
-        return grads[0], None, None, None
+        ctx.count.add(ctx.loads_E, ctx.witness, ctx.state)
+        return grads[0], None, None, None, None
 
 
 def count_loads(
@@ -69,6 +74,7 @@ def count_loads(
     mask_T: Tensor | None,
     count: LoadCount,
     witness: nn.Parameter,
+    state: BalanceState,
 ) -> Tensor:
     """Return `output`, made so that its backward pass counts who was chosen.
 
@@ -78,6 +84,7 @@ def count_loads(
         mask_T: [T] True for tokens that count; None counts all.
         count: where to add.
         witness: a parameter that every optimiser step changes.
+        state: of the stack, which remembers that it has warned.
 
     Returns:
         A tensor equal to output.
@@ -88,7 +95,7 @@ def count_loads(
     if mask_T is not None:
         chosen_TE = chosen_TE * mask_T.to(chosen_TE.dtype)[:, None]
     loads_E = chosen_TE.sum(0)
-    return _Count.apply(output, loads_E, count, witness)  # type: ignore[no-any-return, no-untyped-call] # torch's own types
+    return _Count.apply(output, loads_E, count, witness, state)  # type: ignore[no-any-return, no-untyped-call] # torch's own types
 
 
 def _biased(model: nn.Module) -> list[Experts]:
