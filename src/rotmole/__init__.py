@@ -26,6 +26,7 @@ add_member()  # before the configuration, which names the member, can be used
 from rotmole.optim import parameter_groups  # noqa: E402  needs the member
 from rotmole.tuner.balance import balance_states  # noqa: E402  needs the member
 from rotmole.tuner.config import RotMoleConfig  # noqa: E402  needs the member
+from rotmole.tuner.loss_free import update_router_bias  # noqa: E402  needs the member
 from rotmole.tuner.model import RotMoleModel  # noqa: E402  needs the member
 
 register()
@@ -46,4 +47,5 @@ __all__ = [
     "__version__",
     "balance_states",
     "parameter_groups",
+    "update_router_bias",
 ]

@@ -70,6 +70,24 @@ def check(run: RunPath, overrides: Overrides = None) -> int:
 
 
 @app.command()
+def methods(
+    run: Annotated[
+        Path | None,
+        typer.Argument(metavar="[RUN.yaml]", help="A run file: its model, modules and rank."),
+    ] = None,
+    overrides: Overrides = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="A model, where there is no run file.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON in place of a table.")] = False,
+) -> int:
+    """List the presets: what each would train and cost in a model."""
+    from rotmole.cli.methods import methods as work
+
+    return work(run, overrides or [], model, json)
+
+
+@app.command()
 def train(
     run: RunPath,
     overrides: Overrides = None,

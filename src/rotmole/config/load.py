@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from rotmole.config.fields import check_fields, one_of
 from rotmole.config.problems import sentences
 from rotmole.config.schema import METRICS, DataSection, ModelSection, RunFile, TaskSection
+from rotmole.config.sections import optimizer_problems, task_group_problems
 from rotmole.config.training import (
     check_training,
     has_validation,
@@ -76,6 +77,7 @@ def load_run(
         problems += sentences(error.errors(), raw, RunFile)
     adapter, training, found = _check_sections(raw, model_problems, schema_is_right=run is not None)
     problems += found
+    problems += optimizer_problems(_section(raw, "optimizer"), training)
     data = _valid_data(raw)
     if data is not None and data_problems is not None:
         problems += data_problems(data)
@@ -102,6 +104,7 @@ def _check_sections(
     validated = any(has_validation(task) for task in tasks.values()) or not schema_is_right
     training, found = check_training(_section(raw, "training"), model or ModelSection(), validated)
     problems += found
+    problems += task_group_problems(tasks, adapter)
     for name, task in tasks.items():
         problems += _metric_problems(name, task)
     return adapter, training, problems
@@ -206,10 +209,22 @@ def _valid_data(raw: Mapping[str, Any]) -> DataSection | None:
 
 def _check_adapter(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     from rotmole.tuner.config import RotMoleConfig
+    from rotmole.tuner.presets import PRESETS, preset_fields
 
     names = RotMoleConfig.__dataclass_fields__
     hints = {k: v for k, v in get_type_hints(RotMoleConfig).items() if k in names}
-    passed, problems = check_fields(values, hints, ADAPTER_REFUSED, "adapter")
+    known = hints | {"preset": str}
+    passed, problems = check_fields(values, known, ADAPTER_REFUSED, "adapter")
+    preset = passed.pop("preset", None)
+    if preset in PRESETS:
+        passed = preset_fields(preset, passed)
+    elif preset is not None:
+        problems.append(f"adapter.preset: {preset!r} is not {one_of(preset, list(PRESETS))}")
+    if passed.get("frozen") == "AB" and passed.get("init_weights") != "svd":
+        problems.append(
+            "adapter.frozen: AB keeps B at zero here, so nothing would be trained; it is for "
+            "experts imported with RotMoleModel.from_adapters"
+        )
     try:
         with warnings.catch_warnings():
             if problems:
@@ -236,6 +251,12 @@ def _metric_problems(name: str, task: TaskSection) -> list[str]:
 def _warn_idle_sections(run: RunFile, adapter: Mapping[str, Any]) -> None:
     """Warn by name of settings that cannot act in this run."""
     idle = []
+    grouped = [name for name, task in run.data.tasks.items() if task.task_group is not None]
+    if grouped and not adapter.get("router_task_loss_coef"):
+        setting = f"data.tasks.{grouped[0]}.task_group"
+        idle.append((setting, "adapter.router_task_loss_coef is 0"))
+    if run.optimizer.riemannian_delta is not None and run.optimizer.name is None:
+        idle.append(("optimizer.riemannian_delta", "optimizer.name is not set"))
     if run.optimizer.rotation_gate_lr is not None and adapter.get("rotation") == "none":
         idle.append(("optimizer.rotation_gate_lr", "adapter.rotation is none"))
     if run.optimizer.scaling_gate_lr is not None and adapter.get("num_experts") == 1:

@@ -98,6 +98,12 @@ class TaskSection(Section):
         default_factory=dict,
         description="at most this many rows per group (locale: per language), seeded choice",
     )
+    task_group: int | None = Field(
+        default=None,
+        ge=0,
+        description="which group of experts adapter.router_task_loss_coef favours for this task; "
+        "None: tasks take the groups in turn",
+    )
     long_rows: Literal["error", "cut"] = Field(
         default="error",
         description="a row longer than max_length: error, or cut the start of its prompt",
@@ -119,8 +125,15 @@ class DataSection(Section):
 
 
 class OptimizerSection(Section):
-    """Learning rates by role; whatever is None follows training.learning_rate."""
+    """The optimiser's metric, and learning rates by role; None follows training.learning_rate."""
 
+    name: Literal["riemannian_adamw", "riemannian_sgd"] | None = Field(
+        default=None,
+        description="precondition the experts' gradients; None: training.optim decides",
+    )
+    riemannian_delta: float | None = Field(
+        default=None, gt=0, description="d of (B B^T + d I)^-1; None is 1e-6"
+    )
     scaling_gate_lr: float | None = Field(default=None, ge=0)
     rotation_gate_lr: float | None = Field(default=None, ge=0)
     lora_plus_ratio: float | None = Field(

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from peft import get_peft_model
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
 from rotmole.config.fields import did_you_mean
 from rotmole.config.schema import ModelSection
 from rotmole.errors import RotMoleError
 from rotmole.models.load import empty_model
+from rotmole.tuner.balance import balance_states
 from rotmole.tuner.config import RotMoleConfig
 from rotmole.tuner.layer import RotMoleLayer
 
@@ -109,10 +111,55 @@ def trainable_by_role(model: Any) -> dict[str, int]:
             for name in module.rotmole_experts:
                 experts = module.experts(name)
                 for key, parameter in experts.named_parameters():
-                    counts[experts.role(key)] += parameter.numel()
+                    if parameter.requires_grad:  # not what `frozen` or an SVD start keeps
+                        counts[experts.role(key)] += parameter.numel()
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     counts["other"] = trainable - sum(counts.values())
     return counts
+
+
+def flops_per_token(model: Any) -> int:
+    """Count what the adapter adds to one token's forward pass, as it is computed.
+
+    Matrix products count 2 each multiplication, as torch.utils.flop_counter does; elementwise work
+    and small linear systems (rotation cayley) are not counted. A gate computes every expert's
+    activation, so experts that are not selected count as well.
+
+    Args:
+        model: the adapted model, on the meta device.
+
+    Returns:
+        Floating-point operations of all adapted layers together.
+
+    Source: our choice.
+    """
+    base = model.get_base_model()
+    for state in balance_states(base):
+        state.ids = torch.zeros(1, 1, dtype=torch.long, device="meta")  # for router hash
+    widths: dict[str, int] = {}
+    for path, module in base.named_modules():
+        if isinstance(module, RotMoleLayer):
+            # the layers of a block-routed block only work together
+            place = path.rpartition(".")[0] if module.rotmole_blocks else path
+            widths.setdefault(place, module.in_features)
+    counted: dict[tuple[Any, ...], int] = {}
+    total = 0
+    for path, width in widths.items():
+        owner = base.get_submodule(path)
+        key = tuple((name, tensor.shape) for name, tensor in owner.state_dict().items())
+        if key not in counted:  # modules of equal shapes cost the same
+            with model.disable_adapter():
+                plain = _forward_flops(owner, width)
+            counted[key] = _forward_flops(owner, width) - plain
+        total += counted[key]
+    return total
+
+
+def _forward_flops(module: nn.Module, width: int) -> int:
+    x = torch.empty(1, 1, width, device="meta")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        module(x)
+    return int(counter.get_total_flops())
 
 
 def _unmatched(base: nn.Module, targets: Any) -> list[str]:

@@ -10,10 +10,14 @@ P planes, V rows of a vector gate, M rows of an angle gate.
 from rotmole.ops.balance import load_balance_loss, router_z_loss, usage
 from rotmole.ops.mixture import mixture, rotated
 from rotmole.ops.rotation import ROTATIONS, gate_shapes, is_rotation
+from rotmole.ops.routers import ROUTERS, router_scores, router_shapes
 from rotmole.ops.routing import Routing, route
+from rotmole.ops.selection import SELECTIONS, select
 
 __all__ = [
     "ROTATIONS",
+    "ROUTERS",
+    "SELECTIONS",
     "Routing",
     "gate_shapes",
     "is_rotation",
@@ -21,6 +25,9 @@ __all__ = [
     "mixture",
     "rotated",
     "route",
+    "router_scores",
+    "router_shapes",
     "router_z_loss",
+    "select",
     "usage",
 ]

@@ -17,6 +17,7 @@ from torch.nn.functional import linear
 from rotmole.ops.modes import output_metric
 from rotmole.ops.precision import at_least_float32, epsilon, without_autocast
 from rotmole.ops.rotation import ROTATIONS, Gate
+from rotmole.ops.sqrt_gate import combine_sqrt_gate
 
 
 def project(x_TD: Tensor, weight_EMD: Tensor) -> Tensor:
@@ -37,6 +38,11 @@ def project(x_TD: Tensor, weight_EMD: Tensor) -> Tensor:
     else:
         projected = linear(x_TD, weight_ND).mT.contiguous()
     return projected.view(experts, rows, x_TD.shape[0])
+
+
+def _activations(dropped_TD: Tensor, A_ERD: Tensor, experts: int) -> Tensor:
+    """Return z [E, R, T] in at least float32; one A for all experts is multiplied once."""
+    return at_least_float32(project(dropped_TD, A_ERD)).expand(experts, -1, -1)
 
 
 def make_gate(
@@ -86,7 +92,7 @@ def rotated(
     Args:
         x_TD: [T, D] layer input; angle gates read it.
         dropped_TD: [T, D] the same after dropout; A and vector gates read it.
-        A_ERD: [E, R, D] input factors.
+        A_ERD: [E, R, D] input factors, or [1, R, D]: one for all experts.
         B_ERO: [E, R, O] output factors; only the output metric reads them.
         gates: rotation-gate parameters by name, as in rotation.gate_shapes.
         rotation: a name in ROTATIONS, not of kind "output".
@@ -122,7 +128,7 @@ def _rotated(
     rotate = ROTATIONS[rotation].rotate
     if rotate is None:
         raise ValueError(f"rotation {rotation!r} turns experts' outputs, not their activations")
-    z_ERT = at_least_float32(project(dropped_TD, A_ERD))
+    z_ERT = _activations(dropped_TD, A_ERD, B_ERO.shape[0])
     if rotation == "none":
         return z_ERT, z_ERT
     gate = make_gate(x_TD, dropped_TD, z_ERT, B_ERO, gates, rotation_input, rotation_metric)
@@ -153,6 +159,7 @@ def mixture(
     rotation_input: str = "x",
     rotation_metric: str = "rank",
     radar_normalize: bool = True,
+    sqrt_gate: bool = False,
 ) -> Tensor:
     """Return what the adapter adds to W x: s sum_e g_e R_e(x)[A_e drop(x)] B_e.
 
@@ -160,7 +167,8 @@ def mixture(
         x_TD: [T, D] layer input.
         dropped_TD: [T, D] the same after dropout.
         weight_TE: [T, E] g, zero where an expert is not selected.
-        A_ERD, B_ERO: [E, R, D] and [E, R, O] factors.
+        A_ERD: [E, R, D] input factors, or [1, R, D]: one for all experts (HydraLoRA).
+        B_ERO: [E, R, O] output factors.
         gates: rotation-gate parameters by name, as in rotation.gate_shapes.
         rotation: a name in ROTATIONS.
         scale: s, lora_alpha / R (rsLoRA: lora_alpha / sqrt(R)).
@@ -168,6 +176,8 @@ def mixture(
             radar and radar_pairs read it.
         rotation_input, rotation_metric: see `rotated`.
         radar_normalize: divide radar's features by their root mean square.
+        sqrt_gate: A, B and rotation learn with sqrt(g) in place of g, see `combine_sqrt_gate`;
+            radar and radar_pairs ignore it.
 
     Returns:
         [T, O] in the type of B.
@@ -185,8 +195,10 @@ def mixture(
         _, turned_ERT = _rotated(
             x_TD, dropped_TD, A_ERD, B_ERO, gates, rotation, rotation_input, rotation_metric
         )
+        if sqrt_gate:
+            return combine_sqrt_gate(weight_TE, turned_ERT.permute(2, 0, 1), B_ERO, scale=scale)
         return combine((scale * weight_TE).mT.unsqueeze(1) * turned_ERT, B_ERO)
-    z_TER = at_least_float32(project(dropped_TD, A_ERD)).permute(2, 0, 1)
+    z_TER = _activations(dropped_TD, A_ERD, B_ERO.shape[0]).permute(2, 0, 1)
     with without_autocast(x_TD):
         if rotation == "radar":
             y_TO = _radar(z_TER, weight_TE, selected_TE, B_ERO, gates, radar_normalize)

@@ -180,13 +180,13 @@ def rotated(
     """Return every expert's z = A_e drop(x) and z' = R_e(x) z, both [T, E, R].
 
     Vector gates read drop(x) as A does (or z itself), angle gates read x. Only for modes that act
-    within one expert's rank space (not radar, radar_pairs).
+    within one expert's rank space (not radar, radar_pairs). A of [1, R, D] serves all experts.
     """
-    T, (E, R) = x_TD.shape[0], A_ERD.shape[:2]
+    T, (E, R) = x_TD.shape[0], B_ERO.shape[:2]
     kept, turned = [], []
     for t in range(T):
         for e in range(E):
-            z_R = wide(A_ERD[e] @ dropped_TD[t])
+            z_R = wide(A_ERD[e if len(A_ERD) > 1 else 0] @ dropped_TD[t])
             q = angle = z_R.new_zeros(0)
             if "rotation_vector" in gates:
                 Q = gates["rotation_vector"][e]

@@ -1,5 +1,6 @@
-"""Optimisation: which parameters learn how fast."""
+"""Optimisation: which parameters learn how fast, and in what metric."""
 
 from rotmole.optim.groups import parameter_groups
+from rotmole.optim.riemannian import RiemannianAdamW, RiemannianSGD
 
-__all__ = ["parameter_groups"]
+__all__ = ["RiemannianAdamW", "RiemannianSGD", "parameter_groups"]

@@ -14,7 +14,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set
 from trl import SFTConfig
 
 from rotmole.config.load import sft_arguments
-from rotmole.config.schema import SPLITS, RunFile, Split
+from rotmole.config.schema import SPLITS, DataSection, RunFile, Split
 from rotmole.data import Collator, Example, encode_all, load_examples, mix
 from rotmole.errors import ConfigError, DataError
 from rotmole.models.load import LoadedModel, load_model
@@ -145,11 +145,12 @@ def build_trainer(
     arguments = training_arguments(run, validated=bool(validation))
     length = arguments.max_length or UNLIMITED
     train = mix(dict(examples["train"]), run.data, seed=run.seed)
+    groups = task_groups(run.data, model.peft_config[model.active_adapter])
     trainer = RotMoleTrainer(
         optimizer_section=run.optimizer,
         model=model,
         args=arguments,
-        train_dataset=tokenised(train, tokenizer, length),
+        train_dataset=tokenised(train, tokenizer, length, groups),
         eval_dataset={t: tokenised(rows, tokenizer, length) for t, rows in validation.items()}
         or None,
         data_collator=Collator(tokenizer, arguments.pad_to_multiple_of),
@@ -217,16 +218,43 @@ def _saves_when_it_validates(values: Mapping[str, Any]) -> bool:
     return False
 
 
-def tokenised(rows: Sequence[Example], tokenizer: Any, max_length: int) -> Dataset:
+def task_groups(data: DataSection, config: RotMoleConfig) -> dict[str, int]:
+    """Say which group of experts each task belongs to, where the localised loss is on.
+
+    Args:
+        data: the `data:` section; tasks without a task_group take the groups in turn.
+        config: the adapter's settings.
+
+    Returns:
+        task -> group; empty where the loss is off.
+
+    Source: our choice.
+    """
+    if not config.router_task_loss_coef:
+        return {}
+    groups = config.router_task_groups
+    return {
+        name: number % groups if task.task_group is None else task.task_group
+        for number, (name, task) in enumerate(data.tasks.items())
+    }
+
+
+def tokenised(
+    rows: Sequence[Example],
+    tokenizer: Any,
+    max_length: int,
+    groups: Mapping[str, int] | None = None,
+) -> Dataset:
     """Turn rows of text into token ids, keeping task and id beside them.
 
     Args:
         rows: the rows, in order.
         tokenizer: the model's.
         max_length: most tokens of a row.
+        groups: from `task_groups`, for training only.
 
     Returns:
-        Columns input_ids, labels, task, group, id.
+        Columns input_ids, labels, task, group, id and, with groups, task_id.
 
     Raises:
         DataError: a row is too long or has nothing to learn.
@@ -234,5 +262,9 @@ def tokenised(rows: Sequence[Example], tokenizer: Any, max_length: int) -> Datas
     Source: our choice.
     """
     encoded = encode_all(rows, tokenizer, max_length=max_length)
-    ids = [{"id": row.id} for row in rows]
+    ids: list[dict[str, Any]] = [{"id": row.id} for row in rows]
+    if groups:
+        ids = [
+            {**column, "task_id": groups[row.task]} for column, row in zip(ids, rows, strict=True)
+        ]
     return Dataset.from_list([{**e, **i} for e, i in zip(encoded, ids, strict=True)])

@@ -23,6 +23,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from rotmole.errors import NonFiniteError
 from rotmole.models.files import atomic_write_text, storage_errors
 from rotmole.tuner.balance import balance_states
+from rotmole.tuner.loss_free import update_router_bias
 
 TIMING_SUFFIXES = ("_runtime", "_per_second", "peak_memory_bytes")
 """Ends of the metric names that differ between two runs of one command; all others are equal."""
@@ -71,7 +72,10 @@ def balance_logs(model: torch.nn.Module) -> dict[str, float]:
 
 
 class BalanceCallback(TrainerCallback):
-    """Scale the balance loss to its update, loss_scale = AMP scale / micro-batches, and log it."""
+    """Scale the balance loss to its update, loss_scale = AMP scale / micro-batches, and log it.
+
+    Loss-free balancing (router_bias_rate) moves its bias here too, after each optimiser step.
+    """
 
     def on_step_begin(
         self,
@@ -88,6 +92,16 @@ class BalanceCallback(TrainerCallback):
         for balance in balance_states(kwargs["model"]):
             balance.managed = True
             balance.loss_scale = scale
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Move the bias of loss-free balancing, where there is one."""
+        update_router_bias(kwargs["model"])
 
     def on_log(
         self,

@@ -21,14 +21,15 @@ from datasets import Dataset
 from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Sampler
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import speed_metrics
 
 from rotmole.config.schema import OptimizerSection
 from rotmole.errors import ConfigError, NonFiniteError
 from rotmole.models.files import atomic_write_text
-from rotmole.optim import parameter_groups
+from rotmole.optim import RiemannianAdamW, RiemannianSGD, parameter_groups
+from rotmole.optim.riemannian import DELTA
 from rotmole.training.callbacks import balance_logs
 
 IGNORED = -100
@@ -131,22 +132,20 @@ class RotMoleTrainer(Trainer):
         if self.optimizer is not None:
             return self.optimizer
         model = self.model if model is None else model
+        section = self.optimizer_section
+        if section.name is not None:
+            self.optimizer = riemannian_optimizer(model, section, self.args)
+            return self.optimizer
         factory, options = self.get_optimizer_cls_and_kwargs(self.args, model)
         if {"params", "model", "optimizer_dict"} & set(options) or not isinstance(factory, type):
-            if self.optimizer_section.model_dump(exclude_none=True):
+            if section.model_dump(exclude_none=True):
                 raise ConfigError(
                     f"training.optim is {self.args.optim!r}, which groups parameters itself, so "
                     "the learning rates under optimizer: would have no effect; choose another "
                     "optimizer, such as adamw_torch, or drop that section."
                 )
             return super().create_optimizer(model)
-        groups = parameter_groups(
-            model,
-            lr=self.args.learning_rate,
-            weight_decay=self.args.weight_decay,
-            **self.optimizer_section.model_dump(),
-        )
-        self.optimizer = factory(groups, **options)
+        self.optimizer = factory(groups_of(model, section, self.args), **options)
         return self.optimizer
 
     def training_step(
@@ -231,6 +230,48 @@ class RotMoleTrainer(Trainer):
             logs["num_input_tokens_seen"] = seen
             logs["train_tokens_per_second"] = since / max(logs.get("train_runtime", 0.0), 1e-9)
         super().log(logs, start_time)
+
+
+def groups_of(
+    model: torch.nn.Module, section: OptimizerSection, args: TrainingArguments
+) -> list[dict[str, Any]]:
+    """Group the trainable parameters by role, with the run's learning rates.
+
+    Args:
+        model: the model.
+        section: `optimizer:` of the run file.
+        args: the trainer's arguments (learning_rate, weight_decay).
+
+    Returns:
+        Groups of an optimiser.
+
+    Source: our choice.
+    """
+    rates = section.model_dump(exclude={"name", "riemannian_delta"})
+    return parameter_groups(model, lr=args.learning_rate, weight_decay=args.weight_decay, **rates)
+
+
+def riemannian_optimizer(
+    model: torch.nn.Module, section: OptimizerSection, args: TrainingArguments
+) -> torch.optim.Optimizer:
+    """Build the optimiser that optimizer.name asks for.
+
+    Args:
+        model: the model; pairs (A, B) are found in its modules.
+        section: `optimizer:` of the run file.
+        args: the trainer's arguments (rates, AdamW's betas and epsilon).
+
+    Returns:
+        The optimiser over groups by role.
+
+    Source: our choice.
+    """
+    groups = groups_of(model, section, args)
+    delta = DELTA if section.riemannian_delta is None else section.riemannian_delta
+    if section.name == "riemannian_sgd":
+        return RiemannianSGD(groups, model=model, delta=delta)
+    betas = (args.adam_beta1, args.adam_beta2)
+    return RiemannianAdamW(groups, model=model, delta=delta, betas=betas, eps=args.adam_epsilon)
 
 
 def first_nonfinite(model: torch.nn.Module, inputs: dict[str, Any]) -> str | None:

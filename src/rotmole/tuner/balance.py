@@ -9,7 +9,8 @@ by rotmole.training's callback).
 
 Two limits. Keys and values of cross-attention read the encoder's tokens but belong to the decoder's
 stack, so the encoder's padding counts there. With gradient checkpointing a layer reads the mask
-again in the backward pass, so there each forward pass needs its backward pass before the next.
+again in the backward pass, so there each forward pass needs its backward pass before the next
+(router "hash" and selection "expert_choice" read token ids and mask in the same way).
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from torch import Tensor, nn
 
 from rotmole.ops.balance import load_balance_loss, router_z_loss
 from rotmole.ops.routing import Routing
+from rotmole.ops.task_balance import task_balance_loss
+from rotmole.tuner.tasks import tasks_for
 
 
 @dataclass(eq=False)
@@ -33,12 +36,20 @@ class BalanceState:
 
     Attributes:
         mask: [N, S] attention mask of the batch at hand, None where there is none.
+        ids: [N, S] token ids of the batch at hand, likewise.
         loss_scale: multiplies the losses' gradient: 1 / micro-batches of the step, times the loss
             scale of fp16 training.
+        tasks: [N] group of each sequence's task, None where the batch does not say.
+        wants_tasks: whether the localised loss is on, so that `pop` reports it.
         managed: True when somebody sets loss_scale at each step; silences the warning about it.
     """
 
     mask: Tensor | None = None
+    ids: Tensor | None = None
+    tasks: Tensor | None = None
+    wants_tasks: bool = False
+    warned_of_tasks: bool = False
+    warned_of_bias: bool = False
     loss_scale: float = 1.0
     managed: bool = False
     warned: bool = False
@@ -49,16 +60,18 @@ class BalanceState:
         """Return the mean losses over the backward passes since the last call, and forget them.
 
         Returns:
-            {"router_aux_loss": 1 when balanced, "router_z_loss": ...}, or None if none ran.
+            {"router_aux_loss": 1 when balanced, "router_z_loss": ...} and, where it is on,
+            "router_task_loss"; None if none ran.
         """
         if self.sums is None:
             return None
-        balance, z = (self.sums / self.count).tolist()
+        balance, z, task = (self.sums / self.count).tolist()
         self.count, self.sums = 0, None
-        return {"router_aux_loss": balance, "router_z_loss": z}
+        known = {"router_aux_loss": balance, "router_z_loss": z}
+        return known | ({"router_task_loss": task} if self.wants_tasks else {})
 
     def record(self, terms: Tensor) -> None:
-        """Add one layer's (balance loss, z-loss) to the sums that `pop` reads."""
+        """Add one layer's (balance loss, z-loss, task loss) to the sums that `pop` reads."""
         self.count += 1
         self.sums = terms if self.sums is None else self.sums + terms.to(self.sums.device)
 
@@ -116,7 +129,23 @@ class BalanceSettings:
     balance: float = 0.0
     z: float = 0.0
     scope: str = "sequence"
+    task: float = 0.0
+    task_offset: float = 0.0
+    task_groups: int = 1
     witness: bool = False  # one layer of a stack watches for unmanaged accumulation
+
+    @property
+    def acts(self) -> bool:
+        """Whether any loss is on."""
+        return bool(self.balance or self.z or self.task)
+
+
+def _row_of_each_token(x: Tensor) -> Tensor | None:
+    """Return [T], which of the N rows of x [N, ..., D] each token is in; None without rows."""
+    if x.dim() < 3:
+        return None
+    each = torch.arange(x.shape[0], device=x.device)
+    return each.repeat_interleave(x.shape[:-1].numel() // max(x.shape[0], 1))
 
 
 def add_balance(
@@ -143,21 +172,30 @@ def add_balance(
     """
     mask = state.valid_tokens(x)
     mask_T = None if mask is None else mask.reshape(-1).to(x.device)
-    sequence_T, sequences = None, None
-    if settings.scope == "sequence" and x.dim() >= 3:
-        sequences = x.shape[0]
-        each = torch.arange(sequences, device=x.device)
-        sequence_T = each.repeat_interleave(x.shape[:-1].numel() // max(sequences, 1))
+    row_T = _row_of_each_token(x)
+    per_row = settings.scope == "sequence" and row_T is not None
     balance = load_balance_loss(
         routing.probability_TE,
         routing.selected_TE,
-        sequence_T=sequence_T,
-        sequences=sequences,
+        sequence_T=row_T if per_row else None,
+        sequences=x.shape[0] if per_row else None,
         mask_T=mask_T,
     )
     z = router_z_loss(logits_TE, mask_T)
     loss = settings.balance * balance + settings.z * z
-    terms = torch.stack([balance.detach(), z.detach()])
+    task = torch.zeros_like(loss)
+    group_N = tasks_for(state, x) if settings.task else None
+    if group_N is not None and row_T is not None:
+        task = task_balance_loss(
+            routing.weight_TE,
+            row_T,
+            group_N,
+            groups=settings.task_groups,
+            offset=settings.task_offset,
+            mask_T=mask_T,
+        )
+        loss = loss + settings.task * task
+    terms = torch.stack([balance.detach(), z.detach(), task.detach()])
     tracing = torch.compiler.is_compiling()  # a record kept in an attribute does not compile
     return _AddGradient.apply(  # type: ignore[no-any-return, no-untyped-call] # torch's own types
         output,
@@ -169,18 +207,19 @@ def add_balance(
     )
 
 
-def _keep_mask(
-    state: BalanceState, position: int | None, module: nn.Module, args: Any, kwargs: Any
+def _keep_batch(
+    state: BalanceState, names: list[str], module: nn.Module, args: Any, kwargs: Any
 ) -> None:
-    """Forward pre-hook: remember the [N, S] attention mask of the batch."""
-    mask = kwargs.get("attention_mask")
-    if mask is None and position is not None and len(args) > position:
-        mask = args[position]
-    state.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    """Forward pre-hook: remember the [N, S] attention mask and token ids of the batch."""
+    for attribute, name in (("mask", "attention_mask"), ("ids", "input_ids")):
+        found = kwargs.get(name)
+        if found is None and name in names and len(args) > names.index(name):
+            found = args[names.index(name)]
+        setattr(state, attribute, found if isinstance(found, Tensor) and found.dim() == 2 else None)
 
 
 def watch_masks(model: nn.Module) -> dict[str, tuple[BalanceState, Any]]:
-    """Hook the stacks of a model so that each knows its batch's attention mask.
+    """Hook the stacks of a model so that each knows its batch's attention mask and token ids.
 
     An encoder-decoder has two stacks, whose masks differ; any other model has one.
 
@@ -197,9 +236,8 @@ def watch_masks(model: nn.Module) -> dict[str, tuple[BalanceState, Any]]:
     watched = {}
     for name, stack in stacks.items():
         names = list(inspect.signature(stack.forward).parameters)
-        position = names.index("attention_mask") if "attention_mask" in names else None
         state = BalanceState()
-        hook = partial(_keep_mask, state, position)
+        hook = partial(_keep_batch, state, names)
         watched[name] = (state, stack.register_forward_pre_hook(hook, with_kwargs=True))
     return watched
 

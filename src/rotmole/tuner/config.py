@@ -13,6 +13,11 @@ from peft.config import PeftConfig
 from peft.utils import PeftType
 
 from rotmole.errors import AdapterError, ConfigError
+from rotmole.tuner.balance_rules import (
+    balance_notices,
+    balance_problems,
+    balance_rule_problems,
+)
 from rotmole.tuner.config_rules import (
     FORMAT_VERSION,
     choice_problems,
@@ -22,12 +27,15 @@ from rotmole.tuner.config_rules import (
     rule_problems,
     target_problems,
 )
+from rotmole.tuner.expert_rules import expert_notices, expert_problems, is_routed
+from rotmole.tuner.presets import preset_fields
+from rotmole.tuner.router_rules import router_notices, router_problems, router_rule_problems
 
 # A key in a saved configuration that this version does not know changes the mathematics if it
 # speaks of one of these; PEFT's own future keys do not.
 _OUR_WORDS = (
     "r", "alpha", "balance", "expert", "experts", "gate", "lora", "norm", "num", "radar", "rank",
-    "rotation", "router", "scaling", "selection", "share", "top",
+    "rotation", "router", "scaling", "scoring", "selection", "share", "top",
 )  # fmt: skip
 
 
@@ -45,10 +53,22 @@ class RotMoleConfig(PeftConfig):  # type: ignore[misc] # peft ships no types
         lora_dropout: probability of dropping an input of A and of vector gates.
         use_rslora: see lora_alpha.
         num_experts: E. With 1 there is no router, and rotation "none" is LoRA itself.
-        top_k: K, experts a token uses; None is 2, or 1 if there is one expert.
-        router: how experts are scored: "linear".
-        selection: "top_k" or "dense" (every expert, weighted by its probability).
-        norm_topk_prob: whether the K weights sum to one; false leaves them at their probability.
+        top_k: K, experts a token uses; None is 2, or 1 if every module has one expert.
+        router: how experts are scored, a name in rotmole.ops.ROUTERS: "linear", "mlp",
+            "mlp_hadamard", "cosine", "attention", "hybrid", "hash" (of the token id), "magnitude".
+        router_dim: hidden width of the routers that have one; None is 16.
+        router_temperature: divides the router's scores; None is 1, for "cosine" 0.07.
+        router_jitter: in training each input of a router is multiplied by a number drawn uniformly
+            from 1 - router_jitter .. 1 + router_jitter.
+        router_seed: of router "hash".
+        router_bias_rate: how far a balancing bias moves in an optimiser step; the bias is added to
+            the scores for the selection alone. 0: there is no bias.
+        scoring: "softmax", or "sigmoid" (with selection top_k or dense).
+        selection: "top_k"; "dense" (every expert); "top_p" (the fewest with probability top_p);
+            "threshold" (those above a learned one); "expert_choice" (each expert takes its best
+            tokens of a sequence, top_k of E on average; not for causal models).
+        top_p: see selection.
+        norm_topk_prob: whether the selected weights sum to one; false leaves them at their scores.
         rotation: the rotation gate, a name in rotmole.ops.ROTATIONS; see docs/method.md.
         rotation_input: what the vector gate of `bias` reads: "x" or "z".
         rotation_metric: "rank" keeps the length of z, "output" that of the expert's output.
@@ -60,16 +80,35 @@ class RotMoleConfig(PeftConfig):  # type: ignore[misc] # peft ships no types
         router_aux_loss_scope: "sequence" (does not depend on how a batch is split) or
             "micro_batch" (does).
         router_z_loss_coef: weight of the router z-loss, treated likewise.
+        router_task_loss_coef: weight of LoRAMoE's localised loss, treated likewise; batches must
+            bring `task_id`, one whole number a row: the group of the row's task.
+        router_task_offset: a of that loss: experts of a row's own group count 1 - a, others 1 + a.
+        router_task_groups: into how many groups the experts are split, evenly and in order.
+        router_sqrt_gate: A, B and rotation learn with sqrt(g) in place of g (arXiv 2502.15828).
+        router_scope: "layer", or "block" (MixLoRA): a feed-forward block has one router, its
+            experts adapt all its layers, and modules outside of such blocks have one expert.
         compute_dtype: type of the products with A, B and vector gates: "adapter", that of the
             weights (float32 on a half-precision base, unless autocast_adapter_dtype is false), as
             in PEFT's LoRA; or "input", that of the layer's input, with the weights kept as they
             are: on a bfloat16 base about half the time of these products, and gradients within
             about one percent. Autocast goes before either. Gates, routing and angles are computed
             in at least float32 with both.
+        dispatch: "fused" computes all experts in one product, "grouped" only the chosen ones;
+            "auto" is grouped from 16 experts for each chosen one (see docs/performance.md).
         target_modules, exclude_modules, layers_to_transform, layers_pattern, rank_pattern,
             alpha_pattern, modules_to_save, trainable_token_indices: as in PEFT's LoraConfig.
-        init_weights: True starts at the base model's output (B = 0, rotations at the identity);
-            False draws everything at random, for tests.
+        num_experts_pattern, top_k_pattern: num_experts and top_k of modules that match a pattern,
+            as rank_pattern; or a list, one value for each equal part of the model's depth (MoLA:
+            [2, 4, 6, 8]). A module with one expert has no router.
+        share_A: all experts share one A [1, R, D], and A x is computed once (HydraLoRA).
+        frozen: "none", "A" or "AB": which factors stay as they start. "AB" trains the gates alone
+            and is for imported adapters, see RotMoleModel.from_adapters.
+        A_density: share of each row's entries of a frozen A that are not zero (FlyLoRA: K / E).
+        goat_eta: a number replaces the scale by GOAT's closed form, s = sqrt(3 goat_eta D / r).
+        init_weights: True starts at the base model's output (A Kaiming uniform, B = 0, rotations at
+            the identity); "gaussian" likewise with a normal A; "svd" starts experts at segments of
+            the base weight's SVD and subtracts what balanced gates would add (GOAT); False draws
+            everything at random, for tests.
         format_version: version of the saved format; set by the library.
 
     Raises:
@@ -83,7 +122,18 @@ class RotMoleConfig(PeftConfig):  # type: ignore[misc] # peft ships no types
     num_experts: int = field(default=4, metadata={"help": "Experts in each adapted layer."})
     top_k: int | None = field(default=None, metadata={"help": "Experts a token uses."})
     router: str = field(default="linear", metadata={"help": "How experts are scored."})
-    selection: str = field(default="top_k", metadata={"help": "top_k or dense."})
+    router_dim: int | None = field(default=None, metadata={"help": "Hidden width of the router."})
+    router_temperature: float | None = field(
+        default=None, metadata={"help": "Divides the router's scores."}
+    )
+    router_jitter: float = field(default=0.0, metadata={"help": "Noise on a router's input."})
+    router_seed: int = field(default=0, metadata={"help": "Seed of router hash."})
+    router_bias_rate: float = field(default=0.0, metadata={"help": "Step of the balancing bias."})
+    scoring: str = field(default="softmax", metadata={"help": "softmax or sigmoid."})
+    selection: str = field(
+        default="top_k", metadata={"help": "top_k, dense, top_p, threshold or expert_choice."}
+    )
+    top_p: float = field(default=0.5, metadata={"help": "Probability that top_p selects."})
     norm_topk_prob: bool = field(default=True, metadata={"help": "Selected weights sum to one."})
     rotation: str = field(default="tangent", metadata={"help": "The rotation gate."})
     rotation_input: str = field(default="x", metadata={"help": "x, or z for bias."})
@@ -94,6 +144,12 @@ class RotMoleConfig(PeftConfig):  # type: ignore[misc] # peft ships no types
     router_aux_loss_coef: float = field(default=0.0, metadata={"help": "Load-balance weight."})
     router_aux_loss_scope: str = field(default="sequence", metadata={"help": "Over what it acts."})
     router_z_loss_coef: float = field(default=0.0, metadata={"help": "Router z-loss weight."})
+    router_task_loss_coef: float = field(default=0.0, metadata={"help": "Localised balance."})
+    router_task_offset: float = field(default=0.1, metadata={"help": "How far tasks part."})
+    router_task_groups: int = field(default=2, metadata={"help": "Groups of experts."})
+    router_sqrt_gate: bool = field(default=False, metadata={"help": "Learn with sqrt(g)."})
+    router_scope: str = field(default="layer", metadata={"help": "layer or block."})
+    dispatch: str = field(default="auto", metadata={"help": "auto, fused or grouped."})
     compute_dtype: str = field(default="adapter", metadata={"help": "adapter or input."})
     target_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "Names, a regular expression, or 'all-linear'."}
@@ -119,7 +175,19 @@ class RotMoleConfig(PeftConfig):  # type: ignore[misc] # peft ships no types
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Token embeddings to train."}
     )
-    init_weights: bool = field(default=True, metadata={"help": "False: random, for tests."})
+    num_experts_pattern: dict[str, int] | list[int] = field(
+        default_factory=dict, metadata={"help": "Experts by module pattern, or by depth."}
+    )
+    top_k_pattern: dict[str, int] | list[int] = field(
+        default_factory=dict, metadata={"help": "top_k by module pattern, or by depth."}
+    )
+    share_A: bool = field(default=False, metadata={"help": "One A for all experts."})
+    frozen: str = field(default="none", metadata={"help": "none, A or AB."})
+    A_density: float = field(default=1.0, metadata={"help": "Share of non-zero entries of A."})
+    goat_eta: float | None = field(default=None, metadata={"help": "GOAT's closed-form scale."})
+    init_weights: bool | str = field(
+        default=True, metadata={"help": "True, gaussian, svd; False: random, for tests."}
+    )
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Saved format."})
 
     def __post_init__(self) -> None:
@@ -130,15 +198,37 @@ class RotMoleConfig(PeftConfig):  # type: ignore[misc] # peft ships no types
         if isinstance(self.exclude_modules, (list, tuple)):
             self.exclude_modules = set(self.exclude_modules)
         if self.top_k is None and isinstance(self.num_experts, int):
-            self.top_k = min(2, max(1, self.num_experts))
+            self.top_k = 2 if is_routed(self) else 1
         problems = [*count_problems(self), *number_problems(self), *choice_problems(self)]
-        problems += target_problems(self)
+        problems += [*target_problems(self), *expert_problems(self), *router_problems(self)]
+        problems += balance_problems(self)
         broken = {re.split(r"[ \[]", problem, maxsplit=1)[0] for problem in problems}
-        problems += rule_problems(self, broken)
+        problems += [*rule_problems(self, broken), *router_rule_problems(self, broken)]
+        problems += balance_rule_problems(self, broken)
         if problems:
             raise ConfigError(problems, "RotMoleConfig")
-        for notice in notices(self):
+        routed = is_routed(self)
+        said = [*notices(self), *expert_notices(self), *router_notices(self, routed)]
+        for notice in [*said, *balance_notices(self, routed)]:
             warnings.warn(notice, stacklevel=3)
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> RotMoleConfig:
+        """Make the configuration of a published method; docs/family.md says what each is.
+
+            RotMoleConfig.preset("goat", r=4, task_type="CAUSAL_LM")
+
+        Args:
+            name: "lora" (arXiv 2106.09685), "moe_lora" (1701.06538), "hydralora" (2404.19245),
+                "loramoe" (2312.09979), "mola" (2402.08562), "mixlora" (2404.15159), "adamole"
+                (2405.00361), "goat" (2502.16894), "switch" (2101.03961), "top_p" (2403.07652),
+                "radargate" (2505.23184), "rotmole" (2605.25565) or "flylora" (2510.08396).
+            overrides: further settings, which win over the preset's.
+
+        Raises:
+            ConfigError: no such preset, or settings that do not fit.
+        """
+        return cls(**preset_fields(name, overrides))
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:

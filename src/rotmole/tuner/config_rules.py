@@ -7,14 +7,16 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from rotmole.ops.fused import can_fuse
 from rotmole.ops.rotation import ROTATIONS, Rotation
-from rotmole.ops.routing import SELECTIONS
+from rotmole.ops.routers import ROUTERS
+from rotmole.ops.selection import SCORINGS, SELECTIONS
+from rotmole.tuner.expert_rules import is_routed
 
 if TYPE_CHECKING:
     from rotmole.tuner.config import RotMoleConfig
 
 FORMAT_VERSION = 1
-ROUTERS = ("linear",)
 SCOPES = ("sequence", "micro_batch")
 
 
@@ -53,7 +55,7 @@ def number_problems(config: RotMoleConfig) -> Iterator[str]:
         value = getattr(config, name)
         if not (_is_number(value) and value >= 0):
             yield f"{name} is {value!r}; it must be a number of at least 0"
-    for name in ("use_rslora", "norm_topk_prob", "radar_normalize", "init_weights"):
+    for name in ("use_rslora", "norm_topk_prob", "radar_normalize"):
         if not isinstance(getattr(config, name), bool):
             yield f"{name} is {getattr(config, name)!r}; it must be true or false"
 
@@ -67,13 +69,15 @@ def _items(pattern: object) -> Iterator[tuple[str, Any]]:
 def choice_problems(config: RotMoleConfig) -> Iterator[str]:
     """Yield what is wrong with settings that take one of a few values."""
     choices: dict[str, tuple[str, ...]] = {
-        "router": ROUTERS,
-        "selection": SELECTIONS,
+        "router": tuple(ROUTERS),
+        "scoring": SCORINGS,
+        "selection": tuple(SELECTIONS),
         "rotation": tuple(ROTATIONS),
         "rotation_input": ("x", "z"),
         "rotation_metric": ("rank", "output"),
         "router_aux_loss_scope": SCOPES,
         "compute_dtype": ("adapter", "input"),
+        "dispatch": ("auto", "fused", "grouped"),
     }
     for name, allowed in choices.items():
         value = getattr(config, name)
@@ -85,7 +89,7 @@ def choice_problems(config: RotMoleConfig) -> Iterator[str]:
 
 def rule_problems(config: RotMoleConfig, broken: set[str]) -> Iterator[str]:
     """Yield rules between settings that are broken, where each setting by itself is right."""
-    if not broken & {"top_k", "num_experts"}:
+    if not broken & {"top_k", "num_experts"} and not config.num_experts_pattern:
         assert config.top_k is not None
         if config.top_k > config.num_experts:
             yield (
@@ -105,6 +109,13 @@ def rule_problems(config: RotMoleConfig, broken: set[str]) -> Iterator[str]:
     if config.rotation_metric == "output" and not row.metric:
         able = ", ".join(name for name, other in ROTATIONS.items() if other.metric)
         yield f"rotation_metric is 'output'; only {able} define it, rotation is {row.name!r}"
+    fits = can_fuse(config.rotation, config.rotation_input, config.rotation_metric)
+    fits = fits and config.selection == "top_k" and not (config.share_A or config.router_sqrt_gate)
+    if config.dispatch == "grouped" and not fits:
+        yield (
+            "dispatch is 'grouped', which needs selection top_k and a rotation of each expert by "
+            "itself in rank space, without share_A and router_sqrt_gate; use dispatch auto"
+        )
 
 
 def _rank_problems(row: Rotation, name: str, rank: int, planes: int | None) -> Iterator[str]:
@@ -141,8 +152,10 @@ def target_problems(config: RotMoleConfig) -> Iterator[str]:
 
 def notices(config: RotMoleConfig) -> Iterator[str]:
     """Yield one sentence for each setting that cannot do what its name says."""
-    routed = config.num_experts > 1
-    if routed and config.selection == "top_k" and config.top_k == 1 and config.norm_topk_prob:
+    routed = is_routed(config)
+    learned = ROUTERS[config.router].weight == "learned"
+    one = config.selection == "top_k" and config.top_k == 1 and config.norm_topk_prob
+    if routed and one and learned:
         yield (
             "top_k=1 with norm_topk_prob=True gives the selected expert the constant weight 1, so "
             "the scaling gate cannot learn; set norm_topk_prob=False (as Switch does) or top_k >= 2"
@@ -153,9 +166,6 @@ def notices(config: RotMoleConfig) -> Iterator[str]:
         "rotation_planes": config.rotation != "givens" and config.rotation_planes is not None,
         "radar_rank": not config.rotation.startswith("radar") and config.radar_rank is not None,
         "radar_normalize": config.rotation != "radar" and not config.radar_normalize,
-        "router_aux_loss_coef": not routed and config.router_aux_loss_coef > 0,
-        "router_z_loss_coef": not routed and config.router_z_loss_coef > 0,
-        "norm_topk_prob": config.selection == "dense" and not config.norm_topk_prob,
     }
     for name, is_idle in idle.items():
         if is_idle:

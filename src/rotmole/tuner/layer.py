@@ -10,12 +10,18 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from rotmole.ops.fused import Settings, can_fuse, fused_mixture
+from rotmole.errors import ModelError
 from rotmole.ops.mixture import mixture
-from rotmole.ops.rotation import ROTATIONS, gate_shapes
-from rotmole.ops.routing import Routing, route, router_logits
+from rotmole.ops.rotation import gate_shapes
+from rotmole.ops.routing import Routing, route
 from rotmole.tuner.balance import BalanceSettings, BalanceState, add_balance
+from rotmole.tuner.blocks import BlockPart
 from rotmole.tuner.config import RotMoleConfig
+from rotmole.tuner.expert_rules import FROZEN
+from rotmole.tuner.initial import draw, take_segments
+from rotmole.tuner.loss_free import LoadCount, count_loads
+from rotmole.tuner.paths import PackCache, Routed, add
+from rotmole.tuner.scaling import NO_TOKENS, ScalingGate, Tokens
 
 EXPERT, SCALING_GATE, ROTATION_GATE = "expert", "scaling_gate", "rotation_gate"
 
@@ -24,16 +30,20 @@ class Experts(nn.Module):
     """All parameters of one adapter in one layer, and their forward pass.
 
     Parameters (E experts, R rank, D in_features, O out_features):
-        expert_A: [E, R, D];  expert_B: [E, R, O];  router_weight: [E, D], absent at E = 1
-        and those of the rotation gate, as in rotmole.ops.gate_shapes.
+        expert_A: [E, R, D], or [1, R, D] where all experts share it;  expert_B: [E, R, O];
+        router_*: those of the scaling gate, absent at E = 1; residual_A, residual_B: the start of
+        A and B, with init_weights "svd"; and the rotation gate's, as in rotmole.ops.gate_shapes.
     """
 
     expert_A: nn.Parameter
     expert_B: nn.Parameter
     router_weight: nn.Parameter
+    residual_A: nn.Parameter
+    residual_B: nn.Parameter
+    router_bias: Tensor | None
 
     def __init__(
-        self, config: RotMoleConfig, *, in_features: int, out_features: int, rank: int, alpha: float
+        self, config: RotMoleConfig, *, in_features: int, out_features: int, routes: bool = True
     ) -> None:
         super().__init__()
         assert config.top_k is not None
@@ -41,16 +51,25 @@ class Experts(nn.Module):
         self.rotation_input = config.rotation_input
         self.rotation_metric = config.rotation_metric
         self.radar_normalize = config.radar_normalize
-        self.computes_in_input_dtype = config.compute_dtype == "input"
         self.top_k = config.top_k
-        self.selection = config.selection
-        self.norm_topk_prob = config.norm_topk_prob
-        self.scale = alpha / (math.sqrt(rank) if config.use_rslora else rank)
+        self.scaling_gate = ScalingGate.of(config)
+        self.scale = _scale(config, in_features)
         self.balance = BalanceSettings()
-        experts = config.num_experts
-        shapes: dict[str, tuple[int, ...]] = {"expert_A": (experts, rank, in_features)}
-        if experts > 1:
-            shapes["router_weight"] = (experts, in_features)
+        self.sqrt_gate = config.router_sqrt_gate
+        self.dispatch = config.dispatch
+        self.computes_in_input_dtype = config.compute_dtype == "input"
+        self.packs = PackCache()
+        self.router_bias_rate = config.router_bias_rate
+        self.loads = LoadCount()
+        self.A_density = config.A_density
+        self.num_experts = config.num_experts
+        experts, rank = config.num_experts, config.r
+        input_factors = (1 if config.share_A else experts, rank, in_features)
+        shapes: dict[str, tuple[int, ...]] = {"expert_A": input_factors}
+        self.routes = routes and experts > 1  # else another layer of its block has the router
+        routers = self.scaling_gate.shapes(in_features) if self.routes else {}
+        self.router_names = tuple(routers)
+        shapes |= routers
         shapes["expert_B"] = (experts, rank, out_features)
         gates = gate_shapes(
             config.rotation,
@@ -63,130 +82,103 @@ class Experts(nn.Module):
             radar_rank=config.radar_rank,
         )
         self.gate_names = tuple(gates)
-        for name, shape in (shapes | gates).items():
-            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+        residual = {}
+        if config.init_weights == "svd":
+            residual = {"residual_A": input_factors, "residual_B": shapes["expert_B"]}
+        self.frozen = FROZEN[config.frozen] | residual.keys()
+        for name, shape in (shapes | gates | residual).items():
+            learns = name not in self.frozen
+            self.register_parameter(name, nn.Parameter(torch.empty(shape), requires_grad=learns))
+        biased = self.routes and config.router_bias_rate > 0
+        self.register_buffer("router_bias", torch.zeros(experts) if biased else None)
 
     @property
     def weight(self) -> Tensor:
         """One parameter, by which PEFT's FSDP policy knows this module holds weights."""
         return self.expert_B
 
+    @property
+    def first_router_parameter(self) -> Tensor | None:
+        """One parameter of the scaling gate, by which to know whether it learns; None without."""
+        return getattr(self, self.router_names[0]) if self.router_names else None
+
     def role(self, name: str) -> str:
         """Return "expert", "scaling_gate" or "rotation_gate" for a parameter of this module."""
         if name in self.gate_names:
             return ROTATION_GATE
-        return SCALING_GATE if name == "router_weight" else EXPERT
+        return SCALING_GATE if name in self.router_names else EXPERT
 
-    @torch.no_grad()
-    def reset_parameters(self, init_weights: bool = True) -> None:
-        """Draw all parameters; with init_weights the output starts at the base model's.
-
-        A, vector gates: Kaiming uniform (a = sqrt 5) of each expert, that is uniform in
-        +-1/sqrt(D). Router and other linear gates: Linear's default, the same bound of their own
-        fan-in. B and the parameters that ROTATIONS names: 0. Without init_weights nothing is 0.
-        """
-        zero = ("expert_B", *ROTATIONS[self.rotation].zero) if init_weights else ()
-        for name, parameter in self.named_parameters():
-            if name in zero:
-                nn.init.zeros_(parameter)
-            elif name in {"rotation_center", "radar_pair_angle"}:
-                nn.init.normal_(parameter)
-            else:
-                fan_in = parameter.shape[0 if name.startswith("radar_") else -1]
-                if name == "expert_B":
-                    fan_in = parameter.shape[1]
-                nn.init.uniform_(parameter, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
-
-    def forward(self, x_TD: Tensor, dropout: nn.Module) -> tuple[Tensor, Tensor | None]:
-        """Return the addition [T, O] and, where there is a router, its logits [T, E].
-
-        Args:
-            x_TD: [T, D] layer input.
-            dropout: the adapter's nn.Dropout, or nn.Identity.
-        """
-        gates = {name: getattr(self, name) for name in self.gate_names}
-        router_ED = self.router_weight if self.expert_A.shape[0] > 1 else None
-        weight_TE = x_TD.new_ones(x_TD.shape[0], 1) if router_ED is None else None
-        dtype = compute_dtype(x_TD, self.expert_A, self.computes_in_input_dtype)
-        if can_fuse(self.rotation, self.rotation_input, self.rotation_metric):
-            keep_TD, keep_scale = _kept(x_TD, dropout)
-            settings = Settings(
-                self.rotation,
-                self.scale,
-                top_k=self.top_k,
-                selection=self.selection,
-                norm_topk_prob=self.norm_topk_prob,
-                dtype=dtype,
-                keep_scale=keep_scale,
-            )
-            return fused_mixture(
-                settings,
-                x_TD,
-                self.expert_A,
-                self.expert_B,
-                gates,
-                router_ED=router_ED,
-                weight_TE=weight_TE,
-                keep_TD=keep_TD,
-            )
-        logits_TE = selected_TE = None
-        if router_ED is not None:
-            logits_TE = router_logits(x_TD, router_ED)
-            weight_TE, selected_TE, _ = self.route(logits_TE)
-        assert weight_TE is not None
-        x_TD = x_TD.to(dtype)
-        if "rotation_vector" in gates:
-            gates["rotation_vector"] = gates["rotation_vector"].to(dtype)
-        delta_TO = mixture(
+    def route(self, x_TD: Tensor, tokens: Tokens = NO_TOKENS) -> tuple[Tensor, Routing] | None:
+        """Return the router's logits [T, E] and the routing; None where there is one expert."""
+        if self.num_experts == 1:
+            return None
+        return self.scaling_gate.route(
             x_TD,
-            dropout(x_TD),
-            weight_TE,
-            self.expert_A.to(dtype),
-            self.expert_B.to(dtype),
-            gates,
-            rotation=self.rotation,
-            scale=self.scale,
-            selected_TE=selected_TE,
-            rotation_input=self.rotation_input,
-            rotation_metric=self.rotation_metric,
-            radar_normalize=self.radar_normalize,
+            {name: getattr(self, name) for name in self.router_names},
+            A_ERD=self.expert_A,
+            tokens=tokens,
+            bias_E=self.router_bias,
+            training=self.training,
         )
-        return delta_TO, logits_TE
 
-    def route(self, logits_TE: Tensor) -> Routing:
-        """Return what the scaling gate makes of the router's logits [T, E]."""
+    @property
+    def routes_inside(self) -> bool:
+        """Whether the fused function can do the routing itself."""
+        return self.routes and self.router_bias is None and self.scaling_gate.is_plain
+
+    def routing(self, logits_TE: Tensor) -> Routing:
+        """Return what a plain scaling gate makes of the router's logits [T, E]."""
+        gate = self.scaling_gate
         return route(
             logits_TE,
-            top_k=self.top_k,
-            selection=self.selection,
-            norm_topk_prob=self.norm_topk_prob,
+            top_k=gate.top_k,
+            selection=gate.selection,
+            norm_topk_prob=gate.norm_topk_prob,
         )
+
+    def forward(
+        self,
+        x_TD: Tensor,
+        dropout: nn.Module,
+        tokens: Tokens = NO_TOKENS,
+        part: BlockPart | None = None,
+        *,
+        decoding: bool = False,
+    ) -> tuple[Tensor, Routed | None]:
+        """Return the addition [T, O] and, where there is a router, (its logits, the routing).
+
+        The routing is None where it was made inside; see `routing` and `paths.add`. A part of a block-routed
+        feed-forward block answers as `BlockPart.add` says.
+        """
+        if part is not None:
+            x_TD = x_TD.to(self.expert_A.dtype)
+            return part.add(self, x_TD, dropout(x_TD), tokens)
+        delta_TO, routed = add(self, x_TD, dropout, tokens, decoding=decoding)
+        if "residual_A" in self.frozen:
+            delta_TO = delta_TO - self._residual(x_TD.to(self.expert_A.dtype))
+        return delta_TO, routed
+
+    def _residual(self, x_TD: Tensor) -> Tensor:
+        """Return what balanced gates would have added at the start: (s / E) sum_e B0_e^T A0_e x."""
+        even_TE = x_TD.new_full((x_TD.shape[0], self.num_experts), 1 / self.num_experts)
+        A_ERD, B_ERO = self.residual_A, self.residual_B
+        return mixture(x_TD, x_TD, even_TE, A_ERD, B_ERO, {}, rotation="none", scale=self.scale)
 
     def extra_repr(self) -> str:
         """Show shape and modes when the model is printed."""
-        experts, rank, inputs = self.expert_A.shape
-        outputs = self.expert_B.shape[-1]
+        experts, rank, outputs = self.expert_B.shape
+        inputs = self.expert_A.shape[-1]
         return (
             f"in_features={inputs}, out_features={outputs}, num_experts={experts}, r={rank}, "
             f"top_k={self.top_k}, rotation={self.rotation!r}"
         )
 
 
-def compute_dtype(x: Tensor, weight: Tensor, as_input: bool) -> torch.dtype:
-    """Return the type of the products with A and B: autocast's, the input's or the weight's."""
-    kind = x.device.type
-    if kind != "meta" and torch.is_autocast_enabled(kind) and weight.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
-    return x.dtype if as_input else weight.dtype
-
-
-def _kept(x_TD: Tensor, dropout: nn.Module) -> tuple[Tensor | None, float]:
-    """Draw which inputs dropout keeps, and what it multiplies them by; (None, 1) where all."""
-    p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-    if p == 0:
-        return None, 1.0
-    keep_TD = torch.empty(x_TD.shape, dtype=torch.bool, device=x_TD.device).bernoulli_(1 - p)
-    return keep_TD, 1 / (1 - p)
+def _scale(config: RotMoleConfig, in_features: int) -> float:
+    """Return s: lora_alpha / r, lora_alpha / sqrt(r), or GOAT's closed form sqrt(3 eta D / r)."""
+    if config.goat_eta is not None:
+        return math.sqrt(3 * config.goat_eta * in_features / config.r)
+    return config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
 
 
 def layer_widths(layer: Any) -> tuple[int, int]:
@@ -205,7 +197,7 @@ class RotMoleLayer(BaseTunerLayer):  # type: ignore[misc] # peft ships no types
     """
 
     adapter_layer_names: tuple[str, ...] = ("rotmole_experts",)
-    other_param_names: tuple[str, ...] = ("rotmole_dropout",)
+    other_param_names: tuple[str, ...] = ("rotmole_dropout", "rotmole_blocks")
     rotmole_experts: nn.ModuleDict
     rotmole_dropout: nn.ModuleDict
 
@@ -213,6 +205,7 @@ class RotMoleLayer(BaseTunerLayer):  # type: ignore[misc] # peft ships no types
         self.base_layer = base_layer
         self.rotmole_experts = nn.ModuleDict({})
         self.rotmole_dropout = nn.ModuleDict({})
+        self.rotmole_blocks: dict[str, BlockPart] = {}
         self.rotmole_state = BalanceState()
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
@@ -223,25 +216,55 @@ class RotMoleLayer(BaseTunerLayer):  # type: ignore[misc] # peft ships no types
         adapter_name: str,
         config: RotMoleConfig,
         *,
-        rank: int,
-        alpha: float,
         inference_mode: bool = False,
+        part: BlockPart | None = None,
     ) -> None:
         """Add an adapter to this layer, or replace the one of that name."""
         experts = Experts(
             config,
             in_features=self.in_features,
             out_features=self.out_features,
-            rank=rank,
-            alpha=alpha,
+            routes=part is None or part.leads,
         )
+        self.rotmole_blocks.pop(adapter_name, None)
+        if part is not None:
+            self.rotmole_blocks[adapter_name] = part
         if experts.weight.device.type != "meta":
-            experts.reset_parameters(config.init_weights)
+            draw(experts, config.init_weights)
+            if config.init_weights == "svd" and not inference_mode:  # loading overwrites it
+                take_segments(experts, self.get_base_layer())
         self.rotmole_experts[adapter_name] = experts
         p = config.lora_dropout
         self.rotmole_dropout[adapter_name] = nn.Dropout(p) if p > 0 else nn.Identity()
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Activate adapters; what the setting `frozen` names stays untrained."""
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self._freeze()
+
+    def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
+        """Switch training of adapters; what the setting `frozen` names stays untrained."""
+        super().set_requires_grad(adapter_names, requires_grad=requires_grad)
+        self._freeze()
+
+    def _freeze(self) -> None:
+        for name in self.rotmole_experts:
+            experts = self.experts(name)
+            for frozen in experts.frozen:
+                getattr(experts, frozen).requires_grad_(False)
+
+    def block_part(self, active: list[str]) -> BlockPart | None:
+        """Return what this layer is in a block-routed block; such an adapter must act alone."""
+        parts = [self.rotmole_blocks[name] for name in active if name in self.rotmole_blocks]
+        if parts and len(active) > 1:
+            raise ModelError(
+                f"adapters {', '.join(active)} are active together, and one of them has router_"
+                "scope 'block': its experts are whole feed-forward blocks, behind whose activation "
+                "nothing can be added; activate it alone"
+            )
+        return parts[0] if parts else None
 
     def experts(self, adapter_name: str) -> Experts:
         """Return the parameters of one adapter in this layer."""
@@ -250,23 +273,42 @@ class RotMoleLayer(BaseTunerLayer):  # type: ignore[misc] # peft ships no types
         return found
 
     def addition(self, x: Tensor, adapter_name: str) -> Tensor:
-        """Return what one adapter adds to the base layer's output: [..., O] for x [..., D]."""
-        experts = self.experts(adapter_name)
-        delta_TO, logits_TE = experts(
-            x.reshape(-1, self.in_features), self.rotmole_dropout[adapter_name]
+        """Return what one adapter adds to the base layer's output: [..., O] for x [..., D].
+
+        In a block-routed block the inner layers return [K, ..., O], the outer takes [K, ..., D].
+        """
+        experts, part = self.experts(adapter_name), self.rotmole_blocks.get(adapter_name)
+        if part is not None:
+            part.begin(x)
+        gate = experts.scaling_gate
+        tokens = gate.tokens(self.rotmole_state, x) if experts.routes else NO_TOKENS
+        delta_TO, routed = experts(
+            x.reshape(-1, self.in_features),
+            self.rotmole_dropout[adapter_name],
+            tokens,
+            part=part,
+            decoding=x.dim() == 3 and x.shape[1] == 1,
         )
-        delta: Tensor = delta_TO.reshape(*x.shape[:-1], self.out_features)
-        settings = experts.balance
-        learns = torch.is_grad_enabled() and (settings.balance or settings.z)
-        if logits_TE is not None and learns and experts.router_weight.requires_grad:
-            delta = add_balance(
-                delta,
-                x,
-                logits_TE,
-                experts.route(logits_TE),
-                self.rotmole_state,
-                settings,
-                experts.router_weight,
+        lead = x.shape[:-1] if part is None else part.lead(x)
+        delta: Tensor = delta_TO.reshape(*lead, self.out_features)
+        return delta if routed is None else self._balanced(delta, x, routed, experts)
+
+    def _balanced(self, delta: Tensor, x: Tensor, routed: Routed, experts: Experts) -> Tensor:
+        """Let the losses act, and count who was chosen, in the backward pass of delta."""
+        if not torch.is_grad_enabled():
+            return delta
+        logits_TE, routing = routed
+        state, settings = self.rotmole_state, experts.balance
+        router = experts.first_router_parameter
+        if settings.acts and router is not None and router.requires_grad:
+            routing = experts.routing(logits_TE) if routing is None else routing
+            delta = add_balance(delta, x, logits_TE, routing, state, settings, router)
+        if experts.router_bias is not None and experts.training and delta.requires_grad:
+            assert routing is not None  # a biased router is no plain one
+            mask = state.valid_tokens(x)
+            mask_T = None if mask is None else mask.reshape(-1).to(x.device)
+            delta = count_loads(
+                delta, routing.selected_TE, mask_T, experts.loads, experts.expert_B, state
             )
         return delta
 
@@ -279,26 +321,25 @@ class Linear(nn.Module, RotMoleLayer):
         base_layer: nn.Module,
         adapter_name: str,
         config: RotMoleConfig,
-        *,
-        rank: int,
-        alpha: float,
+        part: BlockPart | None = None,
     ) -> None:
         super().__init__()
         RotMoleLayer.__init__(self, base_layer)
         self._active_adapter = adapter_name
-        self.update_layer(
-            adapter_name, config, rank=rank, alpha=alpha, inference_mode=config.inference_mode
-        )
+        self.update_layer(adapter_name, config, inference_mode=config.inference_mode, part=part)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the base layer's output plus the additions of the active adapters."""
-        result: Tensor = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
-            return result
+            plain: Tensor = self.base_layer(x, *args, **kwargs)
+            return plain
+        active = [name for name in self.active_adapters if name in self.rotmole_experts]  # type: ignore[union-attr] # hidden by nn.Module
+        part = self.block_part(active)
+        read = x if part is None else part.read(x)
+        result: Tensor = self.base_layer(read, *args, **kwargs)
         dtype = result.dtype
-        for adapter_name in self.active_adapters:  # type: ignore[union-attr] # hidden by nn.Module
-            if adapter_name in self.rotmole_experts:
-                result = result + self.addition(x, adapter_name)
+        for adapter_name in active:
+            result = result + self.addition(x, adapter_name)
         return result.to(dtype)
 
     def __repr__(self) -> str:

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from rotmole.errors import ConfigError, ModelError
 from rotmole.tuner.balance import BalanceSettings, watch_masks
+from rotmole.tuner.blocks import block_part, check_blocks, plain_outside
 from rotmole.tuner.config import RotMoleConfig
+from rotmole.tuner.expert_rules import is_routed
 from rotmole.tuner.layer import Linear, RotMoleLayer, layer_widths
+from rotmole.tuner.patterns import module_config
+from rotmole.tuner.scaling import check_stack, reads_ids, reads_sequences
+from rotmole.tuner.tasks import watch_tasks
 
 try:
     from peft.utils.error import NoMatchingPeftModuleError
@@ -34,7 +39,8 @@ class RotMoleModel(BaseTuner):  # type: ignore[misc] # peft ships no types
     """A model whose target layers carry mixtures of rotated low-rank experts.
 
     Made by `peft.get_peft_model(model, RotMoleConfig(...))`. Nothing outside the adapted layers is
-    changed, but for a forward hook that keeps the attention mask where a balance loss is on.
+    changed, but for a forward hook that keeps the attention mask and token ids where a balance loss
+    is on, or a router or selection reads them.
 
     Args:
         model: the base model.
@@ -45,6 +51,16 @@ class RotMoleModel(BaseTuner):  # type: ignore[misc] # peft ships no types
     prefix: str = "rotmole_"
     tuner_layer_cls = RotMoleLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    @classmethod
+    def from_adapters(cls, base: nn.Module, paths: Sequence[str | Path], **options: Any) -> Any:
+        """Make a mixture whose experts are trained PEFT LoRA adapters; see tuner/from_adapters.py.
+
+        RotMoleModel.from_adapters(base, ["math", "code"], trainable="gates", top_k=2)
+        """
+        from rotmole.tuner.from_adapters import from_adapters  # it makes models, so it comes after
+
+        return from_adapters(base, paths, **options)
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
@@ -64,7 +80,7 @@ class RotMoleModel(BaseTuner):  # type: ignore[misc] # peft ships no types
             raise NoTargetError(
                 f"{error} The nearest module names are {', '.join(near)}."
             ) from error
-        self._set_balance(model, adapter_name)
+        self._watch(model, adapter_name)
 
     def _create_and_replace(
         self,
@@ -75,42 +91,52 @@ class RotMoleModel(BaseTuner):  # type: ignore[misc] # peft ships no types
         parent: nn.Module,
         current_key: str,
     ) -> None:
-        rank_key = get_pattern_key(peft_config.rank_pattern, current_key)
-        alpha_key = get_pattern_key(peft_config.alpha_pattern, current_key)
-        rank = peft_config.rank_pattern.get(rank_key, peft_config.r)
-        alpha = peft_config.alpha_pattern.get(alpha_key, peft_config.lora_alpha)
+        config = module_config(peft_config, self.model, current_key)
+        part = None
+        if peft_config.router_scope == "block":
+            part = block_part(parent, target_name, adapter_name)
+            if part is None:
+                plain_outside(peft_config, config, current_key)
+            elif config.num_experts == 1:
+                part = None  # one expert is added in the layer itself
         if isinstance(target, RotMoleLayer):
             target.update_layer(
-                adapter_name,
-                peft_config,
-                rank=rank,
-                alpha=alpha,
-                inference_mode=peft_config.inference_mode,
+                adapter_name, config, inference_mode=config.inference_mode, part=part
             )
             return
-        _check_supported(target, current_key, peft_config)
-        layer = Linear(target, adapter_name, peft_config, rank=rank, alpha=alpha)
+        _check_supported(target, current_key, config)
+        check_stack(self.model, current_key, config)
+        layer = Linear(target, adapter_name, config, part)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # an additional adapter is not trainable by itself
         self._replace_module(parent, target_name, layer, target)
 
-    def _set_balance(self, model: nn.Module, adapter_name: str) -> None:
-        """Divide the losses' weights by the number of routed layers; watch masks if one is on."""
+    def _watch(self, model: nn.Module, adapter_name: str) -> None:
+        """Watch masks and token ids if something wants them; share out the losses' weights."""
         config = self.peft_config[adapter_name]
+        if config.router_scope == "block" and is_routed(config):
+            check_blocks(model, adapter_name)
         layers = [
             (name, module)
             for name, module in model.named_modules()
-            if isinstance(module, RotMoleLayer) and adapter_name in module.rotmole_experts
+            if isinstance(module, RotMoleLayer)
+            and adapter_name in module.rotmole_experts
+            and module.experts(adapter_name).routes
         ]
-        coefficients = (config.router_aux_loss_coef, config.router_z_loss_coef)
-        if not layers or config.num_experts == 1 or not any(coefficients):
+        if not layers or not _watches(config):
             return
         if not hasattr(self, "_watched"):
             self._watched = watch_masks(model)
+        states = [state for state, _ in self._watched.values()]
+        if config.router_task_loss_coef and not any(state.wants_tasks for state in states):
+            self._watched_tasks = watch_tasks(model, states, config.router_task_groups)
         settings = BalanceSettings(
-            balance=coefficients[0] / len(layers),
-            z=coefficients[1] / len(layers),
+            balance=config.router_aux_loss_coef / len(layers),
+            z=config.router_z_loss_coef / len(layers),
             scope=config.router_aux_loss_scope,
+            task=config.router_task_loss_coef / len(layers),
+            task_offset=config.router_task_offset,
+            task_groups=config.router_task_groups,
         )
         seen: set[int] = set()
         for name, layer in layers:
@@ -125,6 +151,8 @@ class RotMoleModel(BaseTuner):  # type: ignore[misc] # peft ships no types
         model: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)
         for _, handle in getattr(self, "_watched", {}).values():
             handle.remove()
+        if hasattr(self, "_watched_tasks"):
+            self._watched_tasks.remove()
         return model
 
     def _check_merge_allowed(self) -> None:
@@ -142,6 +170,13 @@ class RotMoleModel(BaseTuner):  # type: ignore[misc] # peft ships no types
                 "rotmole; call set_adapter() and run the rows of each adapter as a batch"
             )
         yield
+
+
+def _watches(config: RotMoleConfig) -> bool:
+    """Tell whether anything of an adapter wants to know more of a batch than the layers' inputs."""
+    losses = config.router_aux_loss_coef, config.router_z_loss_coef, config.router_task_loss_coef
+    counts = config.router_bias_rate > 0  # padding does not count
+    return any(losses) or counts or reads_ids(config) or reads_sequences(config)
 
 
 def _is_inside(name: str, stack: str) -> bool:

@@ -1,0 +1,186 @@
+"""Riemannian preconditioning: the steps of A and B measured in the space of their product."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rotmole.errors import ConfigError
+from rotmole.tuner.layer import Experts, RotMoleLayer
+
+DELTA = 1e-6
+
+
+def expert_modules(model: nn.Module) -> list[Experts]:
+    """Return the modules that own a pair (A, B), of every adapter, in module order.
+
+    Args:
+        model: a model with rotmole adapters.
+
+    Returns:
+        One Experts module per adapter and layer.
+    """
+    layers = [module for module in model.modules() if isinstance(module, RotMoleLayer)]
+    return [layer.experts(name) for layer in layers for name in layer.rotmole_experts]
+
+
+def preconditioned(grad_ERX: Tensor, other_ERY: Tensor, delta: float) -> Tensor:
+    """Return (C C^T + d I)^-1 dX for every expert, C the pair's other factor.
+
+    With one X for all experts (share_A) C C^T is summed over them, which is the metric of the
+    stacked products.
+
+    Args:
+        grad_ERX: [E, R, X] gradient of one factor (E is 1 where experts share it).
+        other_ERY: [E, R, Y] the other factor (E is 1 where experts share it).
+        delta: d, what keeps the inverse finite.
+
+    Returns:
+        The gradient's shape and type. Solved in float64 (float32 on devices without it).
+
+    Source: Riemannian preconditioned LoRA (arXiv 2402.02347), per expert in arXiv 2502.15828; the
+    sum for a shared factor is our choice.
+
+    >>> preconditioned(torch.ones(1, 1, 3), torch.ones(1, 1, 4), 0.0)
+    tensor([[[0.2500, 0.2500, 0.2500]]])
+    """
+    kind = torch.float32 if grad_ERX.device.type == "mps" else torch.float64
+    other = other_ERY.detach().to(kind)
+    gram_ERR = other @ other.mT
+    if grad_ERX.shape[0] == 1:
+        gram_ERR = gram_ERR.sum(0, keepdim=True)
+    eye = torch.eye(gram_ERR.shape[-1], dtype=kind, device=gram_ERR.device)
+    factor, _ = torch.linalg.cholesky_ex(gram_ERR + delta * eye)
+    return torch.cholesky_solve(grad_ERX.to(kind), factor).to(grad_ERX.dtype)
+
+
+@contextmanager
+def _preconditioned_gradients(
+    modules: Iterable[Experts], groups: Iterable[dict[str, Any]], delta: float
+) -> Iterator[None]:
+    """Put preconditioned gradients in place of the plain ones for the length of a step."""
+    learnt = {id(p) for group in groups for p in group["params"]}
+    kept: list[tuple[nn.Parameter, Tensor]] = []
+    fresh: list[Tensor] = []
+    for experts in modules:
+        for own, other in _factors(experts):
+            if own.grad is not None and id(own) in learnt:
+                _check_whole(own, other)
+                kept.append((own, own.grad))
+                fresh.append(preconditioned(own.grad, other, delta))
+    try:
+        for (parameter, _), grad in zip(kept, fresh, strict=True):
+            parameter.grad = grad
+        yield
+    finally:
+        for parameter, grad in kept:
+            parameter.grad = grad
+
+
+def _factors(experts: Experts) -> tuple[tuple[nn.Parameter, nn.Parameter], ...]:
+    A, B = experts.expert_A, experts.expert_B
+    return (A, B), (B, A)
+
+
+def _check_whole(own: Tensor, other: Tensor) -> None:
+    """Refuse parameters of which this process holds a part only."""
+    # a DTensor is known by its placements: torch builds without torch.distributed lack the class
+    parts = any(hasattr(factor, "placements") or factor.dim() != 3 for factor in (own, other))
+    if parts:
+        raise ConfigError(
+            "Riemannian preconditioning solves with the whole of A and B, but FSDP shards them; "
+            "train with DDP or one process, or choose another optimizer, such as adamw_torch"
+        )
+
+
+def _plain_step(kind: type[torch.optim.Optimizer]) -> Callable[..., Any]:
+    """Return a torch optimiser's step without the wrapper that would run step hooks twice."""
+    step: Any = kind.step
+    return step.__wrapped__ if getattr(step, "hooked", False) else step  # type: ignore[no-any-return] # untyped
+
+
+def _value(closure: Callable[[], Any] | None) -> Any:
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
+class RiemannianAdamW(torch.optim.AdamW):
+    """AdamW whose moments are those of preconditioned gradients of the experts' factors.
+
+        dA <- (B B^T + d I)^-1 dA;   dB <- (A A^T + d I)^-1 dB      per expert, both from old values
+
+    Pairs are the A and B of one adapter's module in one layer. Routers, rotation gates and all
+    other parameters take AdamW's ordinary step. A frozen factor still preconditions the other.
+    Under DDP gradients are already summed, so every process makes the same step.
+
+    Args:
+        params: parameters or groups, such as those of rotmole.parameter_groups.
+        model: the model that owns the pairs.
+        delta: d.
+        options: torch.optim.AdamW's own (lr, betas, eps, weight_decay ...).
+
+    Raises:
+        ConfigError: at a step, where A or B is sharded (FSDP).
+
+    Source: arXiv 2502.15828, which steps B with the new A (its AdamW only); we use old values for
+    both, as its SGD and its equations do.
+    """
+
+    def __init__(
+        self, params: Any, *, model: nn.Module, delta: float = DELTA, **options: Any
+    ) -> None:
+        super().__init__(params, **options)
+        self.delta = _checked(delta)
+        self.expert_modules = expert_modules(model)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Make one update; gradients are as they were afterwards."""
+        loss = _value(closure)
+        with _preconditioned_gradients(self.expert_modules, self.param_groups, self.delta):
+            _plain_step(torch.optim.AdamW)(self)
+        return loss
+
+
+class RiemannianSGD(torch.optim.SGD):
+    """SGD with the preconditioned gradients of RiemannianAdamW.
+
+    For small d an update of the product B^T A does not depend on how it is split into A and B.
+    Near B = 0 the step of A is up to 1/(2 sqrt(d)) times the plain one: warm up.
+
+    Args:
+        params, model, delta: as RiemannianAdamW's.
+        options: torch.optim.SGD's own (lr, momentum ...).
+
+    Raises:
+        ConfigError: at a step, where A or B is sharded (FSDP).
+
+    Source: arXiv 2502.15828.
+    """
+
+    def __init__(
+        self, params: Any, *, model: nn.Module, delta: float = DELTA, **options: Any
+    ) -> None:
+        super().__init__(params, **options)
+        self.delta = _checked(delta)
+        self.expert_modules = expert_modules(model)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Make one update; gradients are as they were afterwards."""
+        loss = _value(closure)
+        with _preconditioned_gradients(self.expert_modules, self.param_groups, self.delta):
+            _plain_step(torch.optim.SGD)(self)
+        return loss
+
+
+def _checked(delta: float) -> float:
+    if not delta > 0:
+        raise ConfigError(f"delta is {delta!r}; it must be above 0, or B = 0 has no inverse")
+    return delta

@@ -1,0 +1,132 @@
+"""Presets: published mixtures of low-rank experts as named settings of one layer; data only.
+
+A preset holds what makes a method that method, and leaves what a comparison must hold equal to you:
+rank (but for FlyLoRA, whose experts have rank one), lora_alpha, dropout, modules. Equations, and
+where a setting differs from the authors' code and why, stand in docs/family.md.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rotmole.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One published method.
+
+    Attributes:
+        paper: arXiv number.
+        about: what it is, in one line.
+        fields: the settings of RotMoleConfig that make it.
+    """
+
+    paper: str
+    about: str
+    fields: Mapping[str, Any]
+
+
+PRESETS: dict[str, Preset] = {
+    "lora": Preset(
+        "2106.09685", "one expert, no gate: LoRA itself",
+        {"num_experts": 1, "rotation": "none"},
+    ),
+    "moe_lora": Preset(
+        "1701.06538", "top-k softmax gate over LoRA experts",
+        {"num_experts": 4, "top_k": 2, "rotation": "none"},
+    ),
+    "hydralora": Preset(
+        "2404.19245", "one A for all experts, every B weighed by a softmax",
+        {"num_experts": 4, "selection": "dense", "share_A": True, "rotation": "none"},
+    ),
+    "loramoe": Preset(
+        "2312.09979", "dense softmax, experts of a task's group favoured by a localised loss",
+        {
+            "num_experts": 6, "selection": "dense", "rotation": "none",
+            "router_task_loss_coef": 0.1, "router_task_offset": 0.1,
+        },
+    ),
+    "mola": Preset(
+        "2402.08562", "more experts in higher layers: 2, 4, 6, 8 by quarter of the depth",
+        {"num_experts": 8, "num_experts_pattern": [2, 4, 6, 8], "top_k": 2, "rotation": "none"},
+    ),
+    "mixlora": Preset(
+        "2404.15159", "one router for a feed-forward block, plain LoRA on attention",
+        {
+            "num_experts": 8, "top_k": 2, "rotation": "none", "router_scope": "block",
+            "router_aux_loss_coef": 0.01, "target_modules": "all-linear",
+        },
+    ),
+    "adamole": Preset(
+        "2405.00361", "experts above a learned threshold",
+        {
+            "num_experts": 8, "selection": "threshold", "rotation": "none",
+            "router_aux_loss_coef": 1e-3,
+        },
+    ),
+    "goat": Preset(
+        "2502.16894", "experts from segments of the weight's SVD, closed-form scale",
+        {
+            "num_experts": 8, "top_k": 2, "rotation": "none", "init_weights": "svd",
+            "goat_eta": 1.0, "router_aux_loss_coef": 1e-3,
+        },
+    ),
+    "switch": Preset(
+        "2101.03961", "one expert a token, weighed by its probability",
+        {
+            "num_experts": 8, "top_k": 1, "norm_topk_prob": False, "rotation": "none",
+            "router_aux_loss_coef": 0.01,
+        },
+    ),
+    "top_p": Preset(
+        "2403.07652", "the fewest experts that hold a share of the probability",
+        {
+            "num_experts": 8, "selection": "top_p", "top_p": 0.4, "norm_topk_prob": False,
+            "rotation": "none",
+        },
+    ),
+    "radargate": Preset(
+        "2505.23184", "each expert's output rotated by what the other selected experts say",
+        {"num_experts": 4, "top_k": 2, "rotation": "radar"},
+    ),
+    "rotmole": Preset(
+        "2605.25565", "each selected expert's activation rotated in a plane, token by token",
+        {"num_experts": 4, "top_k": 2, "rotation": "tangent"},
+    ),
+    "flylora": Preset(
+        "2510.08396", "rank-one experts on one frozen sparse A that is the router as well",
+        {
+            "r": 1, "lora_alpha": 2, "num_experts": 32, "top_k": 8, "rotation": "none",
+            "router": "magnitude", "router_bias_rate": 1e-3, "frozen": "A", "A_density": 0.25,
+            "init_weights": "gaussian",
+        },
+    ),
+}  # fmt: skip
+
+
+def preset_fields(name: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a preset's settings with others laid over them.
+
+    Args:
+        name: a key of PRESETS.
+        overrides: settings of RotMoleConfig; they win.
+
+    Returns:
+        Arguments of RotMoleConfig.
+
+    Raises:
+        ConfigError: no preset of that name.
+
+    >>> preset_fields("lora", {"r": 4})
+    {'num_experts': 1, 'rotation': 'none', 'r': 4}
+    """
+    if name not in PRESETS:
+        near = difflib.get_close_matches(str(name), PRESETS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"preset is {name!r}; it must be one of {', '.join(PRESETS)}{hint}")
+    return copy.deepcopy(dict(PRESETS[name].fields)) | dict(overrides)
