@@ -244,6 +244,7 @@ def test_what_cannot_be_block_routed_says_why() -> None:
     with pytest.raises(ConfigError, match=r"\[3, 4\] experts"):
         _adapted(num_experts_pattern={"up_proj": 3})
     mlp = _adapted().base_model.model.model.layers[0].mlp
+    mlp(torch.randn(1, 2, 32, dtype=torch.float64))  # which leaves nothing behind
     with pytest.raises(ModelError, match="before the block's first"):
         mlp.up_proj(torch.randn(1, 2, 32, dtype=torch.float64))
     mlp.gate_proj(torch.randn(1, 2, 32, dtype=torch.float64))
