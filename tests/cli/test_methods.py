@@ -59,6 +59,9 @@ def test_every_preset_trains_twenty_steps(name: str, run_yaml: Path, tmp_path: P
         if ".rotmole_" in key:
             moved = not torch.equal(saved[key.replace(".default", "")], value)
             assert moved == value.requires_grad, key
+    for key, value in start.named_buffers():  # FlyLoRA's bias
+        if ".rotmole_" in key:
+            assert not torch.equal(saved[key.replace(".default", "")], value), key
 
     base = AutoModelForCausalLM.from_pretrained(run.model.name)
     again = PeftModel.from_pretrained(base, tmp_path / "run" / "adapter").state_dict()

@@ -122,7 +122,9 @@ def test_checkpointing_of_both_kinds_gives_the_same_gradients_and_counts_a_block
         model.train()
         model(input_ids=ids, labels=ids).loss.backward()
         assert max(state.count for state in balance_states(model)) == 2  # a router a block
-        counts = [m.loads.loads_E for m in model.modules() if getattr(m, "routes", False)]
+        routers = [m for m in model.modules() if getattr(m, "routes", False)]
+        assert sum(m.balance.balance for m in routers) == pytest.approx(0.5)
+        counts = [m.loads.loads_E for m in routers]
         found.append(
             {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
             | {str(i): load for i, load in enumerate(counts)}
@@ -244,6 +246,7 @@ def test_what_cannot_be_block_routed_says_why() -> None:
     with pytest.raises(ConfigError, match=r"\[3, 4\] experts"):
         _adapted(num_experts_pattern={"up_proj": 3})
     mlp = _adapted().base_model.model.model.layers[0].mlp
+    mlp(torch.randn(1, 2, 32, dtype=torch.float64))  # which leaves nothing behind
     with pytest.raises(ModelError, match="before the block's first"):
         mlp.up_proj(torch.randn(1, 2, 32, dtype=torch.float64))
     mlp.gate_proj(torch.randn(1, 2, 32, dtype=torch.float64))

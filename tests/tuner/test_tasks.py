@@ -69,7 +69,12 @@ def test_the_gradient_is_that_of_the_sum_padding_left_out(reentrant: bool | None
         model.enable_input_require_grads()
         model.activation_checkpointing_enable({"use_reentrant": reentrant})
     model.train()
+    seen: set[str] = set()
+    inner = model.base_model.model.model
+    inner.register_forward_pre_hook(lambda m, args, kwargs: seen.update(kwargs), with_kwargs=True)
     model(**_batch(), task_id=tasks).loss.backward()
+    assert "attention_mask" in seen
+    assert "task_id" not in seen  # the base model never sees it
     for name, found in _routers(model).items():
         torch.testing.assert_close(found, expected[name], rtol=1e-9, atol=1e-12)
     (state,) = balance_states(model)
