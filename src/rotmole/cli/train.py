@@ -30,16 +30,18 @@ def train(path: Path, overrides: Sequence[str] = (), resume: str | None = None) 
         RotMoleError: with the exit code of its class.
     """
     run = load_run(path, overrides, data_problems=data_problems, model_problems=adapter_problems)
+    from rotmole.training.ranks import is_main_process
     from rotmole.training.run import train as work
 
-    result = work(run, resume=resume, say=_note, prepare=_header)
-    if result.interrupted is not None:
+    speaks = is_main_process()
+    result = work(run, resume=resume, say=_note if speaks else None, prepare=_header)
+    if result.interrupted is not None and speaks:
         print(f"stopped after update {result.steps}; a checkpoint is saved.")
         words = ["rotmole", "train", str(path), *overrides, "--resume", "auto"]
         print(f"go on with: {shlex.join(words)}")
-        return 128 + result.interrupted
-    _summary(result)
-    return 0
+    elif speaks:
+        _summary(result)
+    return 0 if result.interrupted is None else 128 + result.interrupted
 
 
 def _note(text: str) -> None:

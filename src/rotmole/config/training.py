@@ -118,11 +118,12 @@ def training_hints() -> dict[str, Any]:
     """
     from trl import SFTConfig
 
-    return {
+    hints = {
         name: hint
         for name, hint in get_type_hints(SFTConfig).items()
         if name in SFTConfig.__dataclass_fields__
     }
+    return hints | {"fsdp": bool | str | None}  # transformers' hint lacks the bool it asks for
 
 
 def check_training(

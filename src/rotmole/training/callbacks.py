@@ -22,6 +22,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from rotmole.errors import NonFiniteError
 from rotmole.models.files import atomic_write_text, storage_errors
+from rotmole.training.ranks import highest
 from rotmole.tuner.balance import balance_states
 
 TIMING_SUFFIXES = ("_runtime", "_per_second", "peak_memory_bytes")
@@ -51,27 +52,34 @@ def micro_batches(args: TrainingArguments, state: TrainerState, dataloader: Any)
     return (batches % accumulation or accumulation) if is_last else accumulation
 
 
-def balance_logs(model: torch.nn.Module) -> dict[str, float]:
+def balance_logs(
+    model: torch.nn.Module, total: Callable[[torch.Tensor], torch.Tensor] | None = None
+) -> dict[str, float]:
     """Take the mean balance losses since the last call out of a model.
 
     Args:
         model: a model with a RotMoLE adapter; any other has none.
+        total: sums a tensor over processes; None tells of this process's tokens alone.
 
     Returns:
-        router_aux_loss and router_z_loss, each a mean over layers and micro-batches, in so far as
-        they were computed.
+        router_aux_loss and router_z_loss, each a mean over layers and tokens, in so far as they
+        were computed.
 
     Source: our choice.
     """
     sums: dict[str, list[float]] = {}
     for balance in balance_states(model):
-        for name, value in (balance.pop() or {}).items():
+        for name, value in (balance.pop(total) or {}).items():
             sums.setdefault(name, []).append(value)
     return {name: sum(values) / len(values) for name, values in sums.items()}
 
 
 class BalanceCallback(TrainerCallback):
-    """Scale the balance loss to its update, loss_scale = AMP scale / micro-batches, and log it."""
+    """Scale the balance loss to its update, loss_scale = AMP scale / micro-batches, and log it.
+
+    For trainers of others. Micro-batches (of all processes) count alike, whatever their tokens;
+    RotMoleTrainer, which sees a whole update's batches beforehand, weighs them by tokens.
+    """
 
     def on_step_begin(
         self,
@@ -312,7 +320,8 @@ class StopOnSignal(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Save and stop if somebody asked and there is work left."""
+        """Save and stop if somebody asked, in whichever process, and there is work left."""
+        self.signum = highest(self.signum or 0, args.device) or None
         if self.signum is not None and state.global_step < state.max_steps:
             control.should_save = True
             control.should_training_stop = True

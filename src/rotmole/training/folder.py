@@ -35,11 +35,6 @@ _CHECKPOINT_FILES = (
 )
 
 
-def is_main_process() -> bool:
-    """Tell whether this process writes the run folder: the only one, or torchrun's first."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def checkpoints(run_dir: Path) -> list[Path]:
     """List a run's checkpoints, oldest first.
 
@@ -184,12 +179,13 @@ def claim(run_dir: Path, *, resuming: bool) -> None:
             (run_dir / name).unlink(missing_ok=True)
 
 
-def save_adapter(model: Any, run_dir: Path) -> Path:
+def save_adapter(model: Any, run_dir: Path, state: dict[str, Any] | None = None) -> Path:
     """Save the adapter into run_dir/adapter, all or nothing.
 
     Args:
         model: the PeftModel.
         run_dir: the run folder.
+        state: the adapter's whole tensors, where the model itself holds only a shard of them.
 
     Returns:
         The adapter's folder.
@@ -204,7 +200,7 @@ def save_adapter(model: Any, run_dir: Path) -> Path:
     fresh, old = run_dir / f".{ADAPTER}-{mark}", run_dir / f".{ADAPTER}-old-{mark}"
     with storage_errors(target):
         try:
-            model.save_pretrained(fresh)
+            model.save_pretrained(fresh, state_dict=state)
             for file in fresh.iterdir():
                 sync(file)
             if target.exists():

@@ -24,11 +24,12 @@ from rotmole.training.folder import (
     check_same_adapter,
     claim,
     find_resume,
-    is_main_process,
     save_adapter,
 )
 from rotmole.training.manifest import manifest, model_card
 from rotmole.training.plots import loss_svg
+from rotmole.training.ranks import is_main_process
+from rotmole.training.sharding import adapter_state
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +119,7 @@ def train(
         for bar in bars:
             bar.close()
     result = _result(built, stop, time.perf_counter() - started)
-    return finish(result) if result.interrupted is None and is_main_process() else result
+    return finish(result) if result.interrupted is None else result
 
 
 def _fit(built: Built, stop: StopOnSignal, checkpoint: Path | None) -> None:
@@ -191,21 +192,26 @@ def write_papers(built: Built) -> None:
 def finish(result: TrainResult) -> TrainResult:
     """Write what a finished run leaves: loss.svg, the adapter and its card.
 
+    Every process calls it, because all hold parts of a sharded adapter; the first one writes.
+
     Args:
         result: of a run that was not interrupted.
 
     Returns:
-        The result, with adapter_dir.
+        The result, with adapter_dir in the process that writes.
 
     Raises:
         StorageError: the disk refused.
 
     Source: our choice.
     """
-    run, base = result.built.run, result.built.base
+    run, base, trainer = result.built.run, result.built.base, result.built.trainer
+    state = adapter_state(trainer.model, trainer.args.device) if trainer.is_fsdp_enabled else None
+    if not is_main_process():
+        return result
     rows = read_metrics(result.run_dir / METRICS)
     atomic_write_text(result.run_dir / "loss.svg", loss_svg(rows, result.run_dir.name))
-    result.adapter_dir = save_adapter(result.built.model, result.run_dir)
+    result.adapter_dir = save_adapter(result.built.model, result.run_dir, state)
     figures = {
         "updates": result.steps,
         "trainable parameters (gates included)": result.trainable_parameters,
