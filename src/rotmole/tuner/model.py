@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,7 +19,10 @@ from transformers.pytorch_utils import Conv1D
 from rotmole.errors import ConfigError, ModelError
 from rotmole.tuner.balance import BalanceSettings, watch_masks
 from rotmole.tuner.config import RotMoleConfig
-from rotmole.tuner.layer import Linear, RotMoleLayer, layer_widths
+from rotmole.tuner.fingerprint import base_fingerprint, compare_bases
+from rotmole.tuner.layer import Experts, Linear, RotMoleLayer, layer_widths
+from rotmole.tuner.names import check_adapter_name
+from rotmole.tuner.stored import check_state
 
 try:
     from peft.utils.error import NoMatchingPeftModuleError
@@ -54,7 +58,10 @@ class RotMoleModel(BaseTuner):  # type: ignore[misc] # peft ships no types
         Raises:
             NoTargetError: target_modules match nothing; names the nearest modules.
             ModelError: a matched module is of a type that cannot be adapted.
+            AdapterError: the name is no folder name, or a saved adapter belongs to another model.
         """
+        check_adapter_name(adapter_name)
+        self._check_base(model, self.peft_config[adapter_name])
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except ValueError as error:
@@ -65,6 +72,40 @@ class RotMoleModel(BaseTuner):  # type: ignore[misc] # peft ships no types
                 f"{error} The nearest module names are {', '.join(near)}."
             ) from error
         self._set_balance(model, adapter_name)
+
+    def _check_base(self, model: nn.Module, config: RotMoleConfig) -> None:
+        """Compare the model with the one a saved adapter was made for; note it in a new one."""
+        found = base_fingerprint(model)
+        if not config.is_saved or config.base_fingerprint is None:
+            config.base_fingerprint = found
+            return
+        here = getattr(model, "name_or_path", None)
+        notice = compare_bases(
+            config.base_fingerprint, found, config.base_model_name_or_path, here
+        )
+        if notice:
+            warnings.warn(notice, stacklevel=2)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Check an adapter's weights before torch copies the first of them.
+
+        Raises:
+            AdapterError: a tensor is missing, unknown, of another shape or format, or not finite.
+        """
+        expected: dict[str, tuple[int, ...]] = {}
+        for path, layer in self.named_modules():
+            if isinstance(layer, RotMoleLayer):
+                for name, experts in layer.rotmole_experts.items():
+                    if not isinstance(experts, Experts):  # wrapped, such as by FSDP1
+                        return super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+                    place = f"{prefix}{path}.rotmole_experts.{name}."
+                    expected |= {place + n: tuple(p.shape) for n, p in experts.named_parameters()}
+        tensors = [*self.named_parameters(remove_duplicate=False)]
+        tensors += [*self.named_buffers(remove_duplicate=False)]
+        check_state(expected, {prefix + name for name, _ in tensors}, state_dict)
+        return super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _create_and_replace(
         self,
