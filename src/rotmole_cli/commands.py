@@ -81,11 +81,23 @@ def train(
             help="Go on from the newest complete checkpoint (auto) or from a folder.",
         ),
     ] = None,
+    weights_only: Annotated[
+        bool,
+        typer.Option("--weights-only", help="Resume with a fresh optimizer, if its state is lost."),
+    ] = False,
+    allow_change: Annotated[
+        bool,
+        typer.Option(
+            "--allow-change", help="Resume with other settings, data, versions or processes."
+        ),
+    ] = False,
 ) -> int:
     """Train an adapter as a run file says."""
     from rotmole.cli.train import train as work
 
-    return work(run, overrides or [], resume)
+    return work(
+        run, overrides or [], resume, weights_only=weights_only, allow_change=allow_change
+    )
 
 
 @app.command("eval")

@@ -16,7 +16,7 @@ import yaml
 from safetensors.torch import load_file
 
 from rotmole.training.callbacks import read_metrics
-from rotmole.training.folder import find_resume
+from rotmole.training.checkpoint import find_resume
 from rotmole_cli import main
 from training_cases import settings, write_data, write_model
 

@@ -9,8 +9,8 @@ from transformers import Trainer
 from rotmole.errors import ConfigError, NonFiniteError
 from rotmole.training.build import build
 from rotmole.training.callbacks import NonFiniteCallback
+from rotmole.training.finite import first_nonfinite
 from rotmole.training.order import EpochSampler
-from rotmole.training.trainer import first_nonfinite
 from training_cases import run_file
 
 

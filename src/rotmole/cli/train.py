@@ -12,16 +12,26 @@ from typing import Any
 
 from rotmole.config.load import load_run
 from rotmole.data import data_problems
+from rotmole.errors import ConfigError
 from rotmole.models.preview import adapter_problems
 
 
-def train(path: Path, overrides: Sequence[str] = (), resume: str | None = None) -> int:
+def train(
+    path: Path,
+    overrides: Sequence[str] = (),
+    resume: str | None = None,
+    *,
+    weights_only: bool = False,
+    allow_change: bool = False,
+) -> int:
     """Train the run of a file and say what came out.
 
     Args:
         path: the run file.
         overrides: key=value settings laid over it.
         resume: None starts anew, "auto" goes on from the newest checkpoint, else its path.
+        weights_only: with resume, take the weights and a fresh optimizer.
+        allow_change: with resume, go on with other settings, data, versions or processes.
 
     Returns:
         0, or 128 + the signal that stopped the run, after saving.
@@ -29,12 +39,22 @@ def train(path: Path, overrides: Sequence[str] = (), resume: str | None = None) 
     Raises:
         RotMoleError: with the exit code of its class.
     """
+    if resume is None and (weights_only or allow_change):
+        name = "--weights-only" if weights_only else "--allow-change"
+        raise ConfigError(f"{name} says how to go on from a checkpoint; add --resume auto")
     run = load_run(path, overrides, data_problems=data_problems, model_problems=adapter_problems)
     from rotmole.training.ranks import is_main_process
     from rotmole.training.run import train as work
 
     speaks = is_main_process()
-    result = work(run, resume=resume, say=_note if speaks else None, prepare=_header)
+    result = work(
+        run,
+        resume=resume,
+        weights_only=weights_only,
+        allow_change=allow_change,
+        say=_note if speaks else None,
+        prepare=_header,
+    )
     if result.interrupted is not None and speaks:
         print(f"stopped after update {result.steps}; a checkpoint is saved.")
         words = ["rotmole", "train", str(path), *overrides, "--resume", "auto"]

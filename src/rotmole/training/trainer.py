@@ -29,7 +29,9 @@ from rotmole.errors import ConfigError, NonFiniteError
 from rotmole.models.files import atomic_write_text
 from rotmole.optim import parameter_groups
 from rotmole.training.callbacks import balance_logs
+from rotmole.training.finite import Fault, agreed_fault
 from rotmole.training.order import EpochSampler
+from rotmole.training.saving import forward_schedule, usable_best, whole_checkpoint
 from rotmole.training.sharding import adapter_state, sharding_works
 from rotmole.tuner.balance import balance_states
 
@@ -47,6 +49,11 @@ class RotMoleTrainer(Trainer):
     def __init__(self, *, optimizer_section: OptimizerSection, **kwargs: Any) -> None:
         super().__init__(compute_metrics=_mean_of_tokens, **kwargs)
         self.optimizer_section = optimizer_section
+        self.keep, self.args.save_total_limit = self.args.save_total_limit, None  # we prune
+        self.facts: dict[str, Any] = {}
+        self.weights_only = False
+        self.micro_batches: list[tuple[dict[str, Any], torch.Tensor]] = []
+        self.fault: Fault | None = None
         self.update_tokens: torch.Tensor | None = None
         base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         self.can_skip_positions = "logits_to_keep" in inspect.signature(base.forward).parameters
@@ -144,21 +151,15 @@ class RotMoleTrainer(Trainer):
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """Run forward and backward; stop at once if the loss is not finite.
-
-        With several processes the others would wait for this one, so there the check is left to
-        the summed gradient, which every process sees.
-        """
+        """Run forward and backward; after an update's last, stop if it would not be finite."""
         self.weigh_balance(inputs)
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.args.world_size == 1 and not torch.isfinite(loss):
-            update = self.state.global_step + 1
-            layer = first_nonfinite(self.model, inputs)
-            raise NonFiniteError(
-                f"the loss of update {update} is {loss.item()}; training stopped before the "
-                f"update{f', first seen in {layer}' if layer else ''}. Lower "
-                "training.learning_rate, or look at the rows in failure.json."
-            )
+        self.micro_batches.append((inputs, loss))
+        if self.accelerator.sync_gradients:
+            batches, self.micro_batches = self.micro_batches, []
+            self.fault = agreed_fault(self, batches)
+            if self.fault is not None:
+                raise NonFiniteError(self.fault.sentence(self.state.global_step + 1))
         return loss
 
     def write_failure(self, error: NonFiniteError) -> Path:
@@ -169,6 +170,7 @@ class RotMoleTrainer(Trainer):
             "epoch": self.state.epoch,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "message": str(error),
+            **(self.fault.report() if self.fault else {}),
             "rows": rows,
         }
         path = Path(self.args.output_dir, "failure.json")
@@ -190,6 +192,26 @@ class RotMoleTrainer(Trainer):
         chosen = sampler.order(epoch)[update * size : (update + 1) * size]
         columns = self.train_dataset.select(chosen)
         return [{"task": row["task"], "id": row["id"]} for row in columns]
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        with whole_checkpoint(self):
+            super()._save_checkpoint(model, trial)
+
+    def _load_best_model(self) -> None:
+        if usable_best(self):
+            super()._load_best_model()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self.weights_only:
+            forward_schedule(self)
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        super()._load_scaler(None if self.weights_only else checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(None if self.weights_only else checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the adapter, whole; of a sharded model the base is not put together for it."""
@@ -262,6 +284,7 @@ class RotMoleTrainer(Trainer):
         if "loss" in logs:
             logs.update(balance_logs(self.model, self.accelerator.reduce))
         if "train_loss" in logs:
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
             logs["peak_memory_bytes"] = peak_memory_bytes()
             seen = self.state.num_input_tokens_seen
             since = seen - getattr(self, "_initial_num_input_tokens_seen", 0)
@@ -273,38 +296,6 @@ class RotMoleTrainer(Trainer):
 def _mean_of_tokens(rows: EvalPrediction) -> dict[str, float]:
     """Divide the summed losses of all rows by their learnt tokens."""
     return {"mean_of_tokens": rows.predictions.sum(dtype="float64") / max(rows.label_ids.sum(), 1)}
-
-
-def first_nonfinite(model: torch.nn.Module, inputs: dict[str, Any]) -> str | None:
-    """Name the first module whose output is not finite on a batch.
-
-    Args:
-        model: the model as it failed.
-        inputs: the batch it failed on.
-
-    Returns:
-        The module's path, None where every output is finite.
-
-    Source: our choice.
-    """
-    found: list[str] = []
-
-    def watch(name: str) -> Any:
-        def hook(module: torch.nn.Module, args: Any, output: Any) -> None:
-            first = output[0] if isinstance(output, tuple) else output
-            if not found and isinstance(first, torch.Tensor) and not first.isfinite().all():
-                found.append(name)
-
-        return hook
-
-    handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules()]
-    try:
-        with torch.no_grad():
-            model(**{k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask")})
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found[0] if found else None
 
 
 def peak_memory_bytes() -> int:
