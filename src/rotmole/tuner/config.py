@@ -137,7 +137,7 @@ class RotMoleConfig(PeftConfig):  # type: ignore[misc] # peft ships no types
         foreign = foreign_module(self.auto_mapping)
         if foreign:
             warnings.warn(foreign, stacklevel=3)
-            self.auto_mapping = None
+            self.auto_mapping: dict[str, Any] | None = None
         if isinstance(self.target_modules, (list, tuple)):
             self.target_modules = set(self.target_modules)  # as PEFT's own configs keep it
         if isinstance(self.exclude_modules, (list, tuple)):

@@ -80,9 +80,7 @@ class RotMoleModel(BaseTuner):  # type: ignore[misc] # peft ships no types
             config.base_fingerprint = found
             return
         here = getattr(model, "name_or_path", None)
-        notice = compare_bases(
-            config.base_fingerprint, found, config.base_model_name_or_path, here
-        )
+        notice = compare_bases(config.base_fingerprint, found, config.base_model_name_or_path, here)
         if notice:
             warnings.warn(notice, stacklevel=2)
 
@@ -99,13 +97,14 @@ class RotMoleModel(BaseTuner):  # type: ignore[misc] # peft ships no types
             if isinstance(layer, RotMoleLayer):
                 for name, experts in layer.rotmole_experts.items():
                     if not isinstance(experts, Experts):  # wrapped, such as by FSDP1
-                        return super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+                        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+                        return
                     place = f"{prefix}{path}.rotmole_experts.{name}."
                     expected |= {place + n: tuple(p.shape) for n, p in experts.named_parameters()}
         tensors = [*self.named_parameters(remove_duplicate=False)]
         tensors += [*self.named_buffers(remove_duplicate=False)]
         check_state(expected, {prefix + name for name, _ in tensors}, state_dict)
-        return super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _create_and_replace(
         self,

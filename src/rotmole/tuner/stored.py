@@ -76,8 +76,7 @@ def read_header(file: Path) -> dict[str, Entry]:
         size, expected = file.stat().st_size, _expected_size(file)
         promised = f"its header promises {expected}" if expected else "it has no readable header"
         raise AdapterError(
-            f"{file} is damaged ({size} bytes on disk, {promised}: {error}); "
-            "copy or save it again"
+            f"{file} is damaged ({size} bytes on disk, {promised}: {error}); copy or save it again"
         ) from error
 
 
@@ -175,7 +174,9 @@ def check_state(
     adapters = {_adapter_of(name) for name in ours & expected.keys()}
     if not ours:
         return
-    missing = [n for n in expected if n not in state and (_adapter_of(n) in adapters or not adapters)]
+    missing = [
+        n for n in expected if n not in state and (_adapter_of(n) in adapters or not adapters)
+    ]
     whole_model = any(".base_layer." in name for name in state)
     unknown = sorted((ours - expected.keys()) if whole_model else (state.keys() - known))
     problems = [_counted(missing, "missing"), _counted(unknown, "unknown to this model")]
