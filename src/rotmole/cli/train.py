@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ def train(
     *,
     weights_only: bool = False,
     allow_change: bool = False,
+    trust_remote_code: bool = False,
 ) -> int:
     """Train the run of a file and say what came out.
 
@@ -32,6 +34,7 @@ def train(
         resume: None starts anew, "auto" goes on from the newest checkpoint, else its path.
         weights_only: with resume, take the weights and a fresh optimizer.
         allow_change: with resume, go on with other settings, data, versions or processes.
+        trust_remote_code: let transformers run code that came with the model.
 
     Returns:
         0, or 128 + the signal that stopped the run, after saving.
@@ -42,7 +45,8 @@ def train(
     if resume is None and (weights_only or allow_change):
         name = "--weights-only" if weights_only else "--allow-change"
         raise ConfigError(f"{name} says how to go on from a checkpoint; add --resume auto")
-    run = load_run(path, overrides, data_problems=data_problems, model_problems=adapter_problems)
+    fits = partial(adapter_problems, trust_remote_code=trust_remote_code)
+    run = load_run(path, overrides, data_problems=data_problems, model_problems=fits)
     from rotmole.training.ranks import is_main_process
     from rotmole.training.run import train as work
 
@@ -52,6 +56,7 @@ def train(
         resume=resume,
         weights_only=weights_only,
         allow_change=allow_change,
+        trust_remote_code=trust_remote_code,
         say=_note if speaks else None,
         prepare=_header,
     )

@@ -21,6 +21,7 @@ from rotmole.models.load import LoadedModel, load_model
 from rotmole.training.callbacks import JsonLinesCallback
 from rotmole.training.folder import METRICS
 from rotmole.training.trainer import RotMoleTrainer
+from rotmole.training.usage import UsageCallback
 from rotmole.tuner.config import RotMoleConfig
 
 UNLIMITED = 1 << 30
@@ -50,6 +51,7 @@ def build(
     *,
     callbacks: Sequence[TrainerCallback] = (),
     say: Callable[[str], None] | None = None,
+    trust_remote_code: bool = False,
 ) -> Built:
     """Wire a run: model, adapter, data, trainer.
 
@@ -57,6 +59,7 @@ def build(
         run: a checked run file.
         callbacks: beside those of every run (metric lines, stop at a NaN).
         say: told before slow steps.
+        trust_remote_code: let transformers run code that came with the model.
 
     Returns:
         The parts.
@@ -68,7 +71,7 @@ def build(
     """
     say = say or (lambda text: None)
     say(f"loading {run.model.name}")
-    base = load_model(run.model, say=say)
+    base = load_model(run.model, trust_remote_code=trust_remote_code, say=say)
     say("loading data")
     examples = all_examples(run, base.tokenizer)
     model = add_adapter(run, base.model)
@@ -155,6 +158,7 @@ def build_trainer(
         data_collator=Collator(tokenizer, arguments.pad_to_multiple_of),
         processing_class=tokenizer,
         callbacks=[
+            UsageCallback(),
             JsonLinesCallback(Path(run.output_dir, METRICS)),
             *callbacks,
         ],

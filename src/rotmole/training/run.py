@@ -76,6 +76,7 @@ def train(
     resume: str | None = None,
     weights_only: bool = False,
     allow_change: bool = False,
+    trust_remote_code: bool = False,
     progress: bool = True,
     callbacks: Sequence[TrainerCallback] = (),
     say: Callable[[str], None] | None = None,
@@ -90,6 +91,7 @@ def train(
         weights_only: go on with the checkpoint's weights and a fresh optimizer; schedule and
             order of rows go on where they were.
         allow_change: go on though settings, data, versions or processes are not the checkpoint's.
+        trust_remote_code: let transformers run code that came with the model.
         progress: show progress on standard error.
         callbacks: further callbacks of the trainer.
         say: told before slow steps.
@@ -113,7 +115,12 @@ def train(
         origin = find_origin(run, resume, weights_only=weights_only, allow_change=allow_change)
         if origin.checkpoint is not None:
             (say or logger.info)(f"going on from {origin.checkpoint}")
-        built = build(run, callbacks=[stop, *bars, *callbacks], say=say)
+        built = build(
+            run,
+            callbacks=[stop, *bars, *callbacks],
+            say=say,
+            trust_remote_code=trust_remote_code,
+        )
         prepare_folder(built, origin)
         if prepare is not None and is_main_process():
             prepare(built)

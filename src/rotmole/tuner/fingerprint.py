@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -61,7 +62,8 @@ def _own_modules(body: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the last word of the name of each module that is not part of an adapter."""
     for path, module in body.named_modules():
         parts = path.split(".")
-        if not _INSIDE_AN_ADAPTER.intersection(parts):
+        wrapper = isinstance(module, AuxiliaryTrainingWrapper)  # shows its inner module's widths
+        if not wrapper and not _INSIDE_AN_ADAPTER.intersection(parts):
             words = [part for part in parts if not part.isdigit() and part != "original_module"]
             yield (words[-1] if words else ""), module
 
