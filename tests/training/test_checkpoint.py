@@ -13,6 +13,7 @@ from checkpoint_cases import FILES, STATE, checkpoint, unfinished
 from rotmole.errors import InputError, StorageError
 from rotmole.training.checkpoint import (
     COMPLETE,
+    begin,
     checkpoints,
     faults,
     find_resume,
@@ -140,6 +141,15 @@ def test_auto_takes_the_newest_complete_one_and_names_those_it_skipped(tmp_path,
 def test_auto_starts_anew_where_there_is_nothing(tmp_path):
     assert find_resume(tmp_path / "missing", "auto") is None
     assert find_resume(tmp_path, None) is None
+    begin(tmp_path / "checkpoint-5")  # and where a process died in its first checkpoint
+    assert find_resume(tmp_path, "auto") is None
+
+
+def test_auto_does_not_start_over_what_was_damaged_or_is_of_another_version(tmp_path):
+    flip(checkpoint(tmp_path, 5) / "adapter_model.safetensors")
+    unfinished(tmp_path, 4)
+    with pytest.raises(InputError, match=r"checkpoint-5: .*\. checkpoint-4: COMPLETE.json is mis"):
+        find_resume(tmp_path, "auto")
 
 
 def test_a_named_checkpoint_must_be_there_and_be_the_newest(tmp_path):

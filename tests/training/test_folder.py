@@ -6,6 +6,7 @@ import pytest
 
 from checkpoint_cases import checkpoint, unfinished
 from rotmole.errors import InputError
+from rotmole.training.checkpoint import begin
 from rotmole.training.folder import check_free, clear
 
 
@@ -36,4 +37,12 @@ def test_what_a_crash_left_goes(tmp_path):
     (tmp_path / ".run.yaml.17.ab.tmp").write_text("half", encoding="utf-8")
     (tmp_path / "failure.json").write_text("{}", encoding="utf-8")
     clear(tmp_path, resuming=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_died_in_its_first_checkpoint_may_start_anew(tmp_path):
+    begin(tmp_path / "checkpoint-5")
+    (tmp_path / "checkpoint-10").mkdir()
+    check_free(tmp_path)
+    clear(tmp_path, resuming=False)
     assert list(tmp_path.iterdir()) == []

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +29,10 @@ from rotmole.tuner.balance import balance_states
 
 TIMING_SUFFIXES = ("_runtime", "_per_second", "peak_memory_bytes")
 """Ends of the metric names that differ between two runs of one command; all others are equal."""
+
+
+AGAIN_AFTER = 1.0
+"""Seconds after which a further Ctrl-C is a person's: a launcher repeats the first at once."""
 
 
 def micro_batches(args: TrainingArguments, state: TrainerState, dataloader: Any) -> int:
@@ -107,7 +113,10 @@ class BalanceCallback(TrainerCallback):
     ) -> None:
         """Add the balance losses to a training log; loss itself does not contain them."""
         if logs is not None and "loss" in logs:
-            logs.update(balance_logs(kwargs["model"]))
+            found = balance_logs(kwargs["model"])
+            logs.update(found)
+            if state.log_history:  # Trainer has put a copy of the log there already
+                state.log_history[-1].update(found)
 
 
 class JsonLinesCallback(TrainerCallback):
@@ -141,13 +150,20 @@ class JsonLinesCallback(TrainerCallback):
         """Append one line."""
         if logs is None or not state.is_world_process_zero:
             return
-        with storage_errors(self.path), self.path.open("a", encoding="utf-8") as stream:
-            stream.write(_line({"step": state.global_step, **logs}))
-            stream.flush()
+        line = _line({"step": state.global_step, **logs}).encode()
+        with storage_errors(self.path), self.path.open("ab", buffering=0) as stream:
+            start = stream.seek(0, os.SEEK_END)
+            try:
+                written = stream.write(line)
+                if written != len(line):  # a disk with room for a part of it
+                    stream.write(line[written:])
+            except OSError:
+                stream.truncate(start)
+                raise
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read metrics.jsonl; a last line cut short by a crash is left out.
+    """Read metrics.jsonl; a line cut short by a crash is left out.
 
     Args:
         path: the file; a missing one has no rows.
@@ -160,11 +176,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
-            break
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
     return rows
 
 
@@ -293,6 +311,7 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self, say: Callable[[str], None] | None = None) -> None:
         self.signum: int | None = None
+        self.asked: float | None = None
         self.say = say
 
     @contextmanager
@@ -311,11 +330,15 @@ class StopOnSignal(TrainerCallback):
                 signal.signal(number, handler)
 
     def _ask(self, signum: int, frame: FrameType | None) -> None:
-        if self.signum is not None:
-            raise KeyboardInterrupt
-        self.signum = signum
+        now = time.monotonic()
+        if self.asked is not None:  # launchers and schedulers send their signal more than once
+            if signum == signal.SIGINT and now - self.asked > AGAIN_AFTER:
+                raise KeyboardInterrupt
+            return
+        self.signum, self.asked = signum, now
         if self.say is not None:
-            self.say("saving a checkpoint after this update; once more stops without saving")
+            again = "; Ctrl-C once more stops without saving" if signum == signal.SIGINT else ""
+            self.say(f"saving a checkpoint after this update{again}")
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -28,19 +28,21 @@ logger = logging.getLogger(__name__)
 
 COMPLETE = "COMPLETE.json"
 FORMAT = 1
+_SAVING = ".saving"
+"""Lies in a checkpoint while it is written, so that a half-written one is known for ours."""
 _WEIGHTS = {
     "weights": r"adapter_model\.safetensors|pytorch_model_fsdp.*",
     "adapter configuration": r"adapter_config\.json",
     "step and log": r"trainer_state\.json",
 }
 _STATE = {
-    "optimizer state": r"optimizer.*",
+    "optimizer state": r"optimizer.*|global_step.*",
     "learning-rate schedule": r"scheduler\.pt",
     "random-number state": r"rng_state.*\.pth",
 }
 """What a checkpoint needs, and the names (of files or folders) that hold it."""
 
-_DISPENSABLE = re.compile(r"(optimizer|scheduler|rng_state|scaler|sums).*")
+_DISPENSABLE = re.compile(r"(optimizer|global_step|scheduler|rng_state|scaler|sums).*")
 """What --weights-only does without."""
 
 _TORCH_WRITES = ("PytorchStreamWriter", "cannot be opened", "Parent directory")
@@ -75,6 +77,29 @@ def is_sealed(checkpoint: Path) -> bool:
     return (checkpoint / COMPLETE).is_file()
 
 
+def is_half_written(checkpoint: Path) -> bool:
+    """Tell whether a checkpoint is no more than what a process left when it died saving it."""
+    marked = (checkpoint / _SAVING).exists() or not any(checkpoint.iterdir())
+    return marked and not is_sealed(checkpoint)
+
+
+def begin(checkpoint: Path) -> None:
+    """Make room for a checkpoint: what an earlier attempt left of it goes, a mark of ours comes.
+
+    Args:
+        checkpoint: its folder, which `seal` will finish.
+
+    Raises:
+        StorageError: the disk refused.
+
+    Source: our choice.
+    """
+    remove(checkpoint)
+    with storage_errors(checkpoint):
+        checkpoint.mkdir()
+        (checkpoint / _SAVING).touch()
+
+
 def seal(checkpoint: Path, facts: Mapping[str, Any]) -> None:
     """Put a checkpoint's files on the disk, then write COMPLETE.json.
 
@@ -101,6 +126,7 @@ def seal(checkpoint: Path, facts: Mapping[str, Any]) -> None:
         sync(checkpoint.parent)
         content = {"format": FORMAT, "step": step_of(checkpoint), "files": files, **facts}
         atomic_write_text(checkpoint / COMPLETE, json.dumps(content, indent=1) + "\n")
+        (checkpoint / _SAVING).unlink(missing_ok=True)
 
 
 def read_seal(checkpoint: Path) -> dict[str, Any] | str:
@@ -178,7 +204,8 @@ def find_resume(run_dir: Path, resume: str | None, *, weights_only: bool = False
         The checkpoint's folder, or None to start anew.
 
     Raises:
-        InputError: the path is no complete checkpoint, or newer ones are in its way.
+        InputError: the path is no complete checkpoint, or newer ones are in its way; or all that
+            there are have been damaged since, which is no reason to start over them.
 
     Source: our choice.
     """
@@ -186,11 +213,20 @@ def find_resume(run_dir: Path, resume: str | None, *, weights_only: bool = False
         return None
     if resume != "auto":
         return _named(run_dir, Path(resume).expanduser(), weights_only)
+    damaged = []
     for path in reversed(checkpoints(run_dir)):
         found = faults(path, weights_only=weights_only)
         if not found:
             return path
-        logger.warning("skipped %s: %s%s", path, "; ".join(found), _advice(path, weights_only))
+        told = f"{'; '.join(found)}{_advice(path, weights_only)}"
+        logger.warning("skipped %s: %s", path, told)
+        if not is_half_written(path):
+            damaged.append(f"{path.name}: {told}")
+    if damaged:
+        raise InputError(
+            f"output_dir {str(run_dir)!r} has no checkpoint to go on from ({'. '.join(damaged)}); "
+            "choose another output_dir, or delete the folder to start anew."
+        )
     return None
 
 
@@ -282,7 +318,8 @@ def prune(run_dir: Path, keep: int | None, newest: Path, best: str | None) -> No
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != COMPLETE)
+    ours = (COMPLETE, _SAVING)
+    return sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in ours)
 
 
 def _top(name: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from rotmole.errors import InputError
 from rotmole.models.files import storage_errors, sync
-from rotmole.training.checkpoint import checkpoints, is_sealed
+from rotmole.training.checkpoint import checkpoints, is_half_written, is_sealed
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ def check_free(run_dir: Path) -> None:
 
     Source: our choice.
     """
-    kept = checkpoints(run_dir)
+    kept = [path for path in checkpoints(run_dir) if not is_half_written(path)]
     if kept and not (run_dir / ADAPTER).is_dir():
         whole = [path.name for path in kept if is_sealed(path)]
         advice = f"add --resume auto to go on from {whole[-1]}, " if whole else ""

@@ -227,7 +227,7 @@ def _nothing_left(built: Built, checkpoint: Path) -> bool:
     if state.global_step < last:
         return False
     trainer.state = state
-    find_best(Path(trainer.args.output_dir), state)
+    find_best(Path(trainer.args.output_dir), state, checkpoint)
     best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
     logger.warning("nothing is left to do: %s is at update %d", checkpoint, state.global_step)
     trainer._load_from_checkpoint(best or str(checkpoint))
@@ -300,7 +300,11 @@ def finish(result: TrainResult) -> TrainResult:
     Source: our choice.
     """
     run, base, trainer = result.built.run, result.built.base, result.built.trainer
-    state = adapter_state(trainer.model, trainer.args.device) if trainer.is_fsdp_enabled else None
+    state = None
+    if trainer.is_fsdp_enabled:
+        state = adapter_state(trainer.model, trainer.args.device)
+    elif trainer.is_deepspeed_enabled:  # ZeRO-3 holds parts as well, and puts them together itself
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if not is_main_process():
         return result
     rows = read_metrics(result.run_dir / METRICS)

@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from rotmole.errors import StorageError
 from rotmole.models.files import atomic_write_text, storage_errors, sync
-from rotmole.training.checkpoint import faults, prune, remove, saving, seal
+from rotmole.training.checkpoint import begin, faults, prune, saving, seal
 from rotmole.training.folder import METRICS
 from rotmole.tuner.balance import balance_states
 
@@ -43,7 +43,7 @@ def whole_checkpoint(trainer: Any) -> Iterator[None]:
     writes = trainer.is_world_process_zero()
     with saving(checkpoint):
         if writes:
-            remove(checkpoint)
+            begin(checkpoint)
         trainer.accelerator.wait_for_everyone()
         yield
         save_sums(trainer, checkpoint)
@@ -75,8 +75,9 @@ def save_sums(trainer: Any, checkpoint: Path) -> None:
     Source: our choice; numbers survive JSON to the last bit.
     """
     states = balance_states(trainer.model)
+    summed = getattr(trainer, "_tr_loss", None)  # a local of older transformers: then lost
     content = {
-        "loss": trainer._tr_loss.item(),
+        "loss": None if summed is None else summed.item(),
         "logged_loss": trainer._total_loss_scalar,
         "logged_step": trainer._globalstep_last_logged,
         "balance": [
@@ -103,12 +104,13 @@ class ResumeCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Restore, after the trainer has set its sums to zero."""
-        find_best(Path(args.output_dir), state)
-        path = _sums_file(self.trainer, self.checkpoint)
-        if not path.is_file():  # another number of processes, or weights only
+        state.compute_steps(args, state.max_steps)  # a checkpoint's own would prevail
+        find_best(Path(args.output_dir), state, self.checkpoint)
+        path, trainer = _sums_file(self.trainer, self.checkpoint), self.trainer
+        saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if trainer.weights_only or saved.get("loss") is None:  # or other processes than then
+            trainer.summed_from = state.global_step
             return
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        trainer = self.trainer
         trainer._tr_loss = torch.tensor(saved["loss"], device=args.device)
         trainer._total_loss_scalar = saved["logged_loss"]
         trainer._globalstep_last_logged = saved["logged_step"]
@@ -118,19 +120,20 @@ class ResumeCallback(TrainerCallback):
                 balance.sums = torch.tensor(entry["sums"], dtype=torch.float32, device=args.device)
 
 
-def find_best(run_dir: Path, state: TrainerState) -> None:
+def find_best(run_dir: Path, state: TrainerState, checkpoint: Path) -> None:
     """Find the best checkpoint of a resumed run again; where it is lost, say so and forget it.
 
     Args:
         run_dir: the run folder, which may have been moved or copied.
         state: as loaded from a checkpoint; its best checkpoint is set right.
+        checkpoint: that one, perhaps of another run folder.
 
     Source: our choice.
     """
     if not state.best_global_step:
         return
     name = f"checkpoint-{state.best_global_step}"
-    places = [run_dir / name, Path(state.best_model_checkpoint or run_dir / name)]
+    places = [run_dir / name, checkpoint.parent / name]
     for place in places:
         if place.is_dir() and not faults(place):
             state.best_model_checkpoint = str(place)

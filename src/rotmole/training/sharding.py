@@ -1,4 +1,4 @@
-"""A model whose weights are spread over processes (FSDP2): sharding it, making its adapter whole."""
+"""A model whose weights are spread over processes (FSDP2): sharding it, saving it whole."""
 
 from __future__ import annotations
 

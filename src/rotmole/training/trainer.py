@@ -52,6 +52,7 @@ class RotMoleTrainer(Trainer):
         self.keep, self.args.save_total_limit = self.args.save_total_limit, None  # we prune
         self.facts: dict[str, Any] = {}
         self.weights_only = False
+        self.summed_from = 0
         self.micro_batches: list[tuple[dict[str, Any], torch.Tensor]] = []
         self.fault: Fault | None = None
         self.update_tokens: torch.Tensor | None = None
@@ -284,7 +285,8 @@ class RotMoleTrainer(Trainer):
         if "loss" in logs:
             logs.update(balance_logs(self.model, self.accelerator.reduce))
         if "train_loss" in logs:
-            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
+            summed = max(self.state.global_step - self.summed_from, 1)  # before a resume too
+            logs["train_loss"] = self._total_loss_scalar / summed
             logs["peak_memory_bytes"] = peak_memory_bytes()
             seen = self.state.num_input_tokens_seen
             since = seen - getattr(self, "_initial_num_input_tokens_seen", 0)
