@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import random
 import signal
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,15 @@ from rotmole.training.checkpoint import COMPLETE, checkpoints, faults, step_of
 from training_cases import settings, write_data, write_model
 
 AIM = "import ctypes; ctypes.CDLL(None).kill_at({below!r}.encode(), {at}, {notes!r}.encode())"
-TIMER = "import os, threading; threading.Timer({after}, os.kill, (os.getpid(), 9)).start()"
+TIMER = """
+import os, threading, time
+def strike():
+    while not os.path.exists({log!r}) or open({log!r}, "rb").read().count(b"\\n") < {lines}:
+        time.sleep(0.001)
+    time.sleep({after})
+    os.kill(os.getpid(), 9)
+threading.Thread(target=strike, daemon=True).start()
+"""
 
 
 @dataclass
@@ -48,16 +55,15 @@ def run_yaml(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def straight(warm, run_yaml) -> tuple[Path, list[str], float]:
-    """The undisturbed run: its folder, the events below its checkpoints, its seconds."""
+def straight(warm, run_yaml) -> tuple[Path, list[str]]:
+    """The undisturbed run: its folder, the events below its checkpoints."""
     folder, notes = run_yaml.with_name("straight"), run_yaml.with_name("notes")
-    started = time.perf_counter()
     code = start(warm, run_yaml, folder, AIM.format(
         below=f"{folder}/checkpoint-", at=0, notes=str(notes)
     ))  # fmt: skip
     assert code == 0, run_yaml.with_name("err").read_text(encoding="utf-8")
     events = notes.read_text(encoding="utf-8").replace(f"{folder}/", "").splitlines()
-    return folder, events, time.perf_counter() - started
+    return folder, events
 
 
 def start(warm, run_yaml: Path, folder: Path, before: str, *words: str) -> int:
@@ -81,7 +87,8 @@ def killed(warm, run_yaml, straight, tmp_path) -> Callable[[str], Killed]:
 
     def kill(before: str) -> Killed:
         folder = tmp_path / "run"
-        aim = before.format(below=f"{folder}/checkpoint-", notes=str(tmp_path / "notes"))
+        log = str(folder / "metrics.jsonl")
+        aim = before.format(below=f"{folder}/checkpoint-", notes=str(tmp_path / "notes"), log=log)
         assert start(warm, run_yaml, folder, aim) == -signal.SIGKILL
         whole = [path for path in checkpoints(folder) if (path / COMPLETE).exists()]
         assert [faults(path) for path in whole] == [[] for _ in whole]
@@ -113,7 +120,7 @@ def position(events: list[str], event: str) -> int:
 
 
 def test_every_file_is_on_the_disk_before_complete_and_that_before_anything_goes(straight):
-    folder, events, _ = straight
+    folder, events = straight
     sealed = position(events, f"rename checkpoint-4/{COMPLETE}")
     listed = json.loads((folder / "checkpoint-6" / COMPLETE).read_text(encoding="utf-8"))["files"]
     for name in listed:
@@ -155,13 +162,14 @@ def test_three_deaths(killed, straight):
 @pytest.mark.heavy
 def test_twenty_deaths(killed, straight):
     """14 at events spread over those of the second and third checkpoint, 6 at random moments."""
-    _, events, seconds = straight
+    events = straight[1]
     chance = random.Random(19)
     first = position(events, "mkdir checkpoint-4")
     points = [first + round(i * (len(events) - first) / 13) for i in range(14)]
     aims = [AIM.replace("{at}", str(point)) for point in points]
-    aims += [TIMER.replace("{after}", f"{chance.uniform(0.5, 0.95) * seconds:.3f}")
-             for _ in range(6)]  # fmt: skip
+    for _ in range(6):
+        lines, after = str(chance.randint(2, 4)), f"{chance.uniform(0, 0.06):.4f}"
+        aims.append(TIMER.replace("{lines}", lines).replace("{after}", after))
     between = 0
     for number, aim in enumerate(aims):
         died = killed(aim)

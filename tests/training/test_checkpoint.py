@@ -19,9 +19,9 @@ from rotmole.training.checkpoint import (
     find_resume,
     prune,
     remove,
-    saving,
     seal,
 )
+from rotmole.training.saving import nothing_half_written
 
 
 def empty(path):
@@ -214,11 +214,11 @@ def torch_on_a_missing_folder(folder):
 )
 def test_whatever_says_that_the_disk_refused_nothing_half_written_stays(tmp_path, write, told):
     folder = unfinished(tmp_path, 5)
-    with pytest.raises(StorageError, match=told), saving(folder):
+    with pytest.raises(StorageError, match=told), nothing_half_written(folder):
         write(folder)
     assert not folder.exists()
 
 
 def test_other_errors_pass(tmp_path):
-    with pytest.raises(RuntimeError, match="of its own"), saving(tmp_path):
+    with pytest.raises(RuntimeError, match="of its own"), nothing_half_written(tmp_path):
         raise RuntimeError("of its own")

@@ -31,8 +31,7 @@ TIMING_SUFFIXES = ("_runtime", "_per_second", "peak_memory_bytes")
 """Ends of the metric names that differ between two runs of one command; all others are equal."""
 
 
-AGAIN_AFTER = 1.0
-"""Seconds after which a further Ctrl-C is a person's: a launcher repeats the first at once."""
+AGAIN_AFTER = 1.0  # seconds; a launcher repeats a Ctrl-C at once, a person takes longer
 
 
 def micro_batches(args: TrainingArguments, state: TrainerState, dataloader: Any) -> int:
@@ -154,8 +153,7 @@ class JsonLinesCallback(TrainerCallback):
         with storage_errors(self.path), self.path.open("ab", buffering=0) as stream:
             start = stream.seek(0, os.SEEK_END)
             try:
-                written = stream.write(line)
-                if written != len(line):  # a disk with room for a part of it
+                if (written := stream.write(line)) < len(line):  # the disk had room for a part
                     stream.write(line[written:])
             except OSError:
                 stream.truncate(start)

@@ -11,15 +11,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
-
-from safetensors import SafetensorError
 
 from rotmole.errors import InputError
 from rotmole.models.files import atomic_write_text, storage_errors, sync
@@ -44,9 +40,6 @@ _STATE = {
 
 _DISPENSABLE = re.compile(r"(optimizer|global_step|scheduler|rng_state|scaler|sums).*")
 """What --weights-only does without."""
-
-_TORCH_WRITES = ("PytorchStreamWriter", "cannot be opened", "Parent directory")
-"""Words of torch.save where a file cannot be written."""
 
 _LOADED = (".safetensors", ".bin", ".pt", ".pth", ".distcp")
 """Ends of files that a loader might pick up; none may be there that was not saved."""
@@ -96,7 +89,7 @@ def begin(checkpoint: Path) -> None:
     """
     remove(checkpoint)
     with storage_errors(checkpoint):
-        checkpoint.mkdir()
+        checkpoint.mkdir(parents=True)
         (checkpoint / _SAVING).touch()
 
 
@@ -262,32 +255,6 @@ def _advice(path: Path, weights_only: bool) -> str:
     return ", or add --weights-only to go on from its weights with a fresh optimizer"
 
 
-@contextmanager
-def saving(checkpoint: Path) -> Iterator[None]:
-    """Write a checkpoint inside the block; where the disk refuses, leave nothing half-written.
-
-    Args:
-        checkpoint: its folder.
-
-    Raises:
-        StorageError: whatever way torch, safetensors or Python say that the disk refused.
-
-    Source: our choice.
-    """
-    try:
-        with storage_errors(checkpoint):
-            try:
-                yield
-            except (RuntimeError, SafetensorError) as error:
-                refused = _as_os_error(error, checkpoint)
-                if refused is None:
-                    raise
-                raise refused from error
-    except OSError:
-        remove(checkpoint)
-        raise
-
-
 def remove(checkpoint: Path) -> None:
     """Remove a checkpoint, COMPLETE.json first, so that no half of it ever counts."""
     if checkpoint.is_dir():
@@ -351,19 +318,3 @@ def _sha256(path: Path) -> str:
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _as_os_error(error: Exception, folder: Path) -> OSError | None:
-    """Find the disk's refusal in what torch (no number at all) and safetensors make of it."""
-    number = re.search(r"os error (\d+)", str(error))
-    if number:
-        return OSError(int(number[1]), os.strerror(int(number[1])))
-    if not any(words in str(error) for words in _TORCH_WRITES):
-        return None
-    probe = folder / ".probe"
-    try:  # torch hides the reason, so ask the disk once more
-        probe.write_bytes(bytes(1 << 20))
-        probe.unlink()
-    except OSError as refused:
-        return refused
-    return OSError(str(error).splitlines()[0])

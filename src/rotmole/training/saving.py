@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -12,15 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rotmole.errors import StorageError
 from rotmole.models.files import atomic_write_text, storage_errors, sync
-from rotmole.training.checkpoint import begin, faults, prune, saving, seal
+from rotmole.training.checkpoint import begin, faults, prune, remove, seal
 from rotmole.training.folder import METRICS
 from rotmole.tuner.balance import balance_states
 
 logger = logging.getLogger(__name__)
+
+_TORCH_WRITES = ("PytorchStreamWriter", "cannot be opened", "Parent directory")
+"""Words of torch.save where a file cannot be written."""
 
 
 @contextmanager
@@ -41,7 +47,7 @@ def whole_checkpoint(trainer: Any) -> Iterator[None]:
     run_dir = Path(trainer.args.output_dir)
     checkpoint = run_dir / f"checkpoint-{trainer.state.global_step}"
     writes = trainer.is_world_process_zero()
-    with saving(checkpoint):
+    with nothing_half_written(checkpoint):
         if writes:
             begin(checkpoint)
         trainer.accelerator.wait_for_everyone()
@@ -55,6 +61,48 @@ def whole_checkpoint(trainer: Any) -> Iterator[None]:
     if writes:
         prune(run_dir, trainer.keep, checkpoint, trainer.state.best_model_checkpoint)
     trainer.accelerator.wait_for_everyone()
+
+
+@contextmanager
+def nothing_half_written(checkpoint: Path) -> Iterator[None]:
+    """Write a checkpoint inside the block; where the disk refuses, leave nothing half-written.
+
+    Args:
+        checkpoint: its folder.
+
+    Raises:
+        StorageError: whatever way torch, safetensors or Python say that the disk refused.
+
+    Source: our choice.
+    """
+    try:
+        with storage_errors(checkpoint):
+            try:
+                yield
+            except (RuntimeError, SafetensorError) as error:
+                refused = _as_os_error(error, checkpoint)
+                if refused is None:
+                    raise
+                raise refused from error
+    except OSError:
+        remove(checkpoint)
+        raise
+
+
+def _as_os_error(error: Exception, folder: Path) -> OSError | None:
+    """Find the disk's refusal in what torch (no number at all) and safetensors make of it."""
+    number = re.search(r"os error (\d+)", str(error))
+    if number:
+        return OSError(int(number[1]), os.strerror(int(number[1])))
+    if not any(words in str(error) for words in _TORCH_WRITES):
+        return None
+    probe = folder / ".probe"
+    try:  # torch hides the reason, so ask the disk once more
+        probe.write_bytes(bytes(1 << 20))
+        probe.unlink()
+    except OSError as refused:
+        return refused
+    return OSError(str(error).splitlines()[0])
 
 
 def _sums_file(trainer: Any, checkpoint: Path) -> Path:
