@@ -99,8 +99,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
             assert value.grad is not None, name
             grad = value.grad
             plain = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
-            name = name.removeprefix("module.").replace("_checkpoint_wrapped_module.", "")
-            found[name] = plain.detach().clone()
+            found[name.removeprefix("module.")] = plain.detach().clone()
     return found
 
 
@@ -273,6 +272,26 @@ def a_sharded_adapter_is_saved_whole(folder: str) -> None:
     dist.barrier()
 
 
+def memory_is_as_the_formula_says() -> None:
+    """Bytes of weights, gradients and moments: W + 4 A under DDP, half of that under FSDP2."""
+    base = adapted(torch.float32)
+    sizes: dict[bool, int] = {True: 0, False: 0}
+    for value in base.parameters():
+        sizes[value.requires_grad] += value.nbytes
+    for name, share in (("ddp", 1), ("fsdp2", 2)):
+        model = copy.deepcopy(base)
+        wrapped, silent = WRAPS[name](model)
+        learns = [p for p in wrapped.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(learns, foreach=False)
+        backward(wrapped, rank_batches(dist.get_rank(), 1), 1, silent)
+        optimizer.step()
+        held = [*wrapped.parameters(), *(p.grad for p in learns)]
+        for state in optimizer.state.values():
+            held += [state["exp_avg"], state["exp_avg_sq"]]
+        counted = sum((t.to_local() if hasattr(t, "to_local") else t).nbytes for t in held)
+        assert counted == (sizes[False] + 4 * sizes[True]) // share, (name, counted, sizes)
+
+
 def ranks_agree_on_the_highest_number() -> None:
     assert highest(7 * dist.get_rank(), CPU) == 7
 
@@ -284,6 +303,7 @@ CHECKS: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {
     "an expert rests on one rank": (an_expert_is_used_on_one_rank_alone, {}),
     "a plain mean over ranks is wrong": (a_mean_over_ranks_is_not_the_mean_over_tokens, {}),
     "three updates": (sgd_steps_agree, {}),
+    "memory": (memory_is_as_the_formula_says, {}),
     "highest": (ranks_agree_on_the_highest_number, {}),
     "a sharded adapter is saved whole": (a_sharded_adapter_is_saved_whole, {"folder": "adapter"}),
     **{

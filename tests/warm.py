@@ -1,8 +1,8 @@
 """Processes that start warm: one interpreter imports everything once, then forks each of them.
 
-`run(jobs, folder)` starts that interpreter and waits. A job is {"call": "module:function", "arguments":
-{...}, "processes": 2}: so many forks, each a rank of one gloo group, call the function; what a rank
-prints goes to files, and the exit code is what the function returns or raises.
+`run(jobs, folder)` starts that interpreter and waits. A job is {"call": "module:function",
+"arguments": {...}, "processes": 2}: so many forks, each a rank of one gloo group, call the
+function; what a rank prints goes to files, and its exit code is what the function returns.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -48,6 +49,27 @@ def command(words: list[str]) -> int:
     from rotmole_cli import main
 
     return main(words)
+
+
+def stopped_command(words: list[str]) -> int:
+    """Run a command; the second rank alone is sent SIGTERM, when its second update ends."""
+    from transformers import TrainerCallback
+
+    from rotmole.training import build
+
+    class Stop(TrainerCallback):
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 1 and os.environ["RANK"] == "1":
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    wire = build.build_trainer
+    build.build_trainer = lambda *args, **kwargs: _with(wire(*args, **kwargs), Stop())
+    return command(words)
+
+
+def _with(trainer: Any, callback: Any) -> Any:
+    trainer.add_callback(callback)
+    return trainer
 
 
 def _rank(folder: Path, job: int, rank: int, code: int) -> Rank:
@@ -98,6 +120,7 @@ def _be_rank(job: dict[str, Any], files: list[Path]) -> None:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # as the command line does, before imports
     for name in IMPORTS:
         importlib.import_module(name)
     importlib.import_module("torch").set_num_threads(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import signal
 import sys
@@ -79,6 +80,8 @@ def _prepare(debug: bool) -> None:
     if hasattr(sys.stdout, "reconfigure"):  # a terminal that cannot show a letter shows its code
         sys.stdout.reconfigure(errors="backslashreplace")
     if not debug:
+        # bitsandbytes says at every product in 8 bits that it computes in float16
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         warnings.simplefilter("ignore")
         warnings.filterwarnings("default", category=UserWarning)
         warnings.showwarning = _show_warning

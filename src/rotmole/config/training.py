@@ -98,6 +98,7 @@ DEFAULTS: dict[str, Any] = {
     "bf16": False,
     "fp16": False,
     "activation_checkpointing": False,
+    "ddp_find_unused_parameters": False,
     "logging_steps": 10,
     "logging_first_step": True,
     "save_strategy": "steps",
@@ -105,7 +106,10 @@ DEFAULTS: dict[str, Any] = {
     "save_total_limit": 2,
     "report_to": "none",
 }
-"""Ours where they differ from TRL's, which suit large GPUs (bf16, checkpointing, length 1024)."""
+"""Ours where they differ from TRL's, which suit large GPUs (bf16, checkpointing, length 1024).
+
+Every parameter of the adapter has a gradient in every update, so DDP need not look for others.
+"""
 
 
 def training_hints() -> dict[str, Any]:

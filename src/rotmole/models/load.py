@@ -22,7 +22,12 @@ from rotmole.models.builtin import (
     fetch_built_in,
 )
 from rotmole.models.gguf import check_gguf, gguf_arguments, make_ordinary
-from rotmole.models.precision import choose_device, choose_dtype, quantization_config
+from rotmole.models.precision import (
+    choose_device,
+    choose_dtype,
+    keep_trainable,
+    quantization_config,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +99,7 @@ def load_model(
     if section.attn_implementation:
         arguments["attn_implementation"] = section.attn_implementation
     model = _pretrained(section, source, arguments, trust_remote_code)
+    keep_trainable(model)
     if source.gguf:
         make_ordinary(model)
     if arguments["device_map"] is None:
