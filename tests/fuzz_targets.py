@@ -110,7 +110,7 @@ def run_command(*words: object) -> None:
     said = err.getvalue()
     assert code in (0, 2), (code, said)
     assert "Traceback" not in said, said
-    assert "unexpected" not in said, said
+    assert "rotmole: unexpected" not in said, said
     assert code == 0 or said.strip(), "a refusal without a word"
 
 

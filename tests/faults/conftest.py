@@ -142,7 +142,7 @@ def rotmole_command(warm: Warm, tmp_path: Path) -> Callable[..., Said]:
             said = Said(code, err.read_text(errors="replace"), out.read_text(errors="replace"))
         if not traceback:
             assert "Traceback" not in said.error, said.error
-            assert "unexpected" not in said.error, said.error
+            assert "rotmole: unexpected" not in said.error, said.error
         return said
 
     return call
