@@ -76,3 +76,19 @@ def t5(seed: int = 0) -> T5ForConditionalGeneration:
 def tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, VOCABULARY, (rows, length), generator=generator)
+
+
+def checkpointing_name(of: object) -> str:
+    """How gradient checkpointing is called: transformers before 5.23 knows the older name only."""
+    names = vars(of) | getattr(of, "__dataclass_fields__", {})
+    return (
+        "activation_checkpointing"
+        if "activation_checkpointing" in names
+        else ("gradient_checkpointing")
+    )
+
+
+def enable_checkpointing(model: torch.nn.Module, reentrant: bool) -> None:
+    name = "activation_checkpointing_enable"
+    enable = getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")
+    enable({"use_reentrant": reentrant})

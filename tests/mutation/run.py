@@ -88,7 +88,7 @@ def prepare(name: str) -> Path:
 def mutmut(folder: Path, arguments: list[str], seconds: float | None = None) -> None:
     """Run a command of mutmut; the clock may stop it, and what was found stays."""
     environment = os.environ | {
-        "PYTHONPATH": str(folder / "mutants" / "src"), "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(folder / "src"), "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
     }  # fmt: skip
     with (folder / "mutmut.log").open("w", encoding="utf-8") as log:

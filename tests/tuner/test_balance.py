@@ -87,7 +87,7 @@ def _plain(model: PeftModel) -> None:
 def _checkpointed(reentrant: bool) -> Callable[[PeftModel], None]:
     def prepare(model: PeftModel) -> None:
         model.enable_input_require_grads()
-        model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        tiny.enable_checkpointing(model, reentrant)
 
     return prepare
 

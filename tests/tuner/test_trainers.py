@@ -52,8 +52,8 @@ def test_accumulation_gives_the_weights_of_the_whole_batch(tmp_path: Path) -> No
 def test_checkpointing_off_non_reentrant_and_reentrant_give_equal_weights(tmp_path: Path) -> None:
     off = _trained(tmp_path)
     for reentrant in (False, True):
-        on = _trained(tmp_path, activation_checkpointing=True,
-                      activation_checkpointing_kwargs={"use_reentrant": reentrant})  # fmt: skip
+        name = tiny.checkpointing_name(TrainingArguments)
+        on = _trained(tmp_path, **{name: True, f"{name}_kwargs": {"use_reentrant": reentrant}})
         assert difference(off, on) == 0.0
 
 

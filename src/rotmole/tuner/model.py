@@ -106,6 +106,10 @@ class RotMoleModel(BaseTuner):  # type: ignore[misc] # peft ships no types
         check_state(expected, {prefix + name for name, _ in tensors}, state_dict)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the base model with its hooks; peft 0.20 goes past them, and the mask is lost."""
+        return self.model(*args, **kwargs)
+
     def _create_and_replace(
         self,
         peft_config: RotMoleConfig,
