@@ -98,6 +98,8 @@ def assert_close(first: Path, second: Path, part: str = "checkpoint-6") -> None:
 def test_every_way_gives_one_result(case, runs, name):
     assert [rank.code for rank in runs[name]] == [0] * WAYS[name][0], said(runs[name])
     assert_close(case / "one", case / name)
+    parts = [path.name for path in (case / name / "checkpoint-6").iterdir()]
+    assert any("pytorch_model_fsdp" in part for part in parts) == ("fsdp" in name)  # it was sharded
     if name not in ("ddp", "fsdp sharded"):  # those two go on, below
         assert_close(case / "one", case / name, "adapter")
 
