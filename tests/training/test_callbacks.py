@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import resource
 import signal
 from types import SimpleNamespace
 
 import pytest
 from transformers import TrainerControl, TrainerState
 
+from rotmole.errors import StorageError
 from rotmole.training.callbacks import (
     AGAIN_AFTER,
     JsonLinesCallback,
@@ -115,3 +117,17 @@ def test_the_closing_line_of_an_interrupted_run_is_dropped(tmp_path):
         lines.on_log(None, TrainerState(global_step=2), TrainerControl(), logs=logs)
     lines.on_train_begin(None, TrainerState(global_step=2), TrainerControl())
     assert read_metrics(lines.path) == [{"step": 2, "loss": 1.0}]
+
+
+def test_a_line_that_does_not_fit_leaves_no_part_of_itself(tmp_path):
+    lines = JsonLinesCallback(tmp_path / "metrics.jsonl")
+    lines.on_log(None, TrainerState(global_step=1), TrainerControl(), logs={"loss": 1.0})
+    before = lines.path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 5, limits[1]))
+    try:
+        with pytest.raises(StorageError):
+            lines.on_log(None, TrainerState(global_step=2), TrainerControl(), logs={"loss": 1.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert lines.path.read_bytes() == before

@@ -20,7 +20,7 @@ from rotmole.models.files import atomic_write_text
 from rotmole.training.build import Built, build
 from rotmole.training.callbacks import ProgressCallback, StopOnSignal, read_metrics
 from rotmole.training.changes import check_changes, facts_of, loaded_facts
-from rotmole.training.checkpoint import find_resume
+from rotmole.training.checkpoint import find_resume, prune
 from rotmole.training.folder import (
     MANIFEST,
     METRICS,
@@ -231,6 +231,8 @@ def _nothing_left(built: Built, checkpoint: Path) -> bool:
     best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
     logger.warning("nothing is left to do: %s is at update %d", checkpoint, state.global_step)
     trainer._load_from_checkpoint(best or str(checkpoint))
+    if is_main_process():  # it may have died before older ones went
+        prune(checkpoint.parent, trainer.keep, checkpoint, state.best_model_checkpoint)
     return True
 
 
