@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM ?= false
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all conformance lint types imports docs bench clean
+.PHONY: help audit fuzz setup demo test test-all conformance matrix mutation lint types imports docs bench clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,13 @@ conformance: setup  ## run PEFT's own tests against rotmole (fetches PEFT's sour
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[conformance]'
 	$(TEST_ENV) $(BIN)/python tests/conformance/run.py
 
+matrix: setup  ## the tests with the oldest and with the newest host libraries, each in its own environment
+	$(TEST_ENV) $(BIN)/python tests/matrix.py
+
+mutation: setup  ## change the source 1,950 times and count what the tests notice (under an hour on two cores)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[mutation]'
+	$(BIN)/python tests/mutation/run.py
+
 lint: setup  ## ruff: format and rules
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -53,6 +60,14 @@ docs: setup  ## run every code block of README and docs
 bench: setup  ## cost of a layer beside LoRA's; with DATA=folder also agreement with lm-eval
 	$(BIN)/python benchmarks/layer_cost.py
 	@if [ -n "$(DATA)" ]; then $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[eval]' && $(BIN)/python benchmarks/eval_parity.py --data "$(DATA)"; fi
+
+fuzz: setup  ## random bytes for every input a stranger may write, a minute each (SECONDS_EACH=60)
+	$(TEST_ENV) $(BIN)/python -W ignore tests/fuzz.py $(or $(SECONDS_EACH),60)
+
+audit: setup  ## do the packages fit together, and are there advisories about them (needs the network)
+	$(BIN)/python -m pip check
+	@$(BIN)/python -m pip_audit --version >/dev/null 2>&1 || $(BIN)/python -m pip install --quiet --disable-pip-version-check pip-audit || { echo "pip-audit cannot be installed here: no advisory was looked up"; exit 1; }
+	@$(BIN)/python -m pip_audit --local --skip-editable || { echo "pip-audit found advisories, or could not reach its database (then nothing was looked up)"; exit 1; }
 
 clean:  ## remove the environment, caches and runs
 	rm -rf .venv .cache runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

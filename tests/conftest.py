@@ -15,6 +15,8 @@ settings.register_profile(
     max_examples=100,
     suppress_health_check=[HealthCheck.too_slow],  # machines are shared; slow is not wrong
 )
+# fewer examples where every mutant pays for them
+settings.register_profile("mutation", settings.get_profile("ci"), max_examples=10)
 settings.load_profile("ci")
 torch.set_num_threads(1)
 

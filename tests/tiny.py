@@ -10,6 +10,7 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -17,8 +18,7 @@ from transformers import (
 VOCABULARY = 96
 
 
-def llama(seed: int = 0, **overrides: object) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
+def _llama_config(**overrides: object) -> LlamaConfig:
     settings = {
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -32,7 +32,17 @@ def llama(seed: int = 0, **overrides: object) -> LlamaForCausalLM:
         "eos_token_id": 2,
         "architectures": ["LlamaForCausalLM"],
     }
-    return LlamaForCausalLM(LlamaConfig(**(settings | overrides)))
+    return LlamaConfig(**(settings | overrides))
+
+
+def llama(seed: int = 0, **overrides: object) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(_llama_config(**overrides))
+
+
+def llama_reward(seed: int = 0) -> LlamaForSequenceClassification:
+    torch.manual_seed(seed)
+    return LlamaForSequenceClassification(_llama_config(num_labels=1))
 
 
 def gpt2(seed: int = 0) -> GPT2LMHeadModel:
@@ -66,3 +76,19 @@ def t5(seed: int = 0) -> T5ForConditionalGeneration:
 def tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, VOCABULARY, (rows, length), generator=generator)
+
+
+def checkpointing_name(of: object) -> str:
+    """How gradient checkpointing is called: transformers before 5.23 knows the older name only."""
+    names = vars(of) | getattr(of, "__dataclass_fields__", {})
+    return (
+        "activation_checkpointing"
+        if "activation_checkpointing" in names
+        else ("gradient_checkpointing")
+    )
+
+
+def enable_checkpointing(model: torch.nn.Module, reentrant: bool) -> None:
+    name = "activation_checkpointing_enable"
+    enable = getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")
+    enable({"use_reentrant": reentrant})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,24 +27,36 @@ LLAMA = {
 }
 
 
-def tokenizer(**special: str) -> PreTrainedTokenizerFast:
+def tokenizer(
+    texts: Sequence[str] = SENTENCES,
+    size: int = 288,
+    specials: Sequence[str] = (),
+    **special: str,
+) -> PreTrainedTokenizerFast:
+    """Byte-level pairs; `special` names its tokens, such as pad_token."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=288,
-        special_tokens=[END],
+        vocab_size=size,
+        special_tokens=[END, *specials],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    core.train_from_iterator(SENTENCES, trainer)
+    core.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=core, **({"eos_token": END} | special))
 
 
-def llama(words: PreTrainedTokenizerFast, **settings: Any) -> LlamaForCausalLM:
-    torch.manual_seed(0)
+def llama(words: PreTrainedTokenizerFast, seed: int = 0, **settings: Any) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
     ids = {"eos_token_id": words.eos_token_id, "bos_token_id": None}
     return LlamaForCausalLM(LlamaConfig(**(LLAMA | {"vocab_size": len(words)} | ids | settings)))
+
+
+def write_pair(words: PreTrainedTokenizerFast, model: LlamaForCausalLM, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder
 
 
 def write_model(folder: Path, **settings: Any) -> Path:
@@ -53,9 +66,14 @@ def write_model(folder: Path, **settings: Any) -> Path:
         "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}"
         "{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     )
-    llama(words, **settings).save_pretrained(folder)
-    words.save_pretrained(folder)
-    return folder
+    return write_pair(words, llama(words, **settings), folder)
+
+
+def write_base_model(folder: Path) -> Path:
+    """Write a model without a chat template whose answers to different prompts differ."""
+    words = tokenizer(("the film is good", "the film is bad"), 280)
+    sizes = {"intermediate_size": 32, "num_attention_heads": 2, "max_position_embeddings": 64}
+    return write_pair(words, llama(words, **sizes, initializer_range=0.3), folder)
 
 
 def write_rows(file: Path, rows: list[dict[str, Any]]) -> Path:

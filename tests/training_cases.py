@@ -6,11 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import tiny_folders
 from rotmole.config.load import load_run
 from rotmole.config.schema import RunFile
 
@@ -43,37 +41,13 @@ def write_data(folder: Path) -> Path:
 
 
 def write_model(folder: Path) -> Path:
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=["<|end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
     texts = [row["prompt"] + row["completion"] for row in task_rows("colours", 0, 30)]
-    core.train_from_iterator(texts, trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token="<|end|>", pad_token="<|end|>"
-    )
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-        initializer_range=0.1,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    words = tiny_folders.tokenizer(texts, 320, pad_token=tiny_folders.END)
+    model = tiny_folders.llama(
+        words, intermediate_size=48, max_position_embeddings=64, initializer_range=0.1,
+        pad_token_id=words.pad_token_id,
+    )  # fmt: skip
+    return tiny_folders.write_pair(words, model, folder)
 
 
 def settings(model: Path, data: Path, output: Path, **training: Any) -> dict[str, Any]:

@@ -9,7 +9,8 @@
     ├── NonFiniteError                exit 3   training stopped before a NaN reached the weights
     └── StorageError (OSError)        exit 4   a disk that is full, read-only or gone
 
-Interrupted runs exit with 130 (Ctrl-C) or 143 (SIGTERM) after saving.
+Interrupted runs exit with 130 (Ctrl-C) or 143 (SIGTERM) after saving. Running out of memory exits
+with 1 and advice; docs/failures.md lists what leads to which error.
 """
 
 from __future__ import annotations

@@ -25,6 +25,12 @@ RunPath = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file.
 Target = Annotated[
     Path, typer.Argument(metavar="TARGET", help="A run folder, a run file or an adapter folder.")
 ]
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code", help="Run Python code that came with the base model; read it first."
+    ),
+]
 
 
 def _show_version(value: bool) -> None:
@@ -62,11 +68,11 @@ def init(
 
 
 @app.command()
-def check(run: RunPath, overrides: Overrides = None) -> int:
+def check(run: RunPath, overrides: Overrides = None, trust_remote_code: Trust = False) -> int:
     """Find every mistake in a run file; show what it will cost."""
     from rotmole.cli.check import check as work
 
-    return work(run, overrides or [])
+    return work(run, overrides or [], trust_remote_code=trust_remote_code)
 
 
 @app.command()
@@ -99,11 +105,29 @@ def train(
             help="Go on from the newest complete checkpoint (auto) or from a folder.",
         ),
     ] = None,
+    weights_only: Annotated[
+        bool,
+        typer.Option("--weights-only", help="Resume with a fresh optimizer, if its state is lost."),
+    ] = False,
+    allow_change: Annotated[
+        bool,
+        typer.Option(
+            "--allow-change", help="Resume with other settings, data, versions or processes."
+        ),
+    ] = False,
+    trust_remote_code: Trust = False,
 ) -> int:
     """Train an adapter as a run file says."""
     from rotmole.cli.train import train as work
 
-    return work(run, overrides or [], resume)
+    return work(
+        run,
+        overrides or [],
+        resume,
+        weights_only=weights_only,
+        allow_change=allow_change,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 @app.command("eval")
@@ -118,11 +142,14 @@ def evaluate(
         int | None, typer.Option("--limit", min=1, help="Rows per task and group.")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON in place of a table.")] = False,
+    trust_remote_code: Trust = False,
 ) -> int:
     """Score a run or an adapter, before beside after."""
     from rotmole.cli.eval import evaluate as work
 
-    return work(target, overrides or [], config, split, limit, json)
+    return work(
+        target, overrides or [], config, split, limit, json, trust_remote_code=trust_remote_code
+    )
 
 
 @app.command()
@@ -140,11 +167,15 @@ def generate(
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus of sampling.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of sampling.")] = 0,
     stream: Annotated[bool, typer.Option(help="Print tokens as they come.")] = True,
+    trust_remote_code: Trust = False,
 ) -> int:
     """Generate text with a trained adapter."""
     from rotmole.cli.generate import generate as work
 
-    return work(target, prompt, file, max_new_tokens, temperature, top_p, seed, stream)
+    return work(
+        target, prompt, file, max_new_tokens, temperature, top_p, seed, stream,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
 
 
 @app.command()

@@ -18,16 +18,19 @@ class InitError(Exception):
 
 
 def templates() -> dict[str, Path]:
-    """Find the shipped templates.
+    """Find the shipped templates: run files, and accelerate's files for several processes.
 
     Returns:
-        Name -> file, in alphabetical order.
+        Name -> file, run files first, each kind in alphabetical order.
 
     Source: our choice; the package is located, not imported, which would bring PEFT.
     """
     spec = find_spec("rotmole")
     folders = list(spec.submodule_search_locations or []) if spec else []
-    files = [file for f in folders for file in sorted(Path(f, "config/templates").glob("*.yaml"))]
+    kinds = ("config/templates", "config/launch")
+    files = [
+        file for f in folders for kind in kinds for file in sorted(Path(f, kind).glob("*.yaml"))
+    ]
     return {file.stem: file for file in files}
 
 
@@ -60,6 +63,9 @@ def init(path: Path, template: str, *, force: bool = False, show: bool = False) 
         raise InitError(f"--template: {template!r} is not one of {', '.join(known)}{hint}")
     if path.is_dir():
         path = path / "run.yaml"
+    launches = known[template].parent.name == "launch"
+    if launches and path.name == "run.yaml":
+        path = path.with_name(f"{template}.yaml")
     text = known[template].read_text(encoding="utf-8")
     try:
         _write(path, text, force)
@@ -69,7 +75,9 @@ def init(path: Path, template: str, *, force: bool = False, show: bool = False) 
         raise InitError(f"cannot write {path}: {error.strerror}.", 4) from error
     print(f"wrote {path} (template {template})")
     if sys.stdout.isatty():
-        print(f"next: rotmole check {path}, then rotmole train {path}")
+        launch = f"accelerate launch --config_file {path} -m rotmole_cli train run.yaml"
+        check = f"rotmole check {path}, then rotmole train {path}"
+        print(f"next: {launch if launches else check}")
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import signal
 import sys
@@ -76,7 +77,11 @@ def _prepare(debug: bool) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal that cannot show a letter shows its code
+        sys.stdout.reconfigure(errors="backslashreplace")
     if not debug:
+        # bitsandbytes says at every product in 8 bits that it computes in float16
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         warnings.simplefilter("ignore")
         warnings.filterwarnings("default", category=UserWarning)
         warnings.showwarning = _show_warning
@@ -120,17 +125,27 @@ def _explain(error: BaseException, debug: bool) -> int:  # noqa: PLR0911 - one r
     return code
 
 
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    text = str(error).lower()  # torch's allocator of CPU memory has no class of error of its own
+    return isinstance(error, RuntimeError) and (
+        "can't allocate memory" in text or "out of memory" in text
+    )
+
+
 def _sentence(error: BaseException, debug: bool) -> tuple[str, int]:
     code = getattr(error, "exit_code", None)
     if isinstance(code, int):  # rotmole's own errors
         return str(error), code
     if isinstance(error, ModuleNotFoundError):
         return f"this needs {error.name}: pip install 'rotmole[train]'.", 2
-    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+    if _is_out_of_memory(error):
         return (
             "out of memory; lower training.per_device_train_batch_size (and raise "
-            "gradient_accumulation_steps), training.max_length, or set "
-            "training.activation_checkpointing: true.",
+            "gradient_accumulation_steps) or training.max_length, set "
+            "training.activation_checkpointing: true, or load the base with model.quantization; "
+            "in eval lower evaluation.batch_size. `rotmole check` estimates what a run needs.",
             1,
         )
     if isinstance(error, OSError) and error.errno in _STORAGE:

@@ -7,12 +7,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from rotmole.cli.eval import evaluate
 from rotmole.errors import AdapterError, ConfigError, DataError, InputError
 from rotmole_cli import main
+from tiny_folders import write_base_model
 
 RUN = """\
 output_dir: {folder}/run
@@ -41,26 +41,6 @@ def write_lines(path: Path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def save_model(folder: Path) -> None:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=280, special_tokens=["<|end|>"], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
-    tokenizer.train_from_iterator(["the film is good", "the film is bad"], trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
-    fast.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(fast), hidden_size=32, intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64,
-        eos_token_id=fast.eos_token_id, bos_token_id=None, initializer_range=0.3,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-
-
 def save_adapter(folder: Path, target: Path) -> None:
     model = LlamaForCausalLM.from_pretrained(folder / "model")
     model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"]))
@@ -76,7 +56,7 @@ def save_adapter(folder: Path, target: Path) -> None:
 def shared(tmp_path_factory) -> Path:
     """A model, data, a run file, and a lone adapter; tests only read it."""
     folder = tmp_path_factory.mktemp("shared")
-    save_model(folder / "model")
+    write_base_model(folder / "model")
     save_adapter(folder, folder / "lone")
     film = [
         {"prompt": f"film {i} is", "completion": " good", "lang": "en" if i % 2 else "de"}
@@ -210,7 +190,7 @@ def test_broken_adapters_are_one_sentence(place, shared, what):
     elif what == "pickle":
         weights.rename(weights.with_name("adapter_model.bin"))
     else:
-        save_model(place / "wide")
+        write_base_model(place / "wide")
         config = LlamaConfig.from_pretrained(place / "wide")
         config.hidden_size, config.head_dim = 64, 32
         LlamaForCausalLM(config).save_pretrained(place / "wide")

@@ -5,37 +5,20 @@ import json
 import shutil
 
 import pytest
-import torch
 from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM
 
 from rotmole.cli.generate import generate, read_prompts
 from rotmole.errors import AdapterError, InputError
 from rotmole_cli import main
+from tiny_folders import write_base_model
 
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
     """A LoRA adapter that names its base by path; tests only read it."""
     folder = tmp_path_factory.mktemp("shared")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=280, special_tokens=["<|end|>"], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
-    tokenizer.train_from_iterator(["the film is good", "the film is bad"], trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
-    fast.save_pretrained(folder / "model")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(fast), hidden_size=32, intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64,
-        eos_token_id=fast.eos_token_id, bos_token_id=None, initializer_range=0.3,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    write_base_model(folder / "model")
     base = LlamaForCausalLM.from_pretrained(folder / "model")
     model = get_peft_model(base, LoraConfig(target_modules=["q_proj"]))
     model.save_pretrained(folder / "adapter")

@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
 
 import rotmole.config
 import rotmole_cli.init
@@ -10,6 +11,7 @@ from rotmole.config.load import load_run
 from rotmole_cli import main
 
 SHIPPED = Path(rotmole.config.__file__).parent / "templates"
+LAUNCH = SHIPPED.parent / "launch"
 
 
 def test_the_file_is_written_and_named(tmp_path, monkeypatch, capsys):
@@ -25,6 +27,15 @@ def test_the_file_is_written_and_named(tmp_path, monkeypatch, capsys):
 def test_every_template_by_name(tmp_path, template):
     assert main(["init", str(tmp_path / "x.yaml"), "--template", template]) == 0
     assert (tmp_path / "x.yaml").read_text() == (SHIPPED / f"{template}.yaml").read_text()
+
+
+@pytest.mark.parametrize("template", [path.stem for path in sorted(LAUNCH.glob("*.yaml"))])
+def test_a_launch_file_goes_beside_the_run_file(tmp_path, template):
+    assert main(["init", str(tmp_path), "--template", template]) == 0
+    file = tmp_path / f"{template}.yaml"
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+    assert file.read_text() == (LAUNCH / file.name).read_text()
+    assert type(load_config_from_file(str(file))).__name__ == "ClusterConfig"
 
 
 def test_an_existing_file_is_kept_unless_forced(tmp_path, capsys):

@@ -16,7 +16,8 @@ import yaml
 from safetensors.torch import load_file
 
 from rotmole.training.callbacks import read_metrics
-from rotmole.training.folder import find_resume
+from rotmole.training.checkpoint import find_resume
+from rotmole.training.lock import run_lock
 from rotmole_cli import main
 from training_cases import settings, write_data, write_model
 
@@ -137,3 +138,36 @@ def test_a_signal_saves_before_the_exit(run_yaml, tmp_path, number, code):
         assert main([*words, *last, "training.eval_steps=5000", "--resume", "auto"]) == 0
         steps = [row["step"] for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
         assert steps == list(range(1, step + 3))
+
+
+def test_changes_are_shown_and_allowed_or_not(run_yaml, tmp_path, capsys):
+    words = ["train", str(run_yaml), f"output_dir={tmp_path / 'run'}"]
+    assert main([*words, "training.max_steps=5"]) == 0
+    before = (tmp_path / "run" / "run.yaml").read_bytes()
+    longer = [*words, "training.max_steps=6", "--resume", "auto"]
+    for change, allow, told in (
+        ("adapter.r=6", ["--allow-change"], "adapter.r is 6, the checkpoint has 4"),
+        ("adapter.top_k=3", [], "adapter.top_k is 3, the checkpoint has"),
+    ):
+        assert main([*longer, change, *allow]) == 2
+        assert told in capsys.readouterr().err
+        assert (tmp_path / "run" / "run.yaml").read_bytes() == before
+    assert main([*longer, "adapter.top_k=3", "--allow-change"]) == 0
+    told = json.loads((tmp_path / "run" / "manifest.json").read_text(encoding="utf-8"))["resumes"]
+    assert [entry["from"] for entry in told] == ["checkpoint-5"]
+    assert any("adapter.top_k is 3" in change for change in told[0]["changes"])
+
+
+def test_how_to_resume_needs_a_resume(run_yaml, capsys):
+    for flag in ("--weights-only", "--allow-change"):
+        assert main(["train", str(run_yaml), flag]) == 2
+        assert f"{flag} says how to go on from a checkpoint" in capsys.readouterr().err
+
+
+def test_a_second_run_into_one_folder_is_refused(run_yaml, tmp_path, capsys):
+    words = ["train", str(run_yaml), f"output_dir={tmp_path / 'run'}"]
+    with run_lock(tmp_path / "run"):
+        assert main(words) == 2
+    said = capsys.readouterr().err
+    assert f"in use by another run (process {os.getpid()} on " in said
+    assert "loading" not in said

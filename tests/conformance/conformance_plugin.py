@@ -1,8 +1,9 @@
 """A pytest plug-in that aims PEFT's own tests at RotMoLE and checks what was left out.
 
-It changes three things and no more: the parameters of the tests (`aims.AIMS`), where the models
-come from (`tiny_models`, folders in place of hub ids), and the skip of merging, which upstream
-keeps as a list of its own methods. What carries no parameter of ours is deselected. Every skip and
+It changes four things and no more: the parameters of the tests (`aims.AIMS`), where the models
+come from (`tiny_models`, folders in place of hub ids), the skip of merging, which upstream
+keeps as a list of its own methods, and the skip of what we refuse (`listed.REFUSED`). What carries
+no parameter of ours is deselected. Every skip and
 every deselection must stand in `listed.py`; one that does not, or a listed one that did not happen,
 fails the run.
 """
@@ -13,13 +14,14 @@ import inspect
 import re
 import sys
 from collections import Counter
+from fnmatch import fnmatchcase
 from functools import wraps
 from typing import Any
 
 import peft
 import pytest
 from aims import AIMS, ALREADY_AIMED
-from listed import problems
+from listed import REFUSED, problems
 from sabotage import SABOTAGES
 
 from rotmole import RotMoleConfig
@@ -90,6 +92,10 @@ class Conformance:
         for name in {item.module.__package__ for item in items}:
             for module in ("testing_common", "test_custom_models"):
                 skip_merging(sys.modules.get(f"{name}.{module}"))
+        for item in kept:
+            for pattern, reason in REFUSED.items():
+                if fnmatchcase(_test_name(item), pattern):
+                    item.add_marker(pytest.mark.skip(reason=reason))
         if dropped:
             config.hook.pytest_deselected(items=dropped)
         items[:] = kept

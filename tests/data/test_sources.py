@@ -147,3 +147,14 @@ def test_missing_datasets_library_names_the_extra(monkeypatch):
     data = DataSection(tasks={"t": {"source": "hub", "dataset": "a/b"}})
     with pytest.raises(ConfigError, match=r'pip install "rotmole\[train\]"'):
         load(data)
+
+
+def test_a_parquet_file_whose_pages_are_damaged(tmp_path):
+    """Arrow raises OSError here, not an error of its own."""
+    file = tmp_path / "rows.parquet"
+    parquet.write_table(arrow.Table.from_pylist([{"prompt": "a"}]), file, compression="none")
+    content = bytearray(file.read_bytes())
+    content[4:12] = b"\xff" * 8
+    file.write_bytes(content)
+    with pytest.raises(DataError, match=r"rows\.parquet: not a readable parquet file"):
+        read_parquet(file)

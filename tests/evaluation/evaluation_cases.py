@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+import tiny_folders
 from rotmole.data.examples import Example
 
 SENTENCES = [
@@ -19,42 +18,20 @@ SENTENCES = [
 
 def make_tokenizer(*, pad: bool = False) -> PreTrainedTokenizerFast:
     """Byte-level BPE of some 300 tokens; without `pad` it pads with its end of sequence."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    specials = ["<|end|>", "<|turn|>"] + (["<|pad|>"] if pad else [])
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=specials,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(SENTENCES * 3, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<|end|>",
-        pad_token="<|pad|>" if pad else "<|end|>",
+    specials = ["<|turn|>"] + (["<|pad|>"] if pad else [])
+    return tiny_folders.tokenizer(
+        SENTENCES * 3, 320, specials, pad_token="<|pad|>" if pad else tiny_folders.END,
         additional_special_tokens=["<|turn|>"],
-    )
+    )  # fmt: skip
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, *, seed: int = 0) -> LlamaForCausalLM:
     """Two layers, 32 wide, float64, with large enough weights that answers differ."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        eos_token_id=tokenizer.eos_token_id,
+    model = tiny_folders.llama(
+        tokenizer, seed, intermediate_size=48, max_position_embeddings=256, initializer_range=0.3,
         pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-        initializer_range=0.3,
-    )
-    return LlamaForCausalLM(config).double().eval()
+    )  # fmt: skip
+    return model.double().eval()
 
 
 def choice_rows(count: int = 6) -> list[Example]:

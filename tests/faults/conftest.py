@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -15,7 +19,6 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import rotmole
 import tiny
-from rotmole_cli.run import run
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class Said:
 
     code: int
     error: str
+    output: str = ""
 
 
 @pytest.fixture(scope="session")
@@ -61,20 +65,100 @@ def settings(base: Path, tmp_path: Path) -> dict:
     }
 
 
-@pytest.fixture
-def command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., Said]:
-    """Return a function that runs `rotmole VERB ...` and checks the form of its complaint."""
+class Warm:
+    """The process of warm.py, and how to ask it."""
 
-    def call(verb: str, settings: dict | None, *words: object) -> Said:
+    def __init__(self, preload: Path) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", Path(__file__).with_name("warm.py")],
+            env=os.environ | {"LD_PRELOAD": str(preload)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.answer()
+
+    def answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, "the warm parent has ended"
+        return json.loads(line)
+
+    def ask(self, **request: object) -> int:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return int(self.answer()["code"])
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
+    """Return a process that has everything imported and forks a child for each command.
+
+    A child can die at a chosen write, fsync or rename: kill_at.cpp is loaded into it.
+    """
+    source = Path(__file__).with_name("kill_at.cpp")
+    library = tmp_path_factory.mktemp("preload") / "kill_at.so"
+    subprocess.run(["g++", "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
+    parent = Warm(library)
+    yield parent
+    assert parent.process.stdin is not None
+    assert parent.process.stdout is not None
+    parent.process.stdin.close()
+    parent.process.kill()  # its own way out takes seconds
+    parent.process.wait()
+    parent.process.stdout.close()
+
+
+@pytest.fixture
+def rotmole_command(warm: Warm, tmp_path: Path) -> Callable[..., Said]:
+    """Return a function that runs `rotmole WORDS...` in a process of its own.
+
+    With cold=True that process starts from nothing; `before` is code that it runs first. Whatever
+    it says may hold no traceback.
+    """
+
+    def call(
+        *words: object,
+        cold: bool = False,
+        before: str = "",
+        folder: Path = tmp_path,
+        traceback: bool = False,
+        **env: str,
+    ) -> Said:
+        given = [str(word) for word in words]
+        if cold:
+            start = f"{before}\nimport sys\nfrom rotmole_cli import main\nsys.exit(main())"
+            done = subprocess.run(
+                [sys.executable, "-c", start, *given], cwd=folder, env=os.environ | env,
+                capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL,
+            )  # fmt: skip
+            said = Said(done.returncode, done.stderr, done.stdout)
+        else:
+            out, err = tmp_path / ".out", tmp_path / ".err"
+            code = warm.ask(
+                words=given, folder=str(folder), out=str(out), err=str(err), env=env, before=before
+            )
+            said = Said(code, err.read_text(errors="replace"), out.read_text(errors="replace"))
+        if not traceback:
+            assert "Traceback" not in said.error, said.error
+            assert "rotmole: unexpected" not in said.error, said.error
+        return said
+
+    return call
+
+
+@pytest.fixture
+def command(rotmole_command: Callable[..., Said], tmp_path: Path) -> Callable[..., Said]:
+    """Return a function that runs `rotmole VERB RUN.yaml ...` with these settings."""
+
+    def call(verb: str, settings: dict | None, *words: object, **options: Any) -> Said:
         given = [verb]
         if settings is not None:
             file = tmp_path / "run.yaml"
             file.write_text(yaml.safe_dump(settings), encoding="utf-8")
             given.append(str(file))
-        code = run([*given, *map(str, words)])
-        said = capfd.readouterr()
-        assert "Traceback" not in said.err
-        return Said(code, said.err)
+        return rotmole_command(*given, *words, **options)
 
     return call
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 Command = Callable[..., Any]
 
@@ -63,7 +62,7 @@ def test_an_unknown_key_that_changes_nothing_is_a_warning(command: Command, adap
 
 
 def test_a_process_without_the_import_fails_and_doctor_explains(
-    base: Path, adapter: Path, capfd: pytest.CaptureFixture[str]
+    base: Path, adapter: Path, command: Command
 ) -> None:
     code = (
         "import sys; from transformers import AutoModelForCausalLM; from peft import PeftModel; "
@@ -74,10 +73,9 @@ def test_a_process_without_the_import_fails_and_doctor_explains(
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "KeyError: 'ROTMOLE'" in done.stderr
-    from rotmole_cli.run import run
-
-    run(["doctor", str(adapter)])
-    assert "import rotmole" in capfd.readouterr().out
+    said = command("doctor", None, adapter)
+    assert said.code == 0
+    assert "load it after `import rotmole`" in said.output
     readme = Path(__file__).parents[2] / "README.md"
     blocks = readme.read_text(encoding="utf-8").split("```python\n")[1:]
     assert blocks
@@ -87,19 +85,23 @@ def test_a_process_without_the_import_fails_and_doctor_explains(
 # ---- rows 15 and 16: the run file
 
 
-def test_all_mistakes_of_a_run_file_at_once_before_the_model_loads(
-    command: Command, settings: dict, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def loads(*args: object, **kwargs: object) -> None:
-        raise AssertionError("a model was loaded")
+NO_MODEL = """
+import transformers
+def loads(*args, **kwargs):
+    raise AssertionError("a model was loaded")
+transformers.AutoModelForCausalLM.from_pretrained = loads
+"""
 
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loads)
+
+def test_all_mistakes_of_a_run_file_at_once_before_the_model_loads(
+    command: Command, settings: dict
+) -> None:
     settings["modle"] = {}
     settings["adapter"]["num_expert"] = 3
     settings["training"]["learning_rat"] = 1e-3
     settings["data"]["tasks"]["sums"]["format"] = "txt"
     for verb in ("check", "train"):
-        said = command(verb, settings)
+        said = command(verb, settings, before=NO_MODEL)
         assert said.code == 2
         for word in ("modle", "num_expert", "learning_rat", "'txt'", "did you mean"):
             assert word in said.error, word

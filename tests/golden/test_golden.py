@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,10 @@ ADAPTERS = sorted(folder.parent for folder in HERE.glob("*/*/adapter_config.json
 
 def test_every_release_left_an_adapter_of_every_mode() -> None:
     assert len(ADAPTERS) >= 13
+    changes = (HERE.parents[1] / "CHANGELOG.md").read_text(encoding="utf-8")
+    released = re.findall(r"^## \[(\d+\.\d+\.\d+)\]", changes, re.MULTILINE)
+    assert released
+    assert {folder.parent.name for folder in ADAPTERS} == set(released)
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+import resource
+import signal
 from types import SimpleNamespace
 
 import pytest
 from transformers import TrainerControl, TrainerState
 
+from rotmole.errors import StorageError
 from rotmole.training.callbacks import (
+    AGAIN_AFTER,
     JsonLinesCallback,
     ProgressCallback,
+    StopOnSignal,
     describe,
     micro_batches,
     read_metrics,
@@ -73,3 +78,56 @@ def test_progress_is_plain_lines_where_nobody_watches(capsys):
     screen = capsys.readouterr()
     assert screen.err == "training: step 2/4  loss 1.0000\n"
     assert screen.out == ""
+
+
+def test_only_a_persons_second_ctrl_c_stops_without_saving():
+    """A launcher passes on what its children have had from the terminal; schedulers repeat."""
+    said: list[str] = []
+    stop = StopOnSignal(said.append)
+    with stop.listening():
+        for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM, signal.SIGTERM):
+            signal.raise_signal(number)
+        assert stop.signum == signal.SIGINT
+        stop.asked -= 2 * AGAIN_AFTER
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert said == ["saving a checkpoint after this update; Ctrl-C once more stops without saving"]
+
+
+def test_a_stop_is_asked_for_while_there_is_work_left():
+    args = SimpleNamespace(device="cpu")
+    for step, stops in ((3, True), (4, False)):
+        stop = StopOnSignal()
+        stop.signum = signal.SIGTERM
+        control, state = TrainerControl(), TrainerState(global_step=step, max_steps=4)
+        stop.on_step_end(args, state, control)
+        assert (control.should_save, control.should_training_stop) == (stops, stops)
+
+
+def test_a_line_cut_short_costs_only_itself(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": 2, "lo\xff\n[1]\n{"step": 3}\n{"st')
+    assert read_metrics(path) == [{"step": 1}, {"step": 3}]
+
+
+def test_the_closing_line_of_an_interrupted_run_is_dropped(tmp_path):
+    lines = JsonLinesCallback(tmp_path / "metrics.jsonl")
+    for logs in ({"loss": 1.0}, {"train_loss": 1.0}):
+        lines.on_log(None, TrainerState(global_step=2), TrainerControl(), logs=logs)
+    lines.on_train_begin(None, TrainerState(global_step=2), TrainerControl())
+    assert read_metrics(lines.path) == [{"step": 2, "loss": 1.0}]
+
+
+def test_a_line_that_does_not_fit_leaves_no_part_of_itself(tmp_path):
+    lines = JsonLinesCallback(tmp_path / "metrics.jsonl")
+    lines.on_log(None, TrainerState(global_step=1), TrainerControl(), logs={"loss": 1.0})
+    before = lines.path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 5, limits[1]))
+    try:
+        with pytest.raises(StorageError):
+            lines.on_log(None, TrainerState(global_step=2), TrainerControl(), logs={"loss": 1.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert lines.path.read_bytes() == before

@@ -9,7 +9,8 @@ from transformers import Trainer
 from rotmole.errors import ConfigError, NonFiniteError
 from rotmole.training.build import build
 from rotmole.training.callbacks import NonFiniteCallback
-from rotmole.training.trainer import EpochSampler, first_nonfinite
+from rotmole.training.finite import first_nonfinite
+from rotmole.training.order import EpochSampler
 from training_cases import run_file
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable
 
 import pytest
@@ -86,7 +87,7 @@ def _plain(model: PeftModel) -> None:
 def _checkpointed(reentrant: bool) -> Callable[[PeftModel], None]:
     def prepare(model: PeftModel) -> None:
         model.enable_input_require_grads()
-        model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        tiny.enable_checkpointing(model, reentrant)
 
     return prepare
 
@@ -231,3 +232,26 @@ def test_a_frozen_adapter_feels_no_balance_loss() -> None:
         gradients.append(embedded.grad)
     assert torch.equal(*gradients)
     assert balance_states(model)[0].pop() is None
+
+
+def test_the_record_does_not_grow_with_the_passes_nobody_reads() -> None:
+    """A plain loop may never call `pop`; a million passes must not fill the memory."""
+    model, (ids, mask) = _adapted(), _batch()
+    (state,) = balance_states(model)
+
+    def held() -> int:
+        gc.collect()
+        return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+    def passes(count: int) -> None:
+        for _ in range(count):
+            model.zero_grad()
+            _loss(model, ids, mask).backward()
+
+    passes(2)
+    first = held()
+    passes(6)
+    assert held() <= first
+    assert state.count == 8 * 4
+    assert state.sums is not None
+    assert state.sums.grad_fn is None

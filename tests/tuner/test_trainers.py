@@ -3,64 +3,34 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
-from peft import PeftModel, get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from peft import PeftModel
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import tiny
-from rotmole import RotMoleConfig
+from rotmole import balance_states
+from rotmole.ops import load_balance_loss, route
 from rotmole.training.callbacks import BalanceCallback
+from trainer_cases import TRAINERS, adapted, arguments, causal_rows, difference, dpo, weights
 
-ROWS, LENGTH = 8, 10
-
-
-def _adapted(base: torch.nn.Module, balance: float = 0.5, **settings: object) -> PeftModel:
-    torch.manual_seed(5)
-    config = RotMoleConfig(
-        **({"r": 4, "target_modules": ["q_proj", "v_proj"], "init_weights": False,
-            "router_aux_loss_coef": balance} | settings)
-    )  # fmt: skip
-    return get_peft_model(base, config)
-
-
-def _rows() -> Dataset:
-    ids = tiny.tokens(ROWS, LENGTH)
-    return Dataset.from_list(
-        [{"input_ids": row, "labels": row, "attention_mask": [1] * LENGTH} for row in ids.tolist()]
-    )
-
-
-def _arguments(folder: Path, **settings: object) -> dict[str, object]:
-    return {
-        "output_dir": str(folder), "max_steps": 4, "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2, "report_to": "none", "disable_tqdm": True, "use_cpu": True,
-        "save_strategy": "no", "dataloader_pin_memory": False, "seed": 3,
-    } | settings  # fmt: skip
+STEPS = 20
 
 
 def _trained(folder: Path, base: torch.nn.Module | None = None, **settings: object) -> PeftModel:
     balance = settings.pop("balance", 0.5)
-    model = _adapted(tiny.llama() if base is None else base, balance)
-    arguments = TrainingArguments(**_arguments(folder, **settings))
+    model = adapted(tiny.llama() if base is None else base, balance)
     Trainer(
-        model=model, args=arguments, train_dataset=_rows(), callbacks=[BalanceCallback()]
+        model=model,
+        args=TrainingArguments(**arguments(folder, **settings)),
+        train_dataset=causal_rows(),
+        callbacks=[BalanceCallback()],
     ).train()
     return model
-
-
-def _weights(model: PeftModel) -> dict[str, torch.Tensor]:
-    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-
-
-def _differ(ours: PeftModel, theirs: PeftModel) -> float:
-    pairs = zip(_weights(ours).values(), _weights(theirs).values(), strict=True)
-    return max(float((a - b).abs().max()) for a, b in pairs)
 
 
 def test_accumulation_gives_the_weights_of_the_whole_batch(tmp_path: Path) -> None:
@@ -72,19 +42,19 @@ def test_accumulation_gives_the_weights_of_the_whole_batch(tmp_path: Path) -> No
                  optim="sgd", max_grad_norm=0.0)
         for size in (4, 2, 1)
     ]  # fmt: skip
-    assert _differ(runs[0], runs[1]) < 1e-7
-    assert _differ(runs[0], runs[2]) < 1e-7
+    assert difference(runs[0], runs[1]) < 1e-7
+    assert difference(runs[0], runs[2]) < 1e-7
     alone = _trained(tmp_path, copy.deepcopy(base), balance=0.0, lr_scheduler_type="constant",
                      optim="sgd", max_grad_norm=0.0)  # fmt: skip
-    assert _differ(runs[0], alone) > 1e-4
+    assert difference(runs[0], alone) > 1e-4
 
 
 def test_checkpointing_off_non_reentrant_and_reentrant_give_equal_weights(tmp_path: Path) -> None:
     off = _trained(tmp_path)
     for reentrant in (False, True):
-        on = _trained(tmp_path, activation_checkpointing=True,
-                      activation_checkpointing_kwargs={"use_reentrant": reentrant})  # fmt: skip
-        assert _differ(off, on) == 0.0
+        name = tiny.checkpointing_name(TrainingArguments)
+        on = _trained(tmp_path, **{name: True, f"{name}_kwargs": {"use_reentrant": reentrant}})
+        assert difference(off, on) == 0.0
 
 
 class _StopAt(TrainerCallback):
@@ -97,100 +67,97 @@ class _StopAt(TrainerCallback):
         return control
 
 
-def test_resume_is_bit_equal(tmp_path: Path) -> None:
-    straight = _trained(tmp_path / "a")
-
-    def trainer(*callbacks: TrainerCallback) -> Trainer:
-        return Trainer(
-            model=_adapted(tiny.llama()),
-            args=TrainingArguments(
-                **_arguments(tmp_path / "b", save_strategy="steps", save_steps=99)
-            ),
-            train_dataset=_rows(),
-            callbacks=[BalanceCallback(), *callbacks],
-        )
-
-    trainer(_StopAt(2)).train()
-    resumed = trainer()
-    resumed.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-2"))
-    assert _differ(straight, resumed.model) == 0.0
+def _routers(model: PeftModel) -> dict[str, torch.Tensor]:
+    return {n: w for n, w in weights(model).items() if n.endswith("default.router_weight")}
 
 
-def test_a_classifier_trains(tmp_path: Path) -> None:
-    rows = Dataset.from_list(
-        [{"input_ids": row, "labels": row[0] % 3} for row in tiny.tokens(ROWS, LENGTH).tolist()]
+@pytest.mark.parametrize("name", TRAINERS)
+def test_every_trainer_feels_the_balance_loss_and_resumes_bit_equal(
+    name: str, tmp_path: Path
+) -> None:
+    make = TRAINERS[name]
+    straight, off = (
+        make(tmp_path / f"b{balance}", balance, max_steps=STEPS, logging_steps=1)
+        for balance in (0.5, 0.0)
     )
-    torch.manual_seed(0)
-    config = RotMoleConfig(
-        task_type="SEQ_CLS", r=4, target_modules=["query", "value"], router_aux_loss_coef=0.1
+    started = _routers(straight.model)
+    for trainer in (straight, off):
+        trainer.train()
+    logs = [row for row in straight.state.log_history if "loss" in row]
+    assert len(logs) == STEPS
+    assert all(math.isfinite(row["loss"]) for row in logs)
+    assert logs[-1]["router_aux_loss"] < logs[0]["router_aux_loss"]
+    assert "router_aux_loss" not in off.state.log_history[0]
+    for router, before in started.items():
+        after = _routers(straight.model)[router]
+        assert not torch.equal(after, before), router
+        assert (after - _routers(off.model)[router]).abs().max() > 1e-3, router
+
+    folder = tmp_path / "resumed"
+    saving: dict[str, Any] = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 99}
+    make(folder, 0.5, _StopAt(STEPS // 2), **saving).train()
+    resumed = make(folder, 0.5, **saving)
+    resumed.train(resume_from_checkpoint=str(folder / f"checkpoint-{STEPS // 2}"))
+    assert resumed.state.global_step == STEPS
+    assert difference(straight.model, resumed.model) == 0.0
+
+
+def _expected_balance(model: PeftModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean balance loss of the adapted layers over a batch, written out sequence by sequence."""
+    inputs, handles = [], []
+    for layer in model.modules():
+        if hasattr(layer, "rotmole_experts"):
+            handles.append(
+                layer.register_forward_pre_hook(lambda m, args: inputs.append((m, args[0])))
+            )
+    model(input_ids=ids, attention_mask=mask)
+    for handle in handles:
+        handle.remove()
+    losses = []
+    for layer, x in inputs:
+        for row, kept in zip(x, mask.bool(), strict=True):
+            routing = route(row[kept] @ layer.experts("default").router_weight.T, top_k=2)
+            loss = load_balance_loss(routing.probability_TE, routing.selected_TE)
+            losses.append(loss * kept.sum() / mask.sum())
+    return sum(losses) / len(inputs)  # type: ignore[return-value] # a tensor: inputs are not empty
+
+
+class _KeepBatch(TrainerCallback):
+    """Keep the first batch that the loss is computed from."""
+
+    def __init__(self) -> None:
+        self.batch: dict[str, torch.Tensor] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def] # hook
+        self.batch = dict(next(iter(kwargs["train_dataloader"])))
+
+
+def test_dpo_counts_chosen_and_rejected_tokens_and_not_the_reference(tmp_path: Path) -> None:
+    """One SGD update: the balance loss moved the routers by its gradient over both, once."""
+    sgd = {"max_steps": 1, "optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0}
+    keep = _KeepBatch()
+    on, off = (
+        dpo(tmp_path / str(balance), balance, keep, logging_steps=1, **sgd)
+        for balance in (0.5, 0.0)
     )
-    model = get_peft_model(tiny.bert(), config)
-    before = _weights(model)
-    trainer = Trainer(
-        model=model,
-        args=TrainingArguments(**_arguments(tmp_path, max_steps=20, logging_steps=1)),
-        train_dataset=rows,
-        callbacks=[BalanceCallback()],
-    )
-    trainer.train()
-    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    assert sum(losses[-4:]) < 0.9 * sum(losses[:4])
-    moved = {n: not torch.equal(before[n], p) for n, p in _weights(model).items()}
-    assert all(moved.values()), [n for n, m in moved.items() if not m]
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    words = ["<pad>", "<s>", "</s>", *[f"w{i}" for i in range(60)]]
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    )
-
-
-def _sft(tokenizer: PreTrainedTokenizerFast, folder: Path, balance: float) -> PeftModel:
-    rows = [
-        {"prompt": f"w{i} w{i + 1}", "completion": f" w{i + 2}" * (1 + i % 3)} for i in range(8)
-    ]
-    arguments = SFTConfig(**_arguments(folder, bf16=False, max_length=16))
-    trainer = SFTTrainer(
-        model=_adapted(tiny.llama(), balance),
-        args=arguments,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
-        callbacks=[BalanceCallback()],
-    )
-    trainer.train()
-    return trainer.model
-
-
-def test_sft_feels_the_balance_loss(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    off, weak, again = (_sft(tokenizer, tmp_path, balance) for balance in (0.0, 0.5, 0.5))
-    assert _differ(weak, again) == 0.0
-    assert _differ(off, weak) > 1e-4
-
-
-def _dpo(tokenizer: PreTrainedTokenizerFast, folder: Path, balance: float) -> PeftModel:
-    rows = [
-        {"prompt": f"w{i} w{i + 1}", "chosen": f" w{i + 2}", "rejected": f" w{i + 9} w3"}
-        for i in range(8)
-    ]
-    arguments = DPOConfig(**_arguments(folder, bf16=False, max_length=16))
-    trainer = DPOTrainer(
-        model=_adapted(tiny.llama(), balance),
-        args=arguments,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
-        callbacks=[BalanceCallback()],
-    )
-    trainer.train()
-    return trainer.model
-
-
-def test_dpo_feels_the_balance_loss(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    off, on = (_dpo(tokenizer, tmp_path, balance) for balance in (0.0, 0.5))
-    routers = [n for n in _weights(on) if n.endswith("default.router_weight")]
-    changed = [float((_weights(on)[n] - _weights(off)[n]).abs().max()) for n in routers]
-    assert routers
-    assert min(changed) > 1e-5
+    before = adapted(tiny.llama(), 0.0)  # the same start; TRL has changed its model's forward
+    started = _routers(on.model)
+    records: list[int] = []
+    (state,) = balance_states(on.model)
+    record, state.record = state.record, lambda terms: (records.append(1), record(terms))  # type: ignore[method-assign] # a spy
+    for trainer in (on, off):
+        trainer.train()
+    ids, mask = keep.batch["input_ids"], keep.batch["attention_mask"]
+    assert len(ids) == 2 * 4  # four chosen, four rejected
+    assert not mask.all()
+    expected = _expected_balance(before, ids, mask)
+    assert len(records) == len(_routers(on.model))  # one pass a layer: none by the reference
+    assert on.state.log_history[0]["router_aux_loss"] == pytest.approx(float(expected.detach()))
+    half = _expected_balance(before, ids[:4], mask[:4])
+    assert abs(float((half - expected).detach())) > 1e-3  # chosen alone would give another figure
+    (0.5 * expected).backward()
+    for name, parameter in before.named_parameters():
+        if name in _routers(on.model):
+            assert torch.equal(parameter, started[name])
+            moved = _routers(on.model)[name] - _routers(off.model)[name]
+            torch.testing.assert_close(moved, -parameter.grad, rtol=1e-4, atol=1e-6)

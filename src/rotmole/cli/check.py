@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,13 @@ from rotmole.models.precision import QUANTIZATION_PACKAGE, choose_device, choose
 from rotmole.models.preview import adapter_problems, matched, preview, trainable_by_role
 
 
-def check(path: Path, overrides: Sequence[str]) -> int:
+def check(path: Path, overrides: Sequence[str], *, trust_remote_code: bool = False) -> int:
     """Check a run file and print modules, parameters, tokens and memory.
 
     Args:
         path: the run file.
         overrides: ``a.b=c`` settings over it.
+        trust_remote_code: let transformers run code that came with the model.
 
     Returns:
         Exit code 0.
@@ -34,20 +36,21 @@ def check(path: Path, overrides: Sequence[str]) -> int:
 
     Source: our choice.
     """
-    run = load_run(path, overrides, data_problems=data_problems, model_problems=adapter_problems)
+    fits = partial(adapter_problems, trust_remote_code=trust_remote_code)
+    run = load_run(path, overrides, data_problems=data_problems, model_problems=fits)
     package = QUANTIZATION_PACKAGE.get(run.model.quantization)
     if package and find_spec(package) is None:
         print(f"note: training needs {package}, not installed here: pip install 'rotmole[quant]'")
     device = choose_device(run.model)
     dtype = choose_dtype(run.model, device)
-    model = preview(run.model, run.adapter, dtype)
+    model = preview(run.model, run.adapter, dtype, trust_remote_code=trust_remote_code)
     print(f"{path} is right.")
     print(f"model       {run.model.name}, {str(dtype).removeprefix('torch.')} on {device.type}")
     built_in = built_in_named(run.model.name)
     if built_in:
         print(f"            {built_in.note}")
     _print_modules(model)
-    longest = _print_tokens(run)
+    longest = _print_tokens(run, load_tokenizer(run.model, trust_remote_code=trust_remote_code))
     importlib.import_module("rotmole.training.build")  # what training imports counts as well
     settings = sft_arguments(run)
     batch = settings["per_device_train_batch_size"]
@@ -74,9 +77,8 @@ def _print_modules(model: Any) -> None:
         print(f"            {count:>12,} {role.replace('_', ' ')}")
 
 
-def _print_tokens(run: RunFile) -> int:
+def _print_tokens(run: RunFile, tokenizer: Any) -> int:
     """Print the table of tokens by task; return the length of the longest training row."""
-    tokenizer = load_tokenizer(run.model)
     limit = run.training.get("max_length", sft_arguments(run)["max_length"]) or 1 << 30
     columns = f"{'rows':>8}{'tokens':>11}{'learnt':>11}{'longest':>9}"
     print(f"tokens      {'task':<20}{'split':<12}{columns}")

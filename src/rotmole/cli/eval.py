@@ -33,6 +33,8 @@ def evaluate(
     split: str | None = None,
     limit: int | None = None,
     as_json: bool = False,
+    *,
+    trust_remote_code: bool = False,
 ) -> int:
     """Score a target, print the table, and write evaluation.json.
 
@@ -45,6 +47,7 @@ def evaluate(
         split: train, validation or test; None takes evaluation.split.
         limit: rows per task and group; None takes evaluation.limit.
         as_json: print JSON in place of the table.
+        trust_remote_code: let transformers run code that came with the model.
 
     Returns:
         0.
@@ -61,10 +64,10 @@ def evaluate(
             f"{target} lies in no run folder, so there is no data to score it on; give "
             "--config RUN.yaml."
         )
-    examples, shown = _examples(run)
+    examples, shown = _examples(run, trust_remote_code)
     metrics = {name: task.metrics for name, task in run.data.tasks.items()}
     task_metrics(examples, metrics)  # mistakes are told before the model loads
-    loaded = load_target(found, say=_note)
+    loaded = load_target(found, say=_note, trust_remote_code=trust_remote_code)
     options: dict[str, Any] = {
         "metrics_by_task": metrics,
         "demonstrations": shown,
@@ -78,11 +81,15 @@ def evaluate(
     return 0
 
 
-def _examples(run: RunFile) -> tuple[dict[str, list[Example]], dict[str, list[Example]]]:
+def _examples(
+    run: RunFile, trust_remote_code: bool
+) -> tuple[dict[str, list[Example]], dict[str, list[Example]]]:
     """Rows to score, and the training rows to show in prompts."""
     tokenizer = None
     if any(task.format == "messages" for task in run.data.tasks.values()):
-        tokenizer = load_tokenizer(run.model)  # its chat template renders the rows
+        tokenizer = load_tokenizer(
+            run.model, trust_remote_code=trust_remote_code
+        )  # its chat template renders the rows
     split = run.evaluation.split
     examples = load_examples(run.data, split, seed=run.seed, tokenizer=tokenizer)
     left_out = [name for name in run.data.tasks if not examples.get(name)]

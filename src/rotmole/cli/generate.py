@@ -21,6 +21,8 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     stream: bool = True,
+    *,
+    trust_remote_code: bool = False,
 ) -> int:
     """Print the continuation of each prompt, as it stands in the prompt, without any template.
 
@@ -33,6 +35,7 @@ def generate(
         top_p: sample from the smallest set of tokens with at least this probability.
         seed: of the sampling; each prompt starts from it anew.
         stream: print tokens as they come.
+        trust_remote_code: let transformers run code that came with the model.
 
     Returns:
         0.
@@ -43,7 +46,7 @@ def generate(
     prompts = read_prompts(prompt, file)
     if temperature == 0 and top_p < 1:
         warnings.warn("top_p has no effect at temperature 0, which is greedy", stacklevel=2)
-    loaded = load_target(find_target(target), say=_note)
+    loaded = load_target(find_target(target), say=_note, trust_remote_code=trust_remote_code)
     for index, text in enumerate(prompts):
         if index:
             print()  # a blank line between answers

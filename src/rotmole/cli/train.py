@@ -7,21 +7,34 @@ import shlex
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rotmole.config.load import load_run
 from rotmole.data import data_problems
+from rotmole.errors import ConfigError
 from rotmole.models.preview import adapter_problems
 
 
-def train(path: Path, overrides: Sequence[str] = (), resume: str | None = None) -> int:
+def train(
+    path: Path,
+    overrides: Sequence[str] = (),
+    resume: str | None = None,
+    *,
+    weights_only: bool = False,
+    allow_change: bool = False,
+    trust_remote_code: bool = False,
+) -> int:
     """Train the run of a file and say what came out.
 
     Args:
         path: the run file.
         overrides: key=value settings laid over it.
         resume: None starts anew, "auto" goes on from the newest checkpoint, else its path.
+        weights_only: with resume, take the weights and a fresh optimizer.
+        allow_change: with resume, go on with other settings, data, versions or processes.
+        trust_remote_code: let transformers run code that came with the model.
 
     Returns:
         0, or 128 + the signal that stopped the run, after saving.
@@ -29,17 +42,31 @@ def train(path: Path, overrides: Sequence[str] = (), resume: str | None = None) 
     Raises:
         RotMoleError: with the exit code of its class.
     """
-    run = load_run(path, overrides, data_problems=data_problems, model_problems=adapter_problems)
+    if resume is None and (weights_only or allow_change):
+        name = "--weights-only" if weights_only else "--allow-change"
+        raise ConfigError(f"{name} says how to go on from a checkpoint; add --resume auto")
+    fits = partial(adapter_problems, trust_remote_code=trust_remote_code)
+    run = load_run(path, overrides, data_problems=data_problems, model_problems=fits)
+    from rotmole.training.ranks import is_main_process
     from rotmole.training.run import train as work
 
-    result = work(run, resume=resume, say=_note, prepare=_header)
-    if result.interrupted is not None:
+    speaks = is_main_process()
+    result = work(
+        run,
+        resume=resume,
+        weights_only=weights_only,
+        allow_change=allow_change,
+        trust_remote_code=trust_remote_code,
+        say=_note if speaks else None,
+        prepare=_header,
+    )
+    if result.interrupted is not None and speaks:
         print(f"stopped after update {result.steps}; a checkpoint is saved.")
         words = ["rotmole", "train", str(path), *overrides, "--resume", "auto"]
         print(f"go on with: {shlex.join(words)}")
-        return 128 + result.interrupted
-    _summary(result)
-    return 0
+    elif speaks:
+        _summary(result)
+    return 0 if result.interrupted is None else 128 + result.interrupted
 
 
 def _note(text: str) -> None:

@@ -34,6 +34,7 @@ ADAPTER_REFUSED = {
     "peft_version": "PEFT fills it in",
     "inference_mode": "training needs it off",
     "format_version": "the library fills it in",
+    "base_fingerprint": "the library fills it in",
 }
 
 

@@ -98,6 +98,7 @@ DEFAULTS: dict[str, Any] = {
     "bf16": False,
     "fp16": False,
     "activation_checkpointing": False,
+    "ddp_find_unused_parameters": False,
     "logging_steps": 10,
     "logging_first_step": True,
     "save_strategy": "steps",
@@ -105,7 +106,10 @@ DEFAULTS: dict[str, Any] = {
     "save_total_limit": 2,
     "report_to": "none",
 }
-"""Ours where they differ from TRL's, which suit large GPUs (bf16, checkpointing, length 1024)."""
+"""Ours where they differ from TRL's, which suit large GPUs (bf16, checkpointing, length 1024).
+
+Every parameter of the adapter has a gradient in every update, so DDP need not look for others.
+"""
 
 
 def training_hints() -> dict[str, Any]:
@@ -118,11 +122,12 @@ def training_hints() -> dict[str, Any]:
     """
     from trl import SFTConfig
 
-    return {
+    hints = {
         name: hint
         for name, hint in get_type_hints(SFTConfig).items()
         if name in SFTConfig.__dataclass_fields__
     }
+    return hints | {"fsdp": bool | str | None}  # transformers' hint lacks the bool it asks for
 
 
 def check_training(

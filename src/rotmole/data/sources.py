@@ -178,8 +178,8 @@ def read_parquet(path: Path) -> list[Row]:
         return []
     try:
         table = parquet.read_table(io.BytesIO(raw)).to_pylist()
-    except (arrow.ArrowException, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0]
+    except (arrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"{path}: not a readable parquet file: {reason}") from error
     return [Row(str(path), number, columns) for number, columns in enumerate(table, start=1)]
 

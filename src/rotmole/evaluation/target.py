@@ -140,12 +140,18 @@ def _unknown(path: Path) -> str:
     return f"there is no {path}{hint or f'; {rule}.'}"
 
 
-def load_target(target: Target, *, say: Callable[[str], None] = logger.info) -> LoadedModel:
+def load_target(
+    target: Target,
+    *,
+    say: Callable[[str], None] = logger.info,
+    trust_remote_code: bool = False,
+) -> LoadedModel:
     """Load the base model and put the adapter on it.
 
     Args:
         target: what to load.
         say: told before slow steps.
+        trust_remote_code: let transformers run code that came with the model.
 
     Returns:
         The model (a PeftModel where there is an adapter) and its tokenizer, ready to answer.
@@ -156,7 +162,7 @@ def load_target(target: Target, *, say: Callable[[str], None] = logger.info) -> 
 
     Source: our choice.
     """
-    loaded = load_model(target.model, say=say)
+    loaded = load_model(target.model, trust_remote_code=trust_remote_code, say=say)
     if target.adapter is not None:
         loaded.model = with_adapter(loaded.model, target.adapter)
     loaded.model.eval()

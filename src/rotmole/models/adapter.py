@@ -9,19 +9,20 @@ from typing import Any, get_type_hints
 
 from rotmole.config.fields import convert, did_you_mean
 from rotmole.errors import AdapterError, ConfigError
+from rotmole.tuner.config_rules import foreign_module
+from rotmole.tuner.stored import (
+    WEIGHTS,
+    header_problems,
+    read_header,
+    refuse_pickle,
+    value_problems,
+)
 
 CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-
-REQUIRED = (
-    "base_model_name_or_path", "r", "lora_alpha", "num_experts", "top_k", "selection",
-    "norm_topk_prob", "rotation", "target_modules", "format_version",
-)  # fmt: skip
-"""Without these a default would change the outputs silently."""
 
 
 def check_adapter_folder(path: str | Path) -> dict[str, Any]:
-    """Check the configuration and the weight file's frame of an adapter folder.
+    """Check the configuration and the weights of an adapter folder; no model is needed.
 
     Args:
         path: the folder, of any PEFT method; a RotMoLE one is checked field by field.
@@ -36,7 +37,9 @@ def check_adapter_folder(path: str | Path) -> dict[str, Any]:
     """
     folder = Path(path)
     config = read_config(folder)
-    problems = field_problems(config) + weight_problems(folder)
+    problems = field_problems(config)
+    ours = config.get("peft_type") == "ROTMOLE"
+    problems += weight_problems(folder, config if ours and not problems else {})
     if len(problems) == 1:
         raise AdapterError(f"adapter folder {str(folder)!r}: {problems[0].rstrip('.')}.")
     if problems:
@@ -92,7 +95,7 @@ def field_problems(config: dict[str, Any]) -> list[str]:
     """
     from peft import PeftType
 
-    from rotmole.tuner.config import RotMoleConfig
+    from rotmole.tuner.config import REQUIRED, RotMoleConfig
 
     kind = config.get("peft_type")
     if kind is None:
@@ -114,6 +117,9 @@ def field_problems(config: dict[str, Any]) -> list[str]:
             problems += [problem] if problem else []
             known |= {} if problem else {key: value}
     problems += _unknown_problems({key: v for key, v in config.items() if key not in hints})
+    foreign = foreign_module(config.get("auto_mapping"))
+    if foreign:
+        warnings.warn(f"{CONFIG}: {foreign}.", stacklevel=3)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -137,32 +143,40 @@ def _unknown_problems(unknown: dict[str, Any]) -> list[str]:
     return []
 
 
-def weight_problems(folder: Path) -> list[str]:
-    """Look at the weight file's header and length, without loading a tensor.
+def weight_problems(folder: Path, config: dict[str, Any]) -> list[str]:
+    """Look at the weights: the file's frame, and each tensor's format and values.
 
     Args:
         folder: the adapter folder.
+        config: its configuration, if that is right; weights of this method are compared with it.
 
     Returns:
         One sentence per problem.
 
     Source: our choice; pickle files are refused by name, before opening.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
+
+    from rotmole.tuner.config import RotMoleConfig
 
     file = folder / WEIGHTS
-    if not file.is_file():
-        if (folder / "adapter_model.bin").exists():
-            return [
-                "its weights are a pickle file (adapter_model.bin), which can run code and is not "
-                "opened; save the adapter as safetensors"
-            ]
-        return [f"it has a configuration but no {WEIGHTS}; copy the whole folder again"]
     try:
-        with safe_open(file, framework="pt") as weights:
-            if not list(weights.keys()):
-                return [f"{WEIGHTS} holds no tensor; save the adapter again"]
-    except (SafetensorError, OSError) as error:
-        size = file.stat().st_size
-        return [f"{WEIGHTS} is damaged ({size} bytes on disk: {error}); copy or save it again"]
-    return []
+        refuse_pickle(folder)
+        if not file.is_file():
+            return [f"it has a configuration but no {WEIGHTS}; copy the whole folder again"]
+        header = read_header(file)
+    except AdapterError as error:
+        return [str(error).removeprefix(f"{folder}: ").removeprefix(f"{folder}/")]
+    if not header:
+        return [f"{WEIGHTS} holds no tensor; save the adapter again"]
+    problems = []
+    if config:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # field_problems has shown them
+            names = RotMoleConfig.__dataclass_fields__
+            settings = RotMoleConfig(**{k: v for k, v in config.items() if k in names})
+        problems += header_problems(settings, header)
+        if not problems:
+            with safe_open(file, framework="pt") as weights:
+                problems += value_problems((name, weights.get_tensor(name)) for name in header)
+    return [f"{WEIGHTS}: {problem}" for problem in problems]

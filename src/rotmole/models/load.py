@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,9 +22,16 @@ from rotmole.models.builtin import (
     fetch_built_in,
 )
 from rotmole.models.gguf import check_gguf, gguf_arguments, make_ordinary
-from rotmole.models.precision import choose_device, choose_dtype, quantization_config
+from rotmole.models.precision import (
+    choose_device,
+    choose_dtype,
+    keep_trainable,
+    quantization_config,
+)
 
 logger = logging.getLogger(__name__)
+
+_OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|Cannot allocate memory", re.I)
 
 
 @dataclass
@@ -91,6 +99,7 @@ def load_model(
     if section.attn_implementation:
         arguments["attn_implementation"] = section.attn_implementation
     model = _pretrained(section, source, arguments, trust_remote_code)
+    keep_trainable(model)
     if source.gguf:
         make_ordinary(model)
     if arguments["device_map"] is None:
@@ -162,12 +171,15 @@ def load_config(section: ModelSection, *, trust_remote_code: bool = False) -> An
         return AutoConfig.from_pretrained(source.location, **arguments)
 
 
-def empty_model(section: ModelSection, dtype: torch.dtype = torch.float32) -> Any:
+def empty_model(
+    section: ModelSection, dtype: torch.dtype = torch.float32, *, trust_remote_code: bool = False
+) -> Any:
     """Build the model's modules without weights (meta device), for names, shapes and counts.
 
     Args:
         section: the run file's `model:` section.
         dtype: of the parameters.
+        trust_remote_code: let transformers run code that came with the model.
 
     Returns:
         A causal language model whose parameters hold no memory.
@@ -179,9 +191,11 @@ def empty_model(section: ModelSection, dtype: torch.dtype = torch.float32) -> An
     """
     from transformers import AutoModelForCausalLM
 
-    config = load_config(section)
+    config = load_config(section, trust_remote_code=trust_remote_code)
     with _explained(section, "model"), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=trust_remote_code
+        )
     model.tie_weights()
     return model
 
@@ -294,10 +308,13 @@ def explain(error: Exception, section: ModelSection, what: str) -> str:
     name, text = section.name, " ".join(str(error).split())
     head = f"model.name {name!r}: the {what} cannot be loaded"
     short = text if len(text) <= 300 else text[:297] + "..."
-    if isinstance(error, torch.OutOfMemoryError) or "out of memory" in text.lower():
+    if isinstance(error, torch.OutOfMemoryError) or _OUT_OF_MEMORY.search(text):
         return f"{head}: not enough memory; choose a smaller model, dtype bfloat16 or quantization."
     if "trust_remote_code" in text:
-        return f"{head}: it needs code from its repository, which is not run unless you allow it."
+        return (
+            f"{head}: it needs code that came with it, which is not run unless you add "
+            "--trust-remote-code to the command; read that code first."
+        )
     if Path(name).expanduser().exists() or built_in_named(name):
         return f"{head}: the files are broken, incomplete or of an unknown kind ({short})."
     if "gated" in text.lower() or "401" in text or "403" in text:

@@ -21,13 +21,20 @@ from rotmole.tuner.config import RotMoleConfig
 from rotmole.tuner.layer import RotMoleLayer
 
 
-def preview(section: ModelSection, adapter: Mapping[str, Any], dtype: torch.dtype) -> Any:
+def preview(
+    section: ModelSection,
+    adapter: Mapping[str, Any],
+    dtype: torch.dtype,
+    *,
+    trust_remote_code: bool = False,
+) -> Any:
     """Build the adapted model on the meta device.
 
     Args:
         section: the run file's `model:` section.
         adapter: the checked `adapter:` section.
         dtype: of the base model.
+        trust_remote_code: let transformers run code that came with the model.
 
     Returns:
         A PeftModel whose parameters hold no memory.
@@ -38,18 +45,21 @@ def preview(section: ModelSection, adapter: Mapping[str, Any], dtype: torch.dtyp
 
     Source: our choice.
     """
-    base = empty_model(section, dtype)
+    base = empty_model(section, dtype, trust_remote_code=trust_remote_code)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the real run gives them
         return get_peft_model(base, RotMoleConfig(task_type="CAUSAL_LM", **adapter))
 
 
-def adapter_problems(section: ModelSection, adapter: Mapping[str, Any]) -> list[str]:
+def adapter_problems(
+    section: ModelSection, adapter: Mapping[str, Any], *, trust_remote_code: bool = False
+) -> list[str]:
     """Say what keeps the adapter from fitting the model; reads the model's configuration only.
 
     Args:
         section: the run file's `model:` section.
         adapter: the checked `adapter:` section.
+        trust_remote_code: let transformers run code that came with the model.
 
     Returns:
         One sentence per problem: a model that cannot be found, targets that match nothing (each
@@ -58,13 +68,13 @@ def adapter_problems(section: ModelSection, adapter: Mapping[str, Any]) -> list[
     Source: our choice.
     """
     try:
-        base = empty_model(section)
+        base = empty_model(section, trust_remote_code=trust_remote_code)
     except RotMoleError as error:
         return [str(error)]
     if problems := _unmatched(base, adapter.get("target_modules")):
         return problems
     try:
-        model = preview(section, adapter, torch.float32)
+        model = preview(section, adapter, torch.float32, trust_remote_code=trust_remote_code)
     except (ValueError, TypeError) as error:  # PEFT's and ours
         return [f"adapter.target_modules: {' '.join(str(error).split())}"]
     if isinstance(model.get_base_model().get_output_embeddings(), RotMoleLayer):

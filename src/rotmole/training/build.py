@@ -18,9 +18,10 @@ from rotmole.config.schema import SPLITS, DataSection, RunFile, Split
 from rotmole.data import Collator, Example, encode_all, load_examples, mix
 from rotmole.errors import ConfigError, DataError
 from rotmole.models.load import LoadedModel, load_model
-from rotmole.training.callbacks import BalanceCallback, JsonLinesCallback, NonFiniteCallback
+from rotmole.training.callbacks import JsonLinesCallback
 from rotmole.training.folder import METRICS
 from rotmole.training.trainer import RotMoleTrainer
+from rotmole.training.usage import UsageCallback
 from rotmole.tuner.config import RotMoleConfig
 
 UNLIMITED = 1 << 30
@@ -50,13 +51,15 @@ def build(
     *,
     callbacks: Sequence[TrainerCallback] = (),
     say: Callable[[str], None] | None = None,
+    trust_remote_code: bool = False,
 ) -> Built:
     """Wire a run: model, adapter, data, trainer.
 
     Args:
         run: a checked run file.
-        callbacks: beside those of every run (balance scale, metric lines, stop at a NaN).
+        callbacks: beside those of every run (metric lines, stop at a NaN).
         say: told before slow steps.
+        trust_remote_code: let transformers run code that came with the model.
 
     Returns:
         The parts.
@@ -68,7 +71,7 @@ def build(
     """
     say = say or (lambda text: None)
     say(f"loading {run.model.name}")
-    base = load_model(run.model, say=say)
+    base = load_model(run.model, trust_remote_code=trust_remote_code, say=say)
     say("loading data")
     examples = all_examples(run, base.tokenizer)
     model = add_adapter(run, base.model)
@@ -156,8 +159,7 @@ def build_trainer(
         data_collator=Collator(tokenizer, arguments.pad_to_multiple_of),
         processing_class=tokenizer,
         callbacks=[
-            BalanceCallback(),
-            NonFiniteCallback(),
+            UsageCallback(),
             JsonLinesCallback(Path(run.output_dir, METRICS)),
             *callbacks,
         ],

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,11 +24,15 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from rotmole.errors import NonFiniteError
 from rotmole.models.files import atomic_write_text, storage_errors
+from rotmole.training.ranks import highest
 from rotmole.tuner.balance import balance_states
 from rotmole.tuner.loss_free import update_router_bias
 
 TIMING_SUFFIXES = ("_runtime", "_per_second", "peak_memory_bytes")
 """Ends of the metric names that differ between two runs of one command; all others are equal."""
+
+
+AGAIN_AFTER = 1.0  # seconds; a launcher repeats a Ctrl-C at once, a person takes longer
 
 
 def micro_batches(args: TrainingArguments, state: TrainerState, dataloader: Any) -> int:
@@ -52,21 +58,24 @@ def micro_batches(args: TrainingArguments, state: TrainerState, dataloader: Any)
     return (batches % accumulation or accumulation) if is_last else accumulation
 
 
-def balance_logs(model: torch.nn.Module) -> dict[str, float]:
+def balance_logs(
+    model: torch.nn.Module, total: Callable[[torch.Tensor], torch.Tensor] | None = None
+) -> dict[str, float]:
     """Take the mean balance losses since the last call out of a model.
 
     Args:
         model: a model with a RotMoLE adapter; any other has none.
+        total: sums a tensor over processes; None tells of this process's tokens alone.
 
     Returns:
-        router_aux_loss and router_z_loss, each a mean over layers and micro-batches, in so far as
-        they were computed.
+        router_aux_loss and router_z_loss, each a mean over layers and tokens, in so far as they
+        were computed.
 
     Source: our choice.
     """
     sums: dict[str, list[float]] = {}
     for balance in balance_states(model):
-        for name, value in (balance.pop() or {}).items():
+        for name, value in (balance.pop(total) or {}).items():
             sums.setdefault(name, []).append(value)
     return {name: sum(values) / len(values) for name, values in sums.items()}
 
@@ -75,6 +84,8 @@ class BalanceCallback(TrainerCallback):
     """Scale the balance loss to its update, loss_scale = AMP scale / micro-batches, and log it.
 
     Loss-free balancing (router_bias_rate) moves its bias here too, after each optimiser step.
+    For trainers of others. Micro-batches (of all processes) count alike, whatever their tokens;
+    RotMoleTrainer, which sees a whole update's batches beforehand, weighs them by tokens.
     """
 
     def on_step_begin(
@@ -113,7 +124,10 @@ class BalanceCallback(TrainerCallback):
     ) -> None:
         """Add the balance losses to a training log; loss itself does not contain them."""
         if logs is not None and "loss" in logs:
-            logs.update(balance_logs(kwargs["model"]))
+            found = balance_logs(kwargs["model"])
+            logs.update(found)
+            if state.log_history:  # Trainer has put a copy of the log there already
+                state.log_history[-1].update(found)
 
 
 class JsonLinesCallback(TrainerCallback):
@@ -133,7 +147,7 @@ class JsonLinesCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         rows = read_metrics(self.path) if state.global_step else []
-        kept = [row for row in rows if row["step"] <= state.global_step]
+        kept = [r for r in rows if r["step"] <= state.global_step and "train_loss" not in r]
         atomic_write_text(self.path, "".join(_line(row) for row in kept))
 
     def on_log(
@@ -147,13 +161,19 @@ class JsonLinesCallback(TrainerCallback):
         """Append one line."""
         if logs is None or not state.is_world_process_zero:
             return
-        with storage_errors(self.path), self.path.open("a", encoding="utf-8") as stream:
-            stream.write(_line({"step": state.global_step, **logs}))
-            stream.flush()
+        line = _line({"step": state.global_step, **logs}).encode()
+        with storage_errors(self.path), self.path.open("ab", buffering=0) as stream:
+            start = stream.seek(0, os.SEEK_END)
+            try:
+                if (written := stream.write(line)) < len(line):  # the disk had room for a part
+                    stream.write(line[written:])
+            except OSError:
+                stream.truncate(start)
+                raise
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read metrics.jsonl; a last line cut short by a crash is left out.
+    """Read metrics.jsonl; a line cut short by a crash is left out.
 
     Args:
         path: the file; a missing one has no rows.
@@ -166,11 +186,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
-            break
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
     return rows
 
 
@@ -299,6 +321,7 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self, say: Callable[[str], None] | None = None) -> None:
         self.signum: int | None = None
+        self.asked: float | None = None
         self.say = say
 
     @contextmanager
@@ -317,16 +340,21 @@ class StopOnSignal(TrainerCallback):
                 signal.signal(number, handler)
 
     def _ask(self, signum: int, frame: FrameType | None) -> None:
-        if self.signum is not None:
-            raise KeyboardInterrupt
-        self.signum = signum
+        now = time.monotonic()
+        if self.asked is not None:  # launchers and schedulers send their signal more than once
+            if signum == signal.SIGINT and now - self.asked > AGAIN_AFTER:
+                raise KeyboardInterrupt
+            return
+        self.signum, self.asked = signum, now
         if self.say is not None:
-            self.say("saving a checkpoint after this update; once more stops without saving")
+            again = "; Ctrl-C once more stops without saving" if signum == signal.SIGINT else ""
+            self.say(f"saving a checkpoint after this update{again}")
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Save and stop if somebody asked and there is work left."""
+        """Save and stop if somebody asked, in whichever process, and there is work left."""
+        self.signum = highest(self.signum or 0, args.device) or None
         if self.signum is not None and state.global_step < state.max_steps:
             control.should_save = True
             control.should_training_stop = True

@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -81,13 +81,37 @@ def _git(*arguments: str, folder: Path | None) -> str:
     return done.stdout.strip()
 
 
-def manifest(run: RunFile, fingerprint: Mapping[str, Any], adapter: Mapping[str, Any]) -> str:
+def earlier_resumes(path: Path) -> list[dict[str, Any]]:
+    """Read from a run's manifest how often it was resumed; a missing or broken one tells nothing.
+
+    Args:
+        path: manifest.json.
+
+    Returns:
+        {"from": checkpoint, "changes": [...]} for each time, in order.
+
+    Source: our choice.
+    """
+    try:
+        resumes = json.loads(path.read_text(encoding="utf-8")).get("resumes", [])
+    except (OSError, ValueError, AttributeError):
+        return []
+    return resumes if isinstance(resumes, list) else []
+
+
+def manifest(
+    run: RunFile,
+    fingerprint: Mapping[str, Any],
+    adapter: Mapping[str, Any],
+    resumes: Sequence[Mapping[str, Any]] = (),
+) -> str:
     """Describe a run so that it can be repeated; no environment variable, no token.
 
     Args:
         run: the run.
         fingerprint: of the data, from rotmole.data.data_fingerprint.
         adapter: trainable parameters and adapted modules.
+        resumes: the checkpoints it went on from, and what changed there.
 
     Returns:
         JSON text.
@@ -103,6 +127,7 @@ def manifest(run: RunFile, fingerprint: Mapping[str, Any], adapter: Mapping[str,
         "versions": versions(),
         "machine": machine(),
         "git_commit": git_commit(),
+        "resumes": list(resumes),
     }
     return json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,17 +19,21 @@ from rotmole.errors import NonFiniteError
 from rotmole.models.files import atomic_write_text
 from rotmole.training.build import Built, build
 from rotmole.training.callbacks import ProgressCallback, StopOnSignal, read_metrics
+from rotmole.training.changes import check_changes, facts_of, loaded_facts
+from rotmole.training.checkpoint import find_resume, prune
 from rotmole.training.folder import (
     MANIFEST,
     METRICS,
-    check_same_adapter,
-    claim,
-    find_resume,
-    is_main_process,
+    check_free,
+    clear,
     save_adapter,
 )
-from rotmole.training.manifest import manifest, model_card
+from rotmole.training.lock import run_lock
+from rotmole.training.manifest import earlier_resumes, manifest, model_card
 from rotmole.training.plots import loss_svg
+from rotmole.training.ranks import is_main_process
+from rotmole.training.saving import check_space, find_best, prepare_resume
+from rotmole.training.sharding import adapter_state
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +74,9 @@ def train(
     run: RunFile,
     *,
     resume: str | None = None,
+    weights_only: bool = False,
+    allow_change: bool = False,
+    trust_remote_code: bool = False,
     progress: bool = True,
     callbacks: Sequence[TrainerCallback] = (),
     say: Callable[[str], None] | None = None,
@@ -80,6 +88,10 @@ def train(
         run: a checked run file.
         resume: None starts anew, "auto" goes on from the newest complete checkpoint if there is
             one, anything else is a checkpoint's path.
+        weights_only: go on with the checkpoint's weights and a fresh optimizer; schedule and
+            order of rows go on where they were.
+        allow_change: go on though settings, data, versions or processes are not the checkpoint's.
+        trust_remote_code: let transformers run code that came with the model.
         progress: show progress on standard error.
         callbacks: further callbacks of the trainer.
         say: told before slow steps.
@@ -97,28 +109,100 @@ def train(
 
     Source: our choice.
     """
-    run_dir = Path(run.output_dir)
-    checkpoint = find_resume(run_dir, resume)
-    if checkpoint is not None:
-        check_same_adapter(checkpoint, run.adapter)
-        (say or logger.info)(f"going on from {checkpoint}")
-    if is_main_process():
-        claim(run_dir, resuming=checkpoint is not None)
-    stop = StopOnSignal(say)
+    run_dir, stop = Path(run.output_dir), StopOnSignal(say)
     bars = [ProgressCallback()] if progress else []
-    built = build(run, callbacks=[stop, *bars, *callbacks], say=say)
-    if is_main_process():
-        write_papers(built)
-        if prepare is not None:
+    with run_lock(run_dir) if is_main_process() else nullcontext():
+        origin = find_origin(run, resume, weights_only=weights_only, allow_change=allow_change)
+        if origin.checkpoint is not None:
+            (say or logger.info)(f"going on from {origin.checkpoint}")
+        built = build(
+            run,
+            callbacks=[stop, *bars, *callbacks],
+            say=say,
+            trust_remote_code=trust_remote_code,
+        )
+        prepare_folder(built, origin)
+        if prepare is not None and is_main_process():
             prepare(built)
-    started = time.perf_counter()
-    try:
-        _fit(built, stop, checkpoint)
-    finally:
-        for bar in bars:
-            bar.close()
-    result = _result(built, stop, time.perf_counter() - started)
-    return finish(result) if result.interrupted is None and is_main_process() else result
+        started = time.perf_counter()
+        try:
+            _fit(built, stop, origin.checkpoint)
+        finally:
+            for bar in bars:
+                bar.close()
+        result = _result(built, stop, time.perf_counter() - started)
+        return finish(result) if result.interrupted is None else result
+
+
+@dataclass
+class Origin:
+    """Where a run begins.
+
+    Attributes:
+        checkpoint: to go on from, None at a start.
+        facts: what decides the run's numbers; those of model and data follow when they are loaded.
+        changes: against the run that the checkpoint is of, in words.
+        weights_only: take no more than the weights.
+        allow_change: changes are wanted.
+    """
+
+    checkpoint: Path | None
+    facts: dict[str, Any]
+    changes: list[str]
+    weights_only: bool
+    allow_change: bool
+
+
+def find_origin(
+    run: RunFile, resume: str | None, *, weights_only: bool, allow_change: bool
+) -> Origin:
+    """Find where a run begins, and refuse what cannot be, before anything is loaded.
+
+    Args:
+        run, resume, weights_only, allow_change: as of `train`.
+
+    Returns:
+        The beginning.
+
+    Raises:
+        InputError: there is no such checkpoint, it is of another run, or the folder is in use.
+
+    Source: our choice.
+    """
+    run_dir = Path(run.output_dir)
+    checkpoint = find_resume(run_dir, resume, weights_only=weights_only)
+    if checkpoint is None:
+        check_free(run_dir)
+    facts = facts_of(run)
+    changes = check_changes(checkpoint, facts, allow=allow_change) if checkpoint else []
+    return Origin(checkpoint, facts, changes, weights_only, allow_change)
+
+
+def prepare_folder(built: Built, origin: Origin) -> None:
+    """Compare the loaded parts with the checkpoint, check the disk, clear up, write the papers.
+
+    Args:
+        built: the parts of the run.
+        origin: where it begins.
+
+    Raises:
+        InputError: data or number format are not the checkpoint's.
+        StorageError: the disk refuses, or is too small for the run.
+
+    Source: our choice; an earlier run's files stay until its successor is ready to train.
+    """
+    run_dir, trainer = Path(built.run.output_dir), built.trainer
+    fingerprint = data_fingerprint(built.run.data, built.examples)
+    facts = loaded_facts(fingerprint, built.base.model.dtype)
+    changes = origin.changes
+    if origin.checkpoint is not None:
+        changes = changes + check_changes(origin.checkpoint, facts, allow=origin.allow_change)
+        prepare_resume(trainer, origin.checkpoint)
+    trainer.facts, trainer.weights_only = origin.facts | facts, origin.weights_only
+    if is_main_process():
+        check_space(run_dir, trainer)
+        clear(run_dir, resuming=origin.checkpoint is not None)
+        write_papers(built, fingerprint, origin.checkpoint, changes)
 
 
 def _fit(built: Built, stop: StopOnSignal, checkpoint: Path | None) -> None:
@@ -142,10 +226,13 @@ def _nothing_left(built: Built, checkpoint: Path) -> bool:
         last = state.max_steps if same else state.global_step + 1
     if state.global_step < last:
         return False
+    trainer.state = state
+    find_best(Path(trainer.args.output_dir), state, checkpoint)
     best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
     logger.warning("nothing is left to do: %s is at update %d", checkpoint, state.global_step)
     trainer._load_from_checkpoint(best or str(checkpoint))
-    trainer.state = state
+    if is_main_process():  # it may have died before older ones went
+        prune(checkpoint.parent, trainer.keep, checkpoint, state.best_model_checkpoint)
     return True
 
 
@@ -165,11 +252,19 @@ def _result(built: Built, stop: StopOnSignal, seconds: float) -> TrainResult:
     )
 
 
-def write_papers(built: Built) -> None:
+def write_papers(
+    built: Built,
+    fingerprint: dict[str, Any],
+    checkpoint: Path | None = None,
+    changes: Sequence[str] = (),
+) -> None:
     """Write run.yaml and manifest.json before the first update.
 
     Args:
         built: the parts of the run.
+        fingerprint: of its data.
+        checkpoint: that it goes on from.
+        changes: against the run that the checkpoint is of.
 
     Raises:
         StorageError: the disk refused.
@@ -183,29 +278,40 @@ def write_papers(built: Built) -> None:
         "all_parameters": total,
         "adapted_modules": len(built.model.base_model.targeted_module_names),
     }
-    fingerprint = data_fingerprint(built.run.data, built.examples)
+    resumes = earlier_resumes(run_dir / MANIFEST) if checkpoint else []
+    if checkpoint:
+        resumes.append({"from": checkpoint.name, "changes": list(changes)})
     atomic_write_text(run_dir / "run.yaml", resolved_yaml(built.run))
-    atomic_write_text(run_dir / MANIFEST, manifest(built.run, fingerprint, adapter))
+    atomic_write_text(run_dir / MANIFEST, manifest(built.run, fingerprint, adapter, resumes))
 
 
 def finish(result: TrainResult) -> TrainResult:
     """Write what a finished run leaves: loss.svg, the adapter and its card.
 
+    Every process calls it, because all hold parts of a sharded adapter; the first one writes.
+
     Args:
         result: of a run that was not interrupted.
 
     Returns:
-        The result, with adapter_dir.
+        The result, with adapter_dir in the process that writes.
 
     Raises:
         StorageError: the disk refused.
 
     Source: our choice.
     """
-    run, base = result.built.run, result.built.base
+    run, base, trainer = result.built.run, result.built.base, result.built.trainer
+    state = None
+    if trainer.is_fsdp_enabled:
+        state = adapter_state(trainer.model, trainer.args.device)
+    elif trainer.is_deepspeed_enabled:  # ZeRO-3 holds parts as well, and puts them together itself
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if not is_main_process():
+        return result
     rows = read_metrics(result.run_dir / METRICS)
     atomic_write_text(result.run_dir / "loss.svg", loss_svg(rows, result.run_dir.name))
-    result.adapter_dir = save_adapter(result.built.model, result.run_dir)
+    result.adapter_dir = save_adapter(result.built.model, result.run_dir, state)
     figures = {
         "updates": result.steps,
         "trainable parameters (gates included)": result.trainable_parameters,

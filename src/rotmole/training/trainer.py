@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import resource
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,7 @@ from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import speed_metrics
+from transformers.trainer_utils import EvalPrediction, speed_metrics
 
 from rotmole.config.schema import OptimizerSection
 from rotmole.errors import ConfigError, NonFiniteError
@@ -31,49 +30,13 @@ from rotmole.models.files import atomic_write_text
 from rotmole.optim import RiemannianAdamW, RiemannianSGD, parameter_groups
 from rotmole.optim.riemannian import DELTA
 from rotmole.training.callbacks import balance_logs
+from rotmole.training.finite import Fault, agreed_fault
+from rotmole.training.order import EpochSampler
+from rotmole.training.saving import forward_schedule, usable_best, whole_checkpoint
+from rotmole.training.sharding import adapter_state, sharding_works
+from rotmole.tuner.balance import balance_states
 
 IGNORED = -100
-
-
-class EpochSampler(Sampler[int]):
-    """The order of rows, a function of (seed, epoch) alone.
-
-    Epoch 0 keeps the mixture's own order, later ones are permutations. With lengths, every epoch
-    is a permutation in which the rows of a batch are of similar length.
-
-    Args:
-        rows: number of rows N.
-        seed: the run's seed.
-        batch: rows of an update; with lengths only.
-        lengths: tokens of each row, to save padding, or None.
-    """
-
-    def __init__(
-        self, rows: int, seed: int, *, batch: int = 1, lengths: list[int] | None = None
-    ) -> None:
-        self.rows, self.seed = rows, seed
-        self.batch, self.lengths = batch, lengths
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration walks."""
-        self.epoch = epoch
-
-    def order(self, epoch: int) -> list[int]:
-        """Return the row numbers of one epoch, in order."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        if self.lengths is not None:
-            grouped = LengthGroupedSampler(self.batch, lengths=self.lengths, generator=generator)
-            return list(grouped)
-        if epoch == 0:
-            return list(range(self.rows))
-        return torch.randperm(self.rows, generator=generator).tolist()
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.order(self.epoch))
-
-    def __len__(self) -> int:
-        return self.rows
 
 
 class RotMoleTrainer(Trainer):
@@ -85,10 +48,23 @@ class RotMoleTrainer(Trainer):
     """
 
     def __init__(self, *, optimizer_section: OptimizerSection, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        super().__init__(compute_metrics=_mean_of_tokens, **kwargs)
         self.optimizer_section = optimizer_section
+        self.keep, self.args.save_total_limit = self.args.save_total_limit, None  # we prune
+        self.facts: dict[str, Any] = {}
+        self.weights_only = False
+        self.summed_from = 0
+        self.micro_batches: list[tuple[dict[str, Any], torch.Tensor]] = []
+        self.fault: Fault | None = None
+        self.update_tokens: torch.Tensor | None = None
         base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         self.can_skip_positions = "logits_to_keep" in inspect.signature(base.forward).parameters
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As Trainer's; FSDP that is asked for happens on CPUs too."""
+        asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+        sharding_works(self.args.use_cpu, self.args.fsdp or asked)
+        super().create_accelerator_and_postprocess()
 
     def compute_loss(
         self,
@@ -119,7 +95,7 @@ class RotMoleTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
         rows = self.train_dataset if train_dataset is None else train_dataset
-        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        batch = self.rows_an_update()
         if self.args.train_sampling_strategy == "random":
             return EpochSampler(len(rows), self.args.seed)
         if self.args.train_sampling_strategy == "group_by_length":
@@ -148,23 +124,42 @@ class RotMoleTrainer(Trainer):
         self.optimizer = factory(groups_of(model, section, self.args), **options)
         return self.optimizer
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Fetch an update's micro-batches, and count their tokens, all processes' / processes."""
+        batches, labels = super().get_batch_samples(*args, **kwargs)
+        if batches:
+            tokens = torch.stack([batch["attention_mask"].sum() for batch in batches]).sum()
+            every = self.accelerator.gather(tokens.to(self.args.device))
+            self.update_tokens = every.sum() / self.accelerator.num_processes
+        return batches, labels
+
+    def weigh_balance(self, inputs: dict[str, Any]) -> None:
+        """Let the balance loss of a micro-batch count by its share of the update's tokens.
+
+            loss = sum_n (tokens of sequence n) loss_n / (tokens of the update)
+
+        over all micro-batches of all processes, so it does not depend on how an update is split.
+        """
+        if self.update_tokens is None:
+            return
+        scale = inputs["attention_mask"].sum().to(self.args.device) / self.update_tokens
+        if self.accelerator.scaler is not None:  # fp16 only
+            scale = scale * self.accelerator.scaler.get_scale()
+        for balance in balance_states(self.model):
+            balance.managed, balance.loss_scale = True, scale
+
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """Run forward and backward; stop at once if the loss is not finite.
-
-        With several processes the others would wait for this one, so there the check is left to
-        the summed gradient, which every process sees.
-        """
+        """Run forward and backward; after an update's last, stop if it would not be finite."""
+        self.weigh_balance(inputs)
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.args.world_size == 1 and not torch.isfinite(loss):
-            update = self.state.global_step + 1
-            layer = first_nonfinite(self.model, inputs)
-            raise NonFiniteError(
-                f"the loss of update {update} is {loss.item()}; training stopped before the "
-                f"update{f', first seen in {layer}' if layer else ''}. Lower "
-                "training.learning_rate, or look at the rows in failure.json."
-            )
+        self.micro_batches.append((inputs, loss))
+        if self.accelerator.sync_gradients:
+            batches, self.micro_batches = self.micro_batches, []
+            self.fault = agreed_fault(self, batches)
+            if self.fault is not None:
+                raise NonFiniteError(self.fault.sentence(self.state.global_step + 1))
         return loss
 
     def write_failure(self, error: NonFiniteError) -> Path:
@@ -175,22 +170,84 @@ class RotMoleTrainer(Trainer):
             "epoch": self.state.epoch,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "message": str(error),
+            **(self.fault.report() if self.fault else {}),
             "rows": rows,
         }
         path = Path(self.args.output_dir, "failure.json")
         return atomic_write_text(path, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
 
+    def rows_an_update(self) -> int:
+        """Return the rows of a full update, all processes' together."""
+        each = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return each * self.args.world_size
+
     def rows_of_update(self, step: int) -> list[dict[str, str]]:
-        """Name the rows of update step + 1 (one process, our own order): task and id."""
-        size = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        """Name the rows of update step + 1, all processes' (our own order): task and id."""
+        size = self.rows_an_update()
         updates = -(-len(self.train_dataset) // size)
         epoch, update = divmod(step, updates)
         sampler = self._get_train_sampler()
-        if not isinstance(sampler, EpochSampler) or self.args.world_size > 1:
+        if not isinstance(sampler, EpochSampler):
             return []
         chosen = sampler.order(epoch)[update * size : (update + 1) * size]
         columns = self.train_dataset.select(chosen)
         return [{"task": row["task"], "id": row["id"]} for row in columns]
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        with whole_checkpoint(self):
+            super()._save_checkpoint(model, trial)
+
+    def _load_best_model(self) -> None:
+        if usable_best(self):
+            super()._load_best_model()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self.weights_only:
+            forward_schedule(self)
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        super()._load_scaler(None if self.weights_only else checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(None if self.weights_only else checkpoint)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the adapter, whole; of a sharded model the base is not put together for it."""
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        self._save(output_dir, state_dict=adapter_state(self.model, self.args.device))
+
+    def prediction_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Any, Any, Any]:
+        """Return the batch's mean loss and each row's summed loss and count of learnt tokens.
+
+        The sums are what `evaluate` adds up, so a task's loss depends neither on how its rows are
+        batched nor on how they are spread over processes. Never smoothed.
+        """
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs["labels"]
+        rest = {name: value for name, value in inputs.items() if name != "labels"}
+        learnt = (labels[:, 1:] != IGNORED).any(0).nonzero()[:, 0]
+        with torch.no_grad(), self.compute_loss_context_manager():
+            if self.can_skip_positions:
+                logits = model(**rest, logits_to_keep=learnt, use_cache=False).logits
+            else:
+                logits = model(**rest).logits[:, learnt]
+        targets = labels[:, learnt + 1]
+        loss = cross_entropy(
+            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="none"
+        )
+        total_N, count_N = loss.view(targets.shape).sum(-1), (targets != IGNORED).sum(-1)
+        mean = total_N.sum() / count_N.sum().clamp(min=1)
+        return (mean, None, None) if prediction_loss_only else (mean, total_N, count_N)
 
     def evaluate(
         self,
@@ -198,7 +255,10 @@ class RotMoleTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Compute eval_<task>_loss of every task, and eval_loss, their mean weighted by rows."""
+        """Compute eval_<task>_loss of every task, and eval_loss, their mean weighted by rows.
+
+        A task's loss is the mean over its learnt tokens.
+        """
         if eval_dataset is not None or not isinstance(self.eval_dataset, dict):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         start, rows, total = time.time(), 0, 0.0
@@ -206,9 +266,9 @@ class RotMoleTrainer(Trainer):
         for task in self.eval_dataset:
             name = f"{metric_key_prefix}_{task}"
             output = self.evaluation_loop(
-                self.get_eval_dataloader(task), name, True, ignore_keys, metric_key_prefix=name
+                self.get_eval_dataloader(task), name, False, ignore_keys, metric_key_prefix=name
             )
-            metrics[f"{name}_loss"] = output.metrics[f"{name}_loss"]
+            metrics[f"{name}_loss"] = output.metrics[f"{name}_mean_of_tokens"]
             rows += output.num_samples
             total += output.num_samples * metrics[f"{name}_loss"]
         metrics[f"{metric_key_prefix}_loss"] = total / rows
@@ -222,8 +282,10 @@ class RotMoleTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add balance losses, and to the last log speed and memory, before anybody sees it."""
         if "loss" in logs:
-            logs.update(balance_logs(self.model))
+            logs.update(balance_logs(self.model, self.accelerator.reduce))
         if "train_loss" in logs:
+            summed = max(self.state.global_step - self.summed_from, 1)  # before a resume too
+            logs["train_loss"] = self._total_loss_scalar / summed
             logs["peak_memory_bytes"] = peak_memory_bytes()
             seen = self.state.num_input_tokens_seen
             since = seen - getattr(self, "_initial_num_input_tokens_seen", 0)
@@ -274,36 +336,9 @@ def riemannian_optimizer(
     return RiemannianAdamW(groups, model=model, delta=delta, betas=betas, eps=args.adam_epsilon)
 
 
-def first_nonfinite(model: torch.nn.Module, inputs: dict[str, Any]) -> str | None:
-    """Name the first module whose output is not finite on a batch.
-
-    Args:
-        model: the model as it failed.
-        inputs: the batch it failed on.
-
-    Returns:
-        The module's path, None where every output is finite.
-
-    Source: our choice.
-    """
-    found: list[str] = []
-
-    def watch(name: str) -> Any:
-        def hook(module: torch.nn.Module, args: Any, output: Any) -> None:
-            first = output[0] if isinstance(output, tuple) else output
-            if not found and isinstance(first, torch.Tensor) and not first.isfinite().all():
-                found.append(name)
-
-        return hook
-
-    handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules()]
-    try:
-        with torch.no_grad():
-            model(**{k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask")})
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found[0] if found else None
+def _mean_of_tokens(rows: EvalPrediction) -> dict[str, float]:
+    """Divide the summed losses of all rows by their learnt tokens."""
+    return {"mean_of_tokens": rows.predictions.sum(dtype="float64") / max(rows.label_ids.sum(), 1)}
 
 
 def peak_memory_bytes() -> int:

@@ -4,8 +4,8 @@ A loss added to `outputs.loss` is lost under reentrant checkpointing, in trainer
 own loss, and is counted once per process. Here an identity function on the layer's output adds
 the loss's gradient in the backward pass, which every trainer runs once per micro-batch. The price:
 the loss is not part of the reported loss (read it with `BalanceState.pop`), and with gradient
-accumulation somebody must say how many micro-batches make a step (`BalanceState.loss_scale`, set
-by rotmole.training's callback).
+accumulation or several processes somebody must say what share of the step a micro-batch is
+(`BalanceState.loss_scale`, set by rotmole.training's trainer, for other trainers by its callback).
 
 Two limits. Keys and values of cross-attention read the encoder's tokens but belong to the decoder's
 stack, so the encoder's padding counts there. With gradient checkpointing a layer reads the mask
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -37,8 +38,10 @@ class BalanceState:
     Attributes:
         mask: [N, S] attention mask of the batch at hand, None where there is none.
         ids: [N, S] token ids of the batch at hand, likewise.
-        loss_scale: multiplies the losses' gradient: 1 / micro-batches of the step, times the loss
-            scale of fp16 training.
+        loss_scale: multiplies the losses' gradient, the loss scale of fp16 training included. As
+            processes average their gradients, it is exact at tokens of the micro-batch / (tokens
+            of the step in all processes / processes), padding not counted; with equal
+            micro-batches that is 1 / micro-batches of the step.
         tasks: [N] group of each sequence's task, None where the batch does not say.
         wants_tasks: whether the localised loss is on, so that `pop` reports it.
         managed: True when somebody sets loss_scale at each step; silences the warning about it.
@@ -50,14 +53,17 @@ class BalanceState:
     wants_tasks: bool = False
     warned_of_tasks: bool = False
     warned_of_bias: bool = False
-    loss_scale: float = 1.0
+    loss_scale: float | Tensor = 1.0
     managed: bool = False
     warned: bool = False
     count: int = 0
     sums: Tensor | None = None
 
-    def pop(self) -> dict[str, float] | None:
-        """Return the mean losses over the backward passes since the last call, and forget them.
+    def pop(self, total: Callable[[Tensor], Tensor] | None = None) -> dict[str, float] | None:
+        """Return the mean losses over the tokens since the last call, and forget them.
+
+        Args:
+            total: sums a tensor over processes, each of which then calls this; None keeps to one.
 
         Returns:
             {"router_aux_loss": 1 when balanced, "router_z_loss": ...} and, where it is on,
@@ -65,13 +71,15 @@ class BalanceState:
         """
         if self.sums is None:
             return None
-        balance, z, task = (self.sums / self.count).tolist()
+        sums = self.sums if total is None else total(self.sums)
+        balance, z, task, tokens = sums.tolist()
         self.count, self.sums = 0, None
-        known = {"router_aux_loss": balance, "router_z_loss": z}
-        return known | ({"router_task_loss": task} if self.wants_tasks else {})
+        tokens = max(tokens, 1)
+        known = {"router_aux_loss": balance / tokens, "router_z_loss": z / tokens}
+        return known | ({"router_task_loss": task / tokens} if self.wants_tasks else {})
 
     def record(self, terms: Tensor) -> None:
-        """Add one layer's (balance loss, z-loss, task loss) to the sums that `pop` reads."""
+        """Add one layer's [balance, z and task loss, each times tokens; tokens] for `pop`."""
         self.count += 1
         self.sums = terms if self.sums is None else self.sums + terms.to(self.sums.device)
 
@@ -102,7 +110,7 @@ class _AddGradient(torch.autograd.Function):
         ctx: Any,
         output: Tensor,
         loss: Tensor,
-        scale: float,
+        scale: float | Tensor,
         state: BalanceState | None,
         terms: Tensor,
         witness: Tensor | None,
@@ -118,7 +126,7 @@ class _AddGradient(torch.autograd.Function):
             ctx.state.record(ctx.terms)
             if ctx.witness is not None:
                 ctx.state.warn_of_accumulation(ctx.witness)
-        loss_grad = torch.full((), ctx.scale, dtype=ctx.dtype, device=grad.device)
+        loss_grad = torch.as_tensor(ctx.scale, dtype=ctx.dtype, device=grad.device)
         return grad, loss_grad, None, None, None, None
 
 
@@ -195,7 +203,9 @@ def add_balance(
             mask_T=mask_T,
         )
         loss = loss + settings.task * task
-    terms = torch.stack([balance.detach(), z.detach(), task.detach()])
+    tokens = balance.new_tensor(len(logits_TE)) if mask_T is None else mask_T.sum().to(balance)
+    found = torch.stack([balance.detach(), z.detach(), task.detach()]) * tokens
+    terms = torch.cat([found, tokens.reshape(1)])
     tracing = torch.compiler.is_compiling()  # a record kept in an attribute does not compile
     return _AddGradient.apply(  # type: ignore[no-any-return, no-untyped-call] # torch's own types
         output,

@@ -7,10 +7,11 @@ import json
 import re
 import warnings
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from peft.config import PeftConfig
-from peft.utils import PeftType
+from peft.utils import CONFIG_NAME, PeftType
 
 from rotmole.errors import AdapterError, ConfigError
 from rotmole.tuner.balance_rules import (
@@ -22,6 +23,8 @@ from rotmole.tuner.config_rules import (
     FORMAT_VERSION,
     choice_problems,
     count_problems,
+    fingerprint_problems,
+    foreign_module,
     notices,
     number_problems,
     rule_problems,
@@ -30,6 +33,13 @@ from rotmole.tuner.config_rules import (
 from rotmole.tuner.expert_rules import expert_notices, expert_problems, is_routed
 from rotmole.tuner.presets import preset_fields
 from rotmole.tuner.router_rules import router_notices, router_problems, router_rule_problems
+from rotmole.tuner.stored import WEIGHTS, header_problems, read_header, refuse_pickle
+
+REQUIRED = (
+    "base_model_name_or_path", "r", "lora_alpha", "num_experts", "top_k", "selection",
+    "norm_topk_prob", "rotation", "target_modules", "format_version",
+)  # fmt: skip
+"""Keys of a saved configuration without which a default would change the outputs silently."""
 
 # A key in a saved configuration that this version does not know changes the mathematics if it
 # speaks of one of these; PEFT's own future keys do not.
@@ -110,6 +120,8 @@ class RotMoleConfig(PeftConfig):  # type: ignore[misc] # peft ships no types
             the base weight's SVD and subtracts what balanced gates would add (GOAT); False draws
             everything at random, for tests.
         format_version: version of the saved format; set by the library.
+        base_fingerprint: what the base model looks like (rotmole.tuner.fingerprint); set by the
+            library when the adapter is put on a model, compared when a saved one is.
 
     Raises:
         ConfigError: (a ValueError) listing every setting that is wrong.
@@ -189,10 +201,18 @@ class RotMoleConfig(PeftConfig):  # type: ignore[misc] # peft ships no types
         default=True, metadata={"help": "True, gaussian, svd; False: random, for tests."}
     )
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Saved format."})
+    base_fingerprint: dict[str, Any] | None = field(
+        default=None, metadata={"help": "What the base model looks like."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType("ROTMOLE")
+        self.is_saved = self.base_fingerprint is not None  # only a saved one comes with it
+        foreign = foreign_module(self.auto_mapping)
+        if foreign:
+            warnings.warn(foreign, stacklevel=3)
+            self.auto_mapping: dict[str, Any] | None = None
         if isinstance(self.target_modules, (list, tuple)):
             self.target_modules = set(self.target_modules)  # as PEFT's own configs keep it
         if isinstance(self.exclude_modules, (list, tuple)):
@@ -201,7 +221,7 @@ class RotMoleConfig(PeftConfig):  # type: ignore[misc] # peft ships no types
             self.top_k = 2 if is_routed(self) else 1
         problems = [*count_problems(self), *number_problems(self), *choice_problems(self)]
         problems += [*target_problems(self), *expert_problems(self), *router_problems(self)]
-        problems += balance_problems(self)
+        problems += [*balance_problems(self), *fingerprint_problems(self)]
         broken = {re.split(r"[ \[]", problem, maxsplit=1)[0] for problem in problems}
         problems += [*rule_problems(self, broken), *router_rule_problems(self, broken)]
         problems += balance_rule_problems(self, broken)
@@ -240,6 +260,12 @@ class RotMoleConfig(PeftConfig):  # type: ignore[misc] # peft ships no types
         """
         if kwargs.get("peft_type", "ROTMOLE") != "ROTMOLE":
             return kwargs  # another method's file: PEFT makes that method's configuration of it
+        absent = [key for key in REQUIRED if key not in kwargs]
+        if absent and "peft_type" in kwargs:
+            raise AdapterError(
+                f"adapter_config.json: {', '.join(absent)} missing; without them the outputs could "
+                "change unseen, so save the adapter again or restore the file"
+            )
         known = {entry.name for entry in fields(cls)}
         problems = []
         for key in sorted(set(kwargs) - known):
@@ -253,6 +279,30 @@ class RotMoleConfig(PeftConfig):  # type: ignore[misc] # peft ships no types
                 "what it does to the outputs; update rotmole, or remove the key if it is a typo"
             )
         return kwargs
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> RotMoleConfig:
+        """Read a saved configuration; what lies beside it in a local folder is looked at as well.
+
+        Raises:
+            AdapterError: a key that changes the outputs is missing or unknown, or the weights are
+                a pickle, damaged, of no float format, or of another rank or number of experts.
+            ConfigError: a value is wrong.
+        """
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        local = (folder / CONFIG_NAME).is_file()
+        if local:
+            refuse_pickle(folder)
+        config: RotMoleConfig = super().from_pretrained(
+            pretrained_model_name_or_path, subfolder=subfolder, **kwargs
+        )
+        if local and (folder / WEIGHTS).is_file():
+            problems = header_problems(config, read_header(folder / WEIGHTS))
+            if problems:
+                raise AdapterError(f"{folder / WEIGHTS}: {'; '.join(problems)}")
+        return config
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:

@@ -150,6 +150,36 @@ def target_problems(config: RotMoleConfig) -> Iterator[str]:
         yield "layers_pattern is set, so layers_to_transform must be set as well"
 
 
+def fingerprint_problems(config: RotMoleConfig) -> Iterator[str]:
+    """Yield why a saved fingerprint of the base model cannot be one."""
+    saved = config.base_fingerprint
+    if saved is None:
+        return
+    rule = "it must hold architecture (text), shapes (names to text) and final_norm (text or null)"
+    if not isinstance(saved, dict) or saved.keys() != {"architecture", "shapes", "final_norm"}:
+        yield f"base_fingerprint is {saved!r}; {rule}"
+        return
+    words = [saved["architecture"], saved["final_norm"] or ""]
+    shapes = saved["shapes"]
+    if isinstance(shapes, dict):
+        words += [*shapes, *shapes.values()]
+    if not isinstance(shapes, dict) or not all(isinstance(word, str) for word in words):
+        yield f"base_fingerprint is {saved!r}; {rule}"
+
+
+def foreign_module(mapping: object) -> str | None:
+    """Return a notice if an auto_mapping names a module that is not transformers'."""
+    if mapping is None:
+        return None
+    library = mapping.get("parent_library") if isinstance(mapping, dict) else mapping
+    if isinstance(library, str) and library.partition(".")[0] == "transformers":
+        return None
+    return (
+        f"auto_mapping names the module {library!r}, which is not transformers' and so is never "
+        "imported for it; auto_mapping is ignored"
+    )
+
+
 def notices(config: RotMoleConfig) -> Iterator[str]:
     """Yield one sentence for each setting that cannot do what its name says."""
     routed = is_routed(config)

@@ -147,8 +147,8 @@ class Experts(nn.Module):
     ) -> tuple[Tensor, Routed | None]:
         """Return the addition [T, O] and, where there is a router, (its logits, the routing).
 
-        The routing is None where it was made inside; see `routing` and `paths.add`. A part of a block-routed
-        feed-forward block answers as `BlockPart.add` says.
+        The routing is None where it was made inside: see `routing`, `paths.add`. A part of a
+        block-routed feed-forward block answers as `BlockPart.add` says.
         """
         if part is not None:
             x_TD = x_TD.to(self.expert_A.dtype)

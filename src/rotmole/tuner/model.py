@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,9 +21,12 @@ from rotmole.tuner.balance import BalanceSettings, watch_masks
 from rotmole.tuner.blocks import block_part, check_blocks, plain_outside
 from rotmole.tuner.config import RotMoleConfig
 from rotmole.tuner.expert_rules import is_routed
-from rotmole.tuner.layer import Linear, RotMoleLayer, layer_widths
+from rotmole.tuner.fingerprint import base_fingerprint, compare_bases
+from rotmole.tuner.layer import Experts, Linear, RotMoleLayer, layer_widths
+from rotmole.tuner.names import check_adapter_name
 from rotmole.tuner.patterns import module_config
 from rotmole.tuner.scaling import check_stack, reads_ids, reads_sequences
+from rotmole.tuner.stored import check_state
 from rotmole.tuner.tasks import watch_tasks
 
 try:
@@ -70,7 +74,10 @@ class RotMoleModel(BaseTuner):  # type: ignore[misc] # peft ships no types
         Raises:
             NoTargetError: target_modules match nothing; names the nearest modules.
             ModelError: a matched module is of a type that cannot be adapted.
+            AdapterError: the name is no folder name, or a saved adapter belongs to another model.
         """
+        check_adapter_name(adapter_name)
+        self._check_base(model, self.peft_config[adapter_name])
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except ValueError as error:
@@ -81,6 +88,44 @@ class RotMoleModel(BaseTuner):  # type: ignore[misc] # peft ships no types
                 f"{error} The nearest module names are {', '.join(near)}."
             ) from error
         self._watch(model, adapter_name)
+
+    def _check_base(self, model: nn.Module, config: RotMoleConfig) -> None:
+        """Compare the model with the one a saved adapter was made for; note it in a new one."""
+        found = base_fingerprint(model)
+        if not config.is_saved or config.base_fingerprint is None:
+            config.base_fingerprint = found
+            return
+        here = getattr(model, "name_or_path", None)
+        notice = compare_bases(config.base_fingerprint, found, config.base_model_name_or_path, here)
+        if notice:
+            warnings.warn(notice, stacklevel=2)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Check an adapter's weights before torch copies the first of them.
+
+        Raises:
+            AdapterError: a tensor is missing, unknown, of another shape or format, or not finite.
+        """
+        expected: dict[str, tuple[int, ...]] = {}
+        for path, layer in self.named_modules():
+            if isinstance(layer, RotMoleLayer):
+                for name, experts in layer.rotmole_experts.items():
+                    if not isinstance(experts, Experts):  # wrapped, such as by FSDP1
+                        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+                        return
+                    place = f"{prefix}{path}.rotmole_experts.{name}."
+                    stored = [*experts.named_parameters(), *experts.named_buffers()]
+                    expected |= {place + n: tuple(t.shape) for n, t in stored}
+        tensors = [*self.named_parameters(remove_duplicate=False)]
+        tensors += [*self.named_buffers(remove_duplicate=False)]
+        check_state(expected, {prefix + name for name, _ in tensors}, state_dict)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the base model with its hooks; peft 0.20 goes past them, and the mask is lost."""
+        return self.model(*args, **kwargs)
 
     def _create_and_replace(
         self,

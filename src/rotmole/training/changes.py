@@ -1,0 +1,162 @@
+"""What may not change between a checkpoint and the run that goes on from it, and the difference."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rotmole.config.load import sft_arguments
+from rotmole.config.schema import RunFile
+from rotmole.errors import InputError
+from rotmole.training.checkpoint import read_seal
+from rotmole.training.manifest import versions
+from rotmole.training.ranks import world_size
+from rotmole.tuner.config import RotMoleConfig
+
+logger = logging.getLogger(__name__)
+
+_SHAPES = {
+    f"adapter.{name}"
+    for name in (
+        "r", "num_experts", "router", "rotation", "rotation_input", "rotation_planes",
+        "radar_rank", "rank_pattern", "target_modules", "exclude_modules", "layers_to_transform",
+        "layers_pattern", "modules_to_save", "trainable_token_indices",
+    )
+}  # fmt: skip
+"""Settings that decide which tensors there are; with others the checkpoint cannot be loaded."""
+
+_NOT_THE_ADAPTERS = (
+    "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision",
+    "inference_mode", "task_type",
+)  # fmt: skip
+_MODEL = ("name", "dtype", "revision", "quantization", "attn_implementation")
+_TRAINING = (
+    "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "learning_rate",
+    "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio", "weight_decay",
+    "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
+    "label_smoothing_factor", "neftune_noise_alpha", "bf16", "fp16", "train_sampling_strategy",
+    "dataloader_drop_last", "pad_to_multiple_of", "average_tokens_across_devices",
+)  # fmt: skip
+_LENGTH = ("training.max_steps", "training.num_train_epochs")
+_PACKAGES = ("rotmole", "torch", "transformers", "peft", "accelerate", "tokenizers")
+
+
+@dataclass(frozen=True)
+class Change:
+    """A fact that differs: its name, the checkpoint's value and this run's."""
+
+    name: str
+    saved: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f"{self.name} is {self.now!r}, the checkpoint has {self.saved!r}"
+
+
+def facts_of(run: RunFile) -> dict[str, Any]:
+    """Collect what decides a run's numbers and is known before anything is loaded.
+
+    Args:
+        run: a checked run file.
+
+    Returns:
+        Dotted name -> plain value: settings of adapter, model, training, optimizer and mixture,
+        seed, number of processes, versions. Where files lie is not among them, nor what is only
+        written, logged or evaluated.
+
+    Source: our choice.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they were shown when the run file was read
+        adapter = RotMoleConfig(task_type="CAUSAL_LM", **run.adapter).to_dict()
+    training = sft_arguments(run)
+    found: dict[str, Any] = {"seed": run.seed, "processes": world_size()}
+    found |= {f"adapter.{k}": v for k, v in adapter.items() if k not in _NOT_THE_ADAPTERS}
+    found |= {f"model.{name}": getattr(run.model, name) for name in _MODEL}
+    names = (*_TRAINING, *(name.partition(".")[2] for name in _LENGTH))
+    found |= {f"training.{name}": training[name] for name in names if name in training}
+    found |= {f"optimizer.{k}": v for k, v in run.optimizer.model_dump().items()}
+    found["data.temperature"] = run.data.temperature
+    found |= {f"data.tasks.{name}.weight": task.weight for name, task in run.data.tasks.items()}
+    found |= {f"version of {k}": v for k, v in versions().items() if k in _PACKAGES}
+    return {name: _plain(value) for name, value in found.items()}
+
+
+def loaded_facts(fingerprint: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
+    """Collect what decides a run's numbers and is known when model and data are loaded.
+
+    Args:
+        fingerprint: of the data, from rotmole.data.data_fingerprint.
+        dtype: of the base model's weights, which model.dtype: auto leaves to the machine.
+
+    Returns:
+        Dotted name -> plain value.
+
+    Source: our choice.
+    """
+    rows = {
+        f"rows of {task}": f"{entry['rows']} rows, sha256 {entry['sha256'][:12]}"
+        for task, entry in fingerprint["splits"]["train"].items()
+    }
+    return {"dtype of the base model": str(dtype).removeprefix("torch.")} | rows
+
+
+def check_changes(checkpoint: Path, now: Mapping[str, Any], *, allow: bool) -> list[str]:
+    """Compare this run with the one that a checkpoint is of; refuse what must not change.
+
+    Args:
+        checkpoint: a complete checkpoint.
+        now: facts of this run; those of the checkpoint that are not among them are not compared.
+        allow: go on with other settings, data, processes or versions.
+
+    Returns:
+        What differs, in words; each was also logged.
+
+    Raises:
+        InputError: tensors would have other shapes, or something else differs and `allow` is off.
+
+    Source: our choice. More or fewer updates are a reason to resume, so they are only told.
+    """
+    content = read_seal(checkpoint)
+    saved = content.get("facts", {}) if isinstance(content, dict) else {}
+    changes = [
+        Change(name, saved.get(name), now.get(name))
+        for name in now
+        if saved.get(name) != now.get(name)
+    ]
+    shapes = [change for change in changes if change.name in _SHAPES]
+    refused = [change for change in changes if change.name not in _LENGTH]
+    if shapes:
+        raise InputError(
+            f"cannot go on from {str(checkpoint)!r} with tensors of other shapes: "
+            f"{_join(shapes)}. Use the settings of the checkpoint, or another output_dir."
+        )
+    if refused and not allow:
+        raise InputError(
+            f"this run is not the one that {str(checkpoint)!r} is of: {_join(refused)}. Use what "
+            "the checkpoint has, or add --allow-change to go on all the same."
+        )
+    for change in changes:
+        logger.warning("going on with a change: %s", change)
+    return [str(change) for change in changes]
+
+
+def _join(changes: list[Change]) -> str:
+    return "; ".join(map(str, changes))
+
+
+def _plain(value: Any) -> Any:
+    """Turn a setting into what JSON gives back."""
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(_plain, value), key=str)
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return getattr(value, "value", value)  # an enum of text is its text
+    return str(getattr(value, "value", value))

@@ -1,0 +1,211 @@
+"""Stored weights: checked in the file, and again before a tensor reaches a layer."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rotmole.errors import AdapterError
+
+if TYPE_CHECKING:
+    from rotmole.tuner.config import RotMoleConfig
+
+WEIGHTS = "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
+EXPERTS = ".rotmole_experts."
+FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+"""Number formats a weight may have: safetensors' name -> torch's."""
+_LARGEST_HEADER = 100_000_000  # as in safetensors itself
+
+
+class Entry(NamedTuple):
+    """A tensor as a file's header describes it."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def refuse_pickle(folder: Path) -> None:
+    """Refuse a folder whose only weights are a pickle; the file is not opened.
+
+    Args:
+        folder: the adapter folder.
+
+    Raises:
+        AdapterError: there is adapter_model.bin and no adapter_model.safetensors.
+
+    Source: our choice.
+    """
+    if (folder / PICKLE).exists() and not (folder / WEIGHTS).is_file():
+        raise AdapterError(
+            f"{folder}: its weights are a pickle file ({PICKLE}), which can run code and is not "
+            "opened; save the adapter as safetensors"
+        )
+
+
+def read_header(file: Path) -> dict[str, Entry]:
+    """Read which tensors a safetensors file holds, without reading them.
+
+    Args:
+        file: the file.
+
+    Returns:
+        Name -> shape and number format.
+
+    Raises:
+        AdapterError: naming path, size, expected size and what to do.
+
+    Source: our choice.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as weights:
+            slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118 - no mapping
+            return {
+                name: Entry(tuple(part.get_shape()), part.get_dtype())
+                for name, part in slices.items()
+            }
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
+        size, expected = file.stat().st_size, _expected_size(file)
+        promised = f"its header promises {expected}" if expected else "it has no readable header"
+        raise AdapterError(
+            f"{file} is damaged ({size} bytes on disk, {promised}: {error}); copy or save it again"
+        ) from error
+
+
+def _expected_size(file: Path) -> int | None:
+    """Return the length that a safetensors header promises, None where there is no such header."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if not 0 < length <= _LARGEST_HEADER:
+            return None
+        try:
+            header = json.loads(stream.read(length))
+            ends = [entry["data_offsets"][1] for key, entry in header.items() if key[:2] != "__"]
+            return 8 + length + int(max(ends, default=0))
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+            return None
+
+
+def header_problems(config: RotMoleConfig, header: Mapping[str, Entry]) -> list[str]:
+    """Compare a file's header with the configuration beside it; no model is needed.
+
+    Args:
+        config: the adapter's configuration.
+        header: from `read_header`.
+
+    Returns:
+        One sentence per problem.
+
+    Source: our choice.
+    """
+    problems = [
+        f"tensor {name!r} is stored as {entry.dtype}; weights are {', '.join(FLOATS.values())}"
+        for name, entry in header.items()
+        if entry.dtype not in FLOATS
+    ]
+    factors = {name: entry.shape for name, entry in header.items() if name.endswith("expert_B")}
+    if not factors:
+        return [*problems, "it holds no tensor expert_B, so it is no adapter of this method"]
+    allowed = {
+        "num_experts": _values(config, "num_experts"),
+        "r": _values(config, "r", "rank_pattern"),
+    }
+    for axis, (setting, values) in enumerate(allowed.items()):
+        odd = {shape[axis] if len(shape) == 3 else shape for shape in factors.values()} - values
+        if odd:
+            rule = " or ".join(str(value) for value in sorted(values))
+            had = ", ".join(str(value) for value in sorted(odd, key=str))
+            problems.append(f"{setting} is {rule} in adapter_config.json, the weights have {had}")
+    return problems
+
+
+def _values(config: RotMoleConfig, name: str, pattern: str = "") -> set[Any]:
+    """Return the values that a count has, its exceptions by module or depth included."""
+    exceptions = getattr(config, pattern or f"{name}_pattern", None) or {}
+    listed = exceptions.values() if isinstance(exceptions, dict) else exceptions
+    return {getattr(config, name), *listed}
+
+
+def value_problems(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[str]:
+    """Yield one sentence for each tensor that no layer may receive.
+
+    Args:
+        tensors: names and values.
+
+    Returns:
+        Sentences about number formats, NaN and Inf, with their count.
+
+    Source: our choice.
+    """
+    for name, tensor in tensors:
+        kind = str(tensor.dtype).removeprefix("torch.")
+        if kind not in FLOATS.values():
+            yield f"tensor {name!r} is stored as {kind}; weights are {', '.join(FLOATS.values())}"
+        elif type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta:
+            wrong = int(tensor.numel() - torch.isfinite(tensor).sum())
+            if wrong:
+                yield f"tensor {name!r} holds {wrong} values that are NaN or infinite"
+
+
+def check_state(
+    expected: Mapping[str, tuple[int, ...]], known: set[str], state: Mapping[str, Tensor]
+) -> None:
+    """Check all tensors of one or more adapters before the first one is copied.
+
+    Args:
+        expected: names and shapes of the experts' tensors in the model.
+        known: names of all tensors of the model.
+        state: what is about to be loaded; without a tensor of an adapter nothing is checked.
+
+    Raises:
+        AdapterError: tensors are missing, unknown, of other shapes or formats, or not finite.
+
+    Source: our choice.
+    """
+    ours = {name for name in state if EXPERTS in name}
+    adapters = {_adapter_of(name) for name in ours & expected.keys()}
+    if not ours:
+        return
+    missing = [
+        n for n in expected if n not in state and (_adapter_of(n) in adapters or not adapters)
+    ]
+    whole_model = any(".base_layer." in name for name in state)
+    unknown = sorted((ours - expected.keys()) if whole_model else (state.keys() - known))
+    problems = [_counted(missing, "missing"), _counted(unknown, "unknown to this model")]
+    present = {name: state[name] for name in sorted(ours & expected.keys())}
+    problems += [
+        f"tensor {name!r} has shape {tuple(tensor.shape)}, this model needs {expected[name]} "
+        "(another rank, number of experts or base model)"
+        for name, tensor in present.items()
+        if tuple(tensor.shape) != expected[name]
+    ]
+    checked = present if whole_model else {name: state[name] for name in state.keys() & known}
+    problems += value_problems(sorted(checked.items()))
+    found = [problem for problem in problems if problem]
+    if found:
+        more = f"; and {len(found) - 4} more" if len(found) > 4 else ""
+        raise AdapterError(
+            f"the stored adapter does not fit, and nothing of it was loaded: "
+            f"{'; '.join(found[:4])}{more}. Save it again, or load it on its own base model."
+        )
+
+
+def _adapter_of(name: str) -> str:
+    """Return the adapter's name in ``path.rotmole_experts.<adapter>.<parameter>``."""
+    return re.split(re.escape(EXPERTS), name)[-1].partition(".")[0]
+
+
+def _counted(names: list[str], what: str) -> str:
+    """Say how many tensors, and which; more than eight are cut short."""
+    if not names:
+        return ""
+    shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    return f"{len(names)} tensor{'s are' if len(names) > 1 else ' is'} {what}: {shown}"

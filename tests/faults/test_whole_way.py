@@ -1,0 +1,215 @@
+"""From start to end through the command line: offline, odd paths, no pickle, no memory, no code."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+Command = Callable[..., Any]
+
+WATCH = """
+import os, sys, torch
+seen = open({log!r}, "a", buffering=1)
+def audit(event, arguments):
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname"):
+        seen.write(f"network {{arguments}}\\n")
+    if event == "pickle.find_class":
+        seen.write(f"pickle {{arguments}}\\n")
+sys.addaudithook(audit)
+load = torch.load
+def noted(file, *args, **kwargs):
+    seen.write(f"torch.load {{file}} weights_only={{kwargs.get('weights_only')}}\\n")
+    return load(file, *args, **kwargs)
+torch.load = noted
+"""
+
+
+def with_validation(settings: dict, folder: Path) -> dict:
+    rows = (folder / "rows.jsonl").read_text(encoding="utf-8")
+    (folder / "more.jsonl").write_text(rows, encoding="utf-8")
+    settings["data"]["tasks"]["sums"]["files"]["validation"] = "more.jsonl"
+    settings["training"] |= {"save_steps": 1, "eval_steps": 1, "logging_steps": 1}
+    settings["evaluation"] = {"limit": 2, "max_new_tokens": 2}
+    return settings
+
+
+def test_offline_from_start_to_end_and_nothing_is_unpickled_but_the_trainers_own_state(
+    command: Command, settings: dict, tmp_path: Path
+) -> None:
+    """Train, resume, eval, generate, doctor with HF_HUB_OFFLINE=1, in a process each."""
+    log, out = tmp_path / "seen.txt", Path(settings["output_dir"])
+    options = {"before": WATCH.format(log=str(log)), "HF_HUB_OFFLINE": "1"}
+    given = with_validation(settings, tmp_path)
+    assert command("train", given, cold=True, **options).code == 0
+    assert command("eval", None, out, **options).code == 0
+    assert command("generate", None, out, "1 plus", "--max-new-tokens", 2, **options).code == 0
+    assert command("doctor", None, out / "adapter", **options).code == 0
+    assert not [line for line in log.read_text().splitlines() if "network" in line]
+    assert not [line for line in log.read_text().splitlines() if line.startswith("pickle")]
+    shutil.rmtree(out / "adapter")  # an unfinished run
+    shutil.rmtree(out / "checkpoint-2")
+    log.write_text("")
+    said = command("train", given, "--resume", "auto", **options)
+    assert said.code == 0, said.error
+    lines = log.read_text().splitlines()
+    loaded = [line.split() for line in lines if line.startswith("torch.load")]
+    assert loaded
+    assert all(Path(path).is_relative_to(out / "checkpoint-1") for _, path, _ in loaded)
+    assert all(flag in ("weights_only=True", "weights_only=None") for _, _, flag in loaded), loaded
+    assert not [line for line in lines if "network" in line]
+    written = [path for path in out.rglob("*") if path.suffix in (".bin", ".pkl", ".pickle")]
+    assert {path.name for path in written} <= {"training_args.bin"}
+
+
+@pytest.mark.parametrize("name", ["ünïcödé 模型", "with space", "наборы'\"$(x)"])
+def test_paths_in_any_script(command: Command, settings: dict, tmp_path: Path, name: str) -> None:
+    odd = tmp_path / name
+    shutil.copytree(settings["model"]["name"], odd / "base")
+    shutil.copy(tmp_path / "rows.jsonl", odd / f"{name}.jsonl")
+    settings["model"]["name"] = str(odd / "base")
+    settings["output_dir"] = str(odd / "run")
+    settings["data"]["root"] = str(odd)
+    settings["data"]["tasks"] = {
+        name: {"source": "jsonl", "files": {"train": f"{name}.jsonl"}},
+    }
+    said = command("train", settings)
+    assert said.code == 0, said.error
+    assert load_file(odd / "run/adapter/adapter_model.safetensors")
+    said = command("generate", None, odd / "run", "1 plus", "--max-new-tokens", 2)
+    assert said.code == 0, said.error
+
+
+def test_a_terminal_that_cannot_show_a_letter(
+    command: Command, settings: dict, tmp_path: Path
+) -> None:
+    """Truly cold: the encoding of the streams is fixed when Python starts."""
+    settings["output_dir"] = str(tmp_path / "模型")
+    said = command("train", settings, cold=True, PYTHONIOENCODING="ascii")
+    assert said.code == 0, said.error
+    assert "\\u6a21" in said.output
+    (tmp_path / "模型/adapter/adapter_model.safetensors").unlink()
+    said = command("doctor", None, tmp_path / "模型/adapter", PYTHONIOENCODING="ascii")
+    assert said.code == 2
+
+
+SMALL = """
+import resource
+used = int(open("/proc/self/statm").read().split()[0]) * 4096
+resource.setrlimit(resource.RLIMIT_AS, (used + {room}, used + {room}))
+"""
+
+
+def test_out_of_memory_is_one_sentence_with_advice(
+    command: Command, settings: dict, tmp_path: Path
+) -> None:
+    """The real allocator refuses: the process may grow by 400 MB, the batch needs more."""
+    row = json.dumps({"prompt": "x " * 1800, "completion": " 2"}) + "\n"
+    (tmp_path / "rows.jsonl").write_text(row * 32)
+    settings["training"] |= {"per_device_train_batch_size": 32, "max_length": 4000}
+    settings["model"]["attn_implementation"] = "eager"
+    said = command("train", settings, before=SMALL.format(room=400_000_000))
+    assert said.code == 1, said.error
+    for words in ("out of memory", "per_device_train_batch_size", "max_length", "quantization"):
+        assert words in said.error, said.error
+    assert not (Path(settings["output_dir"]) / "adapter").exists()
+
+
+REMOTE = """
+from pathlib import Path
+Path({mark!r}).touch()
+from transformers import LlamaConfig, LlamaForCausalLM
+class OddConfig(LlamaConfig):
+    model_type = "odd"
+class OddModel(LlamaForCausalLM):
+    config_class = OddConfig
+"""
+
+
+def test_code_of_a_model_runs_by_the_flag_alone(
+    command: Command, settings: dict, base: Path, tmp_path: Path
+) -> None:
+    odd, mark = tmp_path / "odd", tmp_path / "it ran"
+    shutil.copytree(base, odd)
+    (odd / "odd.py").write_text(REMOTE.format(mark=str(mark)))
+    config = json.loads((odd / "config.json").read_text())
+    config |= {"model_type": "odd", "architectures": ["OddModel"]}
+    config["auto_map"] = {"AutoConfig": "odd.OddConfig", "AutoModelForCausalLM": "odd.OddModel"}
+    (odd / "config.json").write_text(json.dumps(config))
+    settings["model"]["name"] = str(odd)
+    env = {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    for verb in ("check", "train"):
+        said = command(verb, settings, **env)
+        assert said.code == 2
+        assert "--trust-remote-code" in said.error
+    settings["model"]["trust_remote_code"] = True
+    assert command("check", settings, **env).code == 2  # a run file has no such setting
+    del settings["model"]["trust_remote_code"]
+    said = command("train", settings, "training.trust_remote_code=true", **env)
+    assert said.code == 2
+    assert not mark.exists()
+    before = (
+        f"import transformers.dynamic_module_utils as d\nd.HF_MODULES_CACHE = {str(tmp_path)!r}"
+    )
+    said = command("train", settings, "--trust-remote-code", before=before, **env)
+    assert said.code == 0, said.error
+    assert mark.exists()
+
+
+def test_debug_shows_the_traceback_and_nothing_else_does(command: Command, adapter: Path) -> None:
+    (adapter / "adapter_config.json").write_text("{")
+    said = command("generate", None, adapter, "x", cold=True)
+    assert said.code == 2
+    assert said.error.count("\n") == 1
+    said = command("generate", None, adapter, "x", "--debug", traceback=True)
+    assert said.code == 2
+    assert "Traceback" in said.error
+
+
+def test_rows_1_and_4_truly_cold(command: Command, settings: dict, adapter: Path) -> None:
+    file = adapter / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-3])
+    said = command("generate", None, adapter, "x", cold=True)
+    assert said.code == 2
+    assert "its header promises" in said.error
+    settings["adapter"]["num_expert"] = 3
+    said = command("check", settings, cold=True)
+    assert said.code == 2
+    assert "did you mean 'num_experts'" in said.error
+
+
+@contextmanager
+def ignored() -> Iterator[None]:
+    """PEFT itself warns of names that are part of its prefix, such as the empty one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def test_row_12_names_that_lead_elsewhere(command: Command, settings: dict, tmp_path: Path) -> None:
+    from peft import get_peft_model
+
+    import rotmole
+    import tiny
+
+    config = rotmole.RotMoleConfig(r=4, target_modules=["q_proj"])
+    for name in ("/abs", "../x", "a/b", "", ".", "..", "a\\b", "a.b", "x\0", " a", "C:", "é" * 200):
+        with pytest.raises(rotmole.AdapterError, match="one folder name"), ignored():
+            get_peft_model(tiny.llama(), config, name)
+    model = get_peft_model(tiny.llama(), config, "schön 1")
+    with pytest.raises(rotmole.AdapterError, match="one folder name"):
+        model.add_adapter("../x", config)
+    model.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved/schön 1/adapter_model.safetensors").is_file()
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", "saved"}
+    settings["output_dir"] = ""
+    said = command("train", settings)
+    assert said.code == 2
+    assert "output_dir" in said.error

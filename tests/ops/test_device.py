@@ -1,0 +1,53 @@
+"""Every tensor that an operation makes lies where its input lies; `meta` stands for a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ops_cases import VARIANTS, Variant, make
+
+from rotmole.ops import load_balance_loss, route, router_z_loss, usage
+from rotmole.ops.routing import router_logits
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_the_layer_computes_where_its_input_is(variant: Variant) -> None:
+    problem = make(variant, 1, T=4, E=3, K=2, R=4, D=5, O=6)
+    elsewhere = problem.map(lambda _, t: t.to("meta"))
+    elsewhere.keep_TD = problem.keep_TD.to("meta")
+    for options in ({}, {"selection": "dense"}, {"norm_topk_prob": False}):
+        elsewhere.route_options = options
+        y = elsewhere.leaves().run()
+        assert y.device.type == "meta"
+        assert y.shape == (4, 6)
+        y.sum().backward()
+
+
+def test_routing_and_balance_compute_where_their_input_is() -> None:
+    x, router = torch.randn(6, 5, device="meta"), torch.randn(3, 5, device="meta")
+    logits = router_logits(x, router)
+    routing = route(logits, top_k=2)
+    mask = torch.ones(6, dtype=torch.bool, device="meta")
+    sequence = torch.zeros(6, dtype=torch.long, device="meta")
+    found = [
+        load_balance_loss(routing.probability_TE, routing.selected_TE),
+        load_balance_loss(routing.probability_TE, routing.selected_TE, mask_T=mask),
+        load_balance_loss(
+            routing.probability_TE, routing.selected_TE, sequence_T=sequence, sequences=2
+        ),
+        router_z_loss(logits, mask),
+        usage(routing.selected_TE, mask),
+    ]
+    assert all(tensor.device.type == "meta" for tensor in found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_router_logits_are_the_product_in_at_least_float32(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, router = torch.randn(4, 5, dtype=dtype), torch.randn(3, 5, dtype=dtype)
+    wanted = x.double() @ router.double().T
+    wide = torch.promote_types(dtype, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype != torch.float64):
+        logits = router_logits(x, router)
+    assert logits.dtype == wide
+    torch.testing.assert_close(logits, wanted.to(wide), rtol=1e-6, atol=1e-6)

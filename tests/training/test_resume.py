@@ -1,0 +1,195 @@
+"""Going on from a checkpoint: equal to the last bit, wherever it was cut, and what it may lack."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from rotmole.errors import InputError, NonFiniteError
+from rotmole.training.callbacks import TIMING_SUFFIXES, read_metrics
+from rotmole.training.checkpoint import checkpoints, faults, step_of
+from rotmole.training.run import TrainResult, train
+from training_cases import run_file
+
+UPDATES, EPOCH = 20, 15
+LAYOUT = {
+    "max_steps": UPDATES, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
+    "logging_steps": 4, "logging_first_step": False, "save_steps": 1, "eval_steps": 1,
+    "save_total_limit": 30,
+}  # fmt: skip
+
+
+def comparable(run_dir: Path) -> list[dict]:
+    return [
+        {name: value for name, value in row.items() if not name.endswith(TIMING_SUFFIXES)}
+        for row in read_metrics(run_dir / "metrics.jsonl")
+    ]
+
+
+@pytest.fixture(scope="module")
+def straight(model_folder, data_folder, tmp_path_factory) -> TrainResult:
+    """Two epochs cut short; a checkpoint after every update, a log line after every fourth."""
+    output = tmp_path_factory.mktemp("runs") / "straight"
+    return train(run_file(model_folder, data_folder, output, **LAYOUT), progress=False)
+
+
+@pytest.fixture
+def cut(straight, tmp_path) -> Callable[..., Path]:
+    """A function that makes the folder of a run that died after an update, elsewhere."""
+
+    def make(step: int, keep: int = UPDATES) -> Path:
+        folder = tmp_path / "cut"
+        shutil.copytree(straight.run_dir, folder)
+        shutil.rmtree(folder / "adapter")
+        for path in checkpoints(folder):
+            if not step - keep < step_of(path) <= step:
+                shutil.rmtree(path)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def again(model_folder, data_folder) -> Callable[..., TrainResult]:
+    """A function that goes on in a folder."""
+
+    def resume(folder: Path, *, layout: dict | None = None, **options) -> TrainResult:
+        run = run_file(model_folder, data_folder, folder, **(LAYOUT | (layout or {})))
+        return train(run, progress=False, **({"resume": "auto"} | options))
+
+    return resume
+
+
+def assert_equal(first: Path, second: Path) -> None:
+    """Weights of two checkpoints, and every tensor and number of the optimizers."""
+    saved = [load_file(path / "adapter_model.safetensors") for path in (first, second)]
+    for name, value in saved[0].items():
+        assert torch.equal(value, saved[1][name]), name
+    states = [torch.load(p / "optimizer.pt", weights_only=True) for p in (first, second)]
+    assert states[0]["param_groups"] == states[1]["param_groups"]
+    for key, state in states[0]["state"].items():
+        for name, value in state.items():
+            assert torch.equal(value, states[1]["state"][key][name]), (key, name)
+
+
+@pytest.mark.parametrize("step", [1, EPOCH - 1, EPOCH, EPOCH + 1, UPDATES - 1])
+def test_a_resumed_run_is_the_straight_run(straight, cut, again, step):
+    """Start, inside and end of an epoch; between log lines; every line, weight and state."""
+    folder = cut(step)
+    resumed = again(folder)
+    assert comparable(folder) == comparable(straight.run_dir)
+    assert_equal(folder / f"checkpoint-{UPDATES}", straight.run_dir / f"checkpoint-{UPDATES}")
+    best = Path(resumed.best_checkpoint)
+    assert best == folder / Path(straight.best_checkpoint).name
+    ours, theirs = [
+        load_file(f / "adapter" / "adapter_model.safetensors") for f in (folder, straight.run_dir)
+    ]
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    told = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["resumes"]
+    assert told == [{"from": f"checkpoint-{step}", "changes": []}]
+
+
+def test_the_balance_loss_between_log_lines_is_carried(straight, cut, again):
+    """The line after a cut is a mean over updates before and after it."""
+    folder = cut(6)
+    again(folder, layout={"max_steps": 8})
+    lines = [[r for r in read_metrics(f / "metrics.jsonl") if r.get("step") == 8 and "loss" in r]
+             for f in (folder, straight.run_dir)]  # fmt: skip
+    assert lines[0][0]["router_aux_loss"] == lines[1][0]["router_aux_loss"]
+    assert lines[0][0]["loss"] == lines[1][0]["loss"]
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_lost_state_is_refused_unless_weights_are_enough(cut, again, straight, name):
+    folder = cut(6, keep=1)
+    (folder / "checkpoint-6" / name).unlink()
+    with pytest.raises(InputError, match=f"checkpoint-6: {name} is missing, or add"):
+        again(folder)
+    with pytest.raises(InputError, match=name):
+        again(folder, resume=str(folder / "checkpoint-6"))
+    layout = {"max_steps": 8, "logging_steps": 1}
+    resumed = again(folder, weights_only=True, layout=layout)
+    rows = [r for r in read_metrics(folder / "metrics.jsonl") if "learning_rate" in r]
+    assert [r["step"] for r in rows if r["step"] > 6] == [7, 8]
+    assert resumed.steps == 8
+
+
+def test_weights_only_keeps_the_schedule_and_forgets_the_moments(cut, again, straight):
+    folder = cut(6, keep=1)
+    (folder / "checkpoint-6" / "optimizer.pt").unlink()
+    again(folder, weights_only=True, layout={"logging_steps": 1})
+    states = [
+        torch.load(f / "checkpoint-20" / "optimizer.pt", weights_only=True)
+        for f in (folder, straight.run_dir)
+    ]
+    assert [state["state"][0]["step"].item() for state in states] == [14, 20]
+    rates = [
+        torch.load(f / "checkpoint-20" / "scheduler.pt", weights_only=True)["_last_lr"]
+        for f in (folder, straight.run_dir)
+    ]
+    assert rates[0] == rates[1]
+
+
+def test_a_damaged_best_is_forgotten_and_said(cut, again, straight, caplog):
+    best_at = {
+        step_of(path): json.loads((path / "trainer_state.json").read_text())["best_global_step"]
+        for path in checkpoints(straight.run_dir)
+    }
+    step = next(step for step, best in best_at.items() if best != step)
+    folder = cut(step)
+    best = folder / f"checkpoint-{best_at[step]}"
+    (best / "adapter_model.safetensors").write_bytes(b"")
+    resumed = again(folder, layout={"max_steps": step + 1})
+    assert f"{best}, the best so far, is gone or damaged" in caplog.text
+    assert Path(resumed.best_checkpoint).name == f"checkpoint-{step + 1}"
+
+
+def test_a_best_that_is_damaged_at_the_end_costs_no_result(straight, cut, again, caplog):
+    folder = cut(18)
+
+    class Rot(TrainerCallback):
+        """Strikes when training says that it is done, before the best is loaded."""
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if "train_loss" in logs:
+                path = Path(state.best_model_checkpoint, "adapter_model.safetensors")
+                path.write_bytes(path.read_bytes()[:-1])
+
+    resumed = again(folder, callbacks=[Rot()])
+    assert "the last weights are the result" in caplog.text
+    assert resumed.best_checkpoint is None
+    ours = load_file(folder / "adapter" / "adapter_model.safetensors")
+    last = load_file(straight.run_dir / "checkpoint-20" / "adapter_model.safetensors")
+    assert all(torch.equal(value, last[name]) for name, value in ours.items())
+
+
+def test_a_poisoned_layer_is_named_with_its_rows(model_folder, data_folder, tmp_path):
+    """Exit 3 before the update; the checkpoint before it is whole and training goes on from it."""
+
+    class Poison(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 2:
+                layer = model.get_base_model().model.layers[1].mlp
+                layer.register_forward_hook(lambda module, args, output: output * float("nan"))
+
+    run = run_file(model_folder, data_folder, tmp_path / "run", **LAYOUT)
+    with pytest.raises(NonFiniteError, match=r"first seen in .*layers\.1\.mlp") as caught:
+        train(run, progress=False, callbacks=[Poison()])
+    assert caught.value.exit_code == 3
+    failure = json.loads((tmp_path / "run" / "failure.json").read_text(encoding="utf-8"))
+    assert (failure["update"], failure["kind"], failure["value"]) == (3, "loss", "nan")
+    assert failure["layer"].endswith("layers.1.mlp")
+    assert failure["micro_batch"] == 0
+    assert len(failure["rows"]) == 4
+    newest = checkpoints(tmp_path / "run")[-1]
+    assert (newest.name, faults(newest)) == ("checkpoint-2", [])
+    resumed = train(run, progress=False, resume="auto")
+    assert resumed.steps == UPDATES
+    assert not (tmp_path / "run" / "failure.json").exists()

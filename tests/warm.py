@@ -1,0 +1,128 @@
+"""Processes that start warm: one interpreter imports everything once, then forks each of them.
+
+`run(jobs, folder)` starts that interpreter and waits. A job is {"call": "module:function",
+"arguments": {...}, "processes": 2}: so many forks, each a rank of one gloo group, call the
+function; what a rank prints goes to files, and its exit code is what the function returns.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+IMPORTS = ("torch.distributed.fsdp", "peft", "rotmole.cli.train", "rotmole.training.run")
+
+
+@dataclass(frozen=True)
+class Rank:
+    """What one process did."""
+
+    code: int
+    out: str
+    err: str
+
+
+def run(jobs: Sequence[dict[str, Any]], folder: Path, timeout: float = 900) -> list[list[Rank]]:
+    """Run jobs one after the other; return for each its ranks."""
+    folder.mkdir(parents=True, exist_ok=True)
+    words = [sys.executable, __file__, json.dumps(list(jobs)), str(folder)]
+    done = subprocess.run(words, timeout=timeout, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return [
+        [_rank(folder, job, rank, code) for rank, code in enumerate(codes)]
+        for job, codes in enumerate(json.loads(done.stdout))
+    ]
+
+
+def command(words: list[str]) -> int:
+    """Run a command of rotmole."""
+    from rotmole_cli import main
+
+    return main(words)
+
+
+def stopped_command(words: list[str]) -> int:
+    """Run a command; the second rank alone is sent SIGTERM, when its second update ends."""
+    from transformers import TrainerCallback
+
+    from rotmole.training import build
+
+    class Stop(TrainerCallback):
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 1 and os.environ["RANK"] == "1":
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    wire = build.build_trainer
+    build.build_trainer = lambda *args, **kwargs: _with(wire(*args, **kwargs), Stop())
+    return command(words)
+
+
+def _with(trainer: Any, callback: Any) -> Any:
+    trainer.add_callback(callback)
+    return trainer
+
+
+def _rank(folder: Path, job: int, rank: int, code: int) -> Rank:
+    texts = [(folder / f"{job}.{rank}.{name}").read_text(encoding="utf-8") for name in _STREAMS]
+    return Rank(code, *texts)
+
+
+_STREAMS = ("out", "err")
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def _run_job(number: int, job: dict[str, Any], folder: Path) -> list[int]:
+    world, port = job.get("processes", 1), str(free_port())
+    pids = []
+    for rank in range(world):
+        pid = os.fork()
+        if pid == 0:
+            if world > 1:
+                os.environ |= {
+                    "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
+                    "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+                }  # fmt: skip
+            _be_rank(job, [folder / f"{number}.{rank}.{name}" for name in _STREAMS])
+        pids.append(pid)
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+
+
+def _be_rank(job: dict[str, Any], files: list[Path]) -> None:
+    """Become one rank; never returns."""
+    for stream, file in zip((1, 2), files, strict=True):
+        os.dup2(os.open(file, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), stream)
+    code = 1
+    try:
+        module, _, name = job["call"].partition(":")
+        code = getattr(importlib.import_module(module), name)(**job.get("arguments", {})) or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # gloo's own tear-down may abort after all went well
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # as the command line does, before imports
+    for name in IMPORTS:
+        importlib.import_module(name)
+    importlib.import_module("torch").set_num_threads(1)
+    jobs, folder = json.loads(sys.argv[1]), Path(sys.argv[2])
+    print(json.dumps([_run_job(number, job, folder) for number, job in enumerate(jobs)]))
