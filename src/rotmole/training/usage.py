@@ -40,6 +40,7 @@ class UsageCallback(TrainerCallback):
         self.masks: list[BalanceState] = []
         self.handles: list[Any] = []
         self.warned = False
+        self.counting = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -47,7 +48,7 @@ class UsageCallback(TrainerCallback):
         """Hook the experts that choose: more than one, not all of them."""
         model = kwargs["model"]
         for name, module in model.named_modules():
-            if isinstance(module, Experts) and module.selection == "top_k":
+            if isinstance(module, Experts) and module.scaling_gate.selection == "top_k":
                 self.handles.append(module.register_forward_hook(self._counter(name, module)))
         if self.handles:
             base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -58,9 +59,12 @@ class UsageCallback(TrainerCallback):
     def _counter(self, name: str, experts: Experts) -> Any:
         def count(module: torch.nn.Module, args: Any, output: Any) -> None:
             routed = output[1] if isinstance(output, tuple) and len(output) == 2 else None
-            if not module.training or routed is None or torch.compiler.is_compiling():
+            if not (self.counting and module.training) or routed is None:
                 return
-            routing: Routing = routed[1]
+            if torch.compiler.is_compiling():
+                return
+            logits_TE, given = routed
+            routing: Routing = experts.routing(logits_TE.detach()) if given is None else given
             chosen_TE = routing.selected_TE.detach()
             if experts.top_k >= chosen_TE.shape[1]:
                 return
@@ -76,8 +80,14 @@ class UsageCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Forget the update before: a figure never spans a resume or a log interval."""
+        """Forget the update before: a figure never spans a resume or a log interval.
+
+        Counting takes time in every layer, so it waits for updates that will be logged.
+        """
         self.chosen = {}
+        every = state.logging_steps if args.logging_strategy == "steps" else 1
+        first = args.logging_first_step and state.global_step == 0
+        self.counting = first or (state.global_step + 1) % max(int(every), 1) == 0
 
     def on_log(
         self,
