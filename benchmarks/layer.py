@@ -16,9 +16,21 @@ from typing import Any
 
 import torch
 from common import (
-    SHAPES, Row, adapter_config, alternate, finish, lora_like, lora_name, parser, ratio, run,
-    saved_mib, show, spread, start,
-)  # fmt: skip
+    SHAPES,
+    Row,
+    adapter_config,
+    alternate,
+    finish,
+    lora_like,
+    lora_name,
+    parser,
+    ratio,
+    run,
+    saved_mib,
+    show,
+    spread,
+    start,
+)
 from cost import Layer
 from peft import get_peft_model
 from torch import Tensor, nn

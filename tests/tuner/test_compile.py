@@ -22,6 +22,9 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:# The axis name:UserWarning",
 )
 
+# the ordinary lane compiles one mode, the heavy one the others
+HEAVY = [pytest.param(name, marks=pytest.mark.heavy) for name in ("none", "plane", "givens")]
+
 
 def _adapted(rotation: str, **settings: object) -> PeftModel:
     config = RotMoleConfig(
@@ -68,39 +71,27 @@ def test_inductor_compiles_training_and_evaluation_into_one_graph(
     assert counters["stats"]["unique_graphs"] == 2  # one for training, one for evaluation
 
 
-class _Block(nn.Module):
-    """Two linear layers on [batch, length, width], as small as a compiled model can be."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(16, 24), nn.Linear(24, 16)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(torch.relu(self.up(x)))
-
-
 def _one_step(run: nn.Module, model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     """Return the output and, in training, every gradient."""
     if not model.training:
         with torch.no_grad():
             return [run(x)]
     model.zero_grad()
+    x = x.clone().requires_grad_()
     y = run(x)
-    y.square().sum().backward()
-    return [y.detach(), *(p.grad for p in model.parameters() if p.requires_grad)]
+    y.square().mean().backward()
+    return [y.detach(), x.grad, *(p.grad for p in model.parameters() if p.requires_grad)]
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-@pytest.mark.parametrize("rotation", ["none", "tangent", "plane", "givens"])
+@pytest.mark.parametrize("rotation", ["tangent", *HEAVY])
 def test_inductor_compiles_once_and_once_more_for_other_shapes(
     rotation: str, training: bool
 ) -> None:
     torch.manual_seed(0)
     torch._dynamo.reset()
-    config = RotMoleConfig(
-        rotation=rotation, r=4, target_modules=["up", "down"], init_weights=False
-    )
-    model = get_peft_model(_Block(), config).train(training)
+    config = RotMoleConfig(rotation=rotation, r=4, target_modules=["0"], init_weights=False)
+    model = get_peft_model(nn.Sequential(nn.Linear(16, 24)), config).train(training)
     counters = torch._dynamo.utils.counters
     counters.clear()
     compiled = torch.compile(model, fullgraph=True)
@@ -117,7 +108,7 @@ def test_inductor_compiles_once_and_once_more_for_other_shapes(
             x = torch.randn(batch, length, 16)
             ours = [tensor.clone() for tensor in _one_step(compiled, model, x)]
             for mine, eager in zip(ours, _one_step(model, model, x), strict=True):
-                torch.testing.assert_close(mine, eager, rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(mine, eager, rtol=1e-4, atol=1e-4)
     assert counters["stats"]["unique_graphs"] == 2
     assert not counters["graph_break"]
 
@@ -160,10 +151,7 @@ def test_strict_export_with_dynamic_batch_and_length_is_exact(rotation: str) -> 
             assert torch.equal(program(ids), model(ids))
 
 
-@pytest.mark.parametrize(
-    "rotation",
-    ["none", "tangent", *(pytest.param(r, marks=pytest.mark.heavy) for r in ("plane", "givens"))],
-)
+@pytest.mark.parametrize("rotation", ["tangent", *HEAVY])
 def test_onnxruntime_runs_an_adapted_model_with_any_batch_and_length(rotation: str) -> None:
     model = _Logits(_adapted(rotation)).eval()
     batch, length = (
