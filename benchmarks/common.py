@@ -158,6 +158,7 @@ def start(given: argparse.Namespace) -> None:
     """Set threads and seed; with --quick two rounds are enough."""
     import torch
 
+    given.began = time.perf_counter()
     torch.set_num_threads(given.threads)
     torch.manual_seed(0)
     if given.quick:
@@ -173,7 +174,8 @@ def show(row: Row) -> Row:
 
 
 def finish(rows: Sequence[Row], given: argparse.Namespace) -> int:
-    """Write the CSV if one was asked for; return the exit status."""
+    """Write the CSV if one was asked for, and say how long it took; return the exit status."""
+    print(f"{len(rows)} figures in {time.perf_counter() - given.began:.0f} s")
     if given.csv is not None:
         write(given.csv, rows, about(given.threads))
     return 0
