@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -176,6 +176,8 @@ def show(row: Row) -> Row:
 def finish(rows: Sequence[Row], given: argparse.Namespace) -> int:
     """Write the CSV if one was asked for, and say how long it took; return the exit status."""
     print(f"{len(rows)} figures in {time.perf_counter() - given.began:.0f} s")
+    if given.quick:  # never to be taken for the real thing
+        rows = [replace(row, question=f"quick {row.question}") for row in rows]
     if given.csv is not None:
         write(given.csv, rows, about(given.threads))
     return 0

@@ -165,7 +165,9 @@ def main() -> int:
     options.add_argument("--document", type=Path, default=DOCUMENT)
     given = options.parse_args()
     found = list(read(given.results).values())
-    made = found[-1][1] if found else {}
+    made: dict[str, str] = {}
+    for name in found[-1][1] if found else ():
+        made[name] = " and ".join(dict.fromkeys(about[name] for _, about in found))
     tables = {
         "cpu": cost.cpu_table(),
         "gpu": cost.gpu_table(),

@@ -63,6 +63,16 @@ def test_a_ratio_is_taken_inside_each_round() -> None:
     assert nothing["rounds"] == 0
 
 
+def test_a_quick_run_is_never_taken_for_the_real_thing(tmp_path: Path) -> None:
+    import common
+
+    given = common.parser("").parse_args(["--quick", "--csv", str(tmp_path / "step.csv")])
+    given.began = 0.0
+    row = common.Row("step", "case", "none", "training step", "", 1.0, 1.0, 1.0)
+    assert common.finish([row], given) == 0
+    assert [key[0] for key in common.read(tmp_path)] == ["quick step"]
+
+
 def test_saved_memory_counts_each_storage_once_and_no_parameter() -> None:
     import common
 
