@@ -94,6 +94,12 @@ def test_nothing_to_compare_is_no_success(
     assert "run make bench first" in capsys.readouterr().out
 
 
+def test_results_that_share_no_figure_are_no_success(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert check(tmp_path, [row()], [row(mode="plane")], monkeypatch) == 2
+
+
 def test_other_figures_are_counted_not_compared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
