@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM ?= false
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help audit fuzz setup demo test test-all conformance matrix mutation lint types imports docs bench clean
+.PHONY: help audit fuzz setup demo test test-all conformance matrix mutation lint types imports docs bench bench-one bench-check bench-parity clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,9 +57,25 @@ imports: setup  ## the rule that imports only point to the left of the pipeline
 docs: setup  ## run every code block of README and docs
 	$(TEST_ENV) $(BIN)/python -m pytest -q tests/docs
 
-bench: setup  ## cost of a layer beside LoRA's; with DATA=folder also agreement with lm-eval
-	$(BIN)/python benchmarks/layer_cost.py
-	@if [ -n "$(DATA)" ]; then $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[eval]' && $(BIN)/python benchmarks/eval_parity.py --data "$(DATA)"; fi
+# FULL=--full measures every case, in more than an hour; ORIGINALS=folder adds other systems' layers
+# (benchmarks/originals.py names them)
+QUESTIONS := layer peers step decode experts startup
+bench: setup  ## time and memory beside LoRA and others into benchmarks/results (15 minutes; keep the machine quiet)
+	@for q in $(QUESTIONS); do $(MAKE) --no-print-directory bench-one Q=$$q INTO=benchmarks/results || exit 1; done
+	$(BIN)/python benchmarks/plot.py
+	$(BIN)/python benchmarks/targets.py
+
+bench-one:
+	@echo "== $(Q)"
+	@$(BIN)/python -W ignore benchmarks/$(Q).py $(FULL) $(if $(filter peers,$(Q)),$(if $(ORIGINALS),--originals $(ORIGINALS))) --csv $(INTO)/$(Q).csv
+
+bench-check: setup  ## measure again and compare the ratios, not the seconds, with the committed results
+	@for q in $(QUESTIONS); do $(MAKE) --no-print-directory bench-one Q=$$q INTO=.cache/bench || exit 1; done
+	$(BIN)/python benchmarks/check.py --new .cache/bench
+
+bench-parity: setup  ## agreement with lm-eval on DATA=folder
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[eval]'
+	$(BIN)/python benchmarks/eval_parity.py --data "$(DATA)"
 
 fuzz: setup  ## random bytes for every input a stranger may write, a minute each (SECONDS_EACH=60)
 	$(TEST_ENV) $(BIN)/python -W ignore tests/fuzz.py $(or $(SECONDS_EACH),60)

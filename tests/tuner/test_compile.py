@@ -1,11 +1,13 @@
-"""torch.compile makes one graph of an adapted model, torch.export takes it as it is."""
+"""torch.compile makes one graph of an adapted model; torch.export and ONNX take it as it is."""
 
 from __future__ import annotations
 
+import onnxruntime
 import pytest
 import torch
 import torch._dynamo
 from peft import PeftModel, get_peft_model
+from torch import nn
 
 import tiny
 from rotmole import RotMoleConfig
@@ -16,7 +18,12 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning",
     "ignore::FutureWarning",
     "ignore:While compiling, we found certain side effects:UserWarning",
+    # the exporter to ONNX says that two inputs share their dynamic axes, as was asked of it
+    "ignore:# The axis name:UserWarning",
 )
+
+# the ordinary lane compiles one mode, the heavy one the others
+HEAVY = [pytest.param(name, marks=pytest.mark.heavy) for name in ("none", "plane", "givens")]
 
 
 def _adapted(rotation: str, **settings: object) -> PeftModel:
@@ -64,6 +71,48 @@ def test_inductor_compiles_training_and_evaluation_into_one_graph(
     assert counters["stats"]["unique_graphs"] == 2  # one for training, one for evaluation
 
 
+def _one_step(run: nn.Module, model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    """Return the output and, in training, every gradient."""
+    if not model.training:
+        with torch.no_grad():
+            return [run(x)]
+    model.zero_grad()
+    x = x.clone().requires_grad_()
+    y = run(x)
+    y.square().mean().backward()
+    return [y.detach(), x.grad, *(p.grad for p in model.parameters() if p.requires_grad)]
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("rotation", ["tangent", *HEAVY])
+def test_inductor_compiles_once_and_once_more_for_other_shapes(
+    rotation: str, training: bool
+) -> None:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    config = RotMoleConfig(rotation=rotation, r=4, target_modules=["0"], init_weights=False)
+    model = get_peft_model(nn.Sequential(nn.Linear(16, 24)), config).train(training)
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    compiled = torch.compile(model, fullgraph=True)
+    first = torch.randn(2, 5, 16)
+    _one_step(compiled, model, first)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(3):
+            _one_step(compiled, model, torch.randn_like(first))
+    assert counters["stats"]["unique_graphs"] == 1
+    _one_step(compiled, model, torch.randn(3, 7, 16))
+    assert counters["stats"]["unique_graphs"] == 2  # batch and length become symbols at once
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for batch, length in ((4, 9), (6, 3), (2, 31)):
+            x = torch.randn(batch, length, 16)
+            ours = [tensor.clone() for tensor in _one_step(compiled, model, x)]
+            for mine, eager in zip(ours, _one_step(model, model, x), strict=True):
+                torch.testing.assert_close(mine, eager, rtol=1e-4, atol=1e-4)
+    assert counters["stats"]["unique_graphs"] == 2
+    assert not counters["graph_break"]
+
+
 @pytest.mark.parametrize("rotation", list(ROTATIONS))
 def test_every_mode_traces_whole(rotation: str) -> None:
     torch._dynamo.reset()
@@ -82,11 +131,11 @@ class _Logits(torch.nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.model(input_ids=ids).logits
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        return self.model(input_ids=ids, attention_mask=mask).logits
 
 
-@pytest.mark.parametrize("rotation", ["none", "tangent", "cayley", "radar"])
+@pytest.mark.parametrize("rotation", ["none", "tangent", "plane", "givens", "cayley", "radar"])
 def test_strict_export_with_dynamic_batch_and_length_is_exact(rotation: str) -> None:
     model = _Logits(_adapted(rotation).eval())
     batch, length = (
@@ -100,3 +149,37 @@ def test_strict_export_with_dynamic_batch_and_length_is_exact(rotation: str) -> 
         for rows, columns in ((3, 9), (2, 17), (5, 4)):
             ids = tiny.tokens(rows, columns)
             assert torch.equal(program(ids), model(ids))
+
+
+@pytest.mark.parametrize("rotation", ["tangent", *HEAVY])
+def test_onnxruntime_runs_an_adapted_model_with_any_batch_and_length(rotation: str) -> None:
+    model = _Logits(_adapted(rotation)).eval()
+    batch, length = (
+        torch.export.Dim("batch", min=2, max=8),
+        torch.export.Dim("length", min=2, max=32),
+    )
+    ids = tiny.tokens(3, 9)
+    shape = {0: batch, 1: length}
+    with torch.no_grad():
+        program = torch.onnx.export(
+            model,
+            (ids, torch.ones_like(ids)),
+            dynamic_shapes=(shape, shape),
+            dynamo=True,
+            verbose=False,
+        )
+    assert program is not None
+    session = onnxruntime.InferenceSession(
+        program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    assert [entry.shape for entry in session.get_inputs()] == [["batch", "length"]] * 2
+    for rows, columns in ((3, 9), (2, 17), (5, 4), (1, 2)):
+        ids = tiny.tokens(rows, columns)
+        mask = torch.ones_like(ids)
+        mask[0, : columns // 4] = 0  # padding on the left
+        (found,) = session.run(None, {"ids": ids.numpy(), "mask": mask.numpy()})
+        with torch.no_grad():
+            expected = model(ids, mask)
+        read = mask.bool()  # what a padded position says is nobody's business
+        difference = (torch.from_numpy(found) - expected)[read].abs().max()
+        assert float(difference) <= 1e-4

@@ -1,0 +1,78 @@
+"""How fast is cached greedy decoding beside LoRA's?
+
+    python benchmarks/decode.py [--quick] [--csv FILE]
+
+SmolLM2-135M's architecture with random bfloat16 weights, adapters on q,k,v,o, a prompt of 32
+tokens, then 64 tokens one by one. Both models decode in step, so that each token is one round: the
+same cache length, one after the other. The ratio is of tokens per second: above 1 is faster.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from common import SHAPES, Row, finish, lora_name, parser, ratio, run, show, start
+from step import MODES, TARGETS, pair, smollm2
+
+PROMPT, TOKENS = 32, 64
+
+
+def decoder(model: Any, batch: int) -> Iterator[float]:
+    """Yield the seconds of each greedily decoded token, the prompt's pass not among them."""
+    ids = torch.randint(3, 500, (batch, PROMPT), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        while True:
+            ids = out.logits[:, -1:].argmax(-1)
+            started = time.perf_counter()
+            with torch.inference_mode():
+                out = model(
+                    input_ids=ids,
+                    past_key_values=out.past_key_values,
+                    use_cache=True,
+                    logits_to_keep=1,
+                )
+            yield time.perf_counter() - started
+
+
+def together(models: dict[str, Any], batch: int, passes: int) -> dict[str, list[float]]:
+    """Decode with all models token by token, in turns forwards and backwards."""
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(passes):
+        decoders = {name: decoder(model, batch) for name, model in models.items()}
+        for each in decoders.values():
+            next(each)
+        for token in range(TOKENS):
+            for name in list(decoders)[:: 1 if token % 2 == 0 else -1]:
+                times[name].append(next(decoders[name]))
+    return times
+
+
+def main() -> int:
+    """Measure both batch sizes and modes, for the first shape (all with --full)."""
+    given = parser(__doc__).parse_args()
+    start(given)
+    base = smollm2(given.quick)
+    rows = []
+    for shape in SHAPES if given.full else SHAPES[:1]:
+        for mode in MODES:
+            ours, lora = (model.eval() for model in pair(base, mode, shape, TARGETS["q,k,v,o"]))
+            for batch in (1, 16):
+                models = {"ours": ours, "lora": lora}
+                times = together(models, batch, passes=1 if given.quick else 2)
+                E, R, K = shape
+                case = f"q,k,v,o batch {batch} bfloat16 E={E} R={R} K={K}"
+                # seconds of LoRA over ours: tokens per second of ours over LoRA's
+                found = ratio(times, "lora", "ours")
+                found["ours"], found["baseline"] = found["baseline"], found["ours"]
+                row = Row("decode", case, mode, "tokens per second", lora_name(lora), **found)
+                rows.append(show(row))
+            del ours, lora, models
+    return finish(rows, given)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,174 @@
+"""Does a whole training step cost what LoRA's costs? Time, and peak memory of a fresh process.
+
+    python benchmarks/step.py [--full] [--quick] [--csv FILE]
+
+SmolLM2-135M's architecture with random weights (neither time nor memory depends on their values),
+batch 4 x 128, bfloat16 base with float32 adapters, forward, backward, AdamW. Peak memory is the
+largest resident memory of a fresh process that makes two steps, median of three.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import resource
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from common import (
+    SHAPES,
+    Row,
+    adapter_config,
+    alternate,
+    finish,
+    lora_like,
+    lora_name,
+    parser,
+    ratio,
+    run,
+    show,
+    start,
+)
+
+TARGETS = {"q,k,v,o": ["q_proj", "k_proj", "v_proj", "o_proj"], "all-linear": "all-linear"}
+MODES = ("none", "tangent")
+
+
+def smollm2(quick: bool = False) -> Any:
+    """Return the architecture of SmolLM2-135M with random bfloat16 weights; two layers if quick.
+
+    It is made in bfloat16 at once: a float32 copy would be the peak of memory.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from rotmole.models.builtin import SMOLLM2
+
+    settings = dict(SMOLLM2.architecture)
+    settings.pop("model_type")
+    if quick:
+        settings |= {"num_hidden_layers": 2, "vocab_size": 512}
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(LlamaConfig(**settings), dtype=torch.bfloat16)
+
+
+def pair(base: Any, mode: str, shape: tuple[int, int, int], targets: Any) -> tuple[Any, Any]:
+    """Return ours and equal-parameter LoRA, each on a copy of the base."""
+    from peft import get_peft_model
+
+    ours = get_peft_model(copy.deepcopy(base), adapter_config(mode, shape, targets))
+    return ours, lora_like(ours, targets, copy.deepcopy(base))
+
+
+def stepper(model: Any, batch: tuple[int, int]) -> Callable[[], None]:
+    """Return one whole training step of a model."""
+    import torch
+
+    ids = torch.randint(3, 500, batch, generator=torch.Generator().manual_seed(0))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5)
+    model.train()
+
+    def step() -> None:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def alone(words: str, given: argparse.Namespace) -> int:
+    """Make two steps of one model in this process and print its peak memory in MiB."""
+    from peft import get_peft_model
+
+    kind, mode, shape, targets = json.loads(words)
+    base = smollm2(given.quick)
+    if kind == "ours":
+        model = get_peft_model(base, adapter_config(mode, shape, TARGETS[targets]))
+    else:
+        from peft import LoraConfig
+
+        config = LoraConfig(r=int(kind), lora_alpha=int(kind), target_modules=TARGETS[targets])
+        model = get_peft_model(base, config)
+    step = stepper(model, (4, 128))
+    for _ in range(2):
+        step()
+    print(json.dumps(peak_mib()))
+    return 0
+
+
+def peak_mib() -> float:
+    """Return this process's largest resident memory in MiB.
+
+    ru_maxrss where there is nothing better: on Linux it also counts what the process that started
+    this one held at that moment, which here is a model or two; VmHWM does not.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        lines = status.read_text(encoding="utf-8").splitlines()
+        return float(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 2**10
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def peak(kind: str, mode: str, shape: tuple, targets: str, given: argparse.Namespace) -> list:
+    """Return the peak memory in MiB of fresh processes: three, or one if quick."""
+    words = json.dumps([kind, mode, shape, targets])
+    command = [sys.executable, __file__, "--alone", words, "--threads", str(given.threads)]
+    command += ["--quick"] if given.quick else []
+    found = []
+    for _ in range(1 if given.quick else 3):
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        found.append(float(done.stdout.splitlines()[-1]))
+    return found
+
+
+def memory(row: tuple, mode: str, shape: tuple, targets: str, rank: int, given: Any) -> Row:
+    """Compare peak memory of ours and of LoRA with the given rank."""
+    ours = peak("ours", mode, shape, targets, given)
+    theirs = peak(str(rank), mode, shape, targets, given)
+    middle = statistics.median(theirs)
+    ratios = sorted(value / middle for value in ours)
+    return Row(
+        *row, "peak memory of a process", f"PEFT LoRA r={rank}", statistics.median(ratios),
+        ratios[0], ratios[-1], "x", statistics.median(ours), middle, len(ours),
+    )  # fmt: skip
+
+
+def main() -> int:
+    """Measure every case, or the usual two: a small and a large mixture in mode tangent."""
+    options = parser(__doc__)
+    options.add_argument("--alone", help=argparse.SUPPRESS)
+    given = options.parse_args()
+    start(given)
+    if given.alone:
+        return alone(given.alone, given)
+    base = smollm2(given.quick)
+    rows = []
+    for targets, names in TARGETS.items():
+        for shape in SHAPES[:1] if given.quick else SHAPES[::2]:
+            for mode in MODES[1:] if given.quick else MODES:
+                usual = mode == "tangent" and (shape == SHAPES[0]) == (targets == "q,k,v,o")
+                if not (usual or given.full or given.quick):
+                    continue
+                ours, lora = pair(base, mode, shape, names)
+                E, R, K = shape
+                row = ("step", f"{targets} 4 x 128 bfloat16 E={E} R={R} K={K}", mode)
+                steps = {"ours": stepper(ours, (4, 128)), "lora": stepper(lora, (4, 128))}
+                times = alternate(steps, given.rounds, warm_up=1)
+                figures = ratio(times, "ours", "lora")
+                rows.append(show(Row(*row, "training step", lora_name(lora), **figures)))
+                rank = lora.peft_config["default"].r
+                del ours, lora, steps
+                if given.full or given.quick or targets == "all-linear":
+                    rows.append(show(memory(row, mode, shape, targets, rank, given)))
+    return finish(rows, given)
+
+
+if __name__ == "__main__":
+    run(main)
