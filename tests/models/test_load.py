@@ -283,7 +283,7 @@ def test_foreign_code_is_not_run(folder, tmp_path):
     settings |= {"model_type": "foreign", "auto_map": {"AutoConfig": "evil.Config"}}
     (copy / "config.json").write_text(json.dumps(settings))
     (copy / "evil.py").write_text("raise SystemExit('foreign code ran')")
-    with pytest.raises(ModelError, match="not run unless you allow it"):
+    with pytest.raises(ModelError, match="not run unless you add --trust-remote-code"):
         load_config(section(copy))
 
 

@@ -106,8 +106,8 @@ def test_givens_angles_add(data: st.DataObject) -> None:
     W2 = torch.randn(W.shape, generator=generator, dtype=torch.float64)
     once_TER = problem.rotated()[1]
     rotate = ROTATIONS["givens"].rotate
-    angle2 = torch.einsum("emd,td->tem", W2, problem.x_TD)
-    twice_TER = rotate(once_TER, Gate(angle_TEM=angle2))
+    angle2 = torch.einsum("emd,td->emt", W2, problem.x_TD)
+    twice_TER = rotate(once_TER.permute(1, 2, 0), Gate(angle_EMT=angle2)).permute(2, 0, 1)
     both = replace(problem, gates={"rotation_angle": W + W2})
     assert R % 2 == 0
     assert_close(twice_TER, both.rotated()[1], 1e-12)

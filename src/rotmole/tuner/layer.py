@@ -121,6 +121,11 @@ class Experts(nn.Module):
             training=self.training,
         )
 
+    def train(self, mode: bool = True) -> Experts:
+        """Switch training on or off; weights packed for decoding are forgotten."""
+        self.packs.clear()
+        return super().train(mode)
+
     @property
     def routes_inside(self) -> bool:
         """Whether the fused function can do the routing itself."""
@@ -268,9 +273,7 @@ class RotMoleLayer(BaseTunerLayer):  # type: ignore[misc] # peft ships no types
 
     def experts(self, adapter_name: str) -> Experts:
         """Return the parameters of one adapter in this layer."""
-        found = self.rotmole_experts[adapter_name]
-        assert isinstance(found, Experts)
-        return found
+        return self.rotmole_experts[adapter_name]  # type: ignore[return-value] # all are Experts
 
     def addition(self, x: Tensor, adapter_name: str) -> Tensor:
         """Return what one adapter adds to the base layer's output: [..., O] for x [..., D].

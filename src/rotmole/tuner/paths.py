@@ -28,17 +28,32 @@ Routed = tuple[Tensor, Routing | None]
 
 
 class PackCache:
-    """The packed weights of one layer, made again whenever a weight was changed or moved."""
+    """The packed weights of one layer, made again whenever a weight may have changed.
+
+    Weights change in training, which is between a call of train() and one of eval(): both forget
+    the pack, and so does a forward pass that could train. Versions and addresses of the weights
+    show loading and moving besides; fused optimizers change weights without a new version.
+    """
 
     def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the pack."""
         self.key: tuple[object, ...] | None = None
         self.pack: Pack | None = None
+        self.trains = False
+
+    def note_training(self) -> None:
+        """A forward pass can train the weights: make no pack until train() or eval() is called."""
+        self.clear()
+        self.trains = True
 
     def __deepcopy__(self, memo: object) -> PackCache:
         return PackCache()
 
-    def __getstate__(self) -> dict[str, None]:
-        return {"key": None, "pack": None}
+    def __reduce__(self) -> tuple[type[PackCache], tuple[()]]:
+        return PackCache, ()
 
     def of(self, experts: Experts, dtype: torch.dtype) -> Pack:
         """Return the pack of the weights as they are now.
@@ -79,8 +94,10 @@ def _kept(x_TD: Tensor, dropout: nn.Module) -> tuple[Tensor | None, float]:
 
 def _may_pack(experts: Experts, x_TD: Tensor, keep_TD: Tensor | None) -> bool:
     few = x_TD.shape[0] <= FEW_TOKENS and keep_TD is None and not torch.is_grad_enabled()
+    steady = not (experts.training or experts.packs.trains)
     # weights made in inference mode have no version by which to see a change
-    return few and not torch.compiler.is_compiling() and not experts.expert_A.is_inference()
+    known = not (torch.compiler.is_compiling() or experts.expert_A.is_inference())
+    return few and steady and known
 
 
 def _wants_groups(experts: Experts) -> bool:
@@ -136,6 +153,8 @@ def add(
     if experts.routes_inside:
         if decoding and _may_pack(experts, x_TD, keep_TD):
             return packed_mixture(settings, x_TD, experts.packs.of(experts, dtype)), None
+        if torch.is_grad_enabled() and experts.expert_B.requires_grad:
+            experts.packs.note_training()
         delta_TO, logits_TE = fused_mixture(
             *arguments, router_ED=experts.router_weight, keep_TD=keep_TD
         )

@@ -118,6 +118,8 @@ def header_problems(config: RotMoleConfig, header: Mapping[str, Entry]) -> list[
         "num_experts": _values(config, "num_experts"),
         "r": _values(config, "r", "rank_pattern"),
     }
+    if config.router_scope == "block":  # modules outside of feed-forward blocks have one
+        allowed["num_experts"].add(1)
     for axis, (setting, values) in enumerate(allowed.items()):
         odd = {shape[axis] if len(shape) == 3 else shape for shape in factors.values()} - values
         if odd:

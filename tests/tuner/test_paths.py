@@ -1,0 +1,129 @@
+"""Which way a mixture is computed is a matter of speed alone; packed weights are never stale."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+
+import tiny
+from rotmole import ConfigError, RotMoleConfig
+from rotmole.tuner import paths
+from rotmole.tuner.layer import Experts, RotMoleLayer
+
+MODES = ["none", "tangent", "plane", "centroid", "givens", "bias", "cayley"]
+
+
+def adapted(**settings: object) -> PeftModel:
+    torch.manual_seed(0)
+    fields = {"r": 4, "num_experts": 6, "target_modules": ["q_proj", "v_proj", "down_proj"]}
+    fields |= {"init_weights": False, "task_type": "CAUSAL_LM"}
+    return get_peft_model(tiny.llama().double(), RotMoleConfig(**(fields | settings))).double()
+
+
+def experts(model: PeftModel) -> list[Experts]:
+    return [m.experts("default") for m in model.modules() if isinstance(m, RotMoleLayer)]
+
+
+def decoded(model: PeftModel, ids: torch.Tensor) -> torch.Tensor:
+    """Logits of the last token, read from the cache of the others."""
+    with torch.no_grad():
+        cache = model(input_ids=ids[:, :-1], use_cache=True).past_key_values
+        return model(input_ids=ids[:, -1:], past_key_values=cache).logits[:, -1]
+
+
+def whole(model: PeftModel, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=ids).logits[:, -1]
+
+
+@pytest.mark.parametrize("rotation", MODES)
+@pytest.mark.parametrize("dispatch", ["fused", "grouped"])
+def test_every_way_gives_one_result(rotation: str, dispatch: str) -> None:
+    model, ids = adapted(rotation=rotation, dispatch=dispatch).eval(), tiny.tokens(3, 7)
+    other = adapted(rotation=rotation).eval()
+    assert torch.allclose(whole(model, ids), whole(other, ids), rtol=0, atol=1e-12)
+    assert torch.allclose(decoded(model, ids), whole(other, ids), rtol=0, atol=1e-12)
+    packed = [one.packs.pack is not None for one in experts(model)]
+    assert all(packed) if dispatch == "fused" else not any(packed)
+
+
+@pytest.mark.parametrize("dispatch", ["fused", "grouped"])
+def test_every_way_gives_the_same_gradients(dispatch: str) -> None:
+    found = []
+    for way in ("auto", dispatch):
+        model, ids = adapted(dispatch=way, router_aux_loss_coef=0.1), tiny.tokens(3, 7)
+        model(input_ids=ids, labels=ids).loss.backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    for name, gradient in found[0].items():
+        assert torch.allclose(found[1][name], gradient, rtol=0, atol=1e-12), name
+
+
+def test_many_experts_are_grouped_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    grouped = paths.grouped_mixture
+    monkeypatch.setattr(
+        paths, "grouped_mixture", lambda *a, **k: calls.append(1) or grouped(*a, **k)
+    )
+    ids = tiny.tokens(2, 5)
+    for number, expected in ((6, False), (32, True)):
+        calls.clear()
+        whole(adapted(num_experts=number).eval(), ids)
+        assert bool(calls) == expected
+
+
+def test_grouping_what_cannot_be_grouped_is_refused() -> None:
+    for settings in ({"rotation": "radar"}, {"selection": "dense"}, {"share_A": True}):
+        with pytest.raises(ConfigError, match="dispatch is 'grouped'"):
+            RotMoleConfig(dispatch="grouped", **settings)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("switches", [False, True])
+def test_training_between_two_answers(fused: bool, switches: bool) -> None:
+    """Fused AdamW changes weights without a new version; also where eval() is never left."""
+    model, ids = adapted().eval(), tiny.tokens(2, 7)
+    before = decoded(model, ids)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
+    model.train(switches)
+    loss = model(input_ids=ids, labels=ids).loss
+    decoded(model, ids)  # an answer between the two passes must leave nothing behind
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    model.eval() if switches else None
+    after = decoded(model, ids)
+    assert not torch.allclose(after, before)
+    assert torch.allclose(after, whole(model, ids), rtol=0, atol=1e-12)
+
+
+def test_loading_moving_and_switching_between_two_answers() -> None:
+    model, ids = adapted().eval(), tiny.tokens(2, 7)
+    first = decoded(model, ids)
+    state = {n: 2 * t for n, t in get_peft_model_state_dict(model).items()}
+    set_peft_model_state_dict(model, state)
+    loaded = decoded(model, ids)
+    assert not torch.allclose(loaded, first)
+    assert torch.allclose(loaded, whole(model, ids), rtol=0, atol=1e-12)
+    model.add_adapter("other", RotMoleConfig(r=2, target_modules=["q_proj"], init_weights=False))
+    model.set_adapter("other")
+    assert torch.allclose(decoded(model, ids), whole(model, ids), rtol=0, atol=1e-9)
+    model.set_adapter("default")
+    assert torch.equal(decoded(model, ids), loaded)
+    model.float()
+    assert torch.allclose(decoded(model, ids), whole(model, ids), rtol=0, atol=1e-4)
+    assert decoded(model, ids).dtype == torch.float32
+
+
+def test_copies_and_pickles_leave_the_pack_behind() -> None:
+    model, ids = adapted().eval(), tiny.tokens(2, 5)
+    expected = decoded(model, ids)
+    twin = copy.deepcopy(model)
+    assert all(one.packs.pack is None for one in experts(twin))
+    assert torch.equal(decoded(twin, ids), expected)
+    again = pickle.loads(pickle.dumps(experts(model)[0]))
+    assert again.packs.pack is None
