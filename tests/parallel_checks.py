@@ -200,7 +200,9 @@ def an_expert_is_used_on_one_rank_alone() -> None:
     used: list[Tensor] = []
 
     def watch(module: nn.Module, args: Any, output: Any) -> None:
-        used.append(output[1][1].selected_TE.any(0))
+        logits_TE, routing = output[1]
+        routing = module.routing(logits_TE) if routing is None else routing
+        used.append(routing.selected_TE.any(0))
 
     for layer in model.modules():
         if hasattr(layer, "rotmole_experts"):

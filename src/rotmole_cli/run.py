@@ -80,8 +80,12 @@ def _prepare(debug: bool) -> None:
     if hasattr(sys.stdout, "reconfigure"):  # a terminal that cannot show a letter shows its code
         sys.stdout.reconfigure(errors="backslashreplace")
     if not debug:
-        # bitsandbytes says at every product in 8 bits that it computes in float16
-        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+        # bitsandbytes says at every product in 8 bits that it computes in float16, and which faster
+        # kernels it looked for
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+        # torchao names every kernel of other devices that it cannot load, and torch its register
+        logging.getLogger("torchao").setLevel(logging.ERROR)
+        logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
         warnings.simplefilter("ignore")
         warnings.filterwarnings("default", category=UserWarning)
         warnings.showwarning = _show_warning

@@ -67,7 +67,7 @@ def test_first_and_second_derivatives_of_the_products() -> None:
 
 @every
 def test_second_derivatives(variant: Variant) -> None:
-    problem = make(variant, 1, T=2, E=3, K=1, D=3, O=4).leaves()
+    problem = make(variant, 1, T=1, E=2, K=1, D=2, O=2).leaves()
     names = list(problem.tensors())
 
     def function(*tensors: Tensor) -> Tensor:

@@ -14,12 +14,11 @@ from rotmole.errors import StorageError
 from rotmole.training.callbacks import (
     AGAIN_AFTER,
     JsonLinesCallback,
-    ProgressCallback,
     StopOnSignal,
-    describe,
     micro_batches,
     read_metrics,
 )
+from rotmole.training.progress import ProgressCallback, describe
 
 
 @pytest.mark.parametrize("batches", [1, 3, 4, 8, 9, 11])

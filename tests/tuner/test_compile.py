@@ -39,7 +39,10 @@ def _adapted(rotation: str, **settings: object) -> PeftModel:
     return model
 
 
-@pytest.mark.parametrize(("rotation", "balance"), [("none", 0.0), ("tangent", 0.1)])
+@pytest.mark.parametrize(
+    ("rotation", "balance"),
+    [pytest.param("none", 0.0, marks=pytest.mark.heavy), ("tangent", 0.1)],
+)
 def test_inductor_compiles_training_and_evaluation_into_one_graph(
     rotation: str, balance: float
 ) -> None:
@@ -113,7 +116,13 @@ def test_inductor_compiles_once_and_once_more_for_other_shapes(
     assert not counters["graph_break"]
 
 
-@pytest.mark.parametrize("rotation", list(ROTATIONS))
+@pytest.mark.parametrize(
+    "rotation",
+    [
+        pytest.param(name, marks=[] if name in ("tangent", "radar_pairs") else pytest.mark.heavy)
+        for name in ROTATIONS
+    ],
+)
 def test_every_mode_traces_whole(rotation: str) -> None:
     torch._dynamo.reset()
     model, ids = _adapted(rotation), tiny.tokens(2, 8)

@@ -256,10 +256,11 @@ def _into_x(
         return None, [None for _ in pairs]
     dtype, width = x_TD.dtype, x_TD.shape[-1]
     rows = [w.numel() // width for w, _ in there]
-    grad_NT = _stack([g.reshape(-1, x_TD.shape[0]) for _, g in there]).to(dtype)
+    parts_NT = [g.reshape(n, x_TD.shape[0]) for n, (_, g) in zip(rows, there, strict=True)]
+    grad_NT = _stack(parts_NT).to(dtype)
     dx_TD = None
     if needs_x:
-        dx_TD = grad_NT.mT @ _stack([w.reshape(-1, width).to(dtype) for w, _ in there])
+        dx_TD = grad_NT.mT @ _stack([w.flatten(0, -2).to(dtype) for w, _ in there])
     parts = iter(torch.split(grad_NT @ x_TD, rows))
     grads = [
         None if w is None or g is None else next(parts).view(w.shape).to(w.dtype) for w, g in pairs

@@ -18,7 +18,7 @@ from rotmole.config.schema import SPLITS, DataSection, RunFile, Split
 from rotmole.data import Collator, Example, encode_all, load_examples, mix
 from rotmole.errors import ConfigError, DataError
 from rotmole.models.load import LoadedModel, load_model
-from rotmole.training.callbacks import JsonLinesCallback
+from rotmole.training.callbacks import BiasCallback, JsonLinesCallback
 from rotmole.training.folder import METRICS
 from rotmole.training.trainer import RotMoleTrainer
 from rotmole.training.usage import UsageCallback
@@ -159,6 +159,7 @@ def build_trainer(
         data_collator=Collator(tokenizer, arguments.pad_to_multiple_of),
         processing_class=tokenizer,
         callbacks=[
+            BiasCallback(),
             UsageCallback(),
             JsonLinesCallback(Path(run.output_dir, METRICS)),
             *callbacks,

@@ -10,7 +10,6 @@ import json
 import math
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -80,10 +79,23 @@ def balance_logs(
     return {name: sum(values) / len(values) for name, values in sums.items()}
 
 
-class BalanceCallback(TrainerCallback):
+class BiasCallback(TrainerCallback):
+    """Move the bias of loss-free balancing (router_bias_rate) after each optimiser step."""
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Move the bias, where there is one."""
+        update_router_bias(kwargs["model"])
+
+
+class BalanceCallback(BiasCallback):
     """Scale the balance loss to its update, loss_scale = AMP scale / micro-batches, and log it.
 
-    Loss-free balancing (router_bias_rate) moves its bias here too, after each optimiser step.
     For trainers of others. Micro-batches (of all processes) count alike, whatever their tokens;
     RotMoleTrainer, which sees a whole update's batches beforehand, weighs them by tokens.
     """
@@ -103,16 +115,6 @@ class BalanceCallback(TrainerCallback):
         for balance in balance_states(kwargs["model"]):
             balance.managed = True
             balance.loss_scale = scale
-
-    def on_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
-        """Move the bias of loss-free balancing, where there is one."""
-        update_router_bias(kwargs["model"])
 
     def on_log(
         self,
@@ -202,89 +204,6 @@ def _line(row: dict[str, Any]) -> str:
         for name, value in row.items()
     }
     return json.dumps(finite) + "\n"
-
-
-class ProgressCallback(TrainerCallback):
-    """Show progress on standard error: a bar on a terminal, plain lines elsewhere.
-
-    Args:
-        label: what the bar is called, such as the adapter's name.
-    """
-
-    def __init__(self, label: str = "training") -> None:
-        self.label = label
-        self.bar: Any = None
-        self.job: Any = None
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Open the bar if somebody watches."""
-        if not state.is_world_process_zero or not sys.stderr.isatty():
-            return
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-        columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self.bar = Progress(*columns, "{task.fields[note]}", console=Console(stderr=True))
-        self.job = self.bar.add_task(
-            self.label, total=state.max_steps, completed=state.global_step, note=""
-        )
-        self.bar.start()
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Move the bar."""
-        if self.bar is not None:
-            self.bar.update(self.job, completed=state.global_step)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Show the newest losses."""
-        note = describe(logs or {})
-        if not note or not state.is_world_process_zero:
-            return
-        if self.bar is not None:
-            self.bar.update(self.job, note=note)
-        else:
-            line = f"{self.label}: step {state.global_step}/{state.max_steps}  {note}"
-            print(line, file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        """Leave the terminal as it was; safe to call at any time."""
-        if self.bar is not None:
-            self.bar.stop()
-            self.bar = None
-
-
-def describe(logs: dict[str, Any]) -> str:
-    """Say a log in a few words.
-
-    Args:
-        logs: what the trainer logged.
-
-    Returns:
-        Such as "loss 1.2345  774 tokens/s", "" where nothing is worth a line.
-
-    Source: our choice.
-    """
-    parts = []
-    for name, text in (
-        ("loss", "loss {:.4f}"),
-        ("eval_loss", "validation loss {:.4f}"),
-        ("router_aux_loss", "balance {:.3f}"),
-        ("train_tokens_per_second", "{:.0f} tokens/s"),
-    ):
-        if name in logs and ("loss" in logs or "eval_loss" in logs):
-            parts.append(text.format(logs[name]))
-    return "  ".join(parts)
 
 
 class NonFiniteCallback(TrainerCallback):

@@ -18,7 +18,7 @@ from rotmole.data import data_fingerprint
 from rotmole.errors import NonFiniteError
 from rotmole.models.files import atomic_write_text
 from rotmole.training.build import Built, build
-from rotmole.training.callbacks import ProgressCallback, StopOnSignal, read_metrics
+from rotmole.training.callbacks import StopOnSignal, read_metrics
 from rotmole.training.changes import check_changes, facts_of, loaded_facts
 from rotmole.training.checkpoint import find_resume, prune
 from rotmole.training.folder import (
@@ -31,6 +31,7 @@ from rotmole.training.folder import (
 from rotmole.training.lock import run_lock
 from rotmole.training.manifest import earlier_resumes, manifest, model_card
 from rotmole.training.plots import loss_svg
+from rotmole.training.progress import ProgressCallback
 from rotmole.training.ranks import is_main_process
 from rotmole.training.saving import check_space, find_best, prepare_resume
 from rotmole.training.sharding import adapter_state

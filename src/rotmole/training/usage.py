@@ -40,7 +40,7 @@ class UsageCallback(TrainerCallback):
         self.masks: list[BalanceState] = []
         self.handles: list[Any] = []
         self.warned = False
-        self.counting = False
+        self.counting = True
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
