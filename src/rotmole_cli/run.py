@@ -152,6 +152,8 @@ def _sentence(error: BaseException, debug: bool) -> tuple[str, int]:
             "in eval lower evaluation.batch_size. `rotmole check` estimates what a run needs.",
             1,
         )
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return f"the name {str(error.filename)[:40]!r}... is too long for a file; shorten it.", 2
     if isinstance(error, OSError) and error.errno in _STORAGE:
         return f"the disk refused: {error}.", 4
     hint = "" if debug else " Run it again with --debug for the traceback."

@@ -40,6 +40,7 @@ def raising(monkeypatch, error):
         (OSError(errno.ENOSPC, "No space left on device"), 4),
         (OSError(errno.EROFS, "Read-only file system"), 4),
         (PermissionError(errno.EACCES, "Permission denied"), 4),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "a" * 300), 2),
         (ModuleNotFoundError("No module named 'x'", name="x"), 2),
         (MemoryError(), 1),
         (ZeroDivisionError("x"), 1),

@@ -26,6 +26,7 @@ from rotmole.training.build import Built
 from rotmole.training.run import train
 from rotmole.training.start import load_start, save_start, start_digest
 
+PROBE_ANSWERS = 4  # of each task
 PROBE_UPDATES = 2  # the first also pays for what is done once
 
 
@@ -182,7 +183,7 @@ def _probe(built: Built, job: Job) -> float:
     model.zero_grad()
     model.eval()
     section, rows = job.run.evaluation, built.examples[job.run.evaluation.split]
-    some = {task: found[: section.batch_size // len(rows)] for task, found in rows.items()}
+    some = {task: found[:PROBE_ANSWERS] for task, found in rows.items()}
     seconds = _measure(built, section, some).seconds
-    rounds = -(-sum(map(len, rows.values())) // section.batch_size) * (1 + len(job.before))
+    rounds = sum(map(len, rows.values())) / sum(map(len, some.values())) * (1 + len(job.before))
     return trainer.args.max_steps * min(times) + rounds * seconds
