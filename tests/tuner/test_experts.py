@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import tiny
 from rotmole import ConfigError, RotMoleConfig
@@ -392,3 +393,28 @@ def test_settings_of_experts_that_cannot_work_are_told(
 def test_settings_of_experts_without_effect_warn(settings: dict[str, object], told: str) -> None:
     with pytest.warns(UserWarning, match=f"{told}.*has no effect"):
         RotMoleConfig(**settings)
+
+
+@pytest.mark.filterwarnings(
+    "ignore::UserWarning"
+)  # bitsandbytes computes 8-bit products in float16
+def test_goat_starts_from_a_quantised_weight_and_leaves_it_alone(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 128}
+    tiny.llama(**sizes).save_pretrained(tmp_path / "base")
+
+    def load() -> torch.nn.Module:
+        quantised = BitsAndBytesConfig(load_in_8bit=True)
+        return AutoModelForCausalLM.from_pretrained(
+            tmp_path / "base", quantization_config=quantised, dtype=torch.float32
+        )
+
+    before = logits(load())
+    model = adapted(load(), **goat(r=2, num_experts=2))
+    assert 0 < (logits(model) - before).norm() < 0.1 * before.norm()
+    for module in experts(model).values():
+        module.expert_B.data += 0.1
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "adapter")
+    assert torch.equal(logits(PeftModel.from_pretrained(load(), tmp_path / "adapter")), expected)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), before)

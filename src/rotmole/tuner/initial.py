@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import TYPE_CHECKING
 
@@ -88,7 +89,9 @@ def take_segments(experts: Experts, base_layer: nn.Module) -> None:
         )
     if base_layer.weight.device.type == "meta":
         return
-    weight: Tensor = dequantize_module_weight(base_layer)
+    # of a copy: on a CPU, peft 0.21 leaves an 8-bit layer without its scales
+    plain = type(base_layer.weight) is nn.Parameter
+    weight: Tensor = dequantize_module_weight(base_layer if plain else copy.deepcopy(base_layer))
     if isinstance(base_layer, Conv1D):
         weight = weight.T
     A_ERD, B_ERO = svd_segments(weight, number, rank, experts.scale)
