@@ -23,15 +23,16 @@ from rotmole.ops.precision import at_least_float32, without_autocast
 from rotmole.ops.rotation import ROTATIONS, Gate
 
 SWITCH_OVER = (
-    16  # experts per chosen expert from which the grouped path wins; benchmarks/experts.py
+    16  # experts per chosen expert from which the grouped path is taken; an estimate
 )
 
 
 def prefers_grouped(experts: int, top_k: int) -> bool:
     """Say whether computing the chosen experts alone is expected to be the faster way.
 
-    A measured rule (benchmarks/experts.py, docs/performance.md): from 16 experts for each chosen
-    one. The grouped path does E / K times less work at about a tenth of a dense product's rate.
+    Provisional: from 16 experts for each chosen one. Estimated from single products, where this
+    path does E / K times less work at about a tenth of a dense product's rate; whole layers have
+    not been measured for it yet (benchmarks/experts.py is there to do so).
 
     >>> prefers_grouped(8, 2), prefers_grouped(64, 2)
     (False, True)
