@@ -22,9 +22,7 @@ from torch.nn.functional import embedding_bag
 from rotmole.ops.precision import at_least_float32, without_autocast
 from rotmole.ops.rotation import ROTATIONS, Gate
 
-SWITCH_OVER = (
-    16  # experts per chosen expert from which the grouped path is taken; an estimate
-)
+SWITCH_OVER = 16  # experts per chosen expert from which it is taken; an estimate
 
 
 def prefers_grouped(experts: int, top_k: int) -> bool:

@@ -100,9 +100,9 @@ class RotMoleConfig(PeftConfig):  # type: ignore[misc] # peft ships no types
         compute_dtype: type of the products with A, B and vector gates: "adapter", that of the
             weights (float32 on a half-precision base, unless autocast_adapter_dtype is false), as
             in PEFT's LoRA; or "input", that of the layer's input, with the weights kept as they
-            are; on a bfloat16 base gradients stay within 2 % of float32's (tests/ops/test_fused.py),
-            and whether it is faster depends on machine and shapes. Autocast goes before either. Gates, routing and angles are computed
-            in at least float32 with both.
+            are; on a bfloat16 base gradients stay within 2 % (tests/ops/test_fused.py),
+            and whether it is faster depends on machine and shapes. Autocast goes before either.
+            Gates, routing and angles are computed in at least float32 with both.
         dispatch: "fused" computes all experts in one product, "grouped" only the chosen ones;
             "auto" is grouped from 16 experts for each chosen one, an estimate.
         target_modules, exclude_modules, layers_to_transform, layers_pattern, rank_pattern,
