@@ -23,7 +23,7 @@ setup: .venv/.complete  ## make .venv with everything the project needs (honours
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-demo: setup  ## train RotMoLE and its scalar twin on SmolLM2-135M and compare (about 5 minutes on two cores)
+demo: setup  ## train RotMoLE and its scalar twin on SmolLM2-135M and compare (under 5 minutes on two cores)
 	$(BIN)/rotmole demo --yes
 
 test: setup  ## run the tests (two processes, one torch thread each)

@@ -193,7 +193,9 @@ def doctor(
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option("--output", help="Run folder.")] = Path("runs/demo"),
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Updates of each adapter.")] = 180,
+    steps: Annotated[
+        int | None, typer.Option("--steps", min=1, help="Updates of each adapter, else 54.")
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of everything.")] = 0,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before starting.")] = False,
 ) -> int:
@@ -202,9 +204,19 @@ def demo(
         typer.confirm(
             "This downloads a 93 MB model once and trains for minutes. Go on?", abort=True
         )
+    _import_beside("rotmole.cli.demo_worker")
     from rotmole.cli.demo import demo as work
 
     return work(output, steps, seed)
+
+
+def _import_beside(module: str) -> None:
+    """Let the process that the demo's workers fork from import while this one imports too."""
+    import multiprocessing
+    from multiprocessing import forkserver
+
+    multiprocessing.set_forkserver_preload([module])
+    forkserver.ensure_running()
 
 
 def _at_terminal() -> bool:

@@ -27,12 +27,14 @@ TWIN, OURS = "MoE-LoRA", "RotMoLE"
 BEFORE, SHOWN = "before", "before, 3 examples"
 
 
-def demo(output: Path, steps: int = 180, seed: int = 0, overrides: Sequence[str] = ()) -> int:
+def demo(
+    output: Path, steps: int | None = None, seed: int = 0, overrides: Sequence[str] = ()
+) -> int:
     """Train both adapters from one start on the same rows, and show one table.
 
     Args:
         output: folder of the two run folders and demo.json.
-        steps: updates of each adapter.
+        steps: updates of each adapter; None takes demo.yaml's.
         seed: of data, initial weights and order.
         overrides: key=value settings over demo.yaml.
 
@@ -55,19 +57,21 @@ def demo(output: Path, steps: int = 180, seed: int = 0, overrides: Sequence[str]
     systems = {n: s for outcome in outcomes.values() for n, s in outcome.systems.items()}
     report = compare(
         {name: systems[name] for name in (BEFORE, SHOWN, TWIN, OURS)},
-        {"steps": steps, "seed": seed},
+        {"steps": jobs[0].run.training["max_steps"], "seed": seed},
     )
     show(report, outcomes, time.perf_counter() - started)
     write(output / "demo.json", report, outcomes, time.perf_counter() - started)
     return 0
 
 
-def make_jobs(output: Path, steps: int, seed: int, overrides: Sequence[str] = ()) -> list[Job]:
+def make_jobs(
+    output: Path, steps: int | None, seed: int, overrides: Sequence[str] = ()
+) -> list[Job]:
     """Read the demo's run file and derive the two jobs from it.
 
     Args:
         output: the demo's folder; run folders of an earlier demo in it give way.
-        steps: updates of each adapter.
+        steps: updates of each adapter; None takes demo.yaml's.
         seed: of everything.
         overrides: key=value settings over demo.yaml.
 
@@ -88,7 +92,7 @@ def make_jobs(output: Path, steps: int, seed: int, overrides: Sequence[str] = ()
             shutil.rmtree(folder)
         settings = [
             f"output_dir={json.dumps(str(folder))}",
-            f"training.max_steps={steps}",
+            *([] if steps is None else [f"training.max_steps={steps}"]),
             f"seed={seed}",
             *overrides,
             *(f"adapter.rotation={other}" for other in rotation),
@@ -116,7 +120,7 @@ def run_jobs(jobs: list[Job]) -> dict[str, Outcome]:
     Raises:
         RotMoleError: a job failed; the other one is stopped.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")  # whose imports began with the command's
     messages, go = context.Queue(), context.Event()
     workers = [context.Process(target=work, args=(job, messages, go)) for job in jobs]
     for worker in workers:
