@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,26 @@ def ratio(times: Times, ours: str, theirs: str, less: str | None = None) -> dict
         "baseline": statistics.median([b for _, b in pairs]),
         "rounds": len(pairs),
     }
+
+
+@cache
+def multiplies_halves() -> bool:
+    """Say whether this machine has products in bfloat16 worth the name.
+
+    Without instructions for them torch falls back on loops that take tens of times as long as
+    float32: a training step would take minutes, and compare nothing but those loops.
+    """
+    import torch
+
+    left, right = torch.randn(64, 512), torch.randn(512, 512)
+    halves = left.bfloat16(), right.bfloat16()
+    times = alternate({"full": lambda: left @ right, "half": lambda: halves[0] @ halves[1]}, 5)
+    return min(times["half"]) < 4 * min(times["full"])
+
+
+def model_type() -> str:
+    """Return the type of whole models: bfloat16, or float32 where that has no fast products."""
+    return "bfloat16" if multiplies_halves() else "float32"
 
 
 def saved_mib(step: Callable[[], Any], exclude: Sequence[Any] = ()) -> float:

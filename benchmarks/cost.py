@@ -31,10 +31,14 @@ class Layer:
     @property
     def rows_in(self) -> int:
         """Rows of everything that is multiplied with x: A, router, vector and angle gates."""
+        return self.experts * (self.rank + 1 + self._rows("vector") + self._rows("angle"))
+
+    def _rows(self, gate: str) -> int:
+        """Rows of an expert's vector or angle gate."""
         row = ROTATIONS[self.mode]
-        vector = row.vector_rows(self.rank) if row.vector_rows else 0
-        angle = row.angle_rows(self.rank, self.rank // 2) if row.angle_rows else 0
-        return self.experts * (self.rank + 1 + vector + angle)
+        if gate == "vector":
+            return row.vector_rows(self.rank) if row.vector_rows else 0
+        return row.angle_rows(self.rank, self.rank // 2) if row.angle_rows else 0
 
     @property
     def parameters(self) -> int:
@@ -48,8 +52,12 @@ class Layer:
 
     @property
     def step_flops(self) -> int:
-        """Forward and backward: each product comes back as two."""
-        return 3 * self.forward_flops
+        """Forward and backward: each product comes back as two, an angle beside a vector as three.
+
+        The latter is not kept but computed again.
+        """
+        again = self._rows("angle") if self._rows("vector") else 0
+        return 3 * self.forward_flops + 2 * self.tokens * self.experts * again * self.inputs
 
     @property
     def chosen_flops(self) -> int:
@@ -66,12 +74,18 @@ class Layer:
 
     @property
     def saved_bytes(self) -> int:
-        """Kept for the backward pass besides x and parameters: z, gates and weights, float32."""
-        row = ROTATIONS[self.mode]
-        rows = self.rank + 1
-        rows += row.vector_rows(self.rank) if row.vector_rows else 0
-        rows += row.angle_rows(self.rank, self.rank // 2) if row.angle_rows else 0
-        return 4 * self.tokens * self.experts * rows
+        """Kept for the backward pass besides x and parameters, of at most 256 experts.
+
+        z and the vectors (where there are none, the angles) in float32, and of each chosen expert
+        its weight and one byte for its number.
+        """
+        gate = self._rows("vector") or self._rows("angle")
+        return self.tokens * (4 * self.experts * (self.rank + gate) + 5 * self.top_k)
+
+    @property
+    def gate_bytes(self) -> int:
+        """Size of z, the gates' values and the experts' weights in float32."""
+        return 4 * self.tokens * self.rows_in
 
     @property
     def forward_bytes(self) -> int:
@@ -81,7 +95,7 @@ class Layer:
         are written and read once.
         """
         x, y = self.tokens * self.inputs, self.tokens * self.outputs
-        return 2 * (x + 2 * y + self.parameters) + 2 * self.saved_bytes
+        return 2 * (x + 2 * y + self.parameters) + 2 * self.gate_bytes
 
     @property
     def base_flops(self) -> int:

@@ -1,37 +1,63 @@
-"""What do more experts cost? One layer with base, E = 4 to 1024 at R = 4, K = 2.
+"""What do more experts cost, and from where on is it faster to compute the chosen ones alone?
 
     python benchmarks/experts.py [--quick] [--csv FILE]
 
-Every number of experts is measured in the same rounds; the ratio is to E = 4.
+One layer with base, R = 4, K = 2. First E = 4 to 1024 as `dispatch: auto` computes them, the ratio
+being to E = 4; then E = 16 to 128 and K = 2 and 8 in both ways, grouped against fused. The rule in
+ops/grouped.prefers_grouped comes from the second table.
 """
 
 from __future__ import annotations
+
+import argparse
 
 from common import Row, alternate, finish, parser, ratio, run, saved_mib, show, start
 from layer import Case
 
 COUNTS = (4, 16, 64, 256, 1024)
+BOTH = ((16, 2), (32, 2), (64, 2), (128, 2), (64, 8), (128, 8))  # experts, chosen
 MODES = ("none", "tangent")
 
 
+def more_experts(widths: tuple[int, int, int], mode: str, given: argparse.Namespace) -> list[Row]:
+    """Measure every number of experts in the same rounds."""
+    cases = {count: Case(widths, (count, 4, 2), "float32") for count in COUNTS}
+    models = {count: case.ours(mode) for count, case in cases.items()}
+    steps = {str(count): cases[count].step(models[count]) for count in COUNTS}
+    times = alternate(steps, given.rounds)
+    rows = []
+    for count in COUNTS:
+        case, model = cases[count], models[count]
+        row = ("experts", str(case), mode)
+        rows.append(Row(*row, "step with base", "E=4", **ratio(times, str(count), "4")))
+        mib = saved_mib(lambda c=case, m=model: m(c.x), exclude=(model, case.x))
+        rows.append(Row(*row, "saved for backward", "", mib, mib, mib, "MiB"))
+    return [show(row) for row in rows]
+
+
+def both_ways(widths: tuple[int, int, int], mode: str, given: argparse.Namespace) -> list[Row]:
+    """Measure grouped against fused."""
+    rows = []
+    for count, top_k in BOTH[:1] if given.quick else BOTH:
+        case = Case(widths, (count, 4, top_k), "float32")
+        steps = {way: case.step(case.ours(mode, dispatch=way)) for way in ("grouped", "fused")}
+        times = alternate(steps, given.rounds)
+        found = ratio(times, "grouped", "fused")
+        rows.append(
+            show(Row("experts", str(case), mode, "grouped, step with base", "fused", **found))
+        )
+    return rows
+
+
 def main() -> int:
-    """Measure every number of experts in both modes."""
+    """Measure both questions in both modes."""
     given = parser(__doc__).parse_args()
     start(given)
     widths = (64, 32, 48) if given.quick else (1024, 1024, 1024)
     rows = []
     for mode in MODES:
-        cases = {count: Case(widths, (count, 4, 2), "float32") for count in COUNTS}
-        models = {count: case.ours(mode) for count, case in cases.items()}
-        steps = {str(count): cases[count].step(models[count]) for count in COUNTS}
-        times = alternate(steps, given.rounds)
-        for count in COUNTS:
-            case, model = cases[count], models[count]
-            found = ratio(times, str(count), "4")
-            row = ("experts", str(case), mode)
-            rows.append(show(Row(*row, "step with base", "E=4", **found)))
-            mib = saved_mib(lambda c=case, m=model: m(c.x), exclude=(model, case.x))
-            rows.append(show(Row(*row, "saved for backward", "", mib, mib, mib, "MiB")))
+        rows += more_experts(widths, mode, given)
+        rows += both_ways(widths, mode, given)
     return finish(rows, given)
 
 

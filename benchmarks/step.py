@@ -3,7 +3,8 @@
     python benchmarks/step.py [--full] [--quick] [--csv FILE]
 
 SmolLM2-135M's architecture with random weights (neither time nor memory depends on their values),
-batch 4 x 128, bfloat16 base with float32 adapters, forward, backward, AdamW. Peak memory is the
+batch 4 x 128, bfloat16 base with float32 adapters (a float32 base where the machine has no fast
+products in bfloat16), forward, backward, AdamW. Peak memory is the
 largest resident memory of a fresh process that makes two steps, median of three.
 """
 
@@ -28,6 +29,7 @@ from common import (
     finish,
     lora_like,
     lora_name,
+    model_type,
     parser,
     ratio,
     run,
@@ -40,9 +42,9 @@ MODES = ("none", "tangent")
 
 
 def smollm2(quick: bool = False) -> Any:
-    """Return the architecture of SmolLM2-135M with random bfloat16 weights; two layers if quick.
+    """Return the architecture of SmolLM2-135M with random weights; two layers if quick.
 
-    It is made in bfloat16 at once: a float32 copy would be the peak of memory.
+    It is made in its type at once: a float32 copy would be the peak of memory.
     """
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
@@ -54,7 +56,9 @@ def smollm2(quick: bool = False) -> Any:
     if quick:
         settings |= {"num_hidden_layers": 2, "vocab_size": 512}
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(LlamaConfig(**settings), dtype=torch.bfloat16)
+    return AutoModelForCausalLM.from_config(
+        LlamaConfig(**settings), dtype=getattr(torch, model_type())
+    )
 
 
 def pair(base: Any, mode: str, shape: tuple[int, int, int], targets: Any) -> tuple[Any, Any]:
@@ -158,7 +162,7 @@ def main() -> int:
                     continue
                 ours, lora = pair(base, mode, shape, names)
                 E, R, K = shape
-                row = ("step", f"{targets} 4 x 128 bfloat16 E={E} R={R} K={K}", mode)
+                row = ("step", f"{targets} 4 x 128 {model_type()} E={E} R={R} K={K}", mode)
                 steps = {"ours": stepper(ours, (4, 128)), "lora": stepper(lora, (4, 128))}
                 times = alternate(steps, given.rounds, warm_up=1)
                 figures = ratio(times, "ours", "lora")

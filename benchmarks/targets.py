@@ -146,6 +146,21 @@ def table(rows: Sequence[Row], made: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
+def operations_table(rows: Sequence[Row]) -> str:
+    """Return where the time of a step goes, ours beside the baseline's."""
+    mine = [row for row in rows if row.question == "operations"]
+    lines = ["| case | operation | ours, ms | baseline, ms |", "|---|---|---|---|"]
+    seen = set()
+    for row in mine:
+        case = f"{row.case}, {row.mode} / {row.against}"
+        lines.append(
+            f"| {case if case not in seen else ''} | {row.measure} | {1e3 * (row.ours or 0):.2f} | "
+            f"{1e3 * (row.baseline or 0):.2f} |"
+        )
+        seen.add(case)
+    return "\n".join(lines) if mine else "Not measured."
+
+
 def between(text: str, name: str, body: str) -> str:
     """Put a table between the comments that name it and its end."""
     start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
@@ -172,6 +187,7 @@ def main() -> int:
         "cpu": cost.cpu_table(),
         "gpu": cost.gpu_table(),
         "targets": table([row for row, _ in found], made),
+        "operations": operations_table([row for row, _ in found]),
     }
     text = given.document.read_text(encoding="utf-8")
     for name, body in tables.items():

@@ -116,10 +116,11 @@ def test_costs_on_paper_are_those_of_the_layer(mode: str) -> None:
     centers = E * R if mode == "centroid" else 0
     assert paper.parameters == sum(p.numel() for p in own.parameters()) - centers
     x = torch.randn(T, D, requires_grad=True)
-    kept = common.saved_mib(lambda: layer.addition(x, "default"), exclude=(layer, x)) * 2**20
+    base = torch.zeros(T, O)
+    kept = common.saved_mib(lambda: layer.add(base, x, "default"), exclude=(layer, x)) * 2**20
     assert kept == paper.saved_bytes
     with FlopCounterMode(display=False) as forward:
-        y = layer.addition(x, "default")
+        y = layer.add(base, x, "default")
     assert forward.get_total_flops() == paper.forward_flops
     with FlopCounterMode(display=False) as backward:
         y.sum().backward()

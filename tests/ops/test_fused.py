@@ -15,7 +15,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from rotmole.ops import fused, reference
 from rotmole.ops.adjoint import BY_HAND, adjoint
-from rotmole.ops.fused import GATES, Settings, can_fuse, fused_mixture
+from rotmole.ops.fused import GATES, can_fuse, fused_mixture
+from rotmole.ops.passes import Settings
 from rotmole.ops.rotation import ROTATIONS, Gate
 
 
@@ -66,11 +67,15 @@ def by_reference(
 
 
 def run(
-    settings: Settings, problem: Problem, router_ED: Tensor, keep_TD: Tensor | None
+    settings: Settings,
+    problem: Problem,
+    router_ED: Tensor,
+    keep_TD: Tensor | None,
+    base_TO: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     return fused_mixture(
         settings, problem.x_TD, problem.A_ERD, problem.B_ERO, problem.gates,
-        router_ED=router_ED, keep_TD=keep_TD,
+        router_ED=router_ED, keep_TD=keep_TD, base_TO=base_TO,
     )  # fmt: skip
 
 
@@ -119,12 +124,13 @@ def test_outputs_and_every_gradient(variant: Variant, data: st.DataObject) -> No
 def test_first_and_second_derivatives(variant: Variant, dropped: bool) -> None:
     problem = make(variant, 2, T=2, E=3, K=2, D=3, O=4).leaves()
     inputs = leaves(problem, router_of(problem))
+    inputs["base"] = torch.ones(2, 4, dtype=torch.float64, requires_grad=True)
     keep_TD = problem.keep_TD > 0 if dropped else None
 
     def function(*tensors: Tensor) -> tuple[Tensor, Tensor | None]:
         named = dict(zip(inputs, tensors, strict=True))
         changed = problem.map(lambda name, t: named.get(name, t))
-        return run(settings_of(problem), changed, named["router"], keep_TD)
+        return run(settings_of(problem), changed, named["router"], keep_TD, named["base"])
 
     assert torch.autograd.gradcheck(function, tuple(inputs.values()))
     assert torch.autograd.gradgradcheck(function, tuple(inputs.values()))
@@ -201,31 +207,107 @@ def test_given_weights_and_frozen_inputs(variant: Variant) -> None:
 
 
 @every
+@pytest.mark.parametrize("norm_topk_prob", [False, True])
 @pytest.mark.parametrize("dropped", [False, True])
-def test_what_is_kept_for_the_backward_pass(variant: Variant, dropped: bool) -> None:
-    """x, its mask, the parameters, and of the experts only z, the gates' values and weights."""
-    T, E, D, O = 64, 3, 40, 50  # noqa: E741 - the legend's letter
-    problem = make(variant, 7, T=T, E=E, K=2, D=D, O=O, dtype=torch.float32).leaves()
+def test_what_is_kept_for_the_backward_pass(
+    variant: Variant, dropped: bool, norm_topk_prob: bool
+) -> None:
+    """x, its mask, the parameters, and only z, the gates' values and the chosen weights besides."""
+    T, E, D, O, K = 64, 3, 40, 50, 2  # noqa: E741 - the legend's letter
+    problem = make(variant, 7, T=T, E=E, K=K, D=D, O=O, dtype=torch.float32).leaves()
     router_ED = router_of(problem).detach().float().requires_grad_()
+    base_TO = torch.zeros(T, O, requires_grad=True)
     parameters = {t.data_ptr() for t in leaves(problem, router_ED).values()}
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         if tensor.data_ptr() not in parameters:
-            kept[tensor.data_ptr()] = tensor
+            kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        settings = settings_of(problem)
-        run(settings, problem, router_ED, problem.keep_TD > 0 if dropped else None)
-    found = sum(t.numel() * t.element_size() for t in kept.values())
+        settings = settings_of(problem, norm_topk_prob=norm_topk_prob)
+        keep_TD = problem.keep_TD > 0 if dropped else None
+        run(settings, problem, router_ED, keep_TD, base_TO)
+    found = sum(t.untyped_storage().nbytes() for t in kept.values())
     R = problem.A_ERD.shape[1]
-    row = ROTATIONS[variant.rotation]
-    per_expert = R + 1
-    per_expert += row.vector_rows(R) if row.vector_rows else 0
-    if row.angle_rows:
-        per_expert += problem.gates["rotation_angle"].shape[1]
-    assert found <= 4 * T * E * per_expert + (T * D if dropped else 0)
+    gates = ROTATIONS[variant.rotation]
+    rows = gates.vector_rows(R) if gates.vector_rows else 0
+    if gates.angle_rows and not rows:  # beside a vector the angle is computed again
+        rows = problem.gates["rotation_angle"].shape[1]
+    softmax = 0 if norm_topk_prob else 4 * E
+    assert found == T * (4 * E * (R + rows) + 5 * K + softmax + (D if dropped else 0))
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+@given(data=st.data())
+def test_the_base_is_added_and_gets_its_gradient(dropped: bool, data: st.DataObject) -> None:
+    variant = Variant(data.draw(st.sampled_from(sorted(BY_HAND))))
+    problem = data.draw(problems(variant, T=3, E=3)).leaves()
+    router_ED, settings = router_of(problem), settings_of(problem)
+    keep_TD = problem.keep_TD > 0 if dropped else None
+    alone, logits = run(settings, problem, router_ED, keep_TD)
+    base_TO = torch.randn_like(alone).requires_grad_()
+    before = base_TO.detach().clone()
+    y_TO, again = run(settings, problem, router_ED, keep_TD, base_TO)
+    assert_close(y_TO, base_TO + alone, 1e-13)
+    assert torch.equal(base_TO, before)
+    inputs = leaves(problem, router_ED) | {"base": base_TO}
+    found = gradients((y_TO, again), inputs)
+    wanted = gradients((base_TO + alone, logits), inputs)
+    for name in inputs:
+        assert_close(found[name], wanted[name], 1e-12, name)
+
+
+HALF, SINGLE, DOUBLE = torch.bfloat16, torch.float32, torch.float64
+
+
+@pytest.mark.parametrize(("base", "products", "result"), [
+    (HALF, SINGLE, SINGLE), (SINGLE, HALF, SINGLE), (HALF, HALF, HALF), (DOUBLE, SINGLE, DOUBLE),
+])  # fmt: skip
+def test_the_wider_type_of_base_and_products_wins(
+    base: torch.dtype, products: torch.dtype, result: torch.dtype
+) -> None:
+    """As in base + addition; the base is not changed, and its gradient has its type."""
+    problem = make(Variant("tangent"), 1, T=5, E=3, K=2, D=8, O=6, dtype=SINGLE).leaves()
+    router_ED = router_of(problem).detach().float().requires_grad_()
+    base_TO = torch.randn(5, 6).to(base).requires_grad_()
+    before = base_TO.detach().clone()
+    settings = settings_of(problem, dtype=products)
+    y_TO, _ = run(settings, problem, router_ED, None, base_TO)
+    alone, _ = run(settings, problem, router_ED, None)
+    assert y_TO.dtype == result
+    assert torch.equal(base_TO, before)
+    error = (y_TO - (base_TO + alone)).float().norm() / alone.float().norm()
+    assert error < (0.02 if HALF in (base, products) and result == HALF else 1e-6)
+    y_TO.sum().backward()
+    assert base_TO.grad is not None
+    assert base_TO.grad.dtype == base
+    assert torch.equal(base_TO.grad, torch.ones_like(base_TO))
+
+
+def test_a_single_renormalised_expert_teaches_the_router_nothing_at_all() -> None:
+    """Not even rounding noise: Adam would turn it into a random walk."""
+    problem = make(Variant("tangent"), 6, T=50, E=4, K=1, D=8, O=6, dtype=SINGLE).leaves()
+    router_ED = router_of(problem).detach().float().requires_grad_()
+    y_TO, _ = run(settings_of(problem), problem, router_ED, None)
+    (gradient,) = torch.autograd.grad(y_TO.square().sum(), router_ED)
+    assert not gradient.any()
+
+
+def test_more_experts_than_a_byte_can_number() -> None:
+    for experts in (256, 257):
+        problem = make(Variant("none"), 3, T=6, E=experts, K=2, R=2, D=4, O=3).leaves()
+        router_ED = router_of(problem)
+        with torch.no_grad():
+            router_ED[-1] = 9 * problem.x_TD[0]  # the last expert is among the chosen
+        inputs = leaves(problem, router_ED)
+        fast = run(settings_of(problem), problem, router_ED, None)
+        slow = by_reference(settings_of(problem), problem, router_ED, None)
+        found, wanted = gradients(fast, inputs), gradients(slow, inputs)
+        assert found["B"][-1].any()
+        for name in inputs:
+            assert_close(found[name], wanted[name], 1e-10, name)
 
 
 def test_products_in_bfloat16_give_nearly_the_gradients_of_float32() -> None:

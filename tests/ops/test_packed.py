@@ -24,6 +24,10 @@ def test_outputs(variant: Variant, options: dict[str, Any]) -> None:
         packed = pack(problem.A_ERD, problem.B_ERO, problem.gates, router_ED, torch.float64)
         wanted, _ = by_reference(settings, problem, router_ED, None)
         assert_close(packed_mixture(settings, problem.x_TD, packed), wanted, 1e-12)
+        base_TO = torch.ones(T, 6, dtype=torch.float64)
+        found = packed_mixture(settings, problem.x_TD, packed, base_TO)
+        assert_close(found, base_TO + wanted, 1e-12)
+        assert (base_TO == 1).all()
 
 
 @pytest.mark.parametrize("variant", FUSED, ids=str)

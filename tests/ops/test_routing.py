@@ -43,6 +43,31 @@ def test_parity(options: dict[str, object], ties: bool, data: st.DataObject) -> 
     assert_close(gradients[0], gradients[1], 1e-13)
 
 
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@given(data=st.data())
+def test_choosing_is_routing(options: dict[str, object], ties: bool, data: st.DataObject) -> None:
+    """In fewer operations; of equal logits the first win here too, best first."""
+    logits_TE, top_k = data.draw(scores(ties=ties))
+    experts = logits_TE.shape[1]
+    routed = routing.route(logits_TE, top_k=top_k, **options)
+    chosen = routing.choose(
+        logits_TE.mT.contiguous(),
+        top_k=top_k,
+        **({"selection": "top_k", "norm_topk_prob": True} | options),
+    )
+    weight_ET = routing.spread_chosen(chosen.weight_KT, chosen.index_KT, experts)
+    assert_close(weight_ET.mT, routed.weight_TE, 1e-14)
+    assert torch.equal(weight_ET.mT != 0, routed.weight_TE != 0)
+    assert (chosen.index_KT is None) == ("selection" in options)
+    assert (chosen.probability_ET is None) == ("norm_topk_prob" not in options)
+    if chosen.index_KT is not None:
+        assert chosen.index_KT.shape == (top_k, len(logits_TE))
+        assert (chosen.weight_KT.diff(dim=0) <= 0).all()
+    if chosen.probability_ET is not None:
+        assert_close(chosen.probability_ET.mT, routed.probability_TE, 1e-14)
+
+
 @given(case=scores(ties=True))
 def test_weights(case: tuple[Tensor, int]) -> None:
     """K selected, zero elsewhere, sum 1; without renormalising p itself."""

@@ -43,37 +43,39 @@ def _none(z: Tensor, gate: Gate, G: Tensor, dm: Tensor) -> Adjoint:
 
 
 def _across(
-    z: Tensor, q: Tensor, k: Tensor, n2: Tensor, dt: Tensor, dt_z: Tensor, dn2: Tensor
+    z: Tensor, q: Tensor, k: Tensor, n2: Tensor, dt: Tensor, dt_z: Tensor, twice_dn2: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Go back through t = q - k z, k = <q,z>/n2, n2 = <z,z> + e: gradients of z and q.
 
-    dt is t's gradient, dt_z = <dt, z>, and dn2 what reaches n2 by other ways.
+    dt is t's gradient, dt_z = <dt, z>, and twice_dn2 twice what reaches n2 by other ways.
     """
-    ddot = -dt_z / n2
-    dn2 = dn2 - ddot * k
-    dz = torch.addcmul(ddot * q, 2 * dn2, z).addcmul_(k, dt, value=-1)
-    return dz, torch.addcmul(dt, ddot, z)
+    ratio = dt_z / n2
+    along = torch.addcmul(twice_dn2, ratio, k, value=2)
+    dz = torch.addcmul(along * z, ratio, q, value=-1).addcmul_(k, dt, value=-1)
+    return dz, torch.addcmul(dt, ratio, z, value=-1)
 
 
 def _tangent(z: Tensor, gate: Gate, G: Tensor, dm: Tensor) -> Adjoint:
-    """z' = alpha z + beta t with h = 1/(1 + a/4), alpha = 1 - a h/2, beta = sqrt(n2) h."""
+    """z' = alpha z + beta t with h = 1/(1 + a/4), alpha = 2 h - 1, beta = sqrt(n2) h.
+
+    Few operations matter: one on small tensors costs its fixed price, one with a number more.
+    """
     q = gate.vector_EVT
     assert q is not None
     e = epsilon(z)
     n2 = inner(z, z) + e
     k = inner(q, z) / n2
     t = torch.addcmul(q, k, z, value=-1)
-    a = inner(t, t)
-    h, root = 1 / (1 + a / 4), torch.sqrt(n2)
-    alpha, beta = 1 - (a / 2) * h, root * h
+    h, root = torch.reciprocal(1 + inner(t, t) / 4), torch.sqrt(n2)
+    alpha, beta = 2 * h - 1, root * h
     z_dm, t_dm = inner(dm, z), inner(dm, t)
-    dweight = alpha * z_dm + beta * t_dm
+    dweight = torch.addcmul(alpha * z_dm, beta, t_dm)
     z_dm, t_dm = G * z_dm, G * t_dm  # from here on <z, dz'> and <t, dz'>
-    da = -(h * h) * (z_dm / 2 + root * t_dm / 4)
+    da = h * h * torch.addcmul(z_dm, root, t_dm, value=0.5)  # -2 times the gradient of a
     g_alpha, g_beta = G * alpha, G * beta
-    dt = torch.addcmul(g_beta * dm, 2 * da, t)
-    dt_z = beta * z_dm + (2 * e) * da * k  # <t, z> = k e
-    dz, dq = _across(z, q, k, n2, dt, dt_z, t_dm * h / (2 * root))
+    dt = torch.addcmul(g_beta * dm, da, t, value=-1)
+    dt_z = torch.addcmul(beta * z_dm, da, k, value=-e)  # <t, z> = k e
+    dz, dq = _across(z, q, k, n2, dt, dt_z, t_dm * h / root)
     m = torch.addcmul(g_alpha * z, g_beta, t)
     return Adjoint(m, dz.addcmul_(g_alpha, dm), dweight, dq)
 
@@ -107,7 +109,7 @@ def _plane(z: Tensor, gate: Gate, G: Tensor, dm: Tensor) -> Adjoint:
     g_cos, g_beta = G * cos, G * beta
     dt = torch.addcmul(g_beta * dm, 2 * ds, t)
     dt_z = beta * z_dm + (2 * e) * ds * k  # <t, z> = k e
-    dz, dq = _across(z, q, k, n2, dt, dt_z, dn2)
+    dz, dq = _across(z, q, k, n2, dt, dt_z, 2 * dn2)
     m = torch.addcmul(g_cos * z, g_beta, t)
     dq = dq.addcmul_(2 * FLOOR**2 * df, q)
     return Adjoint(m, dz.addcmul_(g_cos, dm), dweight, dq, dangle)

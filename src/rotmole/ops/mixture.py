@@ -12,7 +12,6 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from rotmole.ops.modes import output_metric
 from rotmole.ops.precision import at_least_float32, epsilon, without_autocast
@@ -23,21 +22,13 @@ from rotmole.ops.sqrt_gate import combine_sqrt_gate
 def project(x_TD: Tensor, weight_EMD: Tensor) -> Tensor:
     """Apply every expert's [M, D] matrix to every token: [E, M, T], tokens last.
 
-    One product for all experts. The small result is turned afterwards where that is faster than a
-    product that writes it turned: float32 products on CPUs prefer a tall left factor, half types do
-    not.
+    One product for all experts, which writes its small result with tokens last.
 
     >>> project(torch.ones(5, 3), torch.ones(2, 4, 3)).shape
     torch.Size([2, 4, 5])
     """
     experts, rows = weight_EMD.shape[:2]
-    weight_ND = weight_EMD.flatten(0, 1)
-    projected: Tensor
-    if x_TD.dtype in (torch.bfloat16, torch.float16):
-        projected = weight_ND @ x_TD.mT
-    else:
-        projected = linear(x_TD, weight_ND).mT.contiguous()
-    return projected.view(experts, rows, x_TD.shape[0])
+    return (weight_EMD.flatten(0, 1) @ x_TD.mT).view(experts, rows, x_TD.shape[0])
 
 
 def _activations(dropped_TD: Tensor, A_ERD: Tensor, experts: int) -> Tensor:

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from rotmole.ops.fused import Settings
-from rotmole.ops.mixture import combine, project
+from rotmole.ops.mixture import project
+from rotmole.ops.passes import Settings, add_to
 from rotmole.ops.precision import at_least_float32, without_autocast
 from rotmole.ops.rotation import ROTATIONS, Gate
-from rotmole.ops.routing import router_logits
+from rotmole.ops.routing import choose, spread_chosen
 
 
 class Pack(NamedTuple):
@@ -80,16 +80,20 @@ def pack(
     )
 
 
-def packed_mixture(settings: Settings, x_TD: Tensor, packed: Pack) -> Tensor:
-    """Return what the adapter adds to W x, without gradients.
+def packed_mixture(
+    settings: Settings, x_TD: Tensor, packed: Pack, base_TO: Tensor | None = None
+) -> Tensor:
+    """Return what the adapter adds to W x, or its sum with W x, without gradients.
 
     Args:
         settings: rotation, scale, routing ("top_k" or "dense" over a linear router) and type.
         x_TD: [T, D] layer input.
         packed: the layer's weights.
+        base_TO: [T, O] W x; None leaves it out.
 
     Returns:
-        [T, O] in settings.dtype; differs from fused_mixture by rounding alone.
+        [T, O] in settings.dtype or base_TO's, whichever is wider; differs from fused_mixture by
+        rounding alone.
 
     Source: as `mixture`; the layout is our choice.
 
@@ -110,29 +114,19 @@ def packed_mixture(settings: Settings, x_TD: Tensor, packed: Pack) -> Tensor:
             weight = packed.apart.get(name)
             return None if weight is None else project(x_TD.to(weight.dtype), weight)
 
-        router = packed.apart.get("router")
-        if router is None:
-            start, _, _ = packed.parts["router"]
-            logits_TE = rows_NT[start : start + experts].mT
-        else:
-            logits_TE = router_logits(x_TD, router.squeeze(1))
-        weight_TE = _weights(logits_TE, settings)
+        logits = read("router")
         z_ERT = read("A")
+        assert logits is not None
         rotate = ROTATIONS[settings.rotation].rotate
         assert z_ERT is not None
         assert rotate is not None
         turned_ERT = rotate(z_ERT, Gate(read("vector"), read("angle"), packed.center_ER))
-        return combine((settings.scale * weight_TE).mT.unsqueeze(1) * turned_ERT, packed.B_ERO)
-
-
-def _weights(logits_TE: Tensor, settings: Settings) -> Tensor:
-    """Return the weights that routing.route gives, in fewer steps for few tokens: [T, E]."""
-    if settings.selection == "dense":
-        return torch.softmax(logits_TE, dim=-1)
-    order = torch.sort(logits_TE, dim=-1, descending=True, stable=True)
-    top_TK, index_TK = order.values[:, : settings.top_k], order.indices[:, : settings.top_k]
-    if settings.norm_topk_prob:
-        weight_TK = torch.softmax(top_TK, dim=-1)
-    else:
-        weight_TK = torch.softmax(order.values, dim=-1)[:, : settings.top_k]
-    return torch.zeros_like(logits_TE).scatter_(-1, index_TK, weight_TK)
+        chosen = choose(
+            logits.squeeze(1),
+            top_k=settings.top_k,
+            selection=settings.selection,
+            norm_topk_prob=settings.norm_topk_prob,
+        )
+        weight_ET = spread_chosen(chosen.weight_KT, chosen.index_KT, experts)
+        m_ERT = (settings.scale * weight_ET).unsqueeze(1) * turned_ERT
+        return add_to(base_TO, m_ERT, packed.B_ERO)

@@ -107,3 +107,54 @@ def route(
     else:
         weight_ET = probability_ET * selected_ET
     return Routing(weight_ET.mT, selected_ET.mT, probability_ET.mT)
+
+
+class Chosen(NamedTuple):
+    """The experts a token uses.
+
+    Attributes:
+        weight_KT: [K, T] their weights; [E, T] where all are used.
+        index_KT: [K, T] their numbers, best first; None where all are used.
+        probability_ET: [E, T] softmax over all, where weight_KT is not normalised; else None.
+    """
+
+    weight_KT: Tensor
+    index_KT: Tensor | None
+    probability_ET: Tensor | None
+
+
+def choose(logits_ET: Tensor, *, top_k: int, selection: str, norm_topk_prob: bool) -> Chosen:
+    """Select and weigh experts as `route` does, in fewer operations and without autograd.
+
+    Args:
+        logits_ET: [E, T] router scores in at least float32, tokens last.
+        top_k, selection, norm_topk_prob: as in `route`, and valid.
+
+    Returns:
+        Chosen; equal to `route` up to rounding.
+
+    >>> choose(torch.tensor([[0.0], [1.0], [1.0]]), top_k=2, selection="top_k",
+    ...        norm_topk_prob=True).index_KT
+    tensor([[1],
+            [2]])
+    """
+    if selection == "dense":
+        return Chosen(torch.softmax(logits_ET, dim=0), None, None)
+    order = torch.sort(logits_ET, dim=0, descending=True, stable=True)  # equal ones keep order
+    index_KT = order.indices[:top_k]
+    if norm_topk_prob:
+        return Chosen(torch.softmax(order.values[:top_k], dim=0), index_KT, None)
+    probability_ET = torch.softmax(logits_ET, dim=0)
+    return Chosen(probability_ET.gather(0, index_KT), index_KT, probability_ET)
+
+
+def spread_chosen(weight_KT: Tensor, index_KT: Tensor | None, experts: int) -> Tensor:
+    """Return the weights of all experts [E, T], 0 where not chosen.
+
+    >>> spread_chosen(torch.tensor([[0.75], [0.25]]), torch.tensor([[2], [0]]), 3).T
+    tensor([[0.2500, 0.0000, 0.7500]])
+    """
+    if index_KT is None:
+        return weight_KT
+    weight_ET = weight_KT.new_zeros(experts, weight_KT.shape[1])
+    return weight_ET.scatter_(0, index_KT.long(), weight_KT)

@@ -149,16 +149,17 @@ class Experts(nn.Module):
         part: BlockPart | None = None,
         *,
         decoding: bool = False,
+        base_TO: Tensor | None = None,
     ) -> tuple[Tensor, Routed | None]:
         """Return the addition [T, O] and, where there is a router, (its logits, the routing).
 
-        The routing is None where it was made inside: see `routing`, `paths.add`. A part of a
-        block-routed feed-forward block answers as `BlockPart.add` says.
+        Given the base layer's output, their sum. The routing is None where it was made inside: see
+        `routing`, `paths.add`. A part of a block-routed block answers as `BlockPart.add` says.
         """
         if part is not None:
             x_TD = x_TD.to(self.expert_A.dtype)
             return part.add(self, x_TD, dropout(x_TD), tokens)
-        delta_TO, routed = add(self, x_TD, dropout, tokens, decoding=decoding)
+        delta_TO, routed = add(self, x_TD, dropout, tokens, decoding=decoding, base_TO=base_TO)
         if "residual_A" in self.frozen:
             delta_TO = delta_TO - self._residual(x_TD.to(self.expert_A.dtype))
         return delta_TO, routed
@@ -171,8 +172,7 @@ class Experts(nn.Module):
 
     def extra_repr(self) -> str:
         """Show shape and modes when the model is printed."""
-        experts, rank, outputs = self.expert_B.shape
-        inputs = self.expert_A.shape[-1]
+        inputs, (experts, rank, outputs) = self.expert_A.shape[-1], self.expert_B.shape
         return (
             f"in_features={inputs}, out_features={outputs}, num_experts={experts}, r={rank}, "
             f"top_k={self.top_k}, rotation={self.rotation!r}"
@@ -275,45 +275,45 @@ class RotMoleLayer(BaseTunerLayer):  # type: ignore[misc] # peft ships no types
         """Return the parameters of one adapter in this layer."""
         return self.rotmole_experts[adapter_name]  # type: ignore[return-value] # all are Experts
 
-    def addition(self, x: Tensor, adapter_name: str) -> Tensor:
-        """Return what one adapter adds to the base layer's output: [..., O] for x [..., D].
+    def add(self, result: Tensor, x: Tensor, adapter_name: str) -> Tensor:
+        """Return result plus what one adapter adds for x: [..., O] for x [..., D].
 
         In a block-routed block the inner layers return [K, ..., O], the outer takes [K, ..., D].
         """
         experts, part = self.experts(adapter_name), self.rotmole_blocks.get(adapter_name)
         if part is not None:
             part.begin(x)
-        gate = experts.scaling_gate
-        tokens = gate.tokens(self.rotmole_state, x) if experts.routes else NO_TOKENS
-        delta_TO, routed = experts(
+        tokens = experts.scaling_gate.tokens(self.rotmole_state, x) if experts.routes else NO_TOKENS
+        y_TO, routed = experts(
             x.reshape(-1, self.in_features),
             self.rotmole_dropout[adapter_name],
             tokens,
             part=part,
             decoding=x.dim() == 3 and x.shape[1] == 1,
+            base_TO=result.reshape(-1, self.out_features) if part is None else None,
         )
-        lead = x.shape[:-1] if part is None else part.lead(x)
-        delta: Tensor = delta_TO.reshape(*lead, self.out_features)
-        return delta if routed is None else self._balanced(delta, x, routed, experts)
+        y = y_TO.reshape(*(x.shape[:-1] if part is None else part.lead(x)), self.out_features)
+        result = y if part is None else result + y
+        return result if routed is None else self._balanced(result, x, routed, experts)
 
-    def _balanced(self, delta: Tensor, x: Tensor, routed: Routed, experts: Experts) -> Tensor:
-        """Let the losses act, and count who was chosen, in the backward pass of delta."""
+    def _balanced(self, result: Tensor, x: Tensor, routed: Routed, experts: Experts) -> Tensor:
+        """Let the losses act, and count who was chosen, in the backward pass of result."""
         if not torch.is_grad_enabled():
-            return delta
+            return result
         logits_TE, routing = routed
         state, settings = self.rotmole_state, experts.balance
         router = experts.first_router_parameter
         if settings.acts and router is not None and router.requires_grad:
             routing = experts.routing(logits_TE) if routing is None else routing
-            delta = add_balance(delta, x, logits_TE, routing, state, settings, router)
-        if experts.router_bias is not None and experts.training and delta.requires_grad:
+            result = add_balance(result, x, logits_TE, routing, state, settings, router)
+        if experts.router_bias is not None and experts.training and result.requires_grad:
             assert routing is not None  # a biased router is no plain one
             mask = state.valid_tokens(x)
             mask_T = None if mask is None else mask.reshape(-1).to(x.device)
-            delta = count_loads(
-                delta, routing.selected_TE, mask_T, experts.loads, experts.expert_B, state
+            result = count_loads(
+                result, routing.selected_TE, mask_T, experts.loads, experts.expert_B, state
             )
-        return delta
+        return result
 
 
 class Linear(nn.Module, RotMoleLayer):
@@ -342,7 +342,7 @@ class Linear(nn.Module, RotMoleLayer):
         result: Tensor = self.base_layer(read, *args, **kwargs)
         dtype = result.dtype
         for adapter_name in active:
-            result = result + self.addition(x, adapter_name)
+            result = self.add(result, x, adapter_name)
         return result.to(dtype)
 
     def __repr__(self) -> str:

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from rotmole.ops.fused import Settings, can_fuse, fused_mixture
+from rotmole.ops.fused import can_fuse, fused_mixture
 from rotmole.ops.grouped import grouped_mixture, prefers_grouped
 from rotmole.ops.mixture import mixture
 from rotmole.ops.packed import Pack, pack, packed_mixture
+from rotmole.ops.passes import Settings
 from rotmole.ops.routing import Routing
 from rotmole.tuner.scaling import NO_TOKENS, Tokens
 
@@ -117,8 +118,9 @@ def add(
     tokens: Tokens = NO_TOKENS,
     *,
     decoding: bool = False,
+    base_TO: Tensor | None = None,
 ) -> tuple[Tensor, Routed | None]:
-    """Return what an adapter adds to W x, and what its router said.
+    """Return what an adapter adds to W x, or its sum with W x, and what its router said.
 
     Args:
         experts: the adapter's parameters in the layer.
@@ -126,6 +128,7 @@ def add(
         dropout: the adapter's nn.Dropout, or nn.Identity.
         tokens: what the router knows of the tokens besides x.
         decoding: every row is one new token of a sequence.
+        base_TO: [T, O] W x, which the fused and packed way add to as they go; None leaves it out.
 
     Returns:
         ([T, O], (logits [T, E], the routing) or None without a router). The routing is None where
@@ -133,11 +136,10 @@ def add(
     """
     dtype = compute_dtype(x_TD, experts.expert_A, experts.computes_in_input_dtype)
     fuses = can_fuse(experts.rotation, experts.rotation_input, experts.rotation_metric)
-    if not fuses or experts.sqrt_gate:
-        return _slow(experts, x_TD, dropout, dtype, tokens)
-    grouped = _wants_groups(experts)
-    if grouped:
-        return _grouped(experts, x_TD, dropout, dtype, tokens)
+    if not fuses or experts.sqrt_gate or _wants_groups(experts):
+        way = _slow if not fuses or experts.sqrt_gate else _grouped
+        delta_TO, routed = way(experts, x_TD, dropout, dtype, tokens)
+        return delta_TO if base_TO is None else base_TO + delta_TO, routed
     keep_TD, keep_scale = _kept(x_TD, dropout)
     gate = experts.scaling_gate
     settings = Settings(
@@ -152,18 +154,19 @@ def add(
     arguments = (settings, x_TD, experts.expert_A, experts.expert_B, _gates(experts))
     if experts.routes_inside:
         if decoding and _may_pack(experts, x_TD, keep_TD):
-            return packed_mixture(settings, x_TD, experts.packs.of(experts, dtype)), None
+            packed = experts.packs.of(experts, dtype)
+            return packed_mixture(settings, x_TD, packed, base_TO), None
         if torch.is_grad_enabled() and experts.expert_B.requires_grad:
             experts.packs.note_training()
-        delta_TO, logits_TE = fused_mixture(
-            *arguments, router_ED=experts.router_weight, keep_TD=keep_TD
+        y_TO, logits_TE = fused_mixture(
+            *arguments, router_ED=experts.router_weight, keep_TD=keep_TD, base_TO=base_TO
         )
         assert logits_TE is not None
-        return delta_TO, (logits_TE, None)
+        return y_TO, (logits_TE, None)
     routed = experts.route(x_TD, tokens)
     weight_TE = x_TD.new_ones(x_TD.shape[0], 1) if routed is None else routed[1].weight_TE
-    delta_TO, _ = fused_mixture(*arguments, weight_TE=weight_TE, keep_TD=keep_TD)
-    return delta_TO, routed
+    y_TO, _ = fused_mixture(*arguments, weight_TE=weight_TE, keep_TD=keep_TD, base_TO=base_TO)
+    return y_TO, routed
 
 
 def _grouped(

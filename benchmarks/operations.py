@@ -1,0 +1,93 @@
+"""Where does the time go? Seconds of each kind of operation in one step, ours beside LoRA's.
+
+    python benchmarks/operations.py [--quick] [--csv FILE]
+
+torch's profiler, which makes every operation dearer than it is: what it says is in which operations
+the time lies, not how much it is. Cases: the adapter path of a layer around a free base, forward
+and backward, at many and at few tokens; one decoded token of SmolLM2-135M's architecture; and many
+experts, of which only the chosen are computed, beside four.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from common import SHAPES, Row, finish, lora_name, parser, run, show, start
+from decode import decoder
+from layer import WIDTHS, Case
+from step import TARGETS, pair, smollm2
+from torch.profiler import ProfilerActivity, profile
+
+TOP = 8  # operations of a case, the rest is summed up
+OTHER = "all other"
+
+
+def times(step: Callable[[], Any], rounds: int) -> dict[str, tuple[float, float]]:
+    """Return (seconds, calls) in one step by kind of operation, largest first."""
+    step()
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        for _ in range(rounds):
+            step()
+    events = sorted(found.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    return {e.key: (e.self_cpu_time_total / 1e6 / rounds, e.count / rounds) for e in events}
+
+
+def compare(
+    case: str, mode: str, against: str, ours: dict[str, tuple], theirs: dict[str, tuple]
+) -> list[Row]:
+    """Return a row for each of our dearest operations, and one for the rest of both sides."""
+    names = list(ours)[:TOP]
+    seconds = {name: (ours[name][0], theirs.get(name, (0.0, 0))[0]) for name in names}
+    rest = [sum(s for n, (s, _) in side.items() if n not in names) for side in (ours, theirs)]
+    seconds[OTHER] = (rest[0], rest[1])
+    rows = []
+    for name, (mine, other) in seconds.items():
+        calls = ours[name][1] if name in ours else 0
+        what = f"{name} ({calls:.0f} calls)" if calls else name
+        figures = {"unit": "s", "ours": mine, "baseline": other}
+        rows.append(show(Row("operations", case, mode, what, against, mine, mine, mine, **figures)))
+    return rows
+
+
+def layers(given: argparse.Namespace) -> list[Row]:
+    """Profile the adapter path at many and at few tokens."""
+    rows = []
+    small = (64, 32, 48)
+    for widths in [small] if given.quick else WIDTHS:
+        case = Case(widths, SHAPES[0], "float32")
+        ours = case.ours("tangent", free=True)
+        lora = case.lora(ours, free=True)
+        found = [times(case.step(model), given.rounds) for model in (ours, lora)]
+        rows += compare(f"adapter path, {case}", "tangent", lora_name(lora), *found)
+    return rows
+
+
+def decoding(given: argparse.Namespace) -> list[Row]:
+    """Profile one decoded token."""
+    models = pair(smollm2(given.quick), "tangent", SHAPES[0], TARGETS["q,k,v,o"])
+    found = []
+    for model in models:
+        tokens = decoder(model.eval(), 1)
+        found.append(times(lambda t=tokens: next(t), given.rounds))
+    return compare("one decoded token, batch 1", "tangent", lora_name(models[1]), *found)
+
+
+def many(given: argparse.Namespace) -> list[Row]:
+    """Profile a layer with 1024 experts beside one with 4."""
+    widths = (64, 32, 48) if given.quick else WIDTHS[0]
+    cases = [Case(widths, (count, 4, 2), "float32") for count in (1024, 4)]
+    found = [times(case.step(case.ours("tangent")), min(given.rounds, 5)) for case in cases]
+    return compare(f"with base, {cases[0]}", "tangent", "E=4", *found)
+
+
+def main() -> int:
+    """Profile every case."""
+    given = parser(__doc__).parse_args()
+    start(given)
+    return finish([*layers(given), *decoding(given), *many(given)], given)
+
+
+if __name__ == "__main__":
+    run(main)
