@@ -7,7 +7,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from rotmole.evaluation.render import footnotes, plain_text, rich_table, rows
 from rotmole.evaluation.target import Target, find_target, load_target
 from rotmole.models.files import atomic_write_text, make_folder
 from rotmole.models.load import load_tokenizer
+from rotmole.training.ranks import is_main_process, joined, same_everywhere
 
 RESULT = "evaluation.json"
 
@@ -38,7 +39,8 @@ def evaluate(
 ) -> int:
     """Score a target, print the table, and write evaluation.json.
 
-    The file goes into the run folder, or beside an adapter that lies in none.
+    The file goes into the run folder, or beside an adapter that lies in none. Started by torchrun
+    and the like, the processes share the batches, and the first one alone speaks and writes.
 
     Args:
         target: run folder, run file or adapter folder.
@@ -67,17 +69,20 @@ def evaluate(
     examples, shown = _examples(run, trust_remote_code)
     metrics = {name: task.metrics for name, task in run.data.tasks.items()}
     task_metrics(examples, metrics)  # mistakes are told before the model loads
-    loaded = load_target(found, say=_note, trust_remote_code=trust_remote_code)
+    speaks = is_main_process()
+    say = _note if speaks else lambda text: None
+    loaded = load_target(found, say=say, trust_remote_code=trust_remote_code)
     options: dict[str, Any] = {
         "metrics_by_task": metrics,
         "demonstrations": shown,
         "seed": run.seed,
     }
-    with _progress() as progress:
-        report = work(
-            loaded.model, loaded.tokenizer, examples, run.evaluation, progress=progress, **options
-        )
-    _deliver(report, _origin(found, loaded.name, loaded.note), found.folder, as_json=as_json)
+    with joined() as spread, _progress() if speaks else nullcontext() as progress:
+        same_everywhere("model.dtype", loaded.model.dtype)
+        options |= {"progress": progress, "spread": spread}
+        report = work(loaded.model, loaded.tokenizer, examples, run.evaluation, **options)
+    if speaks:
+        _deliver(report, _origin(found, loaded.name, loaded.note), found.folder, as_json=as_json)
     return 0
 
 

@@ -32,7 +32,7 @@ from rotmole.training.lock import run_lock
 from rotmole.training.manifest import earlier_resumes, manifest, model_card
 from rotmole.training.plots import loss_svg
 from rotmole.training.progress import ProgressCallback
-from rotmole.training.ranks import is_main_process
+from rotmole.training.ranks import is_main_process, same_everywhere
 from rotmole.training.saving import check_space, find_best, prepare_resume
 from rotmole.training.sharding import adapter_state
 
@@ -193,6 +193,7 @@ def prepare_folder(built: Built, origin: Origin) -> None:
     Source: our choice; an earlier run's files stay until its successor is ready to train.
     """
     run_dir, trainer = Path(built.run.output_dir), built.trainer
+    same_everywhere("model.dtype", built.base.model.dtype)
     fingerprint = data_fingerprint(built.run.data, built.examples)
     facts = loaded_facts(fingerprint, built.base.model.dtype)
     changes = origin.changes
