@@ -54,17 +54,26 @@ def command(words: list[str]) -> int:
 
 def stopped_command(words: list[str]) -> int:
     """Run a command; the second rank alone is sent SIGTERM, when its second update ends."""
+    return _struck(words, "on_optimizer_step", 1)
+
+
+def cut_command(words: list[str]) -> int:
+    """Run a command; the second rank alone is sent SIGTERM, in the validation of update 3."""
+    return _struck(words, "on_prediction_step", 3)
+
+
+def _struck(words: list[str], moment: str, step: int) -> int:
     from transformers import TrainerCallback
 
     from rotmole.training import build
 
-    class Stop(TrainerCallback):
-        def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == 1 and os.environ["RANK"] == "1":
-                os.kill(os.getpid(), signal.SIGTERM)
+    def strike(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == step and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
 
+    stop = type("Stop", (TrainerCallback,), {moment: strike})()
     wire = build.build_trainer
-    build.build_trainer = lambda *args, **kwargs: _with(wire(*args, **kwargs), Stop())
+    build.build_trainer = lambda *args, **kwargs: _with(wire(*args, **kwargs), stop)
     return command(words)
 
 

@@ -70,6 +70,7 @@ def runs(case) -> dict[str, list[warm.Rank]]:
     jobs["told to stop"] = job(
         case, "told", 2, *HALVES, "training.max_steps=400", call="stopped_command"
     )
+    jobs["cut"] = job(case, "cut", 2, *HALVES, call="cut_command")
     for name, more in {"ddp": [], "fsdp": FSDP}.items():
         jobs[f"{name} not finite"] = job(
             case, f"{name} nan", 2, *HALVES, *more, "training.learning_rate=1e30"
@@ -160,6 +161,15 @@ def test_a_signal_to_one_rank_stops_all_after_saving(case, runs):
     assert (checkpoint / "COMPLETE.json").is_file()
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= {path.name for path in checkpoint.iterdir()}
     assert "--resume auto" in runs["told to stop"][0].out
+
+
+def test_a_signal_to_one_rank_cuts_the_validation_of_all_short(case, runs):
+    assert [rank.code for rank in runs["cut"]] == [143, 143], said(runs["cut"])
+    (checkpoint,) = (case / "cut").glob("checkpoint-*")
+    assert checkpoint.name == "checkpoint-3"
+    seal = json.loads((checkpoint / "COMPLETE.json").read_text(encoding="utf-8"))
+    assert seal["validation_owed"] is True
+    assert not any("eval_loss" in row for row in read_metrics(case / "cut" / "metrics.jsonl"))
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])

@@ -1,4 +1,4 @@
-"""`rotmole eval` in several processes: they share the rows, and one speaks one process's figures."""
+"""`rotmole eval` in several processes: shared rows, one voice, one process's figures."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_any_number_of_processes_finds_the_same_figures(case, runs, name, alone)
     assert before["tasks"] != after["tasks"]
     assert set(before["overall"]) >= {"exact_match", "perplexity"}
     assert set(before["tasks"]["colours"]["metrics"]) == set(METRICS)
-    assert "choice_accuracy" in before["tasks"]["choice"]["metrics"]
+    assert "accuracy" in before["tasks"]["choice"]["metrics"]
 
 
 def test_the_ranks_share_the_rows(case, runs):

@@ -25,6 +25,11 @@ from rotmole.models.load import load_tokenizer
 from rotmole.training.ranks import is_main_process, joined, same_everywhere
 
 RESULT = "evaluation.json"
+_IDLE = {
+    "adapter": "the adapter is scored as it was saved",
+    "training": "nothing is trained",
+    "optimizer": "nothing is trained",
+}
 
 
 def evaluate(
@@ -59,6 +64,10 @@ def evaluate(
     """
     chosen = {"split": split, "limit": limit}
     given = [f"evaluation.{key}={value}" for key, value in chosen.items() if value is not None]
+    for word in overrides:
+        reason = _IDLE.get(word.partition("=")[0].strip().partition(".")[0])
+        if reason:
+            warnings.warn(f"{word} has no effect on eval, because {reason}.", stacklevel=2)
     found = find_target(target, overrides=[*overrides, *given], config=config)
     run = found.run
     if run is None:

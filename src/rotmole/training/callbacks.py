@@ -24,6 +24,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from rotmole.errors import NonFiniteError
 from rotmole.models.files import atomic_write_text, storage_errors
 from rotmole.training.ranks import highest
+from rotmole.training.validation import ValidationCut
 from rotmole.tuner.balance import balance_states
 from rotmole.tuner.loss_free import update_router_bias
 
@@ -231,6 +232,8 @@ class NonFiniteCallback(TrainerCallback):
 class StopOnSignal(TrainerCallback):
     """Turn Ctrl-C or SIGTERM into: finish this update, save a checkpoint, stop.
 
+    A validation is cut short after the batch at hand; the run makes up for it when it goes on.
+
     Args:
         say: told when a signal arrives.
 
@@ -278,3 +281,11 @@ class StopOnSignal(TrainerCallback):
             control.should_save = True
             control.should_training_stop = True
         return control
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Cut validation short if somebody asked, in whichever process."""
+        self.signum = highest(self.signum or 0, args.device) or None
+        if self.signum is not None:
+            raise ValidationCut
