@@ -102,7 +102,7 @@ def test_any_number_of_processes_finds_the_same_figures(case, runs, name, alone)
     assert before["tasks"] != after["tasks"]
     assert set(before["overall"]) >= {"exact_match", "perplexity"}
     assert set(before["tasks"]["colours"]["metrics"]) == set(METRICS)
-    assert "accuracy" in before["tasks"]["choice"]["metrics"]
+    assert "perplexity" in before["tasks"]["choice"]["metrics"]
 
 
 def test_the_ranks_share_the_rows(case, runs):
