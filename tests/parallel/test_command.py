@@ -65,6 +65,8 @@ def runs(case) -> dict[str, list[warm.Rank]]:
     longer = [*HALVES, "training.max_steps=9", "--resume", "auto"]
     jobs["other world"] = job(case, "ddp", 1, *longer)
     jobs["resumed"] = job(case, "ddp", 2, *longer)
+    anyhow = ["training.max_steps=10", "--resume", "auto", "--allow-change"]
+    jobs["other world allowed"] = job(case, "ddp", 1, *HALVES, *anyhow)
     jobs["fsdp resumed"] = job(case, "fsdp sharded", 2, *WAYS["fsdp sharded"][1], *longer[1:])
     jobs["straight"] = job(case, "straight", 1, "training.max_steps=9")
     jobs["told to stop"] = job(
@@ -153,6 +155,14 @@ def test_another_number_of_processes_is_refused(runs):
     assert only.code == 2
     assert "processes is 1, the checkpoint has 2" in only.err
     assert "--allow-change" in only.err
+
+
+def test_another_number_of_processes_that_is_allowed_is_told(case, runs):
+    (only,) = runs["other world allowed"]
+    assert only.code == 0, only.err
+    assert "processes is 1, the checkpoint has 2" in only.err
+    papers = json.loads((case / "ddp" / "manifest.json").read_text(encoding="utf-8"))
+    assert "processes is 1, the checkpoint has 2" in "; ".join(papers["resumes"][-1]["changes"])
 
 
 def test_a_signal_to_one_rank_stops_all_after_saving(case, runs):
