@@ -2,14 +2,16 @@
 
     torchrun --standalone --nproc-per-node 2 benchmarks/ranks/memory.py [--fsdp] [--offload]
 
-Each process prints what it held before the model came, at rest after the last update, and at most
-during it, and what the formula says: weights W, adapter A, activations as `rotmole check` traces
-them (gradients included there). On a CPU; Linux only, which alone lets a peak be forgotten.
+Each process prints what it held before the model came and, above that, at rest after the last
+update, at most during it, and at most ever, loading included; beside it what the formula says:
+weights W, adapter A, activations as `rotmole check` traces them (gradients included there). On a
+CPU; Linux only, which alone lets a peak be forgotten and freed memory be given back.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import tempfile
@@ -32,16 +34,38 @@ class Watch(TrainerCallback):
     """Forgets the peak before the last update; notes it, and what stays, after it."""
 
     def __init__(self) -> None:
-        self.rest = self.peak = 0
+        self.rest = self.peak = self.ever = self.base = self.adapter = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for value in kwargs["model"].parameters():  # of a shard numel() counts the whole
+            if value.requires_grad:
+                self.adapter += value.numel() * value.element_size()
+            else:
+                self.base += value.numel() * value.element_size()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == UPDATES - 1:
+            self.ever = peak_bytes()
+            trim()
             Path("/proc/self/clear_refs").write_text("5")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        (held,) = (line.split()[1] for line in lines if line.startswith("VmHWM"))
-        self.rest, self.peak = resident_bytes(), int(held) * 1024
+        self.peak = peak_bytes()
+        self.ever = max(self.ever, self.peak)
+        trim()
+        self.rest = resident_bytes()
+
+
+def peak_bytes() -> int:
+    """Return the most memory this process has held since its peak was last forgotten."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (held,) = (line.split()[1] for line in lines if line.startswith("VmHWM"))
+    return int(held) * 1024
+
+
+def trim() -> None:
+    """Give freed memory back, which the C library keeps for later."""
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def run_text(arguments: argparse.Namespace, folder: Path) -> str:
@@ -94,10 +118,11 @@ def main() -> None:
         before = resident_bytes()
         train(run, progress=False, callbacks=[watch])
     sharded = arguments.fsdp or arguments.offload
-    base, adapter = guess.weights, guess.adapter
+    base, adapter = watch.base, watch.adapter
     state = (base + 3 * adapter) / (ranks if sharded else 1)
     figures = {
         "before": before, "rest": watch.rest - before, "peak": watch.peak - before,
+        "ever": watch.ever - before,
         "W": base, "A": adapter, "activations": guess.step,
         "formula rest": state, "formula peak": state + guess.step,
     }  # fmt: skip
