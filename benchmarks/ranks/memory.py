@@ -27,7 +27,7 @@ from rotmole.models.memory import estimate_memory, resident_bytes
 from rotmole.models.preview import preview
 from rotmole.training.run import train
 
-UPDATES, WORDS = 3, 120
+UPDATES, WORDS = 2, 60
 
 
 class Watch(TrainerCallback):

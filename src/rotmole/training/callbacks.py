@@ -232,16 +232,19 @@ class NonFiniteCallback(TrainerCallback):
 class StopOnSignal(TrainerCallback):
     """Turn Ctrl-C or SIGTERM into: finish this update, save a checkpoint, stop.
 
-    A validation is cut short after the batch at hand; the run makes up for it when it goes on.
-
     Args:
         say: told when a signal arrives.
+        cuts_validation: the trainer knows ValidationCut, so a validation ends after the batch at
+            hand; other trainers' is waited for.
 
     Attributes:
         signum: the signal that asked for the stop, None while nobody asked.
     """
 
-    def __init__(self, say: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self, say: Callable[[str], None] | None = None, *, cuts_validation: bool = False
+    ) -> None:
+        self.cuts_validation = cuts_validation
         self.signum: int | None = None
         self.asked: float | None = None
         self.say = say
@@ -286,6 +289,8 @@ class StopOnSignal(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Cut validation short if somebody asked, in whichever process."""
+        if not self.cuts_validation:
+            return
         self.signum = highest(self.signum or 0, args.device) or None
         if self.signum is not None:
             raise ValidationCut

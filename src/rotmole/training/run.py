@@ -107,7 +107,7 @@ def train(
 
     Source: our choice.
     """
-    run_dir, stop = Path(run.output_dir), StopOnSignal(say)
+    run_dir, stop = Path(run.output_dir), StopOnSignal(say, cuts_validation=True)
     bars = [ProgressCallback()] if progress else []
     with run_lock(run_dir) if is_main_process() else nullcontext():
         origin = find_origin(run, resume, weights_only=weights_only, allow_change=allow_change)
