@@ -129,7 +129,7 @@ def as_list(value: Any, hint: Any) -> str:
     >>> as_list("de", list[str] | None)
     '; write [de]'
     """
-    if not isinstance(value, str) or list not in map(get_origin, _parts(hint)):
+    if not isinstance(value, str) or list not in [get_origin(part) for part in _parts(hint)]:
         return ""
     return f"; write {yaml.safe_dump([value], default_flow_style=True, width=10**6).strip()}"
 
