@@ -41,6 +41,7 @@ WAYS: dict[str, tuple[int, list[str]]] = {
     "fsdp": (2, [*QUARTERS, *FSDP]),
     "fsdp sharded": (2, [*HALVES, *FSDP, "training.activation_checkpointing=true",
                          "training.fsdp_config={state_dict_type: SHARDED_STATE_DICT}"]),
+    "fsdp offloaded": (2, [*HALVES, *FSDP, "training.fsdp_config={cpu_offload: true}"]),
 }  # fmt: skip
 
 

@@ -29,7 +29,7 @@ from rotmole.training.callbacks import balance_logs
 from rotmole.training.finite import Fault, agreed_fault
 from rotmole.training.order import EpochSampler
 from rotmole.training.saving import forward_schedule, usable_best, whole_checkpoint
-from rotmole.training.sharding import adapter_state, sharding_works
+from rotmole.training.sharding import adapter_state, sharding_works, unpin
 from rotmole.training.validation import IGNORED, ValidatingTrainer
 from rotmole.tuner.balance import balance_states
 
@@ -58,6 +58,8 @@ class RotMoleTrainer(ValidatingTrainer):
         asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
         sharding_works(self.args.use_cpu, self.args.fsdp or asked)
         super().create_accelerator_and_postprocess()
+        if self.args.use_cpu:
+            unpin(getattr(self.accelerator.state, "fsdp_plugin", None))
 
     def compute_loss(
         self,
