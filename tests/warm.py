@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-IMPORTS = ("torch.distributed.fsdp", "peft", "rotmole.cli.train", "rotmole.training.run")
+IMPORTS = ("torch.distributed.fsdp", "peft", "rotmole.cli.train", "rotmole.training.run",
+           "rotmole.cli.eval")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -53,17 +54,55 @@ def command(words: list[str]) -> int:
 
 def stopped_command(words: list[str]) -> int:
     """Run a command; the second rank alone is sent SIGTERM, when its second update ends."""
+    return _struck(words, "on_optimizer_step", 1)
+
+
+def cut_command(words: list[str]) -> int:
+    """Run a command; the second rank alone is sent SIGTERM, in the validation of update 3."""
+    return _struck(words, "on_prediction_step", 3)
+
+
+def _struck(words: list[str], moment: str, step: int) -> int:
     from transformers import TrainerCallback
 
     from rotmole.training import build
 
-    class Stop(TrainerCallback):
-        def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == 1 and os.environ["RANK"] == "1":
-                os.kill(os.getpid(), signal.SIGTERM)
+    def strike(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == step and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
 
+    stop = type("Stop", (TrainerCallback,), {moment: strike})()
     wire = build.build_trainer
-    build.build_trainer = lambda *args, **kwargs: _with(wire(*args, **kwargs), Stop())
+    build.build_trainer = lambda *args, **kwargs: _with(wire(*args, **kwargs), stop)
+    return command(words)
+
+
+def counted_command(words: list[str], file: str) -> int:
+    """Run a command; write how many rows this rank gave to the model, scored and answered."""
+    from rotmole.evaluation import generation, scoring
+
+    rows = {"scored": 0, "answered": 0}
+    forward, padded = scoring._logits, generation._padded_left
+
+    def scores(model: Any, inputs: Any, *more: Any) -> Any:
+        rows["scored"] += len(inputs)
+        return forward(model, inputs, *more)
+
+    def pads(inputs: Any, *more: Any) -> Any:
+        rows["answered"] += len(inputs)
+        return padded(inputs, *more)
+
+    scoring._logits, generation._padded_left = scores, pads
+    code = command(words)
+    Path(f"{file}.{os.environ.get('RANK', '0')}").write_text(json.dumps(rows), encoding="utf-8")
+    return code
+
+
+def divided_command(words: list[str]) -> int:
+    """Run a command whose second rank finds bfloat16 the faster one."""
+    from rotmole.models import precision
+
+    precision.bfloat16_is_faster = lambda: os.environ["RANK"] == "1"
     return command(words)
 
 

@@ -87,7 +87,8 @@ def _prepare(debug: bool) -> None:
         logging.getLogger("torchao").setLevel(logging.ERROR)
         logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
         warnings.simplefilter("ignore")
-        warnings.filterwarnings("default", category=UserWarning)
+        if os.environ.get("RANK", "0") == "0":  # of a launcher's processes the first one warns
+            warnings.filterwarnings("default", category=UserWarning)
         warnings.showwarning = _show_warning
 
 

@@ -123,6 +123,20 @@ def test_every_template_passes(template, folder, tmp_path, monkeypatch, capsys):
     assert "note: training needs" not in shown  # all packages are installed here
 
 
+@pytest.mark.parametrize(
+    ("kind", "package"), [("bnb-4bit-nf4", "bitsandbytes"), ("torchao-int8", "torchao")]
+)
+def test_a_package_that_only_training_needs_is_named(
+    kind, package, folder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    path = run_file(tmp_path / "run.yaml", folder)
+    assert main(["check", path, f"model.quantization={kind}"]) == 0
+    shown = capsys.readouterr().out
+    assert f"note: training needs {package}, not installed here: pip install" in shown
+    assert f"{path} is right." in shown
+
+
 RUNS = {
     "small": ({}, 4, 4),
     "wide": ({"hidden_size": 256, "intermediate_size": 512, "vocab_size": 8000}, 60, 8),

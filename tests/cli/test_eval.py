@@ -134,6 +134,19 @@ def test_worked_examples_come_from_train(place, capsys):
     assert "examples_in_prompt 2" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("adapter.r=2", "scored as it was saved"),
+        ("training.learning_rate=1e-3", "nothing is trained"),
+        ("optimizer.lora_plus_ratio=4", "nothing is trained"),
+    ],
+)
+def test_an_override_that_cannot_act_is_told(place, override, reason):
+    with pytest.warns(UserWarning, match=f"{override} has no effect on eval, because .*{reason}"):
+        assert evaluate(place / "run.yaml", [override, "evaluation.limit=1"]) == 0
+
+
 def test_a_split_that_only_some_tasks_have(place):
     with pytest.warns(UserWarning, match="no rows in split 'train': mood"):
         assert evaluate(place / "run.yaml", split="train") == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -47,3 +48,20 @@ def test_a_cold_process_answers_in_half_a_second(name, tmp_path):
         )
         best = min(best, time.perf_counter() - start)
     assert best < 0.5
+
+
+def test_the_hubs_telemetry_is_off(tmp_path):
+    """Of the hub's client as it is imported, whatever the environment forgot to say."""
+    code = """
+from rotmole_cli import main
+main(["init", "run.yaml"])
+from huggingface_hub import constants
+print("TELEMETRY OFF", constants.HF_HUB_DISABLE_TELEMETRY)
+"""
+    names = ("HF_HUB_DISABLE_TELEMETRY", "DISABLE_TELEMETRY", "DO_NOT_TRACK", "HF_HUB_OFFLINE")
+    env = {name: value for name, value in os.environ.items() if name not in names}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True, text=True, cwd=tmp_path, env=env, check=True,
+    )  # fmt: skip
+    assert done.stdout.splitlines()[-1] == "TELEMETRY OFF True"

@@ -155,6 +155,22 @@ def test_training_rules(override, words):
     assert words in only(override)
 
 
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        (
+            "data.tasks.colours.languages=de",
+            "languages: 'de' is not a list of text or null; write [de]",
+        ),
+        ("data.tasks.colours.metrics=chrf", "; write [chrf]"),
+        ("model=smollm2-135m", "a mapping of settings; write model: {name: smollm2-135m}"),
+        ("evaluation=test", "evaluation: 'test' is not a mapping of settings."),
+    ],
+)
+def test_a_lone_value_is_shown_as_it_is_written(override, words):
+    assert words in only(override) + "."
+
+
 def test_precisions_exclude_each_other():
     text = GOOD.replace("{device: cpu}", "{}")
     assert any("choose one" in p for p in problems("training={bf16: true, fp16: true}", text=text))

@@ -166,6 +166,7 @@ def test_twenty_deaths(killed, straight):
     chance = random.Random(19)
     first = position(events, "mkdir checkpoint-4")
     points = [first + round(i * (len(events) - first) / 13) for i in range(14)]
+    assert {events[point - 1].split()[0] for point in points} >= {"write", "fsync", "rename"}
     aims = [AIM.replace("{at}", str(point)) for point in points]
     for _ in range(6):
         lines, after = str(chance.randint(2, 4)), f"{chance.uniform(0, 0.06):.4f}"

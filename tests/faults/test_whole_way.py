@@ -173,16 +173,36 @@ def test_debug_shows_the_traceback_and_nothing_else_does(command: Command, adapt
     assert "Traceback" in said.error
 
 
-def test_rows_1_and_4_truly_cold(command: Command, settings: dict, adapter: Path) -> None:
+def test_rows_1_4_and_15_truly_cold(command: Command, settings: dict, adapter: Path) -> None:
     file = adapter / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-3])
     said = command("generate", None, adapter, "x", cold=True)
     assert said.code == 2
     assert "its header promises" in said.error
+    config = adapter / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"r": -4}))
+    said = command("generate", None, adapter, "x", cold=True)
+    assert said.code == 2
+    assert "r is -4" in said.error
     settings["adapter"]["num_expert"] = 3
     said = command("check", settings, cold=True)
     assert said.code == 2
     assert "did you mean 'num_experts'" in said.error
+
+
+@pytest.mark.heavy
+def test_rows_18_and_23_truly_cold(command: Command, settings: dict, tmp_path: Path) -> None:
+    settings["training"] |= {"learning_rate": 1e30, "max_steps": 8, "warmup_steps": 0}
+    said = command("train", settings, cold=True)
+    assert said.code == 3
+    assert "not finite" in said.error
+    assert (Path(settings["output_dir"]) / "failure.json").is_file()
+    with (tmp_path / "rows.jsonl").open("a", encoding="utf-8") as stream:
+        stream.write("{nonsense\n")
+    settings["output_dir"] = str(tmp_path / "other")
+    said = command("train", settings, cold=True)
+    assert said.code == 2
+    assert "rows.jsonl: row 9 is not JSON" in said.error
 
 
 @contextmanager

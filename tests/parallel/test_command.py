@@ -41,6 +41,7 @@ WAYS: dict[str, tuple[int, list[str]]] = {
     "fsdp": (2, [*QUARTERS, *FSDP]),
     "fsdp sharded": (2, [*HALVES, *FSDP, "training.activation_checkpointing=true",
                          "training.fsdp_config={state_dict_type: SHARDED_STATE_DICT}"]),
+    "fsdp offloaded": (2, [*HALVES, *FSDP, "training.fsdp_config={cpu_offload: true}"]),
 }  # fmt: skip
 
 
@@ -65,11 +66,14 @@ def runs(case) -> dict[str, list[warm.Rank]]:
     longer = [*HALVES, "training.max_steps=9", "--resume", "auto"]
     jobs["other world"] = job(case, "ddp", 1, *longer)
     jobs["resumed"] = job(case, "ddp", 2, *longer)
+    anyhow = ["training.max_steps=10", "--resume", "auto", "--allow-change"]
+    jobs["other world allowed"] = job(case, "ddp", 1, *HALVES, *anyhow)
     jobs["fsdp resumed"] = job(case, "fsdp sharded", 2, *WAYS["fsdp sharded"][1], *longer[1:])
     jobs["straight"] = job(case, "straight", 1, "training.max_steps=9")
     jobs["told to stop"] = job(
         case, "told", 2, *HALVES, "training.max_steps=400", call="stopped_command"
     )
+    jobs["cut"] = job(case, "cut", 2, *HALVES, call="cut_command")
     for name, more in {"ddp": [], "fsdp": FSDP}.items():
         jobs[f"{name} not finite"] = job(
             case, f"{name} nan", 2, *HALVES, *more, "training.learning_rate=1e30"
@@ -154,12 +158,29 @@ def test_another_number_of_processes_is_refused(runs):
     assert "--allow-change" in only.err
 
 
+def test_another_number_of_processes_that_is_allowed_is_told(case, runs):
+    (only,) = runs["other world allowed"]
+    assert only.code == 0, only.err
+    assert "processes is 1, the checkpoint has 2" in only.err
+    papers = json.loads((case / "ddp" / "manifest.json").read_text(encoding="utf-8"))
+    assert "processes is 1, the checkpoint has 2" in "; ".join(papers["resumes"][-1]["changes"])
+
+
 def test_a_signal_to_one_rank_stops_all_after_saving(case, runs):
     assert [rank.code for rank in runs["told to stop"]] == [143, 143], said(runs["told to stop"])
     (checkpoint,) = (case / "told").glob("checkpoint-*")
     assert (checkpoint / "COMPLETE.json").is_file()
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= {path.name for path in checkpoint.iterdir()}
     assert "--resume auto" in runs["told to stop"][0].out
+
+
+def test_a_signal_to_one_rank_cuts_the_validation_of_all_short(case, runs):
+    assert [rank.code for rank in runs["cut"]] == [143, 143], said(runs["cut"])
+    (checkpoint,) = (case / "cut").glob("checkpoint-*")
+    assert checkpoint.name == "checkpoint-3"
+    seal = json.loads((checkpoint / "COMPLETE.json").read_text(encoding="utf-8"))
+    assert seal["validation_owed"] is True
+    assert not any("eval_loss" in row for row in read_metrics(case / "cut" / "metrics.jsonl"))
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])

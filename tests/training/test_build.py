@@ -11,9 +11,8 @@ import yaml
 from rotmole.config.load import load_run
 from rotmole.errors import ConfigError
 from rotmole.training.build import build, training_arguments
-from rotmole.training.manifest import git_commit, machine
+from rotmole.training.manifest import final_metrics, git_commit, machine
 from rotmole.training.plots import loss_svg
-from rotmole.training.run import final_metrics
 from training_cases import run_file, settings
 
 

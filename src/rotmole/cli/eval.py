@@ -7,7 +7,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,14 @@ from rotmole.evaluation.render import footnotes, plain_text, rich_table, rows
 from rotmole.evaluation.target import Target, find_target, load_target
 from rotmole.models.files import atomic_write_text, make_folder
 from rotmole.models.load import load_tokenizer
+from rotmole.training.ranks import is_main_process, joined, same_everywhere
 
 RESULT = "evaluation.json"
+_IDLE = {
+    "adapter": "the adapter is scored as it was saved",
+    "training": "nothing is trained",
+    "optimizer": "nothing is trained",
+}
 
 
 def evaluate(
@@ -38,7 +44,8 @@ def evaluate(
 ) -> int:
     """Score a target, print the table, and write evaluation.json.
 
-    The file goes into the run folder, or beside an adapter that lies in none.
+    The file goes into the run folder, or beside an adapter that lies in none. Started by torchrun
+    and the like, the processes share the batches, and the first one alone speaks and writes.
 
     Args:
         target: run folder, run file or adapter folder.
@@ -57,6 +64,10 @@ def evaluate(
     """
     chosen = {"split": split, "limit": limit}
     given = [f"evaluation.{key}={value}" for key, value in chosen.items() if value is not None]
+    for word in overrides:
+        reason = _IDLE.get(word.partition("=")[0].strip().partition(".")[0])
+        if reason:
+            warnings.warn(f"{word} has no effect on eval, because {reason}.", stacklevel=2)
     found = find_target(target, overrides=[*overrides, *given], config=config)
     run = found.run
     if run is None:
@@ -67,17 +78,20 @@ def evaluate(
     examples, shown = _examples(run, trust_remote_code)
     metrics = {name: task.metrics for name, task in run.data.tasks.items()}
     task_metrics(examples, metrics)  # mistakes are told before the model loads
-    loaded = load_target(found, say=_note, trust_remote_code=trust_remote_code)
+    speaks = is_main_process()
+    say = _note if speaks else lambda text: None
+    loaded = load_target(found, say=say, trust_remote_code=trust_remote_code)
     options: dict[str, Any] = {
         "metrics_by_task": metrics,
         "demonstrations": shown,
         "seed": run.seed,
     }
-    with _progress() as progress:
-        report = work(
-            loaded.model, loaded.tokenizer, examples, run.evaluation, progress=progress, **options
-        )
-    _deliver(report, _origin(found, loaded.name, loaded.note), found.folder, as_json=as_json)
+    with joined() as spread, _progress() if speaks else nullcontext() as progress:
+        same_everywhere("model.dtype", loaded.model.dtype)
+        options |= {"progress": progress, "spread": spread}
+        report = work(loaded.model, loaded.tokenizer, examples, run.evaluation, **options)
+    if speaks:
+        _deliver(report, _origin(found, loaded.name, loaded.note), found.folder, as_json=as_json)
     return 0
 
 

@@ -61,7 +61,8 @@ def train(
         prepare=_header,
     )
     if result.interrupted is not None and speaks:
-        print(f"stopped after update {result.steps}; a checkpoint is saved.")
+        saved = f"after update {result.steps}; a checkpoint is saved."
+        print(f"stopped {saved if result.steps else 'before the first update.'}")
         words = ["rotmole", "train", str(path), *overrides, "--resume", "auto"]
         print(f"go on with: {shlex.join(words)}")
     elif speaks:

@@ -8,6 +8,7 @@ import types
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Union, get_args, get_origin
 
+import yaml
 from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
 
@@ -110,7 +111,27 @@ def convert(value: Any, hint: Any, name: str) -> tuple[Any, str]:
     try:
         return adapter.validate_python(value), ""
     except ValidationError:
-        return value, f"{name}: {value!r} is not {describe(hint)}."
+        return value, f"{name}: {value!r} is not {describe(hint)}{as_list(value, hint)}."
+
+
+def as_list(value: Any, hint: Any) -> str:
+    """Show how a lone value is written where a list is due.
+
+    Args:
+        value: what the user wrote.
+        hint: the field's type.
+
+    Returns:
+        ``; write [value]`` or the empty string.
+
+    Source: our choice.
+
+    >>> as_list("de", list[str] | None)
+    '; write [de]'
+    """
+    if not isinstance(value, str) or list not in [get_origin(part) for part in _parts(hint)]:
+        return ""
+    return f"; write {yaml.safe_dump([value], default_flow_style=True, width=10**6).strip()}"
 
 
 def describe(hint: Any) -> str:

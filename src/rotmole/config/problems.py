@@ -7,7 +7,7 @@ from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 
-from rotmole.config.fields import describe, did_you_mean, one_of
+from rotmole.config.fields import as_list, describe, did_you_mean, one_of
 
 Location = tuple[int | str, ...]
 
@@ -71,9 +71,14 @@ def _sentence(
         return f"{name}: {value!r} must be {bounds[kind]} {limit}."
     if kind in ("too_short", "string_too_short"):
         return f"{name} is empty; {_help(model, place)}."
-    hint = _hint(model, place)
-    wanted = "a mapping of settings" if hint is None else describe(hint)
-    return f"{name}: {value!r} is not {wanted}."
+    return f"{name}: {value!r} is not {_wanted(_hint(model, place), place, value)}."
+
+
+def _wanted(hint: Any, place: Location, value: Any) -> str:
+    if hint is not None:
+        return describe(hint) + as_list(value, hint)
+    named = place == ("model",) and isinstance(value, str)
+    return "a mapping of settings" + (f"; write model: {{name: {value}}}" if named else "")
 
 
 def _words(context: Mapping[str, Any]) -> list[str]:

@@ -40,6 +40,7 @@ def evaluate(
     demonstrations: Tasks | None = None,
     progress: Progress | None = None,
     seed: int = 0,
+    spread: bool = False,
 ) -> Report:
     """Figures of a model; with an adapter, before (adapter disabled) beside after.
 
@@ -52,6 +53,8 @@ def evaluate(
         demonstrations: training rows by task, needed where section.examples_in_prompt > 0.
         progress: told (what, done, total) as rows finish.
         seed: chooses rows under the limit, worked examples, and the bootstrap.
+        spread: share the batches among the processes of the default process group, all of which
+            must call this; each gets the whole report, that of one process to the last bit.
 
     Returns:
         A report with the systems "before" and "after", or "base" for a model without adapter.
@@ -70,6 +73,7 @@ def evaluate(
         metrics_by_task=metrics_by_task,
         demonstrations=demonstrations,
         seed=seed,
+        spread=spread,
     )
     systems: dict[str, System] = {}
     if isinstance(model, PeftModel) and section.before:
@@ -90,6 +94,7 @@ def measure(
     demonstrations: Tasks | None = None,
     progress: Progress | None = None,
     seed: int = 0,
+    spread: bool = False,
 ) -> System:
     """Figures of one system: the model as it stands, on every row given.
 
@@ -102,6 +107,7 @@ def measure(
         demonstrations: as in `evaluate`.
         progress: told (what, done, total) as rows finish.
         seed: chooses worked examples and the bootstrap.
+        spread: as in `evaluate`.
 
     Returns:
         The system; put several beside each other with `compare`.
@@ -121,10 +127,9 @@ def measure(
         for task, rows in examples_by_task.items()
     }
     started = time.perf_counter()
-    answers = _scored_answers(
-        model, tokenizer, shown, needs=needs, batch_size=section.batch_size, progress=progress
-    )
-    _add_texts(answers, model, tokenizer, shown, needs=needs, section=section, progress=progress)
+    how: dict[str, Any] = {"needs": needs, "progress": progress, "spread": spread}
+    answers = _scored_answers(model, tokenizer, shown, batch_size=section.batch_size, **how)
+    _add_texts(answers, model, tokenizer, shown, section=section, **how)
     seconds = time.perf_counter() - started
     return summarise(examples_by_task, answers, metrics, seconds=seconds, seed=seed)
 
@@ -214,6 +219,7 @@ def _scored_answers(
     needs: Mapping[str, set[str]],
     batch_size: int,
     progress: Progress | None,
+    spread: bool,
 ) -> dict[str, list[Answer]]:
     """Answers with log-likelihoods and losses, all tasks in one pass over the model."""
     window = context_window(model)
@@ -224,7 +230,7 @@ def _scored_answers(
     texts = scored_choices(pairs, tokenizer, window=window)
     texts += scored_answers(right, tokenizer, window=window)
     tick = _counter(progress, "likelihoods", len(texts))
-    values = log_likelihoods(model, texts, batch_size=batch_size, tick=tick)
+    values = log_likelihoods(model, texts, batch_size=batch_size, tick=tick, spread=spread)
     rest = iter(zip(values, texts, strict=True))
     answers = {task: [Answer()] * len(rows) for task, rows in shown.items()}
     for task in compared:
@@ -248,6 +254,7 @@ def _add_texts(
     needs: Mapping[str, set[str]],
     section: EvaluationSection,
     progress: Progress | None,
+    spread: bool,
 ) -> None:
     """Put generated text into the answers of tasks that need it."""
     for one_line in (True, False):
@@ -268,6 +275,7 @@ def _add_texts(
             one_line=one_line,
             ends=sorted({shown[task][index].end for task, index in places} - {""}),
             tick=_counter(progress, "answers", len(places)),
+            spread=spread,
         )
         for (task, index), text in zip(places, texts, strict=True):
             answers[task][index] = replace(answers[task][index], text=text)

@@ -15,6 +15,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from rotmole.data.encode import tokenize_pair
 from rotmole.evaluation.scoring import Tick, context_window, evaluating, keeps_logits
+from rotmole.training.ranks import over_batches
 
 
 def cut_answer(text: str, *, one_line: bool) -> str:
@@ -165,6 +166,7 @@ def answers(
     one_line: bool,
     ends: Sequence[str] = (),
     tick: Tick | None = None,
+    spread: bool = False,
 ) -> list[str]:
     """Greedy answers to many prompts, in batches padded on the left.
 
@@ -177,6 +179,7 @@ def answers(
         one_line: stop and cut after the first line that is not blank.
         ends: texts that end an answer besides the end of sequence; see `end_tokens`.
         tick: called with the number of prompts finished after each batch.
+        spread: share the batches among the joined processes; each gets all answers.
 
     Returns:
         One cut answer per prompt, in order.
@@ -189,26 +192,29 @@ def answers(
     stops = end_tokens(model, tokenizer, ends)
     config = _configuration(tokenizer, stops, max_new_tokens=max_new_tokens)
     stop = LineEnd(model, tokenizer) if one_line else None
-    result = [""] * len(rows)
+
+    def answer(batch: Sequence[int]) -> dict[int, str]:
+        inputs = _padded_left([rows[i] for i in batch], config.pad_token_id, model.device)
+        length = inputs["input_ids"].shape[1]
+        if stop:
+            stop.prompt_length = length
+        output = model.generate(
+            **inputs,
+            **_last_position(model),
+            generation_config=config,
+            stopping_criteria=StoppingCriteriaList([stop] if stop else []),
+        )
+        texts = [_decode(tokens, tokenizer, stops) for tokens in output[:, length:].tolist()]
+        return {i: cut_answer(t, one_line=one_line) for i, t in zip(batch, texts, strict=True)}
+
+    def done(finished: Sequence[Sequence[int]]) -> None:
+        if tick is not None:
+            tick(sum(map(len, finished)))
+
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     with evaluating(model):
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            inputs = _padded_left([rows[i] for i in batch], config.pad_token_id, model.device)
-            length = inputs["input_ids"].shape[1]
-            if stop:
-                stop.prompt_length = length
-            criteria = StoppingCriteriaList([stop] if stop else [])
-            output = model.generate(
-                **inputs,
-                **_last_position(model),
-                generation_config=config,
-                stopping_criteria=criteria,
-            )
-            for index, tokens in zip(batch, output[:, length:].tolist(), strict=True):
-                result[index] = cut_answer(_decode(tokens, tokenizer, stops), one_line=one_line)
-            if tick:
-                tick(len(batch))
-    return result
+        found = over_batches(batches, answer, done, spread=spread)
+    return [found[index] for index in range(len(rows))]
 
 
 def generate_text(

@@ -20,6 +20,7 @@ import torch
 from rotmole.data.encode import IGNORED, encode_all, tokenize_pairs
 from rotmole.data.examples import Example
 from rotmole.errors import ModelError
+from rotmole.training.ranks import over_batches
 
 Tick = Callable[[int], None]
 _NO_LIMIT = 1 << 30
@@ -120,7 +121,12 @@ def _last_tokens(tokens: Sequence[int], counted: Sequence[int], window: int) -> 
 
 
 def log_likelihoods(
-    model: Any, texts: Sequence[Scored], *, batch_size: int, tick: Tick | None = None
+    model: Any,
+    texts: Sequence[Scored],
+    *,
+    batch_size: int,
+    tick: Tick | None = None,
+    spread: bool = False,
 ) -> list[float]:
     """Natural log-likelihood of the counted tokens of each text: sum_t log p(token_t | before t).
 
@@ -133,6 +139,7 @@ def log_likelihoods(
         texts: what to score.
         batch_size: sequences per forward pass.
         tick: called with the number of texts finished after each batch.
+        spread: share the batches among the joined processes; each gets all figures.
 
     Returns:
         One figure per text, in nats, at least float32 in precision.
@@ -144,14 +151,17 @@ def log_likelihoods(
     """
     rows = _shared_rows(texts)
     rows.sort(key=lambda members: -_input_length(texts[members[0]]))
-    result = [0.0] * len(texts)
+    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+
+    def done(finished: Sequence[list[list[int]]]) -> None:
+        if tick is not None:
+            tick(sum(len(members) for batch in finished for members in batch))
+
     with evaluating(model):
-        for start in range(0, len(rows), batch_size):
-            batch = rows[start : start + batch_size]
-            for index, value in _score_batch(model, texts, batch):
-                result[index] = value
-            if tick is not None:
-                tick(sum(len(members) for members in batch))
+        found = over_batches(
+            batches, lambda batch: dict(_score_batch(model, texts, batch)), done, spread=spread
+        )
+    result = [found[index] for index in range(len(texts))]
     if any(math.isnan(value) for value in result):
         raise ModelError(
             "the model gives NaN as log-likelihood: its weights or its adapter hold NaN, or "

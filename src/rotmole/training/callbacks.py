@@ -24,6 +24,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from rotmole.errors import NonFiniteError
 from rotmole.models.files import atomic_write_text, storage_errors
 from rotmole.training.ranks import highest
+from rotmole.training.validation import ValidationCut
 from rotmole.tuner.balance import balance_states
 from rotmole.tuner.loss_free import update_router_bias
 
@@ -233,12 +234,17 @@ class StopOnSignal(TrainerCallback):
 
     Args:
         say: told when a signal arrives.
+        cuts_validation: the trainer knows ValidationCut, so a validation ends after the batch at
+            hand; other trainers' is waited for.
 
     Attributes:
         signum: the signal that asked for the stop, None while nobody asked.
     """
 
-    def __init__(self, say: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self, say: Callable[[str], None] | None = None, *, cuts_validation: bool = False
+    ) -> None:
+        self.cuts_validation = cuts_validation
         self.signum: int | None = None
         self.asked: float | None = None
         self.say = say
@@ -278,3 +284,13 @@ class StopOnSignal(TrainerCallback):
             control.should_save = True
             control.should_training_stop = True
         return control
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Cut validation short if somebody asked, in whichever process."""
+        if not self.cuts_validation:
+            return
+        self.signum = highest(self.signum or 0, args.device) or None
+        if self.signum is not None:
+            raise ValidationCut

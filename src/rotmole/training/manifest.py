@@ -31,6 +31,10 @@ PACKAGES = (
     "num2words",
 )
 
+_FIGURES = (
+    "train_loss", "train_tokens_per_second", "num_input_tokens_seen", "peak_memory_bytes",
+)  # fmt: skip
+
 
 def versions() -> dict[str, str]:
     """Return the versions of rotmole, Python and the packages a run depends on."""
@@ -192,3 +196,28 @@ def _figure(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def final_metrics(rows: Sequence[dict[str, Any]], *, best: bool) -> dict[str, Any]:
+    """Pick a run's figures from its log: those of the weights that are its result.
+
+    Args:
+        rows: the lines of metrics.jsonl.
+        best: the result is the checkpoint with the lowest validation loss, not the last one.
+
+    Returns:
+        train_loss, train_tokens_per_second, peak_memory_bytes, num_input_tokens_seen, and, where
+        there was validation, every eval loss of the result and the step it was made at.
+
+    Source: our choice.
+    """
+    found: dict[str, Any] = {}
+    for row in rows:
+        if "train_loss" in row:
+            found |= {name: row[name] for name in _FIGURES if name in row}
+    validated = [row for row in rows if row.get("eval_loss") is not None]
+    if validated:
+        row = min(validated, key=lambda row: row["eval_loss"]) if best else validated[-1]
+        found |= {name: value for name, value in row.items() if name.endswith("_loss")}
+        found["eval_step"] = row["step"]
+    return found

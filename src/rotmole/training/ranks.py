@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
+
+from rotmole.errors import ConfigError
+
+Batch = TypeVar("Batch")
+Found = TypeVar("Found")
 
 
 def is_main_process() -> bool:
@@ -34,3 +42,81 @@ def highest(value: int, device: torch.device | str = "cpu") -> int:
     shared = torch.tensor(value, device=device)
     torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX)
     return int(shared)
+
+
+@contextmanager
+def joined() -> Iterator[bool]:
+    """Let the processes that a launcher started exchange what they find, inside the block.
+
+    Yields:
+        Whether there are several; one process alone joins nobody.
+
+    Source: our choice; gloo, because what is exchanged are Python's numbers and texts.
+    """
+    if world_size() == 1:
+        yield False
+        return
+    torch.distributed.init_process_group("gloo")
+    try:
+        yield True
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def same_everywhere(what: str, value: Any) -> None:
+    """Refuse to go on where processes chose differently.
+
+    Args:
+        what: the setting that would decide it.
+        value: this process's choice. Every process must call this.
+
+    Raises:
+        ConfigError: two processes have two values.
+
+    Source: our choice.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, str(value))
+    if len(set(values)) > 1:
+        raise ConfigError(f"the processes chose {', '.join(values)} by themselves; set {what}")
+
+
+def over_batches(
+    batches: Sequence[Batch],
+    work: Callable[[Batch], Mapping[int, Found]],
+    done: Callable[[Sequence[Batch]], None] | None = None,
+    *,
+    spread: bool = False,
+) -> dict[int, Found]:
+    """Work through batches; of N processes each takes every N-th, and all get what all found.
+
+    The batches are those of one process, so every figure is its figure, to the last bit.
+
+    Args:
+        batches: the same in every process.
+        work: batch -> what was found, by the number of the row.
+        done: told of the batches that are finished everywhere, as far as this process knows.
+        spread: share the batches among the joined processes, all of which must call this.
+
+    Returns:
+        What was found in all batches.
+
+    Source: our choice.
+    """
+    rank, size = 0, 1
+    if spread:
+        rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    found: dict[int, Found] = {}
+    for start in range(0, len(batches), size):
+        turn = batches[start : start + size]
+        if rank < len(turn):
+            found |= work(turn[rank])
+        if done is not None:
+            done(turn)
+    if size == 1:
+        return found
+    parts: list[Any] = [None] * size
+    torch.distributed.all_gather_object(parts, found)
+    return {number: value for part in parts for number, value in part.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,18 +29,15 @@ from rotmole.training.folder import (
     save_adapter,
 )
 from rotmole.training.lock import run_lock
-from rotmole.training.manifest import earlier_resumes, manifest, model_card
+from rotmole.training.manifest import earlier_resumes, final_metrics, manifest, model_card
 from rotmole.training.plots import loss_svg
 from rotmole.training.progress import ProgressCallback
-from rotmole.training.ranks import is_main_process
+from rotmole.training.ranks import is_main_process, same_everywhere
 from rotmole.training.saving import check_space, find_best, prepare_resume
 from rotmole.training.sharding import adapter_state
+from rotmole.training.validation import ValidationCut
 
 logger = logging.getLogger(__name__)
-
-_FIGURES = (
-    "train_loss", "train_tokens_per_second", "num_input_tokens_seen", "peak_memory_bytes",
-)  # fmt: skip
 
 
 @dataclass
@@ -110,7 +107,7 @@ def train(
 
     Source: our choice.
     """
-    run_dir, stop = Path(run.output_dir), StopOnSignal(say)
+    run_dir, stop = Path(run.output_dir), StopOnSignal(say, cuts_validation=True)
     bars = [ProgressCallback()] if progress else []
     with run_lock(run_dir) if is_main_process() else nullcontext():
         origin = find_origin(run, resume, weights_only=weights_only, allow_change=allow_change)
@@ -193,6 +190,7 @@ def prepare_folder(built: Built, origin: Origin) -> None:
     Source: our choice; an earlier run's files stay until its successor is ready to train.
     """
     run_dir, trainer = Path(built.run.output_dir), built.trainer
+    same_everywhere("model.dtype", built.base.model.dtype)
     fingerprint = data_fingerprint(built.run.data, built.examples)
     facts = loaded_facts(fingerprint, built.base.model.dtype)
     changes = origin.changes
@@ -207,10 +205,10 @@ def prepare_folder(built: Built, origin: Origin) -> None:
 
 
 def _fit(built: Built, stop: StopOnSignal, checkpoint: Path | None) -> None:
-    if checkpoint is not None and _nothing_left(built, checkpoint):
-        return
     try:
-        with stop.listening():
+        with stop.listening(), suppress(ValidationCut):
+            if checkpoint is not None and _nothing_left(built, checkpoint):
+                return
             built.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except NonFiniteError as error:
         if is_main_process():
@@ -229,6 +227,9 @@ def _nothing_left(built: Built, checkpoint: Path) -> bool:
         return False
     trainer.state = state
     find_best(Path(trainer.args.output_dir), state, checkpoint)
+    if trainer.owed:
+        trainer._load_from_checkpoint(str(checkpoint))
+        trainer._evaluate(None, None, skip_scheduler=True)
     best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
     logger.warning("nothing is left to do: %s is at update %d", checkpoint, state.global_step)
     trainer._load_from_checkpoint(best or str(checkpoint))
@@ -238,8 +239,9 @@ def _nothing_left(built: Built, checkpoint: Path) -> bool:
 
 
 def _result(built: Built, stop: StopOnSignal, seconds: float) -> TrainResult:
-    state, best = built.trainer.state, built.trainer.args.load_best_model_at_end
-    run_dir = Path(built.run.output_dir)
+    trainer, run_dir = built.trainer, Path(built.run.output_dir)
+    state, best = trainer.state, trainer.args.load_best_model_at_end
+    stopped = state.global_step < state.max_steps or trainer.owed
     return TrainResult(
         run_dir=run_dir,
         adapter_dir=None,
@@ -247,7 +249,7 @@ def _result(built: Built, stop: StopOnSignal, seconds: float) -> TrainResult:
         metrics=final_metrics(read_metrics(run_dir / METRICS), best=best),
         seconds=seconds,
         trainable_parameters=built.model.get_nb_trainable_parameters()[0],
-        interrupted=stop.signum if state.global_step < state.max_steps else None,
+        interrupted=stop.signum if stopped else None,
         best_checkpoint=state.best_model_checkpoint if best else None,
         built=built,
     )
@@ -321,28 +323,3 @@ def finish(result: TrainResult) -> TrainResult:
     }
     atomic_write_text(result.adapter_dir / "README.md", model_card(run, base.note, figures))
     return result
-
-
-def final_metrics(rows: Sequence[dict[str, Any]], *, best: bool) -> dict[str, Any]:
-    """Pick a run's figures from its log: those of the weights that are its result.
-
-    Args:
-        rows: the lines of metrics.jsonl.
-        best: the result is the checkpoint with the lowest validation loss, not the last one.
-
-    Returns:
-        train_loss, train_tokens_per_second, peak_memory_bytes, num_input_tokens_seen, and, where
-        there was validation, every eval loss of the result and the step it was made at.
-
-    Source: our choice.
-    """
-    found: dict[str, Any] = {}
-    for row in rows:
-        if "train_loss" in row:
-            found |= {name: row[name] for name in _FIGURES if name in row}
-    validated = [row for row in rows if row.get("eval_loss") is not None]
-    if validated:
-        row = min(validated, key=lambda row: row["eval_loss"]) if best else validated[-1]
-        found |= {name: value for name, value in row.items() if name.endswith("_loss")}
-        found["eval_step"] = row["step"]
-    return found

@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from rotmole.errors import StorageError
 from rotmole.models.files import atomic_write_text, storage_errors, sync
-from rotmole.training.checkpoint import begin, faults, prune, remove, seal
+from rotmole.training.checkpoint import begin, faults, prune, read_seal, remove, seal
 from rotmole.training.folder import METRICS
 from rotmole.tuner.balance import balance_states
 
@@ -57,7 +57,7 @@ def whole_checkpoint(trainer: Any) -> Iterator[None]:
         if writes:
             if (run_dir / METRICS).is_file():
                 sync(run_dir / METRICS)
-            seal(checkpoint, {"facts": trainer.facts})
+            seal(checkpoint, {"facts": trainer.facts, "validation_owed": trainer.owed})
     if writes:
         prune(run_dir, trainer.keep, checkpoint, trainer.state.best_model_checkpoint)
     trainer.accelerator.wait_for_everyone()
@@ -199,7 +199,9 @@ def prepare_resume(trainer: Any, checkpoint: Path) -> None:
 
     Source: our choice.
     """
-    trainer.args.eval_on_start = False  # it was not at a start
+    seal = read_seal(checkpoint)
+    trainer.owed = isinstance(seal, dict) and bool(seal.get("validation_owed"))
+    trainer.args.eval_on_start = trainer.owed  # else it was not at a start
     trainer.add_callback(ResumeCallback(trainer, checkpoint))
 
 

@@ -66,3 +66,19 @@ def sharding_works(use_cpu: bool, fsdp: Any) -> None:
     state = PartialState()
     if use_cpu and fsdp and state.distributed_type is DistributedType.MULTI_CPU:
         state.distributed_type = DistributedType.MULTI_GPU
+
+
+def unpin(plugin: Any) -> None:
+    """Let offloaded shards rest in ordinary memory, where training runs on CPUs.
+
+    FSDP2's CPU offload asks for pinned memory, which torch gives only where there is a card.
+
+    Args:
+        plugin: accelerate's FSDP plugin; None, or one without offload, is left alone.
+
+    Source: torch 2.13, CPUOffloadPolicy.
+    """
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    if isinstance(getattr(plugin, "cpu_offload", None), CPUOffloadPolicy):
+        plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)

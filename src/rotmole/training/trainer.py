@@ -7,22 +7,18 @@ SmolLM2-135M). SFTConfig's names are kept for the settings.
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import resource
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import EvalPrediction, speed_metrics
+from transformers import TrainingArguments
 
 from rotmole.config.schema import OptimizerSection
 from rotmole.errors import ConfigError, NonFiniteError
@@ -33,13 +29,12 @@ from rotmole.training.callbacks import balance_logs
 from rotmole.training.finite import Fault, agreed_fault
 from rotmole.training.order import EpochSampler
 from rotmole.training.saving import forward_schedule, usable_best, whole_checkpoint
-from rotmole.training.sharding import adapter_state, sharding_works
+from rotmole.training.sharding import adapter_state, sharding_works, unpin
+from rotmole.training.validation import IGNORED, ValidatingTrainer
 from rotmole.tuner.balance import balance_states
 
-IGNORED = -100
 
-
-class RotMoleTrainer(Trainer):
+class RotMoleTrainer(ValidatingTrainer):
     """Trainer of a causal language model on rows that are already token ids.
 
     Args:
@@ -48,7 +43,7 @@ class RotMoleTrainer(Trainer):
     """
 
     def __init__(self, *, optimizer_section: OptimizerSection, **kwargs: Any) -> None:
-        super().__init__(compute_metrics=_mean_of_tokens, **kwargs)
+        super().__init__(**kwargs)
         self.optimizer_section = optimizer_section
         self.keep, self.args.save_total_limit = self.args.save_total_limit, None  # we prune
         self.facts: dict[str, Any] = {}
@@ -57,14 +52,14 @@ class RotMoleTrainer(Trainer):
         self.micro_batches: list[tuple[dict[str, Any], torch.Tensor]] = []
         self.fault: Fault | None = None
         self.update_tokens: torch.Tensor | None = None
-        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        self.can_skip_positions = "logits_to_keep" in inspect.signature(base.forward).parameters
 
     def create_accelerator_and_postprocess(self) -> None:
         """As Trainer's; FSDP that is asked for happens on CPUs too."""
         asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
         sharding_works(self.args.use_cpu, self.args.fsdp or asked)
         super().create_accelerator_and_postprocess()
+        if self.args.use_cpu:
+            unpin(getattr(self.accelerator.state, "fsdp_plugin", None))
 
     def compute_loss(
         self,
@@ -220,65 +215,6 @@ class RotMoleTrainer(Trainer):
             return
         self._save(output_dir, state_dict=adapter_state(self.model, self.args.device))
 
-    def prediction_step(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[Any, Any, Any]:
-        """Return the batch's mean loss and each row's summed loss and count of learnt tokens.
-
-        The sums are what `evaluate` adds up, so a task's loss depends neither on how its rows are
-        batched nor on how they are spread over processes. Never smoothed.
-        """
-        inputs = self._prepare_inputs(inputs)
-        labels = inputs["labels"]
-        rest = {name: value for name, value in inputs.items() if name != "labels"}
-        learnt = (labels[:, 1:] != IGNORED).any(0).nonzero()[:, 0]
-        with torch.no_grad(), self.compute_loss_context_manager():
-            if self.can_skip_positions:
-                logits = model(**rest, logits_to_keep=learnt, use_cache=False).logits
-            else:
-                logits = model(**rest).logits[:, learnt]
-        targets = labels[:, learnt + 1]
-        loss = cross_entropy(
-            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="none"
-        )
-        total_N, count_N = loss.view(targets.shape).sum(-1), (targets != IGNORED).sum(-1)
-        mean = total_N.sum() / count_N.sum().clamp(min=1)
-        return (mean, None, None) if prediction_loss_only else (mean, total_N, count_N)
-
-    def evaluate(
-        self,
-        eval_dataset: Any = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        """Compute eval_<task>_loss of every task, and eval_loss, their mean weighted by rows.
-
-        A task's loss is the mean over its learnt tokens.
-        """
-        if eval_dataset is not None or not isinstance(self.eval_dataset, dict):
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        start, rows, total = time.time(), 0, 0.0
-        metrics: dict[str, float] = {}
-        for task in self.eval_dataset:
-            name = f"{metric_key_prefix}_{task}"
-            output = self.evaluation_loop(
-                self.get_eval_dataloader(task), name, False, ignore_keys, metric_key_prefix=name
-            )
-            metrics[f"{name}_loss"] = output.metrics[f"{name}_mean_of_tokens"]
-            rows += output.num_samples
-            total += output.num_samples * metrics[f"{name}_loss"]
-        metrics[f"{metric_key_prefix}_loss"] = total / rows
-        metrics.update(speed_metrics(metric_key_prefix, start, num_samples=rows))
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(
-            self.args, self.state, self.control, metrics
-        )
-        return metrics
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add balance losses, and to the last log speed and memory, before anybody sees it."""
         if "loss" in logs:
@@ -334,11 +270,6 @@ def riemannian_optimizer(
         return RiemannianSGD(groups, model=model, delta=delta)
     betas = (args.adam_beta1, args.adam_beta2)
     return RiemannianAdamW(groups, model=model, delta=delta, betas=betas, eps=args.adam_epsilon)
-
-
-def _mean_of_tokens(rows: EvalPrediction) -> dict[str, float]:
-    """Divide the summed losses of all rows by their learnt tokens."""
-    return {"mean_of_tokens": rows.predictions.sum(dtype="float64") / max(rows.label_ids.sum(), 1)}
 
 
 def peak_memory_bytes() -> int:

@@ -1,0 +1,128 @@
+"""Validation by task; a signal cuts it short, and the resumed run makes up for it."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch.nn.functional import cross_entropy
+from transformers import Trainer
+from transformers.trainer_utils import EvalPrediction, speed_metrics
+
+IGNORED = -100
+
+
+class ValidationCut(Exception):
+    """Somebody asked for a stop during validation."""
+
+
+class ValidatingTrainer(Trainer):
+    """Trainer whose validation is by task and by token, and may be cut short.
+
+    Args:
+        kwargs: as Trainer's; eval_dataset may be {task: rows}.
+
+    Attributes:
+        owed: the validation of the last update was cut short.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(compute_metrics=_mean_of_tokens, **kwargs)
+        self.owed = False
+        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        self.can_skip_positions = "logits_to_keep" in inspect.signature(base.forward).parameters
+
+    def prediction_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Any, Any, Any]:
+        """Return the batch's mean loss and each row's summed loss and count of learnt tokens.
+
+        The sums are what `evaluate` adds up, so a task's loss depends neither on how its rows are
+        batched nor on how they are spread over processes. Never smoothed.
+        """
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs["labels"]
+        rest = {name: value for name, value in inputs.items() if name != "labels"}
+        learnt = (labels[:, 1:] != IGNORED).any(0).nonzero()[:, 0]
+        with torch.no_grad(), self.compute_loss_context_manager():
+            if self.can_skip_positions:
+                logits = model(**rest, logits_to_keep=learnt, use_cache=False).logits
+            else:
+                logits = model(**rest).logits[:, learnt]
+        targets = labels[:, learnt + 1]
+        loss = cross_entropy(
+            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="none"
+        )
+        total_N, count_N = loss.view(targets.shape).sum(-1), (targets != IGNORED).sum(-1)
+        mean = total_N.sum() / count_N.sum().clamp(min=1)
+        return (mean, None, None) if prediction_loss_only else (mean, total_N, count_N)
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Compute eval_<task>_loss of every task, and eval_loss, their mean weighted by rows.
+
+        A task's loss is the mean over its learnt tokens.
+        """
+        with torch.random.fork_rng(devices=[]):  # data loaders draw a seed; training never sees it
+            if eval_dataset is not None or not isinstance(self.eval_dataset, dict):
+                return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            return self._evaluate_tasks(ignore_keys, metric_key_prefix)
+
+    def _evaluate_tasks(
+        self, ignore_keys: list[str] | None, metric_key_prefix: str
+    ) -> dict[str, float]:
+        start, rows, total = time.time(), 0, 0.0
+        metrics: dict[str, float] = {}
+        for task in self.eval_dataset:
+            name = f"{metric_key_prefix}_{task}"
+            output = self.evaluation_loop(
+                self.get_eval_dataloader(task), name, False, ignore_keys, metric_key_prefix=name
+            )
+            metrics[f"{name}_loss"] = output.metrics[f"{name}_mean_of_tokens"]
+            rows += output.num_samples
+            total += output.num_samples * metrics[f"{name}_loss"]
+        metrics[f"{metric_key_prefix}_loss"] = total / rows
+        metrics.update(speed_metrics(metric_key_prefix, start, num_samples=rows))
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def _evaluate(
+        self, trial: Any, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False
+    ) -> dict[str, float]:
+        """Validate; if that is cut short, save and stop. What a checkpoint owes comes first."""
+        owed, self.owed = self.owed, False
+        try:
+            metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler and not owed)
+        except ValidationCut:
+            self.owed = True
+            if skip_scheduler:  # before the first update: the disk has all there is
+                raise
+            self.control.should_save = self.control.should_training_stop = True
+            return {}
+        if owed and self._determine_best_metric(metrics, trial):
+            step = self.state.global_step
+            self.state.best_model_checkpoint = str(Path(self.args.output_dir, f"checkpoint-{step}"))
+        return metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        return not metrics or super()._determine_best_metric(metrics, trial)
+
+
+def _mean_of_tokens(rows: EvalPrediction) -> dict[str, float]:
+    """Divide the summed losses of all rows by their learnt tokens."""
+    return {"mean_of_tokens": rows.predictions.sum(dtype="float64") / max(rows.label_ids.sum(), 1)}
