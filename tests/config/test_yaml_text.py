@@ -84,7 +84,10 @@ def test_what_is_written_comes_back(value):
     assert type(found) is type(value)
 
 
-@given(value=PLAIN)
+@given(value=PLAIN | NUMBERS)
+@example("no")
+@example("1_000")
+@example("2024-01-31")
 def test_other_readers_of_yaml_read_the_same(value):
     assert yaml.safe_load(write_yaml(value)) == value
 
