@@ -122,56 +122,6 @@ def test_a_shared_A_is_multiplied_once_and_the_number_of_products_does_not_grow(
     assert counted[9, False] == [9 * rank, 9, outputs]
 
 
-# Experts that are their own router (FlyLoRA)
-
-
-@pytest.mark.parametrize("rotation", ["none", "tangent"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_scores_and_experts_share_one_product_and_every_gradient_is_right(
-    rotation: str, dtype: torch.dtype
-) -> None:
-    """With the layer's input as wide as A, or narrower."""
-    module = one(router="magnitude", num_experts=5, top_k=2, rotation=rotation)
-    x = torch.randn(6, 7, dtype=dtype, requires_grad=True)
-    with Products() as products:
-        y = module(x, KEEP)[0]
-    assert products.columns.count(5 * 4) == (1 if rotation == "none" else 2)  # A, and its gate
-    assert len(products.columns) == (2 if rotation == "none" else 3)
-    wide = x.double()
-    weight = module.route(wide)[1].weight_TE
-    assert weight.sum(-1).tolist() == [2.0] * 6
-    expected = slow(module, wide, weight)
-    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
-    found, wanted = grads(y, module, x), grads(expected, module, x)
-    assert {"x", "expert_A", "expert_B"} <= found.keys()
-    for name, value in wanted.items():
-        limit = 1e-10 if value.dtype == torch.float64 else 1e-6
-        torch.testing.assert_close(found[name], value, rtol=limit, atol=limit, msg=name)
-
-
-@pytest.mark.parametrize("settings", [{}, {"router_jitter": 0.5}], ids=str)
-def test_scores_read_what_dropout_leaves_out_and_jitter_is_theirs_alone(
-    settings: dict[str, Any],
-) -> None:
-    module = one(router="magnitude", num_experts=5, top_k=2, rotation="none", **settings).train()
-    x = torch.randn(6, 7, dtype=torch.float64)
-    dropout = torch.nn.Identity() if settings else torch.nn.Dropout(0.5)
-    torch.manual_seed(5)
-    keep = torch.ones(6, 7) if settings else torch.empty(6, 7, dtype=torch.bool).bernoulli_(0.5) * 2
-    weight = module.route(x)[1].weight_TE
-    torch.manual_seed(5)
-    found = module(x, dropout)[0]
-    torch.testing.assert_close(found, slow(module, x * keep, weight), rtol=1e-12, atol=1e-12)
-
-
-def test_under_autocast_scores_stay_in_float32_and_experts_do_not() -> None:
-    module = one(router="magnitude", num_experts=5, top_k=2, rotation="none").float()
-    with torch.autocast("cpu", torch.bfloat16), Products() as products:
-        y = module(torch.randn(6, 7), KEEP)[0]
-    assert y.dtype == torch.bfloat16
-    assert len(products.columns) == 3  # A twice: for the scores, and for the experts
-
-
 # Starts
 
 

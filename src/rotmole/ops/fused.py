@@ -107,21 +107,19 @@ def _rotate(z_ERT: Tensor, gate: Gate, settings: Settings) -> Tensor:
 
 
 class _Fused(torch.autograd.Function):
-    """(settings, x, keep, weight, router, A, B, vector, angle, center, z) -> (y, logits)."""
+    """(settings, x, keep, weight, router, A, B, vector, angle, center) -> (y, router's logits)."""
 
     @staticmethod
     def forward(ctx: Any, settings: Settings, *tensors: Tensor | None) -> Any:
-        (
-            x_TD, keep_TD, weight_TE, router_ED, A_ERD, B_ERO, vector_EVD, angle_EMD, center_ER,
-            z_ERT,
-        ) = tensors  # fmt: skip
+        x_TD, keep_TD, weight_TE, router_ED, A_ERD, B_ERO, vector_EVD, angle_EMD, center_ER = (
+            tensors
+        )
         assert x_TD is not None
         assert A_ERD is not None
         assert B_ERO is not None
         dtype = settings.dtype
         dropped_TD = _dropped(x_TD, keep_TD, settings)
-        if z_ERT is None:
-            z_ERT = at_least_float32(project(dropped_TD, A_ERD.to(dtype)))
+        z_ERT = at_least_float32(project(dropped_TD, A_ERD.to(dtype)))
         vector = angle = None
         if vector_EVD is not None:
             vector = at_least_float32(project(dropped_TD, vector_EVD.to(dtype)))
@@ -178,7 +176,7 @@ def _differentiable(
         create_graph=True,
         materialize_grads=True,
     )
-    result: list[Tensor | None] = [None] * 11
+    result: list[Tensor | None] = [None] * 10
     for i, grad in zip(wanted, found, strict=True):
         result[i + 1] = grad
     return tuple(result)
@@ -237,7 +235,7 @@ def _backward(
     dcenter = None if found.center_ER is None else found.center_ER.to(center_ER.dtype)
     dweight = dweight_ET.mT if router_ED is None else None
     dx = None if dx is None else dx.to(x_TD.dtype)
-    return None, dx, None, dweight, drouter, dA, dB, dvector, dangle, dcenter, None
+    return None, dx, None, dweight, drouter, dA, dB, dvector, dangle, dcenter
 
 
 def _into_x(
@@ -284,7 +282,6 @@ def fused_mixture(
     router_ED: Tensor | None = None,
     weight_TE: Tensor | None = None,
     keep_TD: Tensor | None = None,
-    z_ERT: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return what the adapter adds to W x, and the router's logits.
 
@@ -299,8 +296,6 @@ def fused_mixture(
         router_ED: [E, D] router, or None where weight_TE [T, E] is given.
         weight_TE: the experts' weights, zero where not selected.
         keep_TD: [T, D] bool, inputs that dropout keeps; None keeps all.
-        z_ERT: [E, R, T] A_e drop(x), detached, where the caller has it; gradients are those of the
-            product all the same. Not read while tracing.
 
     Returns:
         ([T, O] in settings.dtype, [T, E] logits or None). A gradient of the logits, such as that of
@@ -317,6 +312,6 @@ def fused_mixture(
         if torch.compiler.is_compiling():
             return _plain(settings, x_TD, keep_TD, weight_TE, router_ED, A_ERD, B_ERO, *named)
         result: tuple[Tensor, Tensor | None] = _Fused.apply(  # type: ignore[no-untyped-call] # torch's own types
-            settings, x_TD, keep_TD, weight_TE, router_ED, A_ERD, B_ERO, *named, z_ERT
+            settings, x_TD, keep_TD, weight_TE, router_ED, A_ERD, B_ERO, *named
         )
     return result

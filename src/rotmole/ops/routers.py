@@ -23,7 +23,6 @@ class View(NamedTuple):
         x_TD: [T, D] layer input, in at least float32.
         experts: E.
         A_ERD: [E, R, D] the experts' input factors; only magnitude reads them.
-        z_ERT: [E, R, T] x through them, where that is known already.
         ids_T: [T] token ids; only hash reads them.
         seed: of the hash.
     """
@@ -33,7 +32,6 @@ class View(NamedTuple):
     A_ERD: Tensor | None = None
     ids_T: Tensor | None = None
     seed: int = 0
-    z_ERT: Tensor | None = None
 
 
 Parameters = Mapping[str, Tensor]
@@ -90,10 +88,6 @@ def _hash(view: View, p: Parameters) -> Tensor:
 
 
 def _magnitude(view: View, p: Parameters) -> Tensor:
-    known_TE: Tensor
-    if view.z_ERT is not None:
-        known_TE = torch.linalg.vector_norm(view.z_ERT, dim=1).mT
-        return known_TE
     assert view.A_ERD is not None, "router 'magnitude' needs the experts' A"
     A_ERD = at_least_float32(view.A_ERD).to(view.x_TD.dtype)
     z_TER = linear(view.x_TD, A_ERD.flatten(0, 1)).reshape(-1, *A_ERD.shape[:2])
@@ -200,7 +194,6 @@ def router_scores(
     experts: int,
     A_ERD: Tensor | None = None,
     ids_T: Tensor | None = None,
-    z_ERT: Tensor | None = None,
     temperature: float | None = None,
     jitter: float = 0.0,
     seed: int = 0,
@@ -220,8 +213,6 @@ def router_scores(
         experts: E.
         A_ERD: [E, R, D] input factors of the experts; magnitude needs them.
         ids_T: [T] token ids; hash needs them.
-        z_ERT: [E, R, T] A_e x, detached, where the caller has it: magnitude then computes no
-            product. Without jitter only.
         temperature: divides the scores; None is 1, for cosine 0.07. Not used where a selected
             expert's weight is constant (hash, magnitude).
         jitter: each input of the router is multiplied by a number drawn uniformly from
@@ -247,7 +238,7 @@ def router_scores(
         x_TD = at_least_float32(x_TD) if known is None else x_TD.to(known.dtype)
         if jitter > 0 and row.reads != "ids":
             x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - jitter, 1 + jitter)
-        scores_TE = row.score(View(x_TD, experts, A_ERD, ids_T, seed, z_ERT), raised)
+        scores_TE = row.score(View(x_TD, experts, A_ERD, ids_T, seed), raised)
         if row.weight != "learned":
             return scores_TE
         divisor = row.temperature if temperature is None else temperature

@@ -90,15 +90,3 @@ def expert_notices(config: RotMoleConfig) -> Iterator[str]:
     for name, is_idle in idle.items():
         if is_idle:
             yield f"{name}={getattr(config, name)!r} has no effect with the other settings"
-
-
-def scale_of(config: RotMoleConfig, in_features: int) -> float:
-    """Return s: lora_alpha / r, lora_alpha / sqrt(r), or GOAT's closed form sqrt(3 eta D / r).
-
-    Args:
-        config: of one module.
-        in_features: D.
-    """
-    if config.goat_eta is not None:
-        return math.sqrt(3 * config.goat_eta * in_features / config.r)
-    return config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from rotmole.ops.routing import Routing, route
 from rotmole.tuner.balance import BalanceSettings, BalanceState, add_balance
 from rotmole.tuner.blocks import BlockPart
 from rotmole.tuner.config import RotMoleConfig
-from rotmole.tuner.expert_rules import FROZEN, scale_of
+from rotmole.tuner.expert_rules import FROZEN
 from rotmole.tuner.initial import draw, take_segments
 from rotmole.tuner.loss_free import LoadCount, count_loads
 from rotmole.tuner.paths import PackCache, Routed, add
@@ -52,7 +53,7 @@ class Experts(nn.Module):
         self.radar_normalize = config.radar_normalize
         self.top_k = config.top_k
         self.scaling_gate = ScalingGate.of(config)
-        self.scale = scale_of(config, in_features)
+        self.scale = _scale(config, in_features)
         self.balance = BalanceSettings()
         self.sqrt_gate = config.router_sqrt_gate
         self.dispatch = config.dispatch
@@ -107,9 +108,7 @@ class Experts(nn.Module):
             return ROTATION_GATE
         return SCALING_GATE if name in self.router_names else EXPERT
 
-    def route(
-        self, x_TD: Tensor, tokens: Tokens = NO_TOKENS, z_ERT: Tensor | None = None
-    ) -> tuple[Tensor, Routing] | None:
+    def route(self, x_TD: Tensor, tokens: Tokens = NO_TOKENS) -> tuple[Tensor, Routing] | None:
         """Return the router's logits [T, E] and the routing; None where there is one expert."""
         if self.num_experts == 1:
             return None
@@ -117,7 +116,6 @@ class Experts(nn.Module):
             x_TD,
             {name: getattr(self, name) for name in self.router_names},
             A_ERD=self.expert_A,
-            z_ERT=z_ERT,
             tokens=tokens,
             bias_E=self.router_bias,
             training=self.training,
@@ -179,6 +177,13 @@ class Experts(nn.Module):
             f"in_features={inputs}, out_features={outputs}, num_experts={experts}, r={rank}, "
             f"top_k={self.top_k}, rotation={self.rotation!r}"
         )
+
+
+def _scale(config: RotMoleConfig, in_features: int) -> float:
+    """Return s: lora_alpha / r, lora_alpha / sqrt(r), or GOAT's closed form sqrt(3 eta D / r)."""
+    if config.goat_eta is not None:
+        return math.sqrt(3 * config.goat_eta * in_features / config.r)
+    return config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
 
 
 def layer_widths(layer: Any) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rotmole.ops.fused import Settings, can_fuse, fused_mixture
 from rotmole.ops.grouped import grouped_mixture, prefers_grouped
-from rotmole.ops.mixture import mixture, project
+from rotmole.ops.mixture import mixture
 from rotmole.ops.packed import Pack, pack, packed_mixture
 from rotmole.ops.routing import Routing
 from rotmole.tuner.scaling import NO_TOKENS, Tokens
@@ -100,24 +100,6 @@ def _may_pack(experts: Experts, x_TD: Tensor, keep_TD: Tensor | None) -> bool:
     return few and steady and known
 
 
-def _activations(
-    experts: Experts, x_TD: Tensor, keep_TD: Tensor | None, dtype: torch.dtype
-) -> Tensor | None:
-    """Return A_e x [E, R, T], detached, where router and experts read the same; else None.
-
-    That is where the router scores activations (FlyLoRA), the experts' input is not dropped, and
-    their product is in the type of A and in no narrower one than the router's. Not while tracing,
-    where autograd has to see the experts' product.
-    """
-    sizes = x_TD.dtype.itemsize, dtype.itemsize
-    same = dtype == experts.expert_A.dtype and max(4, *sizes) == sizes[1]
-    if keep_TD is not None or not same or torch.compiler.is_compiling():
-        return None
-    if not experts.scaling_gate.scores_activations(experts.training):
-        return None
-    return project(x_TD.detach().to(dtype), experts.expert_A.detach())
-
-
 def _wants_groups(experts: Experts) -> bool:
     gate = experts.scaling_gate
     if gate.selection != "top_k" or experts.num_experts == 1 or experts.expert_A.shape[0] == 1:
@@ -178,10 +160,9 @@ def add(
         )
         assert logits_TE is not None
         return delta_TO, (logits_TE, None)
-    z_ERT = _activations(experts, x_TD, keep_TD, dtype)
-    routed = experts.route(x_TD, tokens, z_ERT)
+    routed = experts.route(x_TD, tokens)
     weight_TE = x_TD.new_ones(x_TD.shape[0], 1) if routed is None else routed[1].weight_TE
-    delta_TO, _ = fused_mixture(*arguments, weight_TE=weight_TE, keep_TD=keep_TD, z_ERT=z_ERT)
+    delta_TO, _ = fused_mixture(*arguments, weight_TE=weight_TE, keep_TD=keep_TD)
     return delta_TO, routed
 
 

@@ -163,10 +163,6 @@ class ScalingGate:
         usual = (self.router, self.scoring, self.jitter) == ("linear", "softmax", 0.0)
         return usual and self.temperature is None and self.selection in ("top_k", "dense")
 
-    def scores_activations(self, training: bool) -> bool:
-        """Whether the scores are lengths of the experts' own activations A_e x."""
-        return ROUTERS[self.router].reads == "A" and not (training and self.jitter > 0)
-
     def shapes(self, in_features: int) -> dict[str, tuple[int, ...]]:
         """Return name and shape of every parameter."""
         shapes = router_shapes(self.router, E=self.experts, D=in_features, H=self.dim)
@@ -188,7 +184,6 @@ class ScalingGate:
         parameters: Mapping[str, Tensor],
         *,
         A_ERD: Tensor,
-        z_ERT: Tensor | None = None,
         tokens: Tokens = NO_TOKENS,
         bias_E: Tensor | None = None,
         training: bool = False,
@@ -199,7 +194,6 @@ class ScalingGate:
             x_TD: [T, D] layer input.
             parameters: those of `shapes`.
             A_ERD: the experts' input factors, for router "magnitude".
-            z_ERT: A_e x [E, R, T] where that is known already, for the same router.
             tokens: what `tokens` returned.
             bias_E: [E] added to the scores for the selection alone.
             training: whether the router's input is jittered.
@@ -214,7 +208,6 @@ class ScalingGate:
             experts=self.experts,
             A_ERD=A_ERD,
             ids_T=tokens.ids_T,
-            z_ERT=z_ERT,
             temperature=self.temperature,
             jitter=self.jitter if training else 0.0,
             seed=self.seed,
