@@ -84,8 +84,8 @@ for name in ("SGDr", "AdamWr"):
         their_optimizer = kind([*A, *B], lr=1e-2, **options)
     mine = {"SGDr": RiemannianSGD, "AdamWr": RiemannianAdamW}[name]
     options = {} if name == "SGDr" else {"weight_decay": 0.0, "eps": 1e-20}
-    our_optimizer = mine([own.expert_A, own.expert_B], model=layer, lr=1e-2, **options)
-    our_optimizer.step()
+    old_B = own.expert_B.detach().clone()
+    mine([own.expert_A, own.expert_B], model=layer, lr=1e-2, **options).step()
     their_optimizer.step()
     reasons = {}
     if name == "AdamWr":
@@ -93,8 +93,14 @@ for name in ("SGDr", "AdamWr"):
             "custom_optimizer.py: c1 = p1.data, then p1.data.addcdiv_(...), then "
             "torch.inverse(c1@c1.T ...): B is preconditioned with the new A (its SGDr uses the old)"
         )
-    found = {"A after the step": own.expert_A, "B after the step": own.expert_B}
+    found = {name: getattr(own, f"expert_{name[0]}").detach().clone()
+             for name in ("A after the step", "B after the step")}  # fmt: skip
     wanted = {"A after the step": torch.stack([a.detach() for a in A]),
               "B after the step": torch.stack([b.detach().T for b in B])}  # fmt: skip
+    if name == "AdamWr":  # the same from ours: the old B, once more, beside the A of after the step
+        own.expert_B.data.copy_(old_B)
+        mine([own.expert_A, own.expert_B], model=layer, lr=1e-2, **options).step()
+        found["B beside the new A"] = own.expert_B
+        wanted["B beside the new A"] = wanted["B after the step"]
     right &= compare(found, wanted, reasons)
 finish(right)

@@ -65,6 +65,12 @@ def test_the_resolved_file_is_the_same_run():
     assert sft_arguments(again) == sft_arguments(run)
 
 
+@pytest.mark.parametrize("commit", ["1234e56", "0e00000", "12345678"])
+def test_a_short_commit_that_looks_like_a_number_is_still_that_commit(commit):
+    run = load_run("x", [f"model.revision='{commit}'"], GOOD)
+    assert load_run("x", [], resolved_yaml(run)).model.revision == commit
+
+
 def test_all_mistakes_at_once():
     text = """
 sed: 3

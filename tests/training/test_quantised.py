@@ -10,7 +10,7 @@ import yaml
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 from trl import SFTConfig, SFTTrainer
 
 import tiny
@@ -39,9 +39,10 @@ def folders(tmp_path_factory) -> tuple[Path, Path]:
     (root / "data").mkdir()
     write_model(root / "model")
     words = LlamaConfig.from_pretrained(root / "model").vocab_size
-    tiny.llama(hidden_size=64, intermediate_size=128, vocab_size=words).save_pretrained(
-        root / "model"
+    wide = tiny.llama(
+        hidden_size=64, intermediate_size=128, vocab_size=words, initializer_range=0.1
     )
+    wide.save_pretrained(root / "model")
     return root / "model", write_data(root / "data")
 
 
@@ -106,6 +107,66 @@ def test_a_validation_leaves_the_gradients_as_they_were(trained):
     for name, value in found[0].items():
         assert value.any(), name
         assert torch.equal(found[1][name], value), name
+
+
+def stored(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Every tensor of the base as it would be saved: packed weights, scales, scales of scales."""
+    return {
+        name.removeprefix("base_model.model.").replace(".base_layer.", "."): value
+        for name, value in model.state_dict().items()
+        if ".rotmole_" not in name
+    }
+
+
+def test_goat_on_4_bits_learns_reloads_and_leaves_the_base_as_it_was(folders, tmp_path):
+    """The residual lies beside the packed weight. All logits without gradients: one kernel."""
+    content = settings(*folders, tmp_path / "run", eval_steps=10, save_steps=20)
+    content["model"]["quantization"] = "bnb-4bit-nf4"
+    names = ["q_proj", "v_proj", "down_proj"]
+    content["adapter"] = {"preset": "goat", "r": 2, "num_experts": 4, "target_modules": names}
+    result = train(load_run(None, text=yaml.safe_dump(content)), progress=False)
+    losses = [r["loss"] for r in read_metrics(result.run_dir / "metrics.jsonl") if "loss" in r]
+    assert len(losses) == 20
+    assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
+
+    model, section = result.built.model.eval(), result.built.run.model
+    fresh = load_model(section).model
+    untouched = stored(fresh)
+    assert any(value.dtype == torch.uint8 for value in untouched.values())
+    now = stored(model)
+    assert now.keys() == untouched.keys()
+    assert all(torch.equal(now[name], value) for name, value in untouched.items())
+    with torch.no_grad():
+        plain, ours = fresh(IDS).logits, model(IDS).logits
+        with model.disable_adapter():
+            assert torch.equal(model(IDS).logits, plain)
+        assert not torch.equal(ours, plain)
+        again = PeftModel.from_pretrained(fresh, result.adapter_dir).eval()
+        assert torch.equal(again(IDS).logits, ours)
+        with again.disable_adapter():
+            assert torch.equal(again(IDS).logits, plain)
+
+
+def test_an_adapter_keeps_4_bit_weights_from_being_packed_for_inference(folders):
+    """As from_pretrained leaves it on a CPU with AVX512-BF16; packed, scales change in a save."""
+    four = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    base = AutoModelForCausalLM.from_pretrained(
+        folders[0], quantization_config=four, dtype=torch.float32
+    )
+    layers = [m for m in base.modules() if type(m).__name__ == "Linear4bit"]
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = True
+    before = {name: value.clone() for name, value in stored(base).items()}
+    config = RotMoleConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(base, config).eval()
+    with torch.no_grad():
+        model(IDS)
+    assert len(layers) == 14
+    packed = [getattr(m.weight.quant_state, "packing_format_for_cpu", False) for m in layers]
+    assert not any(packed)
+    assert all(torch.equal(stored(model)[name], value) for name, value in before.items())
 
 
 def sft(folders: tuple[Path, Path], folder: Path, *more: object) -> SFTTrainer:

@@ -79,7 +79,17 @@ def test_it_moves_once_against_the_load_of_all_micro_batches(reentrant: bool | N
     wanted = [torch.sign(x.float().mean() - x) * RATE for x in loads]
     for bias, step in zip(_biases(model), wanted, strict=True):
         assert bias == pytest.approx(step.tolist())
-    assert update_router_bias(model) == 0  # nothing was counted since
+    with pytest.warns(UserWarning, match="found no loads"):
+        assert update_router_bias(model) == 0  # nothing was counted since
+    assert update_router_bias(model) == 0  # said once
+
+
+def test_a_compiled_model_counts_nothing_and_says_so() -> None:
+    model = _adapted().train()
+    compiled = torch.compile(model, backend="eager")
+    compiled(**_batch()).loss.backward()
+    with pytest.warns(UserWarning, match=r"not inside torch\.compile"):
+        assert update_router_bias(model) == 0
 
 
 def test_evaluation_counts_nothing_and_the_bias_is_saved(tmp_path: Path) -> None:

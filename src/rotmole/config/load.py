@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import yaml
 from pydantic import ValidationError
 
 from rotmole.config.fields import check_fields, one_of
@@ -20,7 +19,7 @@ from rotmole.config.training import (
     sft_arguments,
     warn_without_effect,
 )
-from rotmole.config.yaml_text import parse_yaml
+from rotmole.config.yaml_text import parse_yaml, write_yaml
 from rotmole.errors import ConfigError
 
 __all__ = ["load_run", "resolved_yaml", "sft_arguments"]
@@ -122,9 +121,7 @@ def resolved_yaml(run: RunFile) -> str:
 
     Source: our choice.
     """
-    return yaml.safe_dump(
-        run.model_dump(mode="json"), sort_keys=False, allow_unicode=True, default_flow_style=False
-    )
+    return write_yaml(run.model_dump(mode="json"))
 
 
 def _read(path: str | Path | None) -> str:

@@ -49,6 +49,36 @@ _rule("float", rf"^(?:{_FLOAT}|\.(?:nan|NaN|NAN))$", "-+0123456789.")
 _rule("merge", r"^<<$", "<")
 
 
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that also quotes text which this reader would take for a number, such as 12e4."""
+
+
+for _first, _rules in _Loader.yaml_implicit_resolvers.items():
+    for _tag, _pattern in _rules:
+        _Dumper.add_implicit_resolver(_tag, _pattern, [_first])
+
+
+def write_yaml(value: Any) -> str:
+    """Write YAML text that `parse_yaml` reads back to the same value.
+
+    Text that YAML 1.1 or 1.2 would take for something else is quoted.
+
+    Args:
+        value: dicts, lists, strings, numbers, booleans and None; keys keep their order.
+
+    Returns:
+        The text, one setting a line.
+
+    Source: our choice.
+
+    >>> write_yaml({"revision": "12e4", "rate": 1e-4})
+    "revision: '12e4'\\nrate: 0.0001\\n"
+    """
+    return yaml.dump(
+        value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False
+    )
+
+
 def parse_yaml(text: str, where: str) -> Any:
     """Parse YAML text.
 

@@ -25,9 +25,9 @@ from rotmole.models.gguf import check_gguf, gguf_arguments, make_ordinary
 from rotmole.models.precision import (
     choose_device,
     choose_dtype,
-    keep_trainable,
     quantization_config,
 )
+from rotmole.tuner.four_bit import keep_trainable
 
 logger = logging.getLogger(__name__)
 

@@ -114,23 +114,6 @@ def bfloat16_is_faster(seconds: float = 0.5) -> bool:
                 return best[torch.float32] > _MARGIN * best[torch.bfloat16]
 
 
-def keep_trainable(model: Any) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights for inference on a CPU.
-
-    It does so at the first forward pass in eval mode, and its kernel for packed weights has no
-    backward pass: after the first validation every gradient below such a layer would be 0, without
-    a word, and unpacking for a save rounds the scales once more (bitsandbytes 0.50).
-
-    Args:
-        model: the model as loaded.
-
-    Source: our choice.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-
-
 def quantization_config(section: ModelSection, dtype: torch.dtype) -> Any:
     """Build what ``from_pretrained(quantization_config=...)`` wants.
 

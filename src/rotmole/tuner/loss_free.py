@@ -30,6 +30,7 @@ class LoadCount:
     def __init__(self) -> None:
         self.loads_E: Tensor | None = None
         self.version = 0
+        self.warned = False
 
     def add(self, loads_E: Tensor, witness: Tensor, state: BalanceState) -> None:
         """Count one micro-batch; warn once a stack if the weights moved and the bias did not."""
@@ -125,6 +126,14 @@ def update_router_bias(model: nn.Module) -> int:
     layers = _biased(model)
     if not layers:
         return 0
+    first = layers[0].loads
+    if all(e.loads.loads_E is None for e in layers) and not first.warned:
+        first.warned = True
+        warnings.warn(
+            "update_router_bias found no loads, so it moves no bias: they are counted in the "
+            "backward pass of a model in training mode, and not inside torch.compile",
+            stacklevel=2,
+        )
     loads = [
         torch.zeros_like(e.router_bias) if e.loads.loads_E is None else e.loads.loads_E  # type: ignore[arg-type] # of _biased
         for e in layers

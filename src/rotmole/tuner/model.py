@@ -22,6 +22,7 @@ from rotmole.tuner.blocks import block_part, check_blocks, plain_outside
 from rotmole.tuner.config import RotMoleConfig
 from rotmole.tuner.expert_rules import is_routed
 from rotmole.tuner.fingerprint import base_fingerprint, compare_bases
+from rotmole.tuner.four_bit import keep_trainable
 from rotmole.tuner.layer import Experts, Linear, RotMoleLayer, layer_widths
 from rotmole.tuner.names import check_adapter_name
 from rotmole.tuner.patterns import module_config
@@ -44,7 +45,7 @@ class RotMoleModel(BaseTuner):  # type: ignore[misc] # peft ships no types
 
     Made by `peft.get_peft_model(model, RotMoleConfig(...))`. Nothing outside the adapted layers is
     changed, but for a forward hook that keeps the attention mask and token ids where a balance loss
-    is on, or a router or selection reads them.
+    is on, or a router or selection reads them, and for a switch of bitsandbytes (`keep_trainable`).
 
     Args:
         model: the base model.
@@ -78,6 +79,7 @@ class RotMoleModel(BaseTuner):  # type: ignore[misc] # peft ships no types
         """
         check_adapter_name(adapter_name)
         self._check_base(model, self.peft_config[adapter_name])
+        keep_trainable(model)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except ValueError as error:
