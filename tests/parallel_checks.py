@@ -164,7 +164,7 @@ WRAPS = {"ddp": with_ddp, "fsdp2": with_fsdp}
 def checkpointed(model: PeftModel, kind: str) -> None:
     if kind != "no":
         model.enable_input_require_grads()
-        model.activation_checkpointing_enable({"use_reentrant": kind == "reentrant"})
+        tiny.enable_checkpointing(model, kind == "reentrant")
 
 
 def equals_one_process(

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from datasets import Dataset
+from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
@@ -28,6 +30,9 @@ from rotmole import RotMoleConfig
 from rotmole.training.callbacks import BalanceCallback
 
 ROWS, LENGTH = 8, 10
+# TRL copies an adapter that it is given into a second one, "ref", whose run transformers resumes
+# since 5.23; before, `default` stayed at its start (so does LoRA's)
+RESUMES_TWO_ADAPTERS = Version(transformers.__version__) >= Version("5.23")
 
 
 def adapted(
@@ -49,6 +54,16 @@ def arguments(folder: Path, **settings: Any) -> dict[str, Any]:
         "learning_rate": 1e-2, "report_to": "none", "disable_tqdm": True, "use_cpu": True,
         "save_strategy": "no", "dataloader_pin_memory": False, "seed": 3,
     } | settings  # fmt: skip
+
+
+def policy(balance: float | None) -> dict[str, Any]:
+    """What a preference trainer trains: an adapter with its reference, or a new one's settings."""
+    if RESUMES_TWO_ADAPTERS:
+        return {"model": adapted(tiny.llama(), balance)}
+    config = adapted(tiny.llama(), balance).peft_config["default"]
+    base = tiny.llama()
+    torch.manual_seed(5)  # the weights that `adapted` draws
+    return {"model": base, "peft_config": config}
 
 
 def weights(model: PeftModel) -> dict[str, torch.Tensor]:
@@ -135,7 +150,7 @@ def sft(folder: Path, balance: float | None, *callbacks: TrainerCallback, **args
 
 def dpo(folder: Path, balance: float | None, *callbacks: TrainerCallback, **args: Any) -> Any:
     return DPOTrainer(
-        model=adapted(tiny.llama(), balance),
+        **policy(balance),
         args=DPOConfig(**arguments(folder, bf16=False, max_length=16, **args)),
         train_dataset=preference_rows(),
         **_common(callbacks),
@@ -154,7 +169,7 @@ def reward(folder: Path, balance: float | None, *callbacks: TrainerCallback, **a
 def grpo(folder: Path, balance: float | None, *callbacks: TrainerCallback, **args: Any) -> Any:
     settings = {"num_generations": 2, "max_completion_length": 4, "beta": 0.04, "bf16": False}
     return GRPOTrainer(
-        model=adapted(tiny.llama(), balance),
+        **policy(balance),
         reward_funcs=reward_of_short_words,
         args=GRPOConfig(**arguments(folder, **(settings | args))),
         # more rows than 20 updates take: TRL's sampler of prompts forgets how many epochs it did

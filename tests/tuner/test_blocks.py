@@ -118,7 +118,7 @@ def test_checkpointing_of_both_kinds_gives_the_same_gradients_and_counts_a_block
         model = _adapted(router_aux_loss_coef=0.5, router_bias_rate=0.1)
         if reentrant is not None:
             model.enable_input_require_grads()
-            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+            tiny.enable_checkpointing(model, reentrant)
         model.train()
         model(input_ids=ids, labels=ids).loss.backward()
         assert max(state.count for state in balance_states(model)) == 2  # a router a block

@@ -69,7 +69,7 @@ def test_it_moves_once_against_the_load_of_all_micro_batches(reentrant: bool | N
     loads = [sum(pair) for pair in zip(*(_loads(model, b) for b in batches), strict=True)]
     if reentrant is not None:
         model.enable_input_require_grads()
-        model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        tiny.enable_checkpointing(model, reentrant)
     model.train()
     for batch in batches:
         model(**batch).loss.backward()

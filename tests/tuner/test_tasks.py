@@ -67,7 +67,7 @@ def test_the_gradient_is_that_of_the_sum_padding_left_out(reentrant: bool | None
     expected, model = _expected(tasks), _adapted()
     if reentrant is not None:
         model.enable_input_require_grads()
-        model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        tiny.enable_checkpointing(model, reentrant)
     model.train()
     seen: set[str] = set()
     inner = model.base_model.model.model

@@ -127,6 +127,8 @@ def training_hints() -> dict[str, Any]:
         for name, hint in get_type_hints(SFTConfig).items()
         if name in SFTConfig.__dataclass_fields__
     }
+    for old, new in _RENAMED.items():  # a file may use either name with every transformers
+        hints[new] = hints[old] = hints[new] if new in hints else hints[old]
     return hints | {"fsdp": bool | str | None}  # transformers' hint lacks the bool it asks for
 
 

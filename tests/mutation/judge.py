@@ -1,0 +1,128 @@
+"""A pytest plugin that judges mutants: pytest collects once, each mutant runs in a fork of that.
+
+mutmut's own loop starts pytest anew for every mutant, which costs more than most mutants take to
+die. Here a mutant meets the tests that reach it, the quickest first, until one fails or until they
+have cost BUDGET seconds of processor time: then it counts as a survivor. A test that takes much
+longer than it did unchanged ends as a timeout.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+BUDGET = 10.0
+ORDER = "ROTMOLE_MUTANTS"  # names a file: {"mutants": [...], "children": 2, "seconds": null}
+TIMEOUT = 36  # mutmut's code for it
+SIGNALS = (-signal.SIGPROF, -signal.SIGALRM)
+
+
+def in_order(items: list[pytest.Item], seconds: dict[str, float]) -> list[pytest.Item]:
+    """The quickest first; tests that share a fixture of their module last, and together."""
+
+    def shares(item: pytest.Item) -> bool:
+        found = item._fixtureinfo.name2fixturedefs.values()  # type: ignore[attr-defined]
+        return any(definition[-1].scope == "module" for definition in found)
+
+    alone = [item for item in items if not shares(item)]
+    alone.sort(key=lambda item: seconds.get(item.nodeid, 0.0))
+    return [*alone, *(item for item in items if shares(item))]
+
+
+def limit(seconds: float) -> None:
+    """End this process when it has computed for so long, or has waited ten times as long."""
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.setitimer(signal.ITIMER_REAL, 10 * seconds)
+
+
+def verdict(session: pytest.Session, items: list[pytest.Item], seconds: dict[str, float]) -> int:
+    """Run the tests; 1 as soon as one fails, 0 if none does within the budget."""
+    end = time.process_time() + BUDGET
+    for item, after in zip(items, [*items[1:], None], strict=True):
+        limit(5.0 + 10 * seconds.get(item.nodeid, 0.0))
+        item.config.hook.pytest_runtest_protocol(item=item, nextitem=after)
+        if session.testsfailed:
+            return 1
+        if time.process_time() > end:
+            return 0
+    return 0
+
+
+def forked(mutant: str, session: pytest.Session, items: list[pytest.Item], seconds: dict) -> int:
+    """Start one mutant's process."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        os.environ["MUTANT_UNDER_TEST"] = mutant
+        quiet = os.open(os.devnull, os.O_WRONLY)
+        for stream in (1, 2):
+            os.dup2(quiet, stream)
+        code = verdict(session, items, seconds)
+    finally:
+        os._exit(code)
+
+
+def waited() -> tuple[int, int]:
+    pid, status = os.wait()
+    code = os.waitstatus_to_exitcode(status)
+    return pid, TIMEOUT if code in SIGNALS else code
+
+
+class Records:
+    """The verdicts, in mutmut's own files beside the mutated sources."""
+
+    def __init__(self) -> None:
+        self.known = {p: json.loads(p.read_text()) for p in Path("src").rglob("*.py.meta")}
+        self.paths = {m: p for p, known in self.known.items() for m in known["exit_code_by_key"]}
+
+    def save(self, mutant: str, code: int) -> None:
+        path = self.paths[mutant]
+        self.known[path]["exit_code_by_key"][mutant] = code
+        new = path.with_suffix(".new")
+        new.write_text(json.dumps(self.known[path]))
+        new.replace(path)
+
+
+def sanity(session: pytest.Session, items: list[pytest.Item], seconds: dict) -> None:
+    """The tests must pass without a mutant, and fail where every mutated function raises."""
+    for mutant, expected in (("", 0), ("fail", 1)):
+        os.environ.pop("MUTANT_UNDER_TEST", None)
+        forked(mutant, session, items, dict.fromkeys(seconds, 1e3))
+        _, code = waited()
+        if code != expected:
+            raise pytest.UsageError(f"with the mutant {mutant!r} the tests ended with {code}")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> bool:
+    order = json.loads(Path(os.environ[ORDER]).read_text(encoding="utf-8"))
+    stats = json.loads(Path("mutmut-stats.json").read_text(encoding="utf-8"))
+    seconds, reach = stats["duration_by_test"], stats["tests_by_mangled_function_name"]
+    items = {item.nodeid: item for item in in_order(session.items, seconds)}
+    tests = {m: set(reach.get(m.partition("__mutmut_")[0], ())) for m in order["mutants"]}
+    records, running, end = Records(), {}, time.monotonic() + (order["seconds"] or 1e9)
+    gc.freeze()
+    sanity(session, [i for n, i in items.items() if n in set().union(*tests.values())], seconds)
+    # in a random order: what is judged when the clock ends it is a sample of all
+    left = random.Random(0).sample(order["mutants"], len(order["mutants"]))
+    while running or (left and time.monotonic() < end):
+        if left and len(running) < order["children"] and time.monotonic() < end:
+            mutant = left.pop()
+            mine = [item for name, item in items.items() if name in tests[mutant]]
+            if mine:
+                running[forked(mutant, session, mine, seconds)] = mutant
+            else:
+                records.save(mutant, 33)  # mutmut's code for no tests
+            continue
+        pid, code = waited()
+        records.save(running.pop(pid), code)
+    return True
