@@ -116,9 +116,9 @@ def test_all_mistakes_of_a_run_file_at_once_before_the_model_loads(
 @pytest.mark.parametrize(
     ("adapter_settings", "words"),
     [
-        ({"num_experts": 2, "top_k": 3}, ["top_k", "3", "num_experts", "2"]),
+        ({"num_experts": 2, "top_k": 3}, ["top_k is 3 but num_experts is 2"]),
         ({"rotation": "givens", "r": 5}, ["givens", "even", "5"]),
-        ({"num_experts": 0}, ["num_experts", "0"]),
+        ({"num_experts": 0}, ["num_experts is 0; it must be a whole number of at least 1"]),
         ({"lora_dropout": 1.5}, ["lora_dropout", "1.5"]),
         ({"router_aux_loss_coef": -0.1}, ["router_aux_loss_coef", "-0.1"]),
     ],
@@ -144,8 +144,7 @@ def test_targets_that_match_nothing_name_the_nearest(command: Command, settings:
     for verb in ("check", "train"):
         said = command(verb, settings)
         assert said.code == 2
-        assert "q_prj" in said.error
-        assert "q_proj" in said.error
+        assert "'q_prj' matches no module of this model; did you mean 'q_proj'?" in said.error
 
 
 def test_a_target_of_an_unsupported_type_is_named_with_its_path(
@@ -163,12 +162,15 @@ def test_a_target_of_an_unsupported_type_is_named_with_its_path(
 ROW = '{"prompt": "1 plus 1 is", "completion": " 2"}\n'
 
 
+MIXED = ["rows.jsonl", "row 2", "mixes types", "row 1"]
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
         (b"", ["rows.jsonl", "empty"]),
         ((ROW + '{"prompt": "x"}\n').encode(), ["rows.jsonl", "row 2", "completion"]),
-        ((ROW + '{"prompt": {"a": 1}, "completion": 3.5}\n').encode(), ["rows.jsonl", "row 2"]),
+        ((ROW + '{"prompt": {"a": 1}, "completion": 3.5}\n').encode(), MIXED),
         ((ROW + "{nonsense\n").encode(), ["rows.jsonl", "row 2", "nonsense"]),
         (ROW.encode() + b'{"prompt": "\xff\xfe", "completion": " 2"}\n', ["rows.jsonl", "row 2"]),
         ((ROW + '{"prompt": "x", "completion": ""}\n').encode(), ["rows.jsonl", "row 2"]),
