@@ -14,6 +14,14 @@ import torch
 
 Command = Callable[..., Any]
 
+NO_MODEL = """
+import transformers
+def loads(*args, **kwargs):
+    raise AssertionError("a model was loaded")
+transformers.AutoModelForCausalLM.from_pretrained = loads
+"""
+
+
 # ---- rows 4 and 5: an adapter's configuration
 
 
@@ -27,18 +35,21 @@ def _change(adapter: Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     ("changes", "sentences"),
     [
-        ({"r": -4}, ["r", "-4"]),
-        ({"r": "four", "top_k": 9}, ["r", "'four'", "top_k", "9"]),
-        ({"r": "DROP"}, ["r"]),
-        ({"num_experts": "DROP", "rotation": "DROP"}, ["num_experts", "rotation"]),
-        ({"rotation_speed": 3}, ["rotation_speed"]),
+        ({"r": -4}, ["r is -4; it must be a whole number of at least 1"]),
+        ({"r": "four", "top_k": 9}, ["r: 'four' is not a whole number", "top_k is 9"]),
+        ({"r": "DROP"}, ["r is missing"]),
+        (
+            {"num_experts": "DROP", "rotation": "DROP"},
+            ["num_experts is missing", "rotation is missing"],
+        ),
+        ({"rotation_speed": 3}, ["unknown key 'rotation_speed' = 3"]),
     ],
 )
 def test_every_bad_field_of_an_adapter_is_named(
     command: Command, settings: dict, adapter: Path, changes: dict, sentences: list[str]
 ) -> None:
     _change(adapter, **changes)
-    said = command("generate", None, adapter, "1 plus 1 is")
+    said = command("generate", None, adapter, "1 plus 1 is", before=NO_MODEL)
     assert said.code == 2
     assert all(sentence in said.error for sentence in sentences), said.error
 
@@ -55,7 +66,7 @@ def test_an_unknown_key_that_changes_nothing_is_a_warning(command: Command, adap
     _change(adapter, spam=3)
     said = command("generate", None, adapter, "1 plus 1 is", "--max-new-tokens", 2)
     assert said.code == 0
-    assert "spam" in said.error
+    assert "the unknown key 'spam' is ignored" in said.error
 
 
 # ---- row 14: the method is not imported
@@ -85,14 +96,6 @@ def test_a_process_without_the_import_fails_and_doctor_explains(
 # ---- rows 15 and 16: the run file
 
 
-NO_MODEL = """
-import transformers
-def loads(*args, **kwargs):
-    raise AssertionError("a model was loaded")
-transformers.AutoModelForCausalLM.from_pretrained = loads
-"""
-
-
 def test_all_mistakes_of_a_run_file_at_once_before_the_model_loads(
     command: Command, settings: dict
 ) -> None:
@@ -113,9 +116,9 @@ def test_all_mistakes_of_a_run_file_at_once_before_the_model_loads(
 @pytest.mark.parametrize(
     ("adapter_settings", "words"),
     [
-        ({"num_experts": 2, "top_k": 3}, ["top_k", "3", "num_experts", "2"]),
+        ({"num_experts": 2, "top_k": 3}, ["top_k is 3 but num_experts is 2"]),
         ({"rotation": "givens", "r": 5}, ["givens", "even", "5"]),
-        ({"num_experts": 0}, ["num_experts", "0"]),
+        ({"num_experts": 0}, ["num_experts is 0; it must be a whole number of at least 1"]),
         ({"lora_dropout": 1.5}, ["lora_dropout", "1.5"]),
         ({"router_aux_loss_coef": -0.1}, ["router_aux_loss_coef", "-0.1"]),
     ],
@@ -141,8 +144,7 @@ def test_targets_that_match_nothing_name_the_nearest(command: Command, settings:
     for verb in ("check", "train"):
         said = command(verb, settings)
         assert said.code == 2
-        assert "q_prj" in said.error
-        assert "q_proj" in said.error
+        assert "'q_prj' matches no module of this model; did you mean 'q_proj'?" in said.error
 
 
 def test_a_target_of_an_unsupported_type_is_named_with_its_path(
@@ -160,12 +162,15 @@ def test_a_target_of_an_unsupported_type_is_named_with_its_path(
 ROW = '{"prompt": "1 plus 1 is", "completion": " 2"}\n'
 
 
+MIXED = ["rows.jsonl", "row 2", "mixes types", "row 1"]
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
         (b"", ["rows.jsonl", "empty"]),
         ((ROW + '{"prompt": "x"}\n').encode(), ["rows.jsonl", "row 2", "completion"]),
-        ((ROW + '{"prompt": {"a": 1}, "completion": 3.5}\n').encode(), ["rows.jsonl", "row 2"]),
+        ((ROW + '{"prompt": {"a": 1}, "completion": 3.5}\n').encode(), MIXED),
         ((ROW + "{nonsense\n").encode(), ["rows.jsonl", "row 2", "nonsense"]),
         (ROW.encode() + b'{"prompt": "\xff\xfe", "completion": " 2"}\n', ["rows.jsonl", "row 2"]),
         ((ROW + '{"prompt": "x", "completion": ""}\n').encode(), ["rows.jsonl", "row 2"]),
