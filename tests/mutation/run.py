@@ -42,23 +42,30 @@ class Scope:
     files: tuple[str, ...]
     tests: tuple[str, ...]
     sample: int | None = None
+    budget: float = 10.0  # seconds of tests that a mutant may live through
+    patience: float = 5.0  # seconds that a test may take above what it took
 
 
+# a mutant is chosen by a look at the environment, which torch.compile does not follow
+NOT_COMPILED = ("-k", "not compile")
 SCOPES = {
     "ops": Scope(
         files=("src/rotmole/ops/*",),
         # whole feed-forward blocks and the starts of experts are tested in models
-        tests=("tests/ops", "tests/tuner/test_blocks.py", "tests/tuner/test_experts.py"),
+        tests=(
+            "tests/ops", "tests/tuner/test_blocks.py", "tests/tuner/test_experts.py", *NOT_COMPILED,
+        ),
     ),
     "sample": Scope(
         files=("src/rotmole/tuner/*", "src/rotmole/training/checkpoint.py"),
-        # not tests/tuner/test_compile.py: a mutant is chosen by a look at the environment, which
-        # breaks a compiled graph
         tests=(
             "tests/tuner", "tests/golden", "tests/training",
             "--ignore=tests/tuner/test_compile.py", "--ignore=tests/tuner/test_trainers.py",
+            *NOT_COMPILED,
         ),
         sample=SAMPLE,
+        budget=60.0,
+        patience=60.0,  # the first test of a module may train a model
     ),
 }  # fmt: skip
 
@@ -125,12 +132,14 @@ def judge(
 ) -> None:
     """Judge the mutants named; the clock may stop it, and what was found stays."""
     order, log = FOLDER / f"{name}.json", f"{name}-judged.log"
+    scope = SCOPES[name]
     asked = {"mutants": mutants, "children": children, "seconds": seconds}
+    asked |= {"budget": scope.budget, "patience": scope.patience}
     order.write_text(json.dumps(asked), encoding="utf-8")
     paths = (folder / "mutants" / "src", folder / "tests" / "mutation")
     code = started(
         folder / "mutants",
-        ["pytest", "-q", "--rootdir=.", "-p", "judge", *OPTIONS, *SCOPES[name].tests], log,
+        ["pytest", "-q", "--rootdir=.", "-p", "judge", *OPTIONS, *scope.tests], log,
         PYTHONPATH=os.pathsep.join(map(str, paths)), ROTMOLE_MUTANTS=str(order),
     )  # fmt: skip
     if code:
