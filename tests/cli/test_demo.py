@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,8 @@ def test_the_demo_tells_all_it_promises(overrides, output, capfd):
             assert [task, language] in cells
     assert "trainable parameters" in screen.out
     assert "One seed decides nothing" in screen.out
+    assert re.search(rf"update chose: {TWIN} \d+ of 32, {OURS} \d+ of 32 ", screen.out)
+    assert "collapsed" not in screen.err
     assert f"{OURS}: training 3/3" in screen.err
     found = json.loads((output / "demo.json").read_text(encoding="utf-8"))
     assert set(found["exact_match"]) == {"before", "before, 3 examples", TWIN, OURS}

@@ -242,6 +242,11 @@ def show(report: Report, outcomes: dict[str, Outcome], seconds: float) -> None:
             f"{outcome.seconds:.0f} s, answered in {outcome.systems[name].seconds:.0f} s"
         )
     print(f"all in {seconds:.0f} s")
+    unused = [f"{name} {' of '.join(map(str, outcomes[name].unused))}" for name in (TWIN, OURS)]
+    print(
+        f"experts that no token of the last logged update chose: {', '.join(unused)} (their rows "
+        "are few, and no balance loss is on: adapter.router_aux_loss_coef)"
+    )
     print("RotMoLE's rotation gates are on top: the two have not the same number of parameters.\n")
     show_generations(report)
     print("\nOne seed decides nothing: with another seed the two adapters may change places.")

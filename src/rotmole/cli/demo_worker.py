@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import sys
 import time
 import traceback
@@ -22,9 +23,13 @@ from rotmole.data import Example
 from rotmole.errors import RotMoleError
 from rotmole.evaluation import measure
 from rotmole.evaluation.report import System
+from rotmole.training import usage
 from rotmole.training.build import Built
-from rotmole.training.run import train
+from rotmole.training.callbacks import read_metrics
+from rotmole.training.folder import METRICS
+from rotmole.training.run import TrainResult, train
 from rotmole.training.start import load_start, save_start, start_digest
+from rotmole.tuner.layer import Experts
 
 PROBE_ANSWERS = 4  # of each task
 PROBE_UPDATES = 2  # the first also pays for what is done once
@@ -60,6 +65,7 @@ class Outcome:
         trainable_parameters: gates included.
         seconds: wall time of training alone.
         digest: of the initial A, B and router, and of the order of rows.
+        unused: experts that no token of the last logged update chose, and all experts there are.
         interrupted: the signal that stopped it, or None.
     """
 
@@ -67,6 +73,7 @@ class Outcome:
     trainable_parameters: int
     seconds: float
     digest: str
+    unused: tuple[int, int]
     interrupted: int | None = None
 
 
@@ -103,8 +110,12 @@ def work(job: Job, messages: Any, go: Any) -> None:
 
 
 def _quiet() -> None:
-    """Leave the screen to the parent; this process is the demo's own."""
+    """Leave the screen to the parent, which tells of unused experts at the end.
+
+    This process is the demo's own, so nobody else's warnings are lost.
+    """
     warnings.simplefilter("ignore")
+    logging.getLogger(usage.__name__).setLevel(logging.ERROR)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 
@@ -124,11 +135,20 @@ def _work(job: Job, messages: Any, go: Any) -> Outcome:
         go.wait()
 
     result = train(job.run, progress=False, callbacks=[Tell(job, messages)], prepare=prepare)
-    found = (result.trainable_parameters, result.seconds, digests[0])
+    found = (result.trainable_parameters, result.seconds, digests[0], _unused(result))
     if result.interrupted is not None:
         return Outcome({}, *found, result.interrupted)
     systems = _answers(job, result.built, messages)
     return Outcome(systems, *found)
+
+
+def _unused(result: TrainResult) -> tuple[int, int]:
+    experts = [m for m in result.built.model.modules() if isinstance(m, Experts)]
+    logged = [row for row in read_metrics(result.run_dir / METRICS) if "experts_unused" in row]
+    return (
+        int(logged[-1]["experts_unused"]) if logged else 0,
+        sum(m.num_experts for m in experts),
+    )
 
 
 def _order_digest(built: Built) -> str:
