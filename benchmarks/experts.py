@@ -15,7 +15,7 @@ from common import Row, alternate, finish, parser, ratio, run, saved_mib, show, 
 from layer import Case
 
 COUNTS = (4, 16, 64, 256, 1024)
-BOTH = ((16, 2), (24, 2), (32, 2), (64, 2), (64, 8), (96, 8))  # experts, chosen
+BOTH = ((16, 2), (24, 2), (32, 2), (96, 8))  # experts, chosen
 MODES = ("none", "tangent")
 
 
