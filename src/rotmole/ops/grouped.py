@@ -22,15 +22,16 @@ from torch.nn.functional import embedding_bag
 from rotmole.ops.precision import at_least_float32, without_autocast
 from rotmole.ops.rotation import ROTATIONS, Gate
 
-SWITCH_OVER = 16  # experts per chosen expert from which it is taken; an estimate
+SWITCH_OVER = 12  # experts per chosen expert from which it is taken; see prefers_grouped
 
 
 def prefers_grouped(experts: int, top_k: int) -> bool:
     """Say whether computing the chosen experts alone is expected to be the faster way.
 
-    Provisional: from 16 experts for each chosen one. Estimated from single products, where this
-    path does E / K times less work at about a tenth of a dense product's rate; whole layers have
-    not been measured for it yet (benchmarks/experts.py is there to do so).
+    From 12 experts for each chosen one. This path does E / K times less work at about a tenth of a
+    dense product's rate; whole layers, forward and backward, cross between 8 and 12 experts for
+    each chosen one on the machine of benchmarks/results/experts.csv, the rotations later than mode
+    none. The setting `dispatch` overrides it.
 
     >>> prefers_grouped(8, 2), prefers_grouped(64, 2)
     (False, True)

@@ -76,15 +76,16 @@ def tangent(z: Tensor, q: Tensor, metric: Tensor | None = None) -> Tensor:
     """Rotate z in span(z, q) by 2 atan(|t|/2), t the part of q across z.
 
         n2 = <z,z> + e;  t = q - (<q,z>/n2) z;  a = <t,t>
-        z' = z + (sqrt(n2) t - (a/2) z) / (1 + a/4)       computed as alpha z + beta t
+        z' = z + (sqrt(n2) t - (a/2) z) / (1 + a/4)
+           = 8 v / (4 + a) - z, v = z + sqrt(n2) t / 2     z mirrored at v, as it is computed
 
     Changes an expert's direction per token, has no singular point, reaches every angle below pi.
     Source: our choice: the smooth form of RotMoLE's "pure rotation within a 2-dimensional plane".
     """
     n2, t = _part_across(z, q, metric)
-    a = inner(t, t, metric)
-    shrink = 1 / (1 + a / 4)
-    return torch.addcmul((1 - (a / 2) * shrink) * z, torch.sqrt(n2) * shrink, t)
+    u = torch.reciprocal(inner(t, t, metric) + 4)
+    v = torch.addcmul(z, torch.sqrt(n2), t, value=0.5)
+    return torch.addcmul(-z, u, v, value=8)
 
 
 def bivector(z: Tensor, b: Tensor) -> Tensor:

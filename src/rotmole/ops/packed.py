@@ -110,7 +110,8 @@ def packed_mixture(
             if name in packed.parts:
                 start, count, each = packed.parts[name]
                 part = rows_NT[start : start + count * each].reshape(count, each, -1)
-                return at_least_float32(part).expand(experts, -1, -1)
+                part = at_least_float32(part)
+                return part if count == experts else part.expand(experts, -1, -1)
             weight = packed.apart.get(name)
             return None if weight is None else project(x_TD.to(weight.dtype), weight)
 

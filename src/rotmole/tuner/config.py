@@ -104,7 +104,7 @@ class RotMoleConfig(PeftConfig):  # type: ignore[misc] # peft ships no types
             and whether it is faster depends on machine and shapes. Autocast goes before either.
             Gates, routing and angles are computed in at least float32 with both.
         dispatch: "fused" computes all experts in one product, "grouped" only the chosen ones;
-            "auto" is grouped from 16 experts for each chosen one, an estimate.
+            "auto" is grouped from 12 experts for each chosen one (docs/performance.md).
         target_modules, exclude_modules, layers_to_transform, layers_pattern, rank_pattern,
             alpha_pattern, modules_to_save, trainable_token_indices: as in PEFT's LoraConfig.
         num_experts_pattern, top_k_pattern: num_experts and top_k of modules that match a pattern,

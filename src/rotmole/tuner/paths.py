@@ -62,8 +62,8 @@ class PackCache:
         A weight's version grows with every change in place (training, loading), its address
         changes where it is replaced (moving, casting).
         """
-        weights = [weight for _, weight in experts.named_parameters(recurse=False)]
-        key = (dtype, *((weight.data_ptr(), weight._version) for weight in weights))
+        weights = experts._parameters.values()  # parameters() takes longer than the pack saves
+        key = (dtype, *((w.data_ptr(), w._version) for w in weights if w is not None))
         if self.pack is None or key != self.key:
             self.key = key
             self.pack = pack(
