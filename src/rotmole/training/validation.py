@@ -75,14 +75,8 @@ class ValidatingTrainer(Trainer):
 
         A task's loss is the mean over its learnt tokens.
         """
-        with torch.random.fork_rng(devices=[]):  # data loaders draw a seed; training never sees it
-            if eval_dataset is not None or not isinstance(self.eval_dataset, dict):
-                return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-            return self._evaluate_tasks(ignore_keys, metric_key_prefix)
-
-    def _evaluate_tasks(
-        self, ignore_keys: list[str] | None, metric_key_prefix: str
-    ) -> dict[str, float]:
+        if eval_dataset is not None or not isinstance(self.eval_dataset, dict):
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         start, rows, total = time.time(), 0, 0.0
         metrics: dict[str, float] = {}
         for task in self.eval_dataset:
