@@ -194,7 +194,7 @@ def doctor(
 def demo(
     output: Annotated[Path, typer.Option("--output", help="Run folder.")] = Path("runs/demo"),
     steps: Annotated[
-        int | None, typer.Option("--steps", min=1, help="Updates of each adapter, else 54.")
+        int | None, typer.Option("--steps", min=1, help="Updates of each adapter, else 45.")
     ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of everything.")] = 0,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before starting.")] = False,

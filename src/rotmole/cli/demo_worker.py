@@ -31,7 +31,7 @@ from rotmole.training.run import TrainResult, train
 from rotmole.training.start import load_start, save_start, start_digest
 from rotmole.tuner.layer import Experts
 
-PROBE_ANSWERS = 4  # of each task
+PROBE_ANSWERS = 2  # of each task
 PROBE_UPDATES = 2  # the first also pays for what is done once
 
 
