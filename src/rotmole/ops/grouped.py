@@ -29,9 +29,9 @@ def prefers_grouped(experts: int, top_k: int) -> bool:
     """Say whether computing the chosen experts alone is expected to be the faster way.
 
     From 12 experts for each chosen one. This path does E / K times less work at about a tenth of a
-    dense product's rate; whole layers, forward and backward, cross between 8 and 12 experts for
-    each chosen one on the machine of benchmarks/results/experts.csv, the rotations later than mode
-    none. The setting `dispatch` overrides it.
+    dense product's rate: whole layers, forward and backward, take as long either way at 8 experts
+    for each chosen one and less this way from 12 on, in benchmarks/results/experts.csv. The
+    setting `dispatch` overrides it.
 
     >>> prefers_grouped(8, 2), prefers_grouped(64, 2)
     (False, True)
