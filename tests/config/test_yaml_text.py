@@ -88,6 +88,7 @@ def test_what_is_written_comes_back(value):
 @example("no")
 @example("1_000")
 @example("2024-01-31")
+@example({"\x85": None})  # a line break, but to few readers
 def test_other_readers_of_yaml_read_the_same(value):
     assert yaml.safe_load(write_yaml(value)) == value
 

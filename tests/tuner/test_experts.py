@@ -95,16 +95,16 @@ def test_a_shared_A_computes_what_equal_separate_As_compute(rotation: str) -> No
 
 
 class Products(TorchDispatchMode):
-    """Counts matrix products by the number of columns they produce."""
+    """Notes the shape of every matrix product's result."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.columns: list[int] = []
+        self.shapes: list[tuple[int, ...]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm):
-            self.columns.append(result.shape[-1])
+            self.shapes.append(tuple(result.shape))
         return result
 
 
@@ -115,11 +115,11 @@ def test_a_shared_A_is_multiplied_once_and_the_number_of_products_does_not_grow(
         x = torch.randn(5, 7, dtype=torch.float64)
         with Products() as products:
             module(x, KEEP)
-        counted[number, shared] = products.columns
-    rank, outputs = 4, 6
-    assert counted[3, True] == [rank, 3, outputs]  # A, router, B
-    assert counted[9, True] == [rank, 9, outputs]
-    assert counted[9, False] == [9 * rank, 9, outputs]
+        counted[number, shared] = products.shapes
+    rank, tokens, back = 4, 5, (5, 6)
+    assert counted[3, True] == [(rank + 3, tokens), back]  # A with the router, B
+    assert counted[9, True] == [(rank + 9, tokens), back]
+    assert counted[9, False] == [(9 * rank + 9, tokens), back]
 
 
 # Starts

@@ -50,8 +50,17 @@ _rule("merge", r"^<<$", "<")
 
 
 class _Dumper(yaml.SafeDumper):
-    """SafeDumper that also quotes text which this reader would take for a number, such as 12e4."""
+    """SafeDumper that also quotes text which this reader would take for a number, such as 12e4.
 
+    Text with one of Unicode's own line breaks is written with escapes: SafeDumper folds them.
+    """
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        style = '"' if set(data) & set("\x85\u2028\u2029") else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
 
 for _first, _rules in _Loader.yaml_implicit_resolvers.items():
     for _tag, _pattern in _rules:

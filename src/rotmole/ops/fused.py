@@ -154,6 +154,8 @@ def fused_mixture(
     parts = Parts(base_TO, x_TD, keep_TD, weight_TE, router_ED, A_ERD, B_ERO, *named)
     with without_autocast(x_TD):
         if torch.compiler.is_compiling():
-            return _plain(settings, parts)
+            # the very same steps can be traced where nobody differentiates and sort is known
+            same = not (torch.is_grad_enabled() or torch.onnx.is_in_onnx_export())
+            return forward(settings, parts)[:2] if same else _plain(settings, parts)
         result: tuple[Tensor, Tensor | None] = _Fused.apply(settings, *parts)  # type: ignore[no-untyped-call] # torch's own types
     return result

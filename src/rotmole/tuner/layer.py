@@ -159,10 +159,11 @@ class Experts(nn.Module):
         if part is not None:
             x_TD = x_TD.to(self.expert_A.dtype)
             return part.add(self, x_TD, dropout(x_TD), tokens)
-        delta_TO, routed = add(self, x_TD, dropout, tokens, decoding=decoding, base_TO=base_TO)
-        if "residual_A" in self.frozen:
-            delta_TO = delta_TO - self._residual(x_TD.to(self.expert_A.dtype))
-        return delta_TO, routed
+        if "residual_A" not in self.frozen:
+            return add(self, x_TD, dropout, tokens, decoding=decoding, base_TO=base_TO)
+        delta_TO, routed = add(self, x_TD, dropout, tokens, decoding=decoding)
+        delta_TO = delta_TO - self._residual(x_TD.to(self.expert_A.dtype))  # first: it may be 0
+        return delta_TO if base_TO is None else base_TO + delta_TO, routed
 
     def _residual(self, x_TD: Tensor) -> Tensor:
         """Return what balanced gates would have added at the start: (s / E) sum_e B0_e^T A0_e x."""
