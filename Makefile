@@ -30,7 +30,7 @@ test: setup  ## run the tests (two processes, one torch thread each)
 	@command -v g++ >/dev/null || { echo "missing: g++, which torch.compile's tests need (Debian: apt-get install g++)"; exit 1; }
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -q
 
-test-all: setup  ## the tests and the heavy lanes (under 40 minutes)
+test-all: setup  ## the tests and the heavy lanes
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -q -m ""
 
 conformance: setup  ## run PEFT's own tests against rotmole (fetches PEFT's source distribution)
