@@ -72,6 +72,7 @@ def test_the_shipped_settings_are_the_ones_described(tmp_path):
     assert rows == run.training["max_steps"] * run.training["per_device_train_batch_size"]
 
 
+@pytest.mark.heavy
 def test_a_failing_side_ends_the_demo_with_its_sentence(overrides, tmp_path):
     with pytest.raises(RotMoleError, match="no_such_module") as caught:
         demo(tmp_path, 3, 0, [*overrides, "adapter.target_modules=[no_such_module]"])

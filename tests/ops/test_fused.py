@@ -133,7 +133,8 @@ def test_first_and_second_derivatives(variant: Variant, dropped: bool) -> None:
         return run(settings_of(problem), changed, named["router"], keep_TD, named["base"])
 
     assert torch.autograd.gradcheck(function, tuple(inputs.values()))
-    assert torch.autograd.gradgradcheck(function, tuple(inputs.values()))
+    # along random directions: the second pass is the slow twin's, which is checked entry by entry
+    assert torch.autograd.gradgradcheck(function, tuple(inputs.values()), fast_mode=True)
 
 
 @pytest.mark.parametrize("name", sorted(BY_HAND))

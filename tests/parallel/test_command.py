@@ -207,7 +207,8 @@ def test_torchrun_starts_it(case, runs):
     launched(["torch.distributed.run", "--standalone", "--nproc-per-node", "2"], case, "torchrun")
 
 
-@pytest.mark.parametrize("file", ["ddp", pytest.param("fsdp2", marks=pytest.mark.heavy)])
+@pytest.mark.heavy  # to torchrun, above, it adds how the shipped files are read
+@pytest.mark.parametrize("file", ["ddp", "fsdp2"])
 def test_accelerate_starts_it_from_the_shipped_files(case, runs, file):
     config = ["--config_file", str(LAUNCH / f"{file}.yaml"), "--num_processes", "2"]
     port = ["--main_process_port", str(warm.free_port())]

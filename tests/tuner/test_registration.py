@@ -6,8 +6,6 @@ import copy
 import enum
 import json
 import pickle
-import subprocess
-import sys
 
 import pytest
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType
@@ -45,12 +43,3 @@ def test_a_peft_that_ships_the_method_itself_is_refused(monkeypatch: pytest.Monk
 def test_the_public_names_are_the_documented_ones() -> None:
     assert sorted(rotmole.__all__) == rotmole.__all__
     assert all(hasattr(rotmole, name) for name in rotmole.__all__)
-
-
-def test_importing_prints_nothing_and_leaves_logging_alone() -> None:
-    code = (
-        "import logging; before = list(logging.root.handlers); import rotmole; "
-        "assert list(logging.root.handlers) == before"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == ""

@@ -56,17 +56,25 @@ LOADERS = {
 def test_a_fresh_process_computes_the_same_logits_with_every_loader(
     folders: tuple[Path, Path, torch.Tensor], tmp_path: Path
 ) -> None:
+    """Before the import PEFT knows no such adapter; the import is silent; then all loaders do."""
     base, adapter, expected = folders
     expected_file = tmp_path / "expected.pt"
     torch.save(expected, expected_file)
     lines = [
-        "import rotmole, torch, warnings, sys",
-        "sys.path.insert(0, sys.argv[4])",
-        "import tiny",
+        "import logging, sys, torch",
         "from peft import AutoPeftModelForCausalLM, PeftModel",
         "from transformers import AutoModelForCausalLM",
-        "torch.set_num_threads(1)",
         "base, adapter, expected = sys.argv[1], sys.argv[2], torch.load(sys.argv[3])",
+        "try:",
+        "    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)",
+        "except KeyError as error:",
+        "    print(error)",
+        "before = list(logging.root.handlers)",
+        "import rotmole",
+        "assert list(logging.root.handlers) == before",
+        "sys.path.insert(0, sys.argv[4])",
+        "import tiny",
+        "torch.set_num_threads(1)",
     ]
     for name, line in LOADERS.items():
         lines += [
@@ -81,7 +89,7 @@ def test_a_fresh_process_computes_the_same_logits_with_every_loader(
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == list(LOADERS)
+    assert done.stdout.split() == ["'ROTMOLE'", *LOADERS]
 
 
 @pytest.mark.parametrize("rotation", list(ROTATIONS))
