@@ -11,6 +11,7 @@ from ops_cases import assert_close, reference, routing
 from torch import Tensor
 
 from rotmole.ops import load_balance_loss, router_z_loss, usage
+from rotmole.ops.balance import balance_gradient
 
 
 @dataclass
@@ -65,6 +66,49 @@ def test_parity(batch: Batch, per_sequence: bool, masked: bool) -> None:
         if slow.requires_grad:
             (wanted,) = torch.autograd.grad(slow, leaf)
         assert_close(found, wanted, 1e-12)
+
+
+@given(
+    N=st.integers(0, 3), S=st.integers(1, 4), E=st.integers(1, 5), seed=st.integers(0, 999),
+    data=st.data(),
+)  # fmt: skip
+def test_the_gradient_by_hand_is_autograds(
+    N: int, S: int, E: int, seed: int, data: st.DataObject
+) -> None:
+    """Values and gradient, rows apart or together, padding, one row all padding, all chosen."""
+    generator = torch.Generator().manual_seed(seed)
+    logits_TE = 2 * torch.randn(N * S, E, generator=generator, dtype=torch.float64)
+    logits_TE.requires_grad_()
+    top_k = data.draw(st.integers(1, E))
+    dense = data.draw(st.booleans())
+    apart = data.draw(st.booleans())
+    mask_T = None
+    if data.draw(st.booleans()):
+        mask_T = torch.randint(2, (N * S,), generator=generator)
+        mask_T[:S] *= data.draw(st.sampled_from([0, 1]))
+    balance, z = data.draw(st.sampled_from([(0.7, 0.3), (0.7, 0.0), (0.0, 0.3)]))
+    routed = routing.route(logits_TE, top_k=top_k, selection="dense" if dense else "top_k")
+    index_KT = routing.choose(
+        logits_TE.detach().mT, top_k=top_k, selection="dense" if dense else "top_k",
+        norm_topk_prob=True,
+    ).index_KT  # fmt: skip
+    found = balance_gradient(
+        logits_TE.detach().mT, None if index_KT is None else index_KT.to(torch.uint8),
+        sequences=N if apart else 1, balance=balance, z=z, mask_T=mask_T,
+    )  # fmt: skip
+    row_T = torch.arange(N).repeat_interleave(S) if apart else torch.zeros(N * S, dtype=torch.long)
+    slow_balance = reference.load_balance_loss(
+        routed.probability_TE, routed.selected_TE, sequence_T=row_T, mask_T=mask_T
+    )
+    slow_z = reference.router_z_loss(logits_TE, mask_T)
+    assert_close(found.balance, slow_balance, 1e-13)
+    assert_close(found.z, slow_z, 1e-13)
+    assert found.tokens == (N * S if mask_T is None else mask_T.sum())
+    wanted = torch.zeros_like(logits_TE)
+    loss = balance * slow_balance + z * slow_z
+    if loss.requires_grad:
+        (wanted,) = torch.autograd.grad(loss, logits_TE)
+    assert_close(found.logits_ET.mT, wanted, 1e-12)
 
 
 @given(E=st.integers(1, 6), rounds=st.integers(1, 3), seed=st.integers(0, 999), data=st.data())

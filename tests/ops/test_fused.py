@@ -76,7 +76,7 @@ def run(
     return fused_mixture(
         settings, problem.x_TD, problem.A_ERD, problem.B_ERO, problem.gates,
         router_ED=router_ED, keep_TD=keep_TD, base_TO=base_TO,
-    )  # fmt: skip
+    )[:2]  # fmt: skip
 
 
 def gradients(
@@ -195,8 +195,8 @@ def test_given_weights_and_frozen_inputs(variant: Variant) -> None:
     weight_TE = torch.rand(4, 3, dtype=torch.float64).requires_grad_()
     arguments = (problem.A_ERD, problem.B_ERO, problem.gates)
     settings = settings_of(problem)
-    y_TO, logits = fused_mixture(settings, problem.x_TD.detach(), *arguments, weight_TE=weight_TE)
-    assert logits is None
+    y_TO, *said = fused_mixture(settings, problem.x_TD.detach(), *arguments, weight_TE=weight_TE)
+    assert said == [None, None]
     wanted_TO = reference.mixture(
         problem.x_TD, problem.x_TD, weight_TE, *arguments,
         rotation=settings.rotation, scale=settings.scale,

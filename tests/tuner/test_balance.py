@@ -112,6 +112,18 @@ def test_the_gradient_is_that_of_the_sum_padding_left_out(
     assert state.pop() is None
 
 
+@pytest.mark.parametrize("settings", [{}, {"selection": "top_p"}])
+def test_second_derivatives_are_refused(settings: dict) -> None:
+    """Backward through the output again would add the losses' gradient again."""
+    model = _adapted(target_modules=["q_proj"], **settings)
+    layer = next(m for m in model.modules() if hasattr(m, "rotmole_experts"))
+    router = layer.experts("default").router_weight
+    total = layer(torch.randn(2, 5, layer.in_features, dtype=torch.float64)).square().sum()
+    (first,) = torch.autograd.grad(total, router, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
 def test_the_task_loss_is_reported_without_the_balance_loss() -> None:
     ids, mask = _batch()
     on, off = _adapted(), _adapted(router_aux_loss_coef=0.0, router_z_loss_coef=0.0)

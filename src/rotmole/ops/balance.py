@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -83,6 +85,91 @@ def router_z_loss(logits_TE: Tensor, mask_T: Tensor | None = None) -> Tensor:
     weight_T = _token_weight(logits_TE, mask_T)
     square_T = torch.logsumexp(logits_TE, dim=-1).square()
     return (square_T * weight_T).sum() / weight_T.sum().clamp(min=1)
+
+
+class BalanceGradient(NamedTuple):
+    """Both losses and what they send to the router's logits.
+
+    Attributes:
+        logits_ET: [E, T] gradient of balance * load_balance_loss + z * router_z_loss.
+        balance, z: the two losses, scalars without their coefficients.
+        tokens: how many tokens count, a scalar.
+    """
+
+    logits_ET: Tensor
+    balance: Tensor
+    z: Tensor
+    tokens: Tensor
+
+
+def balance_gradient(
+    logits_ET: Tensor,
+    index_KT: Tensor | None,
+    *,
+    sequences: int,
+    balance: float,
+    z: float,
+    mask_T: Tensor | None = None,
+) -> BalanceGradient:
+    """Compute load_balance_loss, router_z_loss and their gradient by hand, without autograd.
+
+        dloss/dp_te = E f_ne / tokens =: c_te  (n the sequence of t)
+        dloss/dlogits_t = p_t (c_t - <p_t, c_t>) + 2 z logsumexp(logits_t) p_t / tokens
+
+    It takes the selection that is already made, and sequences of one length that lie one after
+    the other, so that sums over a sequence are sums over an axis.
+
+    Args:
+        logits_ET: [E, T] scores of a linear router in at least float32, tokens last.
+        index_KT: [K, T] numbers of the chosen experts, of any integer type; None where all are.
+        sequences: N, which divides T; 1 for scope "micro_batch".
+        balance, z: coefficients of the two losses.
+        mask_T: [T] True (or 1) for tokens that count; None counts all.
+
+    Returns:
+        BalanceGradient; zeros where no token counts.
+
+    Source: derived by hand from the two functions, which are its slow twins.
+
+    >>> logits_ET, index_KT = torch.zeros(3, 2), torch.tensor([[0, 0]])
+    >>> balance_gradient(logits_ET, index_KT, sequences=1, balance=1.0, z=0.0).logits_ET[:, 0]
+    tensor([ 0.3333, -0.1667, -0.1667])
+    """
+    experts, tokens = logits_ET.shape
+    each = (experts, sequences, tokens // max(sequences, 1))
+    p_ET = torch.softmax(logits_ET, dim=0)
+    lse_T = torch.logsumexp(logits_ET, dim=0)
+    counted_ET, square_T = p_ET, lse_T.square()
+    total = logits_ET.new_tensor(float(tokens))
+    weight_T = None if mask_T is None else mask_T.reshape(-1).to(logits_ET.dtype)
+    if weight_T is not None:
+        counted_ET, square_T, total = p_ET * weight_T, square_T * weight_T, weight_T.sum()
+        lse_T = lse_T * weight_T
+    share_EN = _shares(index_KT, each, weight_T, like=p_ET)
+    per_token = 1 / total.clamp(min=1)
+    counted_ENS = counted_ET.view(each)
+    loss = experts * (share_EN * counted_ENS.sum(-1)).sum() * per_token
+    pull_EN1 = (balance * experts * per_token * share_EN).unsqueeze(-1)
+    moved_ET = (counted_ENS * pull_EN1).view_as(p_ET)
+    back_T = moved_ET.sum(0)
+    if z:
+        back_T = back_T - (2 * z * per_token) * lse_T
+    grad_ET = torch.addcmul(moved_ET, p_ET, back_T, value=-1)
+    return BalanceGradient(grad_ET, loss, square_T.sum() * per_token, total)
+
+
+def _shares(
+    index_KT: Tensor | None, each: tuple[int, int, int], weight_T: Tensor | None, like: Tensor
+) -> Tensor:
+    """Return [E, N], each expert's share of the choices made in each sequence."""
+    experts = each[0]
+    if index_KT is None:
+        return like.new_full(each[:2], 1 / experts)
+    chosen_ET = torch.zeros_like(like).scatter_(0, index_KT.long(), 1.0)
+    if weight_T is not None:
+        chosen_ET = chosen_ET * weight_T
+    chosen_EN = chosen_ET.view(each).sum(-1)
+    return chosen_EN / chosen_EN.sum(0).clamp(min=1)
 
 
 def usage(selected_TE: Tensor, mask_T: Tensor | None = None) -> Tensor:

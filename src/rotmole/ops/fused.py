@@ -61,7 +61,7 @@ def _plain(settings: Settings, parts: Parts) -> tuple[Tensor, Tensor | None]:
 
 
 class _Fused(torch.autograd.Function):
-    """(settings, *parts) -> (y, router's logits)."""
+    """(settings, *parts) -> (y, router's logits, numbers of the chosen experts)."""
 
     @staticmethod
     def forward(ctx: Any, settings: Settings, *tensors: Tensor | None) -> Any:
@@ -71,11 +71,13 @@ class _Fused(torch.autograd.Function):
         ctx.settings = settings
         ctx.base_dtype = None if parts.base_TO is None else parts.base_TO.dtype
         ctx.set_materialize_grads(False)
-        return y_TO, logits_TE
+        if kept.index_KT is not None:
+            ctx.mark_non_differentiable(kept.index_KT)
+        return y_TO, logits_TE, kept.index_KT
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        dy_TO, dlogits_TE = grads
+        dy_TO, dlogits_TE, _ = grads
         saved = ctx.saved_tensors
         count = len(Parts._fields) - 1
         parts, kept = Parts(None, *saved[:count]), Kept(*saved[count:])
@@ -124,7 +126,7 @@ def fused_mixture(
     weight_TE: Tensor | None = None,
     keep_TD: Tensor | None = None,
     base_TO: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return what the adapter adds to W x, or its sum with W x, and the router's logits.
 
         logits = x W_router^T;  g = route(logits);  y = W x + s sum_e g_e R_e(x)[A_e drop(x)] B_e
@@ -141,8 +143,9 @@ def fused_mixture(
         base_TO: [T, O] W x, of any floating type; None leaves it out. It is not changed.
 
     Returns:
-        ([T, O] in settings.dtype or base_TO's, whichever is wider, [T, E] logits or None). A
-        gradient of the logits, such as that of a balance loss, joins that of the weights.
+        [T, O] in settings.dtype or base_TO's, whichever is wider; [T, E] logits or None, whose
+        gradient, such as that of a balance loss, joins that of the weights; and [K, T] numbers of
+        the chosen experts, None where all are, where weights were given, or under torch.compile.
 
     Source: as `mixture`; which steps are kept and computed again is our choice.
 
@@ -156,6 +159,7 @@ def fused_mixture(
         if torch.compiler.is_compiling():
             # the very same steps can be traced where nobody differentiates and sort is known
             same = not (torch.is_grad_enabled() or torch.onnx.is_in_onnx_export())
-            return forward(settings, parts)[:2] if same else _plain(settings, parts)
-        result: tuple[Tensor, Tensor | None] = _Fused.apply(settings, *parts)  # type: ignore[no-untyped-call] # torch's own types
+            y_TO, logits_TE = forward(settings, parts)[:2] if same else _plain(settings, parts)
+            return y_TO, logits_TE, None
+        result: tuple[Tensor, Tensor | None, Tensor | None] = _Fused.apply(settings, *parts)  # type: ignore[no-untyped-call] # torch's own types
     return result

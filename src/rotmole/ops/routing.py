@@ -109,6 +109,21 @@ def route(
     return Routing(weight_ET.mT, selected_ET.mT, probability_ET.mT)
 
 
+class Routed(NamedTuple):
+    """What a layer's router said, as far as it is known outside of the fused function.
+
+    Attributes:
+        logits_TE: [T, E] scores.
+        routing: None where it was made inside; `route` makes it again from the logits.
+        index_KT: [K, T] numbers of the chosen experts where it was made inside; None where all
+            experts are used, or under torch.compile.
+    """
+
+    logits_TE: Tensor
+    routing: Routing | None
+    index_KT: Tensor | None = None
+
+
 class Chosen(NamedTuple):
     """The experts a token uses.
 

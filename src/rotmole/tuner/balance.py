@@ -7,7 +7,9 @@ the loss is not part of the reported loss (read it with `BalanceState.pop`), and
 accumulation or several processes somebody must say what share of the step a micro-batch is
 (`BalanceState.loss_scale`, set by rotmole.training's trainer, for other trainers by its callback).
 
-Two limits. Keys and values of cross-attention read the encoder's tokens but belong to the decoder's
+Three limits. A second derivative through the output would meet the function again and add the
+gradient twice, so with a balance loss on PyTorch refuses one (create_graph=True, then backward).
+Keys and values of cross-attention read the encoder's tokens but belong to the decoder's
 stack, so the encoder's padding counts there. With gradient checkpointing a layer reads the mask
 again in the backward pass, so there each forward pass needs its backward pass before the next
 (router "hash" and selection "expert_choice" read token ids and mask in the same way).
@@ -24,9 +26,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from rotmole.ops.balance import load_balance_loss, router_z_loss
-from rotmole.ops.routing import Routing
+from rotmole.ops.balance import balance_gradient, load_balance_loss, router_z_loss
+from rotmole.ops.routing import Routed, Routing
 from rotmole.ops.task_balance import task_balance_loss
 from rotmole.tuner.tasks import tasks_for
 
@@ -102,34 +105,6 @@ class BalanceState:
         )
 
 
-class _AddGradient(torch.autograd.Function):
-    """The identity on `output`; in backward, `loss` receives the gradient `scale`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        output: Tensor,
-        loss: Tensor,
-        scale: float | Tensor,
-        state: BalanceState | None,
-        terms: Tensor,
-        witness: Tensor | None,
-    ) -> Tensor:
-        ctx.scale, ctx.state, ctx.terms, ctx.witness = scale, state, terms, witness
-        ctx.dtype = loss.dtype
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        if ctx.state is not None:
-            ctx.state.record(ctx.terms)
-            if ctx.witness is not None:
-                ctx.state.warn_of_accumulation(ctx.witness)
-        loss_grad = torch.as_tensor(ctx.scale, dtype=ctx.dtype, device=grad.device)
-        return grad, loss_grad, None, None, None, None
-
-
 @dataclass(frozen=True)
 class BalanceSettings:
     """Weights of the losses in one layer, already divided by the number of adapted layers."""
@@ -148,21 +123,121 @@ class BalanceSettings:
         return bool(self.balance or self.z or self.task)
 
 
-def _row_of_each_token(x: Tensor) -> Tensor | None:
-    """Return [T], which of the N rows of x [N, ..., D] each token is in; None without rows."""
-    if x.dim() < 3:
-        return None
-    each = torch.arange(x.shape[0], device=x.device)
-    return each.repeat_interleave(x.shape[:-1].numel() // max(x.shape[0], 1))
+@dataclass(frozen=True)
+class _Pass:
+    """One forward pass of one layer, as its losses see it.
+
+    Attributes:
+        state, settings: of the stack and of the layer.
+        sequences: N rows of S tokens whose statistics are apart; 1 where all are together.
+        mask_T: [T] tokens that count, None for all.
+        group_N: [N] task of each row, None where it does not matter.
+        witness: the router, in the layer that watches for unmanaged accumulation.
+    """
+
+    state: BalanceState
+    settings: BalanceSettings
+    sequences: int
+    mask_T: Tensor | None
+    group_N: Tensor | None
+    witness: Tensor | None
+
+    def rows(self, tokens: int, rows: int, device: torch.device) -> Tensor:
+        """Return [T], which of N rows each token is in."""
+        each = torch.arange(rows, device=device)
+        return each.repeat_interleave(tokens // max(rows, 1))
+
+    def loss(self, logits_TE: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+        """Return the weighted sum of the losses, and what `record` takes, by autograd."""
+        settings, mask_T, tokens = self.settings, self.mask_T, len(logits_TE)
+        balance = load_balance_loss(
+            routing.probability_TE,
+            routing.selected_TE,
+            sequence_T=self.rows(tokens, self.sequences, logits_TE.device),
+            sequences=self.sequences,
+            mask_T=mask_T,
+        )
+        z = router_z_loss(logits_TE, mask_T)
+        loss = settings.balance * balance + settings.z * z
+        task = torch.zeros_like(loss)
+        if self.group_N is not None:
+            task = task_balance_loss(
+                routing.weight_TE,
+                self.rows(tokens, len(self.group_N), logits_TE.device),
+                self.group_N,
+                groups=settings.task_groups,
+                offset=settings.task_offset,
+                mask_T=mask_T,
+            )
+            loss = loss + settings.task * task
+        count = balance.new_tensor(tokens) if mask_T is None else mask_T.sum().to(balance)
+        return loss, self.terms(balance, z, task, count)
+
+    def terms(self, balance: Tensor, z: Tensor, task: Tensor, tokens: Tensor) -> Tensor:
+        """Return what `BalanceState.record` takes."""
+        each = torch.stack([balance, z, task, torch.ones_like(balance)])
+        return each.detach() * tokens
+
+    def record(self, terms: Tensor) -> None:
+        """Note that the backward pass came by."""
+        self.state.record(terms)
+        if self.witness is not None:
+            self.state.warn_of_accumulation(self.witness)
+
+
+class _ActByHand(torch.autograd.Function):
+    """The identity on `output`; in backward, a plain router's logits receive the gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: Tensor, logits_TE: Tensor, index_KT: Tensor | None, step: _Pass
+    ) -> Tensor:
+        ctx.save_for_backward(logits_TE, index_KT)
+        ctx.step, ctx.scale = step, step.state.loss_scale
+        return output.view_as(output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (logits_TE, index_KT), step = ctx.saved_tensors, ctx.step
+        found = balance_gradient(
+            logits_TE.mT,
+            index_KT,
+            sequences=step.sequences,
+            balance=step.settings.balance,
+            z=step.settings.z,
+            mask_T=step.mask_T,
+        )
+        step.record(step.terms(found.balance, found.z, torch.zeros_like(found.z), found.tokens))
+        return grads[0], found.logits_ET.mT * ctx.scale, None, None
+
+
+class _ActByAutograd(torch.autograd.Function):
+    """The identity on `output`; in backward, `loss` receives the gradient `scale`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: Tensor, loss: Tensor, scale: float | Tensor, terms: Tensor, step: Any
+    ) -> Tensor:
+        ctx.scale, ctx.terms, ctx.step, ctx.dtype = scale, terms, step, loss.dtype
+        return output.view_as(output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.step is not None:
+            ctx.step.record(ctx.terms)
+        scale = torch.as_tensor(ctx.scale, dtype=ctx.dtype, device=grads[0].device)
+        return grads[0], scale, None, None, None
 
 
 def add_balance(
     output: Tensor,
     x: Tensor,
-    logits_TE: Tensor,
-    routing: Routing,
+    routed: Routed,
     state: BalanceState,
     settings: BalanceSettings,
+    route: Callable[[Tensor], Routing],
     router: Tensor,
 ) -> Tensor:
     """Return `output`, made so that its backward pass adds the gradient of the balance losses.
@@ -170,50 +245,31 @@ def add_balance(
     Args:
         output: the layer's addition, any shape.
         x: [..., D] layer input; with three axes or more the first numbers the sequences.
-        logits_TE, routing: what the router said of the T tokens of x.
+        routed: what the router said of the T tokens of x.
         state: mask, scale and record of the stack.
         settings: weights and scope.
+        route: makes the routing of logits where `routed` does not hold it.
         router: the router's parameter.
 
     Returns:
         A tensor equal to output.
     """
-    mask = state.valid_tokens(x)
-    mask_T = None if mask is None else mask.reshape(-1).to(x.device)
-    row_T = _row_of_each_token(x)
-    per_row = settings.scope == "sequence" and row_T is not None
-    balance = load_balance_loss(
-        routing.probability_TE,
-        routing.selected_TE,
-        sequence_T=row_T if per_row else None,
-        sequences=x.shape[0] if per_row else None,
-        mask_T=mask_T,
-    )
-    z = router_z_loss(logits_TE, mask_T)
-    loss = settings.balance * balance + settings.z * z
-    task = torch.zeros_like(loss)
-    group_N = tasks_for(state, x) if settings.task else None
-    if group_N is not None and row_T is not None:
-        task = task_balance_loss(
-            routing.weight_TE,
-            row_T,
-            group_N,
-            groups=settings.task_groups,
-            offset=settings.task_offset,
-            mask_T=mask_T,
-        )
-        loss = loss + settings.task * task
-    tokens = balance.new_tensor(len(logits_TE)) if mask_T is None else mask_T.sum().to(balance)
-    found = torch.stack([balance.detach(), z.detach(), task.detach()]) * tokens
-    terms = torch.cat([found, tokens.reshape(1)])
     tracing = torch.compiler.is_compiling()  # a record kept in an attribute does not compile
-    return _AddGradient.apply(  # type: ignore[no-any-return, no-untyped-call] # torch's own types
-        output,
-        loss,
-        state.loss_scale,
-        None if tracing else state,
-        terms,
-        router if settings.witness and not tracing else None,
+    mask = state.valid_tokens(x)
+    step = _Pass(
+        state,
+        settings,
+        sequences=x.shape[0] if settings.scope == "sequence" and x.dim() >= 3 else 1,
+        mask_T=None if mask is None else mask.reshape(-1).to(x.device),
+        group_N=tasks_for(state, x) if settings.task and x.dim() >= 3 else None,
+        witness=router if settings.witness else None,
+    )
+    logits_TE, routing, index_KT = routed
+    if routing is None and step.group_N is None and not tracing:
+        return _ActByHand.apply(output, logits_TE, index_KT, step)  # type: ignore[no-any-return, no-untyped-call] # torch's own types
+    loss, terms = step.loss(logits_TE, route(logits_TE) if routing is None else routing)
+    return _ActByAutograd.apply(  # type: ignore[no-any-return, no-untyped-call] # torch's own types
+        output, loss, state.loss_scale, terms, None if tracing else step
     )
 
 

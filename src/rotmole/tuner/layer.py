@@ -13,14 +13,14 @@ from transformers.pytorch_utils import Conv1D
 from rotmole.errors import ModelError
 from rotmole.ops.mixture import mixture
 from rotmole.ops.rotation import gate_shapes
-from rotmole.ops.routing import Routing, route
+from rotmole.ops.routing import Routed, Routing, route
 from rotmole.tuner.balance import BalanceSettings, BalanceState, add_balance
 from rotmole.tuner.blocks import BlockPart
 from rotmole.tuner.config import RotMoleConfig
 from rotmole.tuner.expert_rules import FROZEN
 from rotmole.tuner.initial import draw, take_segments
 from rotmole.tuner.loss_free import LoadCount, count_loads
-from rotmole.tuner.paths import PackCache, Routed, add
+from rotmole.tuner.paths import PackCache, add
 from rotmole.tuner.scaling import NO_TOKENS, ScalingGate, Tokens
 
 EXPERT, SCALING_GATE, ROTATION_GATE = "expert", "scaling_gate", "rotation_gate"
@@ -151,14 +151,15 @@ class Experts(nn.Module):
         decoding: bool = False,
         base_TO: Tensor | None = None,
     ) -> tuple[Tensor, Routed | None]:
-        """Return the addition [T, O] and, where there is a router, (its logits, the routing).
+        """Return the addition [T, O] and, where there is a router, what it said.
 
-        Given the base layer's output, their sum. The routing is None where it was made inside: see
-        `routing`, `paths.add`. A part of a block-routed block answers as `BlockPart.add` says.
+        Given the base layer's output, their sum (`paths.add`). A part of a block-routed block
+        answers as `BlockPart.add` says.
         """
         if part is not None:
             x_TD = x_TD.to(self.expert_A.dtype)
-            return part.add(self, x_TD, dropout(x_TD), tokens)
+            delta, found = part.add(self, x_TD, dropout(x_TD), tokens)
+            return delta, None if found is None else Routed(*found)
         if "residual_A" not in self.frozen:
             return add(self, x_TD, dropout, tokens, decoding=decoding, base_TO=base_TO)
         delta_TO, routed = add(self, x_TD, dropout, tokens, decoding=decoding)
@@ -301,13 +302,12 @@ class RotMoleLayer(BaseTunerLayer):  # type: ignore[misc] # peft ships no types
         """Let the losses act, and count who was chosen, in the backward pass of result."""
         if not torch.is_grad_enabled():
             return result
-        logits_TE, routing = routed
         state, settings = self.rotmole_state, experts.balance
         router = experts.first_router_parameter
         if settings.acts and router is not None and router.requires_grad:
-            routing = experts.routing(logits_TE) if routing is None else routing
-            result = add_balance(result, x, logits_TE, routing, state, settings, router)
+            result = add_balance(result, x, routed, state, settings, experts.routing, router)
         if experts.router_bias is not None and experts.training and result.requires_grad:
+            routing = routed.routing
             assert routing is not None  # a biased router is no plain one
             mask = state.valid_tokens(x)
             mask_T = None if mask is None else mask.reshape(-1).to(x.device)

@@ -18,14 +18,13 @@ from rotmole.ops.grouped import grouped_mixture, prefers_grouped
 from rotmole.ops.mixture import mixture
 from rotmole.ops.packed import Pack, pack, packed_mixture
 from rotmole.ops.passes import Settings
-from rotmole.ops.routing import Routing
+from rotmole.ops.routing import Routed, Routing
 from rotmole.tuner.scaling import NO_TOKENS, Tokens
 
 if TYPE_CHECKING:
     from rotmole.tuner.layer import Experts
 
 FEW_TOKENS = 64  # rows up to which packing pays: a layer's time is the number of its operations
-Routed = tuple[Tensor, Routing | None]
 
 
 class PackCache:
@@ -131,15 +130,15 @@ def add(
         base_TO: [T, O] W x, which the fused and packed way add to as they go; None leaves it out.
 
     Returns:
-        ([T, O], (logits [T, E], the routing) or None without a router). The routing is None where
-        it was made inside; `Experts.routing` makes it again from the logits.
+        ([T, O], what the router said or None without a router).
     """
     dtype = compute_dtype(x_TD, experts.expert_A, experts.computes_in_input_dtype)
     fuses = can_fuse(experts.rotation, experts.rotation_input, experts.rotation_metric)
     if not fuses or experts.sqrt_gate or _wants_groups(experts):
         way = _slow if not fuses or experts.sqrt_gate else _grouped
-        delta_TO, routed = way(experts, x_TD, dropout, dtype, tokens)
-        return delta_TO if base_TO is None else base_TO + delta_TO, routed
+        delta_TO, found = way(experts, x_TD, dropout, dtype, tokens)
+        total_TO = delta_TO if base_TO is None else base_TO + delta_TO
+        return total_TO, None if found is None else Routed(*found)
     keep_TD, keep_scale = _kept(x_TD, dropout)
     gate = experts.scaling_gate
     settings = Settings(
@@ -158,20 +157,20 @@ def add(
             return packed_mixture(settings, x_TD, packed, base_TO), None
         if torch.is_grad_enabled() and experts.expert_B.requires_grad:
             experts.packs.note_training()
-        y_TO, logits_TE = fused_mixture(
+        y_TO, logits_TE, index_KT = fused_mixture(
             *arguments, router_ED=experts.router_weight, keep_TD=keep_TD, base_TO=base_TO
         )
         assert logits_TE is not None
-        return y_TO, (logits_TE, None)
-    routed = experts.route(x_TD, tokens)
-    weight_TE = x_TD.new_ones(x_TD.shape[0], 1) if routed is None else routed[1].weight_TE
-    y_TO, _ = fused_mixture(*arguments, weight_TE=weight_TE, keep_TD=keep_TD, base_TO=base_TO)
-    return y_TO, routed
+        return y_TO, Routed(logits_TE, None, index_KT)
+    found = experts.route(x_TD, tokens)
+    weight_TE = x_TD.new_ones(x_TD.shape[0], 1) if found is None else found[1].weight_TE
+    y_TO, _, _ = fused_mixture(*arguments, weight_TE=weight_TE, keep_TD=keep_TD, base_TO=base_TO)
+    return y_TO, None if found is None else Routed(*found)
 
 
 def _grouped(
     experts: Experts, x_TD: Tensor, dropout: nn.Module, dtype: torch.dtype, tokens: Tokens
-) -> tuple[Tensor, Routed | None]:
+) -> tuple[Tensor, tuple[Tensor, Routing] | None]:
     routed = experts.route(x_TD, tokens)
     assert routed is not None
     gates = _gates(experts)
@@ -194,7 +193,7 @@ def _grouped(
 
 def _slow(
     experts: Experts, x_TD: Tensor, dropout: nn.Module, dtype: torch.dtype, tokens: Tokens
-) -> tuple[Tensor, Routed | None]:
+) -> tuple[Tensor, tuple[Tensor, Routing] | None]:
     routed = experts.route(x_TD, tokens)
     weight_TE = x_TD.new_ones(x_TD.shape[0], 1) if routed is None else routed[1].weight_TE
     selected_TE = weight_TE != 0 if routed is None else routed[1].selected_TE
