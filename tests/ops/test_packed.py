@@ -9,7 +9,7 @@ import torch
 from ops_cases import Variant, assert_close, make
 from test_fused import FUSED, by_reference, router_of, run, settings_of
 
-from rotmole.ops.packed import pack, packed_mixture
+from rotmole.ops.packed import LayerWeights, pack, packed_activations, packed_mixture
 
 
 @pytest.mark.parametrize("variant", FUSED, ids=str)
@@ -21,7 +21,9 @@ def test_outputs(variant: Variant, options: dict[str, Any]) -> None:
         problem = make(variant, T, T=T, E=4, K=2, D=5, O=6)
         router_ED = router_of(problem).detach()
         settings = settings_of(problem, **options)
-        packed = pack(problem.A_ERD, problem.B_ERO, problem.gates, router_ED, torch.float64)
+        packed = pack(
+            [LayerWeights(problem.A_ERD, problem.B_ERO, problem.gates, router_ED)], torch.float64
+        )
         wanted, _ = by_reference(settings, problem, router_ED, None)
         assert_close(packed_mixture(settings, problem.x_TD, packed), wanted, 1e-12)
         base_TO = torch.ones(T, 6, dtype=torch.float64)
@@ -31,11 +33,31 @@ def test_outputs(variant: Variant, options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("variant", FUSED, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_layers_together_are_each_alone(variant: Variant, dtype: torch.dtype) -> None:
+    """Of other widths out; E, R, D and x in common."""
+    problems = [make(variant, 7, T=3, E=4, K=2, D=5, O=width, dtype=dtype) for width in (6, 2, 9)]
+    settings, x_TD = settings_of(problems[0]), problems[0].x_TD
+    layers = [
+        LayerWeights(p.A_ERD, p.B_ERO, p.gates, router_of(p).detach().to(dtype)) for p in problems
+    ]
+    found = packed_activations(settings, x_TD, pack(layers, dtype))
+    assert len(found) == 3
+    for layer, m_TN in zip(layers, found, strict=True):
+        (alone_TN,) = packed_activations(settings, x_TD, pack([layer], dtype))
+        assert m_TN.dtype == dtype
+        tolerance = 1e-12 if dtype == torch.float64 else 0.02
+        assert_close(m_TN.double(), alone_TN.double(), tolerance)
+
+
+@pytest.mark.parametrize("variant", FUSED, ids=str)
 def test_half_types_keep_gates_in_float32(variant: Variant) -> None:
     problem = make(variant, 4, T=8, E=4, K=2, D=16, O=12, dtype=torch.bfloat16)
     router_ED = router_of(problem).detach().bfloat16()
     settings = settings_of(problem)
-    packed = pack(problem.A_ERD, problem.B_ERO, problem.gates, router_ED, torch.bfloat16)
+    packed = pack(
+        [LayerWeights(problem.A_ERD, problem.B_ERO, problem.gates, router_ED)], torch.bfloat16
+    )
     found = packed_mixture(settings, problem.x_TD, packed)
     wanted, _ = run(settings, problem, router_ED, None)
     assert found.dtype == torch.bfloat16
@@ -48,6 +70,6 @@ def test_equal_logits_choose_the_lower_index() -> None:
     problem = make(Variant("none"), 1, T=2, E=6, K=2, D=5, O=6)
     settings = settings_of(problem)
     router_ED = torch.zeros(6, 5, dtype=torch.float64)
-    packed = pack(problem.A_ERD, problem.B_ERO, {}, router_ED, torch.float64)
+    packed = pack([LayerWeights(problem.A_ERD, problem.B_ERO, {}, router_ED)], torch.float64)
     wanted, _ = by_reference(settings, problem, router_ED, None)
     assert_close(packed_mixture(settings, problem.x_TD, packed), wanted, 1e-13)

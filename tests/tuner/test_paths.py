@@ -12,7 +12,8 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
 import tiny
 from rotmole import ConfigError, RotMoleConfig
-from rotmole.tuner import paths
+from rotmole.ops.packed import Pack
+from rotmole.tuner import decoding, paths
 from rotmole.tuner.layer import Experts, RotMoleLayer
 
 MODES = ["none", "tangent", "plane", "centroid", "givens", "bias", "cayley"]
@@ -117,6 +118,117 @@ def test_loading_moving_and_switching_between_two_answers() -> None:
     model.float()
     assert torch.allclose(decoded(model, ids), whole(model, ids), rtol=0, atol=1e-4)
     assert decoded(model, ids).dtype == torch.float32
+
+
+class Attention(torch.nn.Module):
+    """Reads one tensor three times, or changes it on the way."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.q, self.k, self.v = (torch.nn.Linear(6, width) for width in (6, 3, 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k = self.q(x), self.k(x.clone() if self.way == "another tensor" else x)
+        if self.way == "changed in place":
+            x.mul_(2)
+        v = torch.zeros(*x.shape[:2], 2).double() if self.way == "not called" else self.v(x)
+        return torch.cat([q, k, v], dim=-1)
+
+
+def attention(way: str, **settings: object) -> tuple[PeftModel, dict[str, Experts]]:
+    torch.manual_seed(0)
+    config = RotMoleConfig(r=4, target_modules=["q", "k", "v"], init_weights=False, **settings)
+    model = get_peft_model(Attention(way).double(), config).double().eval()
+    named = model.base_model.model.named_children()
+    return model, {name: layer.experts("default") for name, layer in named}
+
+
+WAYS = ["alike", "another tensor", "changed in place", "not called"]
+
+
+@pytest.mark.parametrize("rotation", MODES)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("share_A", [False, True])
+def test_layers_that_read_one_tensor_share_their_work(
+    rotation: str, way: str, share_A: bool
+) -> None:
+    """With gradients on nothing is packed: the slow twin of each of four tokens."""
+    model, layers = attention("alike", rotation=rotation, share_A=share_A)
+    inner = model.base_model.model
+    for token in range(4):
+        inner.way = "alike" if token < 2 else way  # first the group forms
+        x = torch.randn(3, 1, 6, generator=torch.Generator().manual_seed(token)).double()
+        wanted = model(x.clone()).detach()
+        for layer in layers.values():
+            layer.packs.trains = False  # that pass could have trained
+        with torch.no_grad():
+            found = model(x.clone())
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+
+
+def test_the_first_reader_computes_for_the_others() -> None:
+    model, layers = attention("alike")
+    calls: list[int] = []
+    inner = model.base_model.model
+    x = torch.randn(3, 1, 6).double()
+    counted = decoding.packed_activations
+
+    def count(settings: object, x_TD: torch.Tensor, packed: Pack) -> object:
+        calls.append(len(packed.B_NO))
+        return counted(settings, x_TD, packed)
+
+    def called(way: str) -> list[int]:
+        inner.way = way
+        calls.clear()
+        with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(decoding, "packed_activations", count)
+            model(x.clone())
+        return list(calls)
+
+    assert called("alike") == [1, 1, 1]  # who reads together is seen here
+    assert called("alike") == [3]
+    assert called("not called") == [3]
+    assert called("not called") == [2]  # v did not come, and is not computed again
+    assert called("alike") == [2, 1]
+    assert called("alike") == [3]
+    layers["k"].train().eval()  # its weights may have changed: its own pack goes, the group stays
+    assert called("alike") == [3]
+    model.train().eval()
+    assert called("alike") == [1, 1, 1]
+    with torch.inference_mode():  # tensors without a version: a change between two would be unseen
+        calls.clear()
+        model(x.clone())
+        model(x.clone())
+    assert layers["q"].packs.followers == [layers["k"], layers["v"]]
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+@pytest.mark.parametrize("change", ["in place", "another tensor", "dropout", "training"])
+def test_a_change_of_one_reader_is_seen_by_all(name: str, change: str) -> None:
+    model, layers = attention("alike", lora_dropout=0.5)
+    x = torch.randn(3, 1, 6).double()
+    with torch.no_grad():
+        model(x), model(x)
+        before, layer = model(x), layers[name]
+        if change == "in place":
+            layer.expert_B.mul_(2)
+        elif change == "another tensor":
+            layer.expert_A = torch.nn.Parameter(2 * layer.expert_A)
+        elif change == "dropout":
+            getattr(model.base_model.model, name).rotmole_dropout["default"].train()
+        else:
+            optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True)
+            layer.train()
+            with torch.enable_grad():
+                getattr(model.base_model.model, name)(x).sum().backward()
+            optimizer.step()  # changes weights without a new version
+            layer.eval()
+        after = model(x)
+    part = {"q": slice(0, 6), "k": slice(6, 9), "v": slice(9, 11)}[name]
+    assert not torch.allclose(after[..., part], before[..., part])
+    if change != "dropout":
+        torch.testing.assert_close(after, model(x).detach(), rtol=0, atol=1e-12)  # with gradients
 
 
 def test_copies_and_pickles_leave_the_pack_behind() -> None:

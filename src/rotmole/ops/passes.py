@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rotmole.ops.adjoint import Adjoint, adjoint
-from rotmole.ops.mixture import combine, project
+from rotmole.ops.mixture import project
 from rotmole.ops.precision import at_least_float32
 from rotmole.ops.rotation import ROTATIONS, Gate
 from rotmole.ops.routing import choose, spread_chosen
@@ -140,17 +140,16 @@ def _products(x_TD: Tensor, weights: list[Tensor]) -> list[Tensor]:
     ]
 
 
-def add_to(base_TO: Tensor | None, m_ERT: Tensor, B_ERO: Tensor) -> Tensor:
-    """Return base + m B; where types allow the product adds to the base as it goes."""
-    if base_TO is None:
-        return combine(m_ERT, B_ERO)
-    dtype = B_ERO.dtype
-    if torch.promote_types(base_TO.dtype, dtype) != dtype:
-        return base_TO + combine(m_ERT, B_ERO)
-    m_TN, B_NO = m_ERT.to(dtype).flatten(0, 1).mT, B_ERO.flatten(0, 1)
+def add_product(base_TO: Tensor | None, m_TN: Tensor, B_NO: Tensor, scale: float = 1.0) -> Tensor:
+    """Return base + scale m B; where types allow the product adds to the base as it goes."""
+    dtype = B_NO.dtype
+    if base_TO is None or torch.promote_types(base_TO.dtype, dtype) != dtype:
+        y_TO = m_TN @ B_NO
+        y_TO = y_TO if scale == 1 else scale * y_TO
+        return y_TO if base_TO is None else base_TO + y_TO
     if base_TO.dtype == dtype:
-        return torch.addmm(base_TO, m_TN, B_NO)
-    return base_TO.to(dtype).addmm_(m_TN, B_NO)
+        return torch.addmm(base_TO, m_TN, B_NO, alpha=scale)
+    return base_TO.to(dtype).addmm_(m_TN, B_NO, alpha=scale)
 
 
 def forward(settings: Settings, parts: Parts) -> tuple[Tensor, Tensor | None, Kept]:
@@ -177,7 +176,8 @@ def forward(settings: Settings, parts: Parts) -> tuple[Tensor, Tensor | None, Ke
     gate = Gate(vector, angle, _wide(parts.center_ER))
     turned_ERT = rotate(z_ERT.expand(experts, -1, -1), gate)
     m_ERT = (settings.scale * weight_ET).unsqueeze(1) * turned_ERT
-    y_TO = add_to(parts.base_TO, m_ERT, parts.B_ERO.to(settings.dtype))
+    m_TN, B_NO = m_ERT.to(settings.dtype).flatten(0, 1).mT, parts.B_ERO.flatten(0, 1)
+    y_TO = add_product(parts.base_TO, m_TN, B_NO.to(settings.dtype))
     kept_angle = angle if vector is None else None
     kept = Kept(z_ERT, vector, kept_angle, weight_KT, index_KT, probability_ET)
     return y_TO, None if logits_ET is None else logits_ET.mT, kept

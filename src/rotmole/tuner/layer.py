@@ -17,10 +17,11 @@ from rotmole.ops.routing import Routed, Routing, route
 from rotmole.tuner.balance import BalanceSettings, BalanceState, add_balance
 from rotmole.tuner.blocks import BlockPart
 from rotmole.tuner.config import RotMoleConfig
+from rotmole.tuner.decoding import Decoding, PackCache, SharedReads
 from rotmole.tuner.expert_rules import FROZEN
 from rotmole.tuner.initial import draw, take_segments
 from rotmole.tuner.loss_free import LoadCount, count_loads
-from rotmole.tuner.paths import PackCache, add
+from rotmole.tuner.paths import add
 from rotmole.tuner.scaling import NO_TOKENS, ScalingGate, Tokens
 
 EXPERT, SCALING_GATE, ROTATION_GATE = "expert", "scaling_gate", "rotation_gate"
@@ -148,7 +149,7 @@ class Experts(nn.Module):
         tokens: Tokens = NO_TOKENS,
         part: BlockPart | None = None,
         *,
-        decoding: bool = False,
+        decoding: Decoding | None = None,
         base_TO: Tensor | None = None,
     ) -> tuple[Tensor, Routed | None]:
         """Return the addition [T, O] and, where there is a router, what it said.
@@ -214,6 +215,7 @@ class RotMoleLayer(BaseTunerLayer):  # type: ignore[misc] # peft ships no types
         self.rotmole_dropout = nn.ModuleDict({})
         self.rotmole_blocks: dict[str, BlockPart] = {}
         self.rotmole_state = BalanceState()
+        self.rotmole_reads = SharedReads()  # the model gives layers of one module the same
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.in_features, self.out_features = layer_widths(self.get_base_layer())
@@ -286,12 +288,14 @@ class RotMoleLayer(BaseTunerLayer):  # type: ignore[misc] # peft ships no types
         if part is not None:
             part.begin(x)
         tokens = experts.scaling_gate.tokens(self.rotmole_state, x) if experts.routes else NO_TOKENS
+        one_token = x.dim() == 3 and x.shape[1] == 1
+        now = Decoding(x, self.rotmole_reads) if one_token else None
         y_TO, routed = experts(
             x.reshape(-1, self.in_features),
             self.rotmole_dropout[adapter_name],
             tokens,
             part=part,
-            decoding=x.dim() == 3 and x.shape[1] == 1,
+            decoding=now,
             base_TO=result.reshape(-1, self.out_features) if part is None else None,
         )
         y = y_TO.reshape(*(x.shape[:-1] if part is None else part.lead(x)), self.out_features)

@@ -154,6 +154,9 @@ class RotMoleModel(BaseTuner):  # type: ignore[misc] # peft ships no types
         _check_supported(target, current_key, config)
         check_stack(self.model, current_key, config)
         layer = Linear(target, adapter_name, config, part)
+        siblings = [child for child in parent.children() if isinstance(child, RotMoleLayer)]
+        if siblings:
+            layer.rotmole_reads = siblings[0].rotmole_reads
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # an additional adapter is not trainable by itself
         self._replace_module(parent, target_name, layer, target)

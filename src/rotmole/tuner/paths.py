@@ -1,6 +1,6 @@
 """How a layer's mixture is computed: one formula, four ways, chosen by shape and settings.
 
-packed   few tokens without gradients, as in cached decoding (ops/packed.py)
+packed   few tokens without gradients, as in cached decoding (decoding.py, ops/packed.py)
 grouped  many experts, of which each token uses few (ops/grouped.py)
 fused    everything else that acts in rank space (ops/fused.py)
 slow     rotations across experts, learned metrics, the sqrt-gate (ops/mixture.py)
@@ -16,59 +16,13 @@ from torch import Tensor, nn
 from rotmole.ops.fused import can_fuse, fused_mixture
 from rotmole.ops.grouped import grouped_mixture, prefers_grouped
 from rotmole.ops.mixture import mixture
-from rotmole.ops.packed import Pack, pack, packed_mixture
 from rotmole.ops.passes import Settings
 from rotmole.ops.routing import Routed, Routing
+from rotmole.tuner.decoding import Decoding, decoded, may_pack
 from rotmole.tuner.scaling import NO_TOKENS, Tokens
 
 if TYPE_CHECKING:
     from rotmole.tuner.layer import Experts
-
-FEW_TOKENS = 64  # rows up to which packing pays: a layer's time is the number of its operations
-
-
-class PackCache:
-    """The packed weights of one layer, made again whenever a weight may have changed.
-
-    Weights change in training, which is between a call of train() and one of eval(): both forget
-    the pack, and so does a forward pass that could train. Versions and addresses of the weights
-    show loading and moving besides; fused optimizers change weights without a new version.
-    """
-
-    def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget the pack."""
-        self.key: tuple[object, ...] | None = None
-        self.pack: Pack | None = None
-        self.trains = False
-
-    def note_training(self) -> None:
-        """A forward pass can train the weights: make no pack until train() or eval() is called."""
-        self.clear()
-        self.trains = True
-
-    def __deepcopy__(self, memo: object) -> PackCache:
-        return PackCache()
-
-    def __reduce__(self) -> tuple[type[PackCache], tuple[()]]:
-        return PackCache, ()
-
-    def of(self, experts: Experts, dtype: torch.dtype) -> Pack:
-        """Return the pack of the weights as they are now.
-
-        A weight's version grows with every change in place (training, loading), its address
-        changes where it is replaced (moving, casting).
-        """
-        weights = experts._parameters.values()  # parameters() takes longer than the pack saves
-        key = (dtype, *((w.data_ptr(), w._version) for w in weights if w is not None))
-        if self.pack is None or key != self.key:
-            self.key = key
-            self.pack = pack(
-                experts.expert_A, experts.expert_B, _gates(experts), experts.router_weight, dtype
-            )
-        return self.pack
 
 
 def compute_dtype(x: Tensor, weight: Tensor, as_input: bool) -> torch.dtype:
@@ -92,14 +46,6 @@ def _kept(x_TD: Tensor, dropout: nn.Module) -> tuple[Tensor | None, float]:
     return keep_TD, 1 / (1 - p)
 
 
-def _may_pack(experts: Experts, x_TD: Tensor, keep_TD: Tensor | None) -> bool:
-    few = x_TD.shape[0] <= FEW_TOKENS and keep_TD is None and not torch.is_grad_enabled()
-    steady = not (experts.training or experts.packs.trains)
-    # weights made in inference mode have no version by which to see a change
-    known = not (torch.compiler.is_compiling() or experts.expert_A.is_inference())
-    return few and steady and known
-
-
 def _wants_groups(experts: Experts) -> bool:
     gate = experts.scaling_gate
     if gate.selection != "top_k" or experts.num_experts == 1 or experts.expert_A.shape[0] == 1:
@@ -110,13 +56,41 @@ def _wants_groups(experts: Experts) -> bool:
     return experts.dispatch == "grouped"
 
 
+def _fuses(experts: Experts) -> bool:
+    return can_fuse(experts.rotation, experts.rotation_input, experts.rotation_metric)
+
+
+def _settings(experts: Experts, dtype: torch.dtype, keep_scale: float = 1.0) -> Settings:
+    gate = experts.scaling_gate
+    return Settings(
+        experts.rotation,
+        experts.scale,
+        top_k=gate.top_k,
+        selection=gate.selection,
+        norm_topk_prob=gate.norm_topk_prob,
+        dtype=dtype,
+        keep_scale=keep_scale,
+    )
+
+
+def _decodes(experts: Experts, x_TD: Tensor, dropout: nn.Module) -> bool:
+    """Whether one new token a row goes by packed weights."""
+    if dropout.training or not may_pack(experts, x_TD):
+        return False
+    packs = experts.packs
+    if packs.fits is None:
+        plain = experts.routes_inside and not experts.sqrt_gate
+        packs.fits = plain and _fuses(experts) and not _wants_groups(experts)
+    return packs.fits
+
+
 def add(
     experts: Experts,
     x_TD: Tensor,
     dropout: nn.Module,
     tokens: Tokens = NO_TOKENS,
     *,
-    decoding: bool = False,
+    decoding: Decoding | None = None,
     base_TO: Tensor | None = None,
 ) -> tuple[Tensor, Routed | None]:
     """Return what an adapter adds to W x, or its sum with W x, and what its router said.
@@ -126,35 +100,28 @@ def add(
         x_TD: [T, D] layer input.
         dropout: the adapter's nn.Dropout, or nn.Identity.
         tokens: what the router knows of the tokens besides x.
-        decoding: every row is one new token of a sequence.
+        decoding: given where every row is one new token of a sequence.
         base_TO: [T, O] W x, which the fused and packed way add to as they go; None leaves it out.
 
     Returns:
         ([T, O], what the router said or None without a router).
     """
     dtype = compute_dtype(x_TD, experts.expert_A, experts.computes_in_input_dtype)
-    fuses = can_fuse(experts.rotation, experts.rotation_input, experts.rotation_metric)
+    if decoding is not None and _decodes(experts, x_TD, dropout):
+        settings = experts.packs.settings.get(dtype)
+        if settings is None:
+            settings = experts.packs.settings[dtype] = _settings(experts, dtype)
+        return decoded(experts, x_TD, settings, decoding, base_TO), None
+    fuses = _fuses(experts)
     if not fuses or experts.sqrt_gate or _wants_groups(experts):
         way = _slow if not fuses or experts.sqrt_gate else _grouped
         delta_TO, found = way(experts, x_TD, dropout, dtype, tokens)
         total_TO = delta_TO if base_TO is None else base_TO + delta_TO
         return total_TO, None if found is None else Routed(*found)
     keep_TD, keep_scale = _kept(x_TD, dropout)
-    gate = experts.scaling_gate
-    settings = Settings(
-        experts.rotation,
-        experts.scale,
-        top_k=gate.top_k,
-        selection=gate.selection,
-        norm_topk_prob=gate.norm_topk_prob,
-        dtype=dtype,
-        keep_scale=keep_scale,
-    )
+    settings = _settings(experts, dtype, keep_scale)
     arguments = (settings, x_TD, experts.expert_A, experts.expert_B, _gates(experts))
     if experts.routes_inside:
-        if decoding and _may_pack(experts, x_TD, keep_TD):
-            packed = experts.packs.of(experts, dtype)
-            return packed_mixture(settings, x_TD, packed, base_TO), None
         if torch.is_grad_enabled() and experts.expert_B.requires_grad:
             experts.packs.note_training()
         y_TO, logits_TE, index_KT = fused_mixture(
