@@ -200,7 +200,7 @@ def an_expert_is_used_on_one_rank_alone() -> None:
     used: list[Tensor] = []
 
     def watch(module: nn.Module, args: Any, output: Any) -> None:
-        logits_TE, routing = output[1]
+        logits_TE, routing, _ = output[1]
         routing = module.routing(logits_TE) if routing is None else routing
         used.append(routing.selected_TE.any(0))
 

@@ -191,8 +191,8 @@ def test_routing_is_the_same_under_autocast() -> None:
     for enabled in (False, True):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
             experts = layer.experts("default")
-            _, (logits_TE, _) = experts(x.flatten(0, 1), torch.nn.Identity())
-        seen.append(experts.routing(logits_TE))
+            _, routed = experts(x.flatten(0, 1), torch.nn.Identity())
+        seen.append(experts.routing(routed.logits_TE))
     assert torch.equal(seen[0].selected_TE, seen[1].selected_TE)
     assert torch.equal(seen[0].weight_TE, seen[1].weight_TE)
 

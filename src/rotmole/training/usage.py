@@ -63,7 +63,7 @@ class UsageCallback(TrainerCallback):
                 return
             if torch.compiler.is_compiling():
                 return
-            logits_TE, given = routed
+            logits_TE, given, _ = routed
             routing: Routing = experts.routing(logits_TE.detach()) if given is None else given
             chosen_TE = routing.selected_TE.detach()
             if experts.top_k >= chosen_TE.shape[1]:

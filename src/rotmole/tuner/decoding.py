@@ -49,6 +49,9 @@ class PackCache:
     def clear(self) -> None:
         """Forget the pack and who follows."""
         self.count += 1
+        self._forget()
+
+    def _forget(self) -> None:
         self.key: tuple[object, ...] | None = None
         self.pack: Pack | None = None
         self.followers: list[Experts] = []
@@ -58,7 +61,7 @@ class PackCache:
 
     def note_training(self) -> None:
         """A forward pass can train the weights: make no pack until train() or eval() is called."""
-        self.clear()
+        self._forget()  # no count, which would change in compiled steps: trains says it all
         self.trains = True
 
     def __deepcopy__(self, memo: object) -> PackCache:
