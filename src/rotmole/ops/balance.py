@@ -138,7 +138,7 @@ def balance_gradient(
     experts, tokens = logits_ET.shape
     each = (experts, sequences, tokens // max(sequences, 1))
     p_ET = torch.softmax(logits_ET, dim=0)
-    lse_T = torch.logsumexp(logits_ET, dim=0)
+    lse_T = logits_ET.amax(0) - torch.log(p_ET.amax(0))  # the largest p is at least 1/E
     counted_ET, square_T = p_ET, lse_T.square()
     total = logits_ET.new_tensor(float(tokens))
     weight_T = None if mask_T is None else mask_T.reshape(-1).to(logits_ET.dtype)

@@ -129,14 +129,14 @@ def _read(
 
 
 def _products(x_TD: Tensor, weights: list[Tensor]) -> list[Tensor]:
-    """Apply two maps to x in one product; results do not share memory, so each can be let go."""
+    """Apply two maps to x in one product; no result holds the memory of both."""
     first, second = weights
     rows = torch.cat([weight.flatten(0, 1).to(x_TD.dtype) for weight in weights])
     both_NT = rows @ x_TD.mT
     count = first.shape[0] * first.shape[1]
     return [
         both_NT[:count].view(*first.shape[:2], -1).clone(),
-        both_NT[count:].view(*second.shape[:2], -1),
+        both_NT[count:].view(*second.shape[:2], -1).clone(),
     ]
 
 
