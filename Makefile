@@ -57,10 +57,10 @@ imports: setup  ## the rule that imports only point to the left of the pipeline
 docs: setup  ## run every code block of README and docs
 	$(TEST_ENV) $(BIN)/python -m pytest -q tests/docs
 
-# FULL=--full measures every case, in more than an hour; ORIGINALS=folder adds other systems' layers
+# FULL=--full measures every case, in two hours, and its rows stay when a shorter run follows; ORIGINALS=folder adds other systems' layers
 # (benchmarks/originals.py names them)
 QUESTIONS := layer peers step decode experts sharing operations startup
-bench: setup  ## time and memory beside LoRA and others into benchmarks/results (15 to 27 minutes; keep the machine quiet)
+bench: setup  ## time and memory beside LoRA and others into benchmarks/results (a quarter of an hour; keep the machine quiet)
 	@for q in $(QUESTIONS); do $(MAKE) --no-print-directory bench-one Q=$$q INTO=benchmarks/results || exit 1; done
 	$(BIN)/python benchmarks/plot.py
 	$(BIN)/python benchmarks/targets.py

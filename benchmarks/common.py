@@ -242,36 +242,52 @@ NUMBERS = ("value", "low_10", "high_90", "ours", "baseline")
 
 
 def write(path: Path, rows: Sequence[Row], made: dict[str, str]) -> None:
-    """Write rows as CSV, five significant digits, with what they were made with."""
+    """Write rows as CSV, five significant digits, with what they were made with.
+
+    Rows that the file holds already and that were not measured now stay, with what they were made
+    with: those of --full outlive a shorter run.
+    """
+    old = read_file(path) if path.exists() else {}
+    all_rows = [(row, made) for row in rows]
+    all_rows += [old[key] for key in old.keys() - {row.key for row in rows}]
+    order = {key: index for index, key in enumerate(old)}
+    all_rows.sort(key=lambda each: order.get(each[0].key, len(order)))
     buffer = io.StringIO()
     writer = csv.DictWriter(
         buffer, [*(entry.name for entry in fields(Row)), *made], lineterminator="\n"
     )
     writer.writeheader()
-    for row in rows:
+    for row, made_with in all_rows:
         cells = asdict(row)
         for name in NUMBERS:
             cells[name] = "" if cells[name] is None else f"{cells[name]:.5g}"
-        writer.writerow(cells | made)
+        writer.writerow(cells | made_with)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(buffer.getvalue(), encoding="utf-8")
 
 
 def read(folder: Path) -> dict[tuple[str, ...], tuple[Row, dict[str, str]]]:
     """Return every row of a folder's CSV files and what it was made with, by its key."""
-    names = {entry.name for entry in fields(Row)}
     found = {}
     for path in sorted(folder.glob("*.csv")):
-        with path.open(newline="", encoding="utf-8") as file:
-            for cells in csv.DictReader(file):
-                if not names <= set(cells):
-                    break  # another table, such as eval_parity.py's
-                values: dict[str, Any] = {name: cells.pop(name) for name in names}
-                for name in NUMBERS:
-                    values[name] = float(values[name]) if values[name] else None
-                values["rounds"] = int(values["rounds"])
-                row = Row(**values)
-                found[row.key] = (row, cells)
+        found |= read_file(path)
+    return found
+
+
+def read_file(path: Path) -> dict[tuple[str, ...], tuple[Row, dict[str, str]]]:
+    """Return every row of a CSV file; none of another table's, such as eval_parity.py's."""
+    names = {entry.name for entry in fields(Row)}
+    found = {}
+    with path.open(newline="", encoding="utf-8") as file:
+        for cells in csv.DictReader(file):
+            if not names <= set(cells):
+                break
+            values: dict[str, Any] = {name: cells.pop(name) for name in names}
+            for name in NUMBERS:
+                values[name] = float(values[name]) if values[name] else None
+            values["rounds"] = int(values["rounds"])
+            row = Row(**values)
+            found[row.key] = (row, cells)
     return found
 
 

@@ -229,8 +229,7 @@ def cases(quick: bool, full: bool) -> list[tuple[Case, tuple[str, ...], tuple[st
                 if full:
                     found.append((Case(widths, shape, kind), (*MODES, *FURTHER), few))
                 elif main:
-                    further = FURTHER if shape == SHAPES[0] else ()
-                    found.append((Case(widths, shape, kind), (*MODES, *further), few))
+                    found.append((Case(widths, shape, kind), MODES, few))
                 elif shape == SHAPES[2] and (widths == WIDTHS[0] or kind == "float32"):
                     found.append((Case(widths, shape, kind), few, ("tangent",)))
     return found

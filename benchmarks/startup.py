@@ -52,7 +52,7 @@ def save_models(folder: Path, quick: bool) -> None:
 
 def main() -> int:
     """Measure everything in as many fresh processes as there are rounds."""
-    given = parser(__doc__, rounds=5).parse_args()
+    given = parser(__doc__, rounds=3).parse_args()
     start(given)
     times: dict[str, list[float]] = {"rotmole --help": []} | {name: [] for name in LAPS}
     with tempfile.TemporaryDirectory() as folder:

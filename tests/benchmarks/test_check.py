@@ -118,3 +118,18 @@ def test_rows_survive_the_file(tmp_path: Path) -> None:
     found = common.read(tmp_path)
     assert found[rows[0].key] == (rows[0], {"torch": "2", "commit": "abc"})
     assert found[rows[1].key][0].baseline is None
+
+
+def test_rows_that_were_not_measured_again_stay(tmp_path: Path) -> None:
+    import common
+
+    first = [row(case="small"), row(case="large", value=2.0)]
+    common.write(tmp_path / "a.csv", first, {"torch": "2", "commit": "abc"})
+    common.write(
+        tmp_path / "a.csv",
+        [row(case="new"), row(case="small", value=3.0)],
+        {"torch": "2", "commit": "def"},
+    )
+    found = common.read(tmp_path)
+    values = [(r.case, r.value, made["commit"]) for r, made in found.values()]
+    assert values == [("small", 3.0, "def"), ("large", 2.0, "abc"), ("new", 1.0, "def")]
