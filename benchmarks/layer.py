@@ -6,7 +6,8 @@ The baseline is unchanged PEFT LoRA with as many trainable parameters (gates cou
 stand five lines of plain torch. The layer sits inside a network: x wants a gradient. Three figures:
 the step with the frozen base layer; the same with the base's own step subtracted; and the step
 around a base layer that costs nothing, which is less noisy than a difference. Where the machine has
-no fast products in bfloat16, of those cases only float32 adapters around a free base are measured.
+no fast products in bfloat16, of those cases only float32 adapters around a free base are measured,
+and with --full the smallest with its base all the same, a second for each step.
 """
 
 from __future__ import annotations
@@ -85,7 +86,14 @@ class PlainLora(nn.Module):
 class Case:
     """One layer shape and type: makes models, and steps of them on one x."""
 
-    def __init__(self, widths: tuple[int, int, int], shape: tuple[int, int, int], kind: str):
+    def __init__(
+        self,
+        widths: tuple[int, int, int],
+        shape: tuple[int, int, int],
+        kind: str,
+        slow: bool = False,
+    ) -> None:
+        self.with_base = kind == "float32" or multiplies_halves() or slow
         self.tokens, self.inputs, self.outputs = widths
         self.shape, self.kind = shape, kind
         self.dtype, self.autocast = TYPES[kind]
@@ -137,7 +145,7 @@ def plain(peft_lora: nn.Module, base: nn.Module) -> PlainLora:
 def measure(case: Case, modes: tuple[str, ...], rounds: int, balanced: tuple[str, ...]) -> list:
     """Measure all modes of one case in the same rounds."""
     fast = case.kind == "float32" or multiplies_halves()
-    steps = {"base": case.step(case.base())} if fast else {}
+    steps = {"base": case.step(case.base())} if case.with_base else {}
     names: dict[str, tuple[str, nn.Module, nn.Module]] = {}
     variants = [(mode, mode, {}) for mode in modes]
     variants += [(f"{m}, balance loss on", m, {"router_aux_loss_coef": BALANCE}) for m in balanced]
@@ -147,7 +155,7 @@ def measure(case: Case, modes: tuple[str, ...], rounds: int, balanced: tuple[str
         ours, free = case.ours(mode, **more), case.ours(mode, free=True, **more)
         lora, free_lora = case.lora(ours), case.lora(free, free=True)
         names[name] = (lora_name(lora), free, free_lora)
-        if fast:
+        if case.with_base:
             steps[name] = case.step(ours)
             steps[lora_name(lora)] = case.step(lora)
         steps[f"{name} alone"] = case.step(free)
@@ -158,7 +166,7 @@ def measure(case: Case, modes: tuple[str, ...], rounds: int, balanced: tuple[str
     rows = []
     for name, (baseline, free, free_lora) in names.items():
         figures = {"adapter path, free base": ratio(times, f"{name} alone", f"{baseline} alone")}
-        if fast:
+        if case.with_base:
             figures["step with base"] = ratio(times, name, baseline)
             figures["adapter path, base subtracted"] = ratio(times, name, baseline, less="base")
         rows += [case.row(name, what, baseline, **found) for what, found in figures.items()]
@@ -227,7 +235,9 @@ def cases(quick: bool, full: bool) -> list[tuple[Case, tuple[str, ...], tuple[st
                     continue
                 main = widths == WIDTHS[0] and kind == "float32"
                 if full:
-                    found.append((Case(widths, shape, kind), (*MODES, *FURTHER), few))
+                    small = (widths, shape) == (WIDTHS[1], SHAPES[0])
+                    modes = (*MODES, *FURTHER) if kind == "float32" or multiplies_halves() else few
+                    found.append((Case(widths, shape, kind, slow=small), modes, few))
                 elif main:
                     found.append((Case(widths, shape, kind), MODES, few))
                 elif shape == SHAPES[2] and (widths == WIDTHS[0] or kind == "float32"):

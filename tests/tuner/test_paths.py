@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
@@ -229,6 +230,20 @@ def test_a_change_of_one_reader_is_seen_by_all(name: str, change: str) -> None:
     assert not torch.allclose(after[..., part], before[..., part])
     if change != "dropout":
         torch.testing.assert_close(after, model(x).detach(), rtol=0, atol=1e-12)  # with gradients
+
+
+def test_weights_that_come_for_their_own_call_alone_are_not_read_before() -> None:
+    """accelerate's offloading keeps them on the meta device until then."""
+    model, layers = attention("alike")
+    x = torch.randn(3, 1, 6).double()
+    with torch.no_grad():
+        expected = [model(x * token) for token in (1, 2, 3)]
+        assert layers["q"].packs.followers == [layers["k"], layers["v"]]
+        assert layers["k"].packs.pack is None  # q's holds its weights
+        cpu_offload(model, execution_device="cpu")
+        assert layers["k"].expert_A.is_meta
+        for token, wanted in zip((1, 2, 3), expected, strict=True):
+            assert torch.allclose(model(x * token), wanted, rtol=0, atol=1e-12)
 
 
 def test_copies_and_pickles_leave_the_pack_behind() -> None:

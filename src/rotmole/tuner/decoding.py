@@ -180,6 +180,8 @@ def decoded(
     layers = [layer, *[one for one in layer.packs.followers if _fits(one, layer, x_TD)]]
     own, *others = _activations(layers, x_TD, settings)
     ahead = dict(zip(layers[1:], others, strict=True))
+    for follower in ahead:
+        follower.packs.pack = None  # a second copy of its weights
     now.shared.last = _Read(weakref.ref(now.x), now.x._version, settings, layer, ahead)
     return finish(settings, *own, base_TO)
 
