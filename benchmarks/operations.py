@@ -16,7 +16,7 @@ from typing import Any
 
 from common import SHAPES, Row, finish, lora_name, parser, run, show, start
 from decode import decoder
-from layer import WIDTHS, Case
+from layer import BALANCE, WIDTHS, Case
 from step import TARGETS, pair, smollm2
 from torch.profiler import ProfilerActivity, profile
 
@@ -52,15 +52,21 @@ def compare(
 
 
 def layers(given: argparse.Namespace) -> list[Row]:
-    """Profile the adapter path at many and at few tokens."""
+    """Profile the adapter path at many and at few tokens, and what is furthest from its limit."""
     rows = []
-    small = (64, 32, 48)
-    for widths in [small] if given.quick else WIDTHS:
-        case = Case(widths, SHAPES[0], "float32")
-        ours = case.ours("tangent", free=True)
+    wide, narrow = ((64, 32, 48),) * 2 if given.quick else WIDTHS
+    balance = {"router_aux_loss_coef": BALANCE}
+    for name, mode, widths, shape, more in (
+        ("tangent", "tangent", wide, SHAPES[0], {}),
+        ("tangent", "tangent", narrow, SHAPES[0], {}),
+        ("plane", "plane", wide, SHAPES[1], {}),
+        ("tangent, balance loss on", "tangent", wide, SHAPES[2], balance),
+    ):
+        case = Case(widths, shape, "float32")
+        ours = case.ours(mode, free=True, **more)
         lora = case.lora(ours, free=True)
         found = [times(case.step(model), given.rounds) for model in (ours, lora)]
-        rows += compare(f"adapter path, {case}", "tangent", lora_name(lora), *found)
+        rows += compare(f"adapter path, {case}", name, lora_name(lora), *found)
     return rows
 
 
