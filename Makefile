@@ -28,10 +28,10 @@ demo: setup  ## train RotMoLE and its scalar twin on SmolLM2-135M and compare (u
 
 test: setup  ## run the tests (two processes, one torch thread each)
 	@command -v g++ >/dev/null || { echo "missing: g++, which torch.compile's tests need (Debian: apt-get install g++)"; exit 1; }
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -q
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 test-all: setup  ## the tests and the heavy lanes
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -q -m ""
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal -q -m ""
 
 conformance: setup  ## run PEFT's own tests against rotmole (fetches PEFT's source distribution)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[conformance]'
