@@ -144,13 +144,8 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("settings", "words", "batch"),
-    [
-        pytest.param(*run, id=name, marks=[] if name == "small" else pytest.mark.heavy)
-        for name, run in RUNS.items()
-    ],
-)
+@pytest.mark.heavy
+@pytest.mark.parametrize(("settings", "words", "batch"), RUNS.values(), ids=RUNS)
 def test_the_memory_estimate_is_within_a_quarter_of_the_peak(settings, words, batch, tmp_path):
     """Check and train in one process, which counts its own peak."""
     tiny_folders.write_model(tmp_path / "model", **settings)

@@ -30,6 +30,7 @@ def output(overrides, tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("demo") / "out"
 
 
+@pytest.mark.heavy  # .ci/run runs the demo itself
 def test_the_demo_tells_all_it_promises(overrides, output, capfd):
     assert demo(output, 3, 1, overrides) == 0
     screen = capfd.readouterr()
