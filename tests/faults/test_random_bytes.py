@@ -19,7 +19,10 @@ def place() -> Iterator[Place]:
         yield made
 
 
-@pytest.mark.parametrize("target", list(TARGETS))
+@pytest.mark.parametrize(
+    "target",
+    [pytest.param(name, marks=pytest.mark.heavy if name == "data" else []) for name in TARGETS],
+)
 def test_nothing_breaks(place: Place, target: str) -> None:
     cases, check = TARGETS[target](place)
 

@@ -87,6 +87,7 @@ def test_paths_in_any_script(command: Command, settings: dict, tmp_path: Path, n
     assert said.code == 0, said.error
 
 
+@pytest.mark.heavy
 def test_a_terminal_that_cannot_show_a_letter(
     command: Command, settings: dict, tmp_path: Path
 ) -> None:

@@ -141,6 +141,7 @@ def test_leftovers_of_killed_processes_go_after_an_hour(model):
     assert young.exists()
 
 
+@pytest.mark.heavy
 def test_killed_midway_and_two_at_once(model, tmp_path):
     """One process dies right before its rename; then two convert at the same time."""
     code = """

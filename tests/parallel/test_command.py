@@ -203,6 +203,7 @@ def launched(words: list[str], case: Path, folder: str, **more: str) -> None:
     assert_close(case / "one", case / folder)
 
 
+@pytest.mark.heavy  # the ranks above are forked from a warm process instead
 def test_torchrun_starts_it(case, runs):
     launched(["torch.distributed.run", "--standalone", "--nproc-per-node", "2"], case, "torchrun")
 
