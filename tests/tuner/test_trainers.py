@@ -71,10 +71,7 @@ def _routers(model: PeftModel) -> dict[str, torch.Tensor]:
     return {n: w for n, w in weights(model).items() if n.endswith("default.router_weight")}
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=pytest.mark.heavy if "GRPO" in name else []) for name in TRAINERS],
-)
+@pytest.mark.parametrize("name", TRAINERS)
 def test_every_trainer_feels_the_balance_loss_and_resumes_bit_equal(
     name: str, tmp_path: Path
 ) -> None:
