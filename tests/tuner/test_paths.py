@@ -156,17 +156,18 @@ WAYS = ["alike", "another tensor", "changed in place", "not called"]
 def test_layers_that_read_one_tensor_share_their_work(
     rotation: str, way: str, share_A: bool
 ) -> None:
-    """With gradients on nothing is packed: the slow twin of each of four tokens."""
+    """A copy, with gradients on, packs nothing: the slow twin of each of four tokens."""
     model, layers = attention("alike", rotation=rotation, share_A=share_A)
-    inner = model.base_model.model
+    inner, twin = model.base_model.model, copy.deepcopy(model)
     for token in range(4):
         inner.way = "alike" if token < 2 else way  # first the group forms
+        twin.base_model.model.way = inner.way
         x = torch.randn(3, 1, 6, generator=torch.Generator().manual_seed(token)).double()
-        wanted = model(x.clone()).detach()
-        for layer in layers.values():
-            layer.packs.trains = False  # that pass could have trained
+        wanted = twin(x.clone()).detach()
         with torch.no_grad():
             found = model(x.clone())
+        if token < 2:
+            assert layers["q"].packs.followers == [layers["k"], layers["v"]]
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
 
 
