@@ -130,7 +130,7 @@ class Attention(torch.nn.Module):
         self.q, self.k, self.v = (torch.nn.Linear(6, width) for width in (6, 3, 2))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k = self.q(x), self.k(x.clone() if self.way == "another tensor" else x)
+        q, k = self.q(x), self.k(x + 1 if self.way == "another tensor" else x)
         if self.way == "changed in place":
             x.mul_(2)
         v = torch.zeros(*x.shape[:2], 2).double() if self.way == "not called" else self.v(x)
