@@ -131,7 +131,7 @@ class BlockPart:
             dropped_TD,
             A_ERD,
             B_ERO,
-            {name: getattr(experts, name) for name in experts.gate_names},
+            experts.gates(),
             rotation=experts.rotation,
             rotation_input=experts.rotation_input,
             rotation_metric=experts.rotation_metric,

@@ -90,8 +90,7 @@ class PackCache:
 
 
 def _weights(layer: Experts) -> LayerWeights:
-    gates = {name: getattr(layer, name) for name in layer.gate_names}
-    return LayerWeights(layer.expert_A, layer.expert_B, gates, layer.router_weight)
+    return LayerWeights(layer.expert_A, layer.expert_B, layer.gates(), layer.router_weight)
 
 
 class _Read(NamedTuple):

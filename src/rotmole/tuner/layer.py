@@ -103,6 +103,10 @@ class Experts(nn.Module):
         """One parameter of the scaling gate, by which to know whether it learns; None without."""
         return getattr(self, self.router_names[0]) if self.router_names else None
 
+    def gates(self) -> dict[str, Tensor]:
+        """Return the rotation gate's parameters by name."""
+        return {name: getattr(self, name) for name in self.gate_names}
+
     def role(self, name: str) -> str:
         """Return "expert", "scaling_gate" or "rotation_gate" for a parameter of this module."""
         if name in self.gate_names:

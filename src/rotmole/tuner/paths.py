@@ -33,10 +33,6 @@ def compute_dtype(x: Tensor, weight: Tensor, as_input: bool) -> torch.dtype:
     return x.dtype if as_input else weight.dtype
 
 
-def _gates(experts: Experts) -> dict[str, Tensor]:
-    return {name: getattr(experts, name) for name in experts.gate_names}
-
-
 def _kept(x_TD: Tensor, dropout: nn.Module) -> tuple[Tensor | None, float]:
     """Draw which inputs dropout keeps, and what it multiplies them by; (None, 1) where all."""
     p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
@@ -120,7 +116,7 @@ def add(
         return total_TO, None if found is None else Routed(*found)
     keep_TD, keep_scale = _kept(x_TD, dropout)
     settings = _settings(experts, dtype, keep_scale)
-    arguments = (settings, x_TD, experts.expert_A, experts.expert_B, _gates(experts))
+    arguments = (settings, x_TD, experts.expert_A, experts.expert_B, experts.gates())
     if experts.routes_inside:
         if torch.is_grad_enabled() and experts.expert_B.requires_grad:
             experts.packs.note_training()
@@ -140,7 +136,7 @@ def _grouped(
 ) -> tuple[Tensor, tuple[Tensor, Routing] | None]:
     routed = experts.route(x_TD, tokens)
     assert routed is not None
-    gates = _gates(experts)
+    gates = experts.gates()
     if "rotation_vector" in gates:
         gates["rotation_vector"] = gates["rotation_vector"].to(dtype)
     delta_TO = grouped_mixture(
@@ -164,7 +160,7 @@ def _slow(
     routed = experts.route(x_TD, tokens)
     weight_TE = x_TD.new_ones(x_TD.shape[0], 1) if routed is None else routed[1].weight_TE
     selected_TE = weight_TE != 0 if routed is None else routed[1].selected_TE
-    gates = _gates(experts)
+    gates = experts.gates()
     if "rotation_vector" in gates:
         gates["rotation_vector"] = gates["rotation_vector"].to(dtype)
     x_TD = x_TD.to(dtype)
