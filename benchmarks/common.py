@@ -194,12 +194,17 @@ def show(row: Row) -> Row:
     return row
 
 
-def finish(rows: Sequence[Row], given: argparse.Namespace) -> int:
-    """Write the CSV if one was asked for, and say how long it took; return the exit status."""
+def finish(rows: Sequence[Row], given: argparse.Namespace, keep: bool = True) -> int:
+    """Write the CSV if one was asked for, and say how long it took; return the exit status.
+
+    What the file holds of cases not measured now stays, unless keep is false.
+    """
     print(f"{len(rows)} figures in {time.perf_counter() - given.began:.0f} s")
     if given.quick:  # never to be taken for the real thing
         rows = [replace(row, question=f"quick {row.question}") for row in rows]
     if given.csv is not None:
+        if not keep:
+            given.csv.unlink(missing_ok=True)
         write(given.csv, rows, about(given.threads))
     return 0
 

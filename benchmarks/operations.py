@@ -4,8 +4,8 @@
 
 torch's profiler, which makes every operation dearer than it is: what it says is in which operations
 the time lies, not how much it is. Cases: the adapter path of a layer around a free base, forward
-and backward, at many and at few tokens; one decoded token of SmolLM2-135M's architecture; and many
-experts, of which only the chosen are computed, beside four.
+and backward, at many and at few tokens; a compiled layer with its base; one decoded token of
+SmolLM2-135M's architecture; and many experts, of which only the chosen are computed, beside four.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from common import SHAPES, Row, finish, lora_name, parser, run, show, start
 from decode import decoder
 from layer import BALANCE, WIDTHS, Case
@@ -70,6 +71,20 @@ def layers(given: argparse.Namespace) -> list[Row]:
     return rows
 
 
+def compiled(given: argparse.Namespace) -> list[Row]:
+    """Profile a compiled layer, its generated kernels by name."""
+    from torch._inductor import config  # only here: the others do without the compiler
+
+    case = Case((64, 32, 48) if given.quick else WIDTHS[0], SHAPES[0], "float32")
+    ours = case.ours("tangent")
+    lora = case.lora(ours)
+    torch._dynamo.reset()
+    with config.patch({"cpp.enable_kernel_profile": True}):
+        steps = [case.step(torch.compile(m, fullgraph=True, dynamic=False)) for m in (ours, lora)]
+        found = [times(step, given.rounds) for step in steps]
+    return compare(f"compiled step with base, {case}", "tangent", lora_name(lora), *found)
+
+
 def decoding(given: argparse.Namespace) -> list[Row]:
     """Profile one decoded token."""
     models = pair(smollm2(given.quick), "tangent", SHAPES[0], TARGETS["q,k,v,o"])
@@ -92,7 +107,8 @@ def main() -> int:
     """Profile every case."""
     given = parser(__doc__).parse_args()
     start(given)
-    return finish([*layers(given), *decoding(given), *many(given)], given)
+    rows = [*layers(given), *compiled(given), *decoding(given), *many(given)]
+    return finish(rows, given, keep=False)  # one case has other operations after a change
 
 
 if __name__ == "__main__":

@@ -113,10 +113,8 @@ def test_a_loss_that_is_not_finite_exits_with_3(run_yaml, tmp_path, capsys):
     assert (tmp_path / "run" / "failure.json").is_file()
 
 
-@pytest.mark.parametrize(("number", "code"), [
-    (signal.SIGINT, 130),
-    pytest.param(signal.SIGTERM, 143, marks=pytest.mark.heavy),  # tests/parallel sends it too
-])  # fmt: skip
+@pytest.mark.heavy  # tests/training sends SIGINT, and tests/parallel SIGTERM, to warm processes
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_before_the_exit(run_yaml, tmp_path, number, code):
     folder = tmp_path / "run"
     words = ["train", str(run_yaml), f"output_dir={folder}", "training.max_steps=5000"]

@@ -171,6 +171,7 @@ def test_debug_shows_the_traceback_and_nothing_else_does(command: Command, adapt
     assert "Traceback" in said.error
 
 
+@pytest.mark.heavy
 def test_row_15_truly_cold(command: Command, settings: dict) -> None:
     settings["adapter"]["num_expert"] = 3
     said = command("check", settings, cold=True)
