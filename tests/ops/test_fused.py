@@ -140,7 +140,7 @@ def test_first_and_second_derivatives(variant: Variant, dropped: bool) -> None:
 @pytest.mark.parametrize("name", sorted(BY_HAND))
 @given(data=st.data())
 def test_backward_by_hand_is_autograd(name: str, data: st.DataObject) -> None:
-    """Also where norms vanish: z = 0, q = 0, q along z, and far from 1."""
+    """Also where norms vanish: z = 0, q = 0, q along z or nearly so, and far from 1."""
     problem = data.draw(problems(Variant(name), T=3, E=2))
     size = data.draw(st.sampled_from([0.0, 1e-9, 1e-3, 1.0, 1e3]))
     z_TER, _ = problem.rotated()
@@ -151,7 +151,8 @@ def test_backward_by_hand_is_autograd(name: str, data: st.DataObject) -> None:
     vector = angle = None
     if row.vector_rows:
         q = torch.randn(E, row.vector_rows(R), T, generator=generator, dtype=z.dtype) * size
-        vector = z * size if data.draw(st.booleans()) else q
+        along = z * size  # a thousandth of z beside that is inside plane's floor
+        vector = data.draw(st.sampled_from([q, along, along + 1e-3 * z.roll(1, dims=1) * size]))
     if row.angle_rows:
         angle = torch.randn(E, row.angle_rows(R, R // 2), T, generator=generator, dtype=z.dtype)
     G = torch.rand(E, 1, T, generator=generator, dtype=z.dtype)
@@ -238,6 +239,20 @@ def test_what_is_kept_for_the_backward_pass(
         rows = problem.gates["rotation_angle"].shape[1]
     softmax = 0 if norm_topk_prob else 4 * E
     assert found == T * (4 * E * (R + rows) + 5 * K + softmax + (D if dropped else 0))
+
+
+@every
+def test_one_A_for_all_experts(variant: Variant) -> None:
+    problem = make(variant, 8, T=4, E=3, K=2, D=5, O=6).leaves()
+    A_1RD = problem.A_ERD[:1].detach().requires_grad_()
+    inputs = leaves(problem, router_of(problem)) | {"A": A_1RD}
+    fast = run(settings_of(problem), replace(problem, A_ERD=A_1RD), inputs["router"], None)
+    many = replace(problem, A_ERD=A_1RD.expand(3, -1, -1))
+    slow = by_reference(settings_of(problem), many, inputs["router"], None)
+    assert_close(fast[0], slow[0], 1e-12)
+    found, wanted = gradients(fast, inputs), gradients(slow, inputs)
+    for name in inputs:
+        assert_close(found[name], wanted[name], 1e-10, name)
 
 
 @pytest.mark.parametrize("dropped", [False, True])

@@ -119,6 +119,9 @@ def test_loading_moving_and_switching_between_two_answers() -> None:
     model.float()
     assert torch.allclose(decoded(model, ids), whole(model, ids), rtol=0, atol=1e-4)
     assert decoded(model, ids).dtype == torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # the products' type alone is another
+        assert torch.allclose(decoded(model, ids).float(), whole(model, ids).float(), atol=0.05)
+    assert torch.allclose(decoded(model, ids), whole(model, ids), rtol=0, atol=1e-4)
 
 
 class Attention(torch.nn.Module):
@@ -205,6 +208,9 @@ def test_the_first_reader_computes_for_the_others() -> None:
         model(x.clone())
         model(x.clone())
     assert layers["q"].packs.followers == [layers["k"], layers["v"]]
+    with torch.no_grad():
+        inner.q(x), inner.q(x)
+    assert layers["q"] not in layers["q"].packs.followers
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v"])
@@ -212,13 +218,17 @@ def test_the_first_reader_computes_for_the_others() -> None:
 def test_a_change_of_one_reader_is_seen_by_all(name: str, change: str) -> None:
     model, layers = attention("alike", lora_dropout=0.5)
     x = torch.randn(3, 1, 6).double()
+    layer = layers[name]
     with torch.no_grad():
+        if change == "another tensor":  # as young as the one that comes
+            first = layer.expert_A = torch.nn.Parameter(layer.expert_A.clone())
         model(x), model(x)
-        before, layer = model(x), layers[name]
+        before = model(x)
         if change == "in place":
             layer.expert_B.mul_(2)
         elif change == "another tensor":
             layer.expert_A = torch.nn.Parameter(2 * layer.expert_A)
+            assert layer.expert_A._version == first._version
         elif change == "dropout":
             getattr(model.base_model.model, name).rotmole_dropout["default"].train()
         else:

@@ -64,10 +64,8 @@ class PackCache:
         self._forget()  # no count, which would change in compiled steps: trains says it all
         self.trains = True
 
-    def __deepcopy__(self, memo: object) -> PackCache:
-        return PackCache()
-
     def __reduce__(self) -> tuple[type[PackCache], tuple[()]]:
+        """Copies and pickles start empty."""
         return PackCache, ()
 
     def of(self, layers: Sequence[Experts], dtype: torch.dtype) -> Pack:
@@ -120,10 +118,8 @@ class SharedReads:
 
     last: _Read | None = None
 
-    def __deepcopy__(self, memo: object) -> SharedReads:
-        return SharedReads()
-
     def __reduce__(self) -> tuple[type[SharedReads], tuple[()]]:
+        """Copies and pickles start empty."""
         return SharedReads, ()
 
 
