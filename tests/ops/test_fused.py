@@ -80,7 +80,7 @@ def run(
 
 
 def gradients(
-    outputs: tuple[Tensor, Tensor | None], inputs: dict[str, Tensor]
+    outputs: tuple[Tensor, Tensor | None], inputs: dict[str, Tensor], create_graph: bool = False
 ) -> dict[str, Tensor]:
     """Gradients of a fixed random functional of both outputs."""
     generator = torch.Generator().manual_seed(4)
@@ -88,7 +88,9 @@ def gradients(
         (o * torch.randn(o.shape, generator=generator, dtype=o.dtype)).sum()
         for o in outputs if o is not None
     )  # fmt: skip
-    found = torch.autograd.grad(total, list(inputs.values()), materialize_grads=True)
+    found = torch.autograd.grad(
+        total, list(inputs.values()), create_graph=create_graph, materialize_grads=True
+    )
     return dict(zip(inputs, found, strict=True))
 
 
@@ -135,6 +137,11 @@ def test_first_and_second_derivatives(variant: Variant, dropped: bool) -> None:
     assert torch.autograd.gradcheck(function, tuple(inputs.values()))
     # along random directions: the second pass is the slow twin's, which is checked entry by entry
     assert torch.autograd.gradgradcheck(function, tuple(inputs.values()), fast_mode=True)
+    # that looks at one pass alone, and would not see that it is of another function
+    by_hand = gradients(function(*inputs.values()), inputs)
+    again = gradients(function(*inputs.values()), inputs, create_graph=True)
+    for name in inputs:
+        assert_close(again[name], by_hand[name], 1e-12, name)
 
 
 @pytest.mark.parametrize("name", sorted(BY_HAND))
