@@ -21,6 +21,7 @@ from rotmole_cli.commands import app
 
 _STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 INTERRUPTED, TERMINATED = 130, 143
+SHARED = ("train", "eval")  # a launcher's processes share their work
 
 
 class Terminated(BaseException):
@@ -34,11 +35,13 @@ def run(words: Sequence[str]) -> int:
         words: the words after ``rotmole``; ``--debug`` may stand anywhere before ``--``.
 
     Returns:
-        The exit code.
+        The exit code; 0 at once in a launcher's further processes, if the command is for one alone.
 
     Source: our choice.
     """
     words, debug = _take_debug(list(words))
+    if _rank() and not set(words[:1]) & set(SHARED):
+        return 0  # the first process does it
     with warnings.catch_warnings(), _sigterm_raises():
         _prepare(debug)
         try:
@@ -87,9 +90,15 @@ def _prepare(debug: bool) -> None:
         logging.getLogger("torchao").setLevel(logging.ERROR)
         logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
         warnings.simplefilter("ignore")
-        if os.environ.get("RANK", "0") == "0":  # of a launcher's processes the first one warns
+        if not _rank():  # of a launcher's processes the first one warns
             warnings.filterwarnings("default", category=UserWarning)
         warnings.showwarning = _show_warning
+
+
+def _rank() -> int:
+    """Return the number of this process among those of a launcher such as torchrun."""
+    rank = os.environ.get("RANK", "")
+    return int(rank) if rank.isdecimal() else 0
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:
@@ -126,7 +135,8 @@ def _explain(error: BaseException, debug: bool) -> int:  # noqa: PLR0911 - one r
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     text, code = _sentence(error, debug)
-    _say(f"rotmole: {text}")
+    rank = _rank()
+    _say(f"rotmole: [rank {rank}] {text}" if rank else f"rotmole: {text}")
     return code
 
 

@@ -57,6 +57,18 @@ def test_each_error_has_its_code(error, code, monkeypatch, capsys):
         assert shown.startswith("rotmole: ")
 
 
+def test_of_a_launchers_processes_one_does_what_is_not_shared(monkeypatch, capsys):
+    raising(monkeypatch, errors.InputError("bad"))
+    monkeypatch.setenv("RANK", "1")
+    assert main(["doctor"]) == 0
+    assert capsys.readouterr() == ("", "")
+    assert main(["train", "nowhere.yaml"]) == 2
+    assert capsys.readouterr().err.startswith("rotmole: [rank 1] ")
+    monkeypatch.setenv("RANK", "0")
+    assert main(["doctor"]) == 2
+    assert capsys.readouterr().err == "rotmole: bad\n"
+
+
 def test_every_error_of_the_library_is_covered():
     listed = {2, 3, 4, 1}
     classes = [c for c in vars(errors).values() if isinstance(c, type)]
