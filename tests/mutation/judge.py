@@ -118,10 +118,11 @@ def pytest_runtestloop(session: pytest.Session) -> bool:
     reach = stats["tests_by_mangled_function_name"]
     items = {item.nodeid: item for item in in_order(session.items, limits.seconds)}
     tests = {m: set(reach.get(m.partition("__mutmut_")[0], ())) for m in order["mutants"]}
-    records, running, end = Records(), {}, time.monotonic() + (order["seconds"] or 1e9)
+    records, running = Records(), {}
     gc.freeze()
     needed = set().union(*tests.values())
     sanity(session, [item for name, item in items.items() if name in needed])
+    end = time.monotonic() + (order["seconds"] or 1e9)
     # in a random order: what is judged when the clock ends it is a sample of all
     left = random.Random(0).sample(order["mutants"], len(order["mutants"]))
     while running or (left and time.monotonic() < end):
