@@ -54,7 +54,7 @@ def environment(lane: str) -> Path:
 
 def main(arguments: list[str]) -> int:
     lanes = [a for a in arguments if a in LANES] or LANES
-    extra = arguments[arguments.index("--") + 1 :] if "--" in arguments else ["-n", "2"]
+    extra = arguments[arguments.index("--") + 1 :] if "--" in arguments else ["-n", "2", "--dist", "worksteal"]
     codes = []
     for lane in lanes:
         python = environment(lane)

@@ -1,8 +1,8 @@
 """A pytest plugin that judges mutants: pytest collects once, each mutant runs in a fork of that.
 
 mutmut's own loop starts pytest anew for every mutant, which costs more than most mutants take to
-die. Here a mutant meets the tests that reach it, the quickest first, until one fails or until they
-have cost `budget` seconds of processor time: then it counts as a survivor. A test that takes ten
+die. Here a mutant meets the tests that reach it, those first that killed others of its function, then
+the quickest, until one fails or until they have cost `budget` seconds of processor time: then it counts as a survivor. A test that takes ten
 times as long as it did unchanged, and `patience` seconds more, ends as a timeout.
 """
 
@@ -14,6 +14,7 @@ import os
 import random
 import signal
 import time
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,31 +52,37 @@ def limit(seconds: float) -> None:
     signal.setitimer(signal.ITIMER_REAL, 100 * seconds)
 
 
-def verdict(session: pytest.Session, items: list[pytest.Item], limits: Limits) -> int:
-    """Run the tests; 1 as soon as one fails, 0 if none does within the budget."""
+def verdict(session: pytest.Session, items: list[pytest.Item], limits: Limits) -> str:
+    """Run the tests; return the first that fails, or nothing if none does within the budget."""
     end = time.process_time() + limits.budget
     for item, after in zip(items, [*items[1:], None], strict=True):
         limit(limits.patience + 10 * limits.seconds.get(item.nodeid, 0.0))
         item.config.hook.pytest_runtest_protocol(item=item, nextitem=after)
         if session.testsfailed:
-            return 1
+            return item.nodeid
         if time.process_time() > end:
-            return 0
-    return 0
+            break
+    return ""
 
 
-def forked(mutant: str, session: pytest.Session, items: list[pytest.Item], limits: Limits) -> int:
-    """Start one mutant's process."""
+def forked(
+    mutant: str, session: pytest.Session, items: list[pytest.Item], limits: Limits
+) -> tuple[int, int]:
+    """Start one mutant's process; return its number and where it will name the test that failed."""
+    said, say = os.pipe()
     pid = os.fork()
     if pid:
-        return pid
+        os.close(say)
+        return pid, said
     code = 1
     try:
         os.environ["MUTANT_UNDER_TEST"] = mutant
         quiet = os.open(os.devnull, os.O_WRONLY)
         for stream in (1, 2):
             os.dup2(quiet, stream)
-        code = verdict(session, items, limits)
+        failed = verdict(session, items, limits)
+        os.write(say, failed.encode())
+        code = int(bool(failed))
     finally:
         os._exit(code)
 
@@ -104,8 +111,9 @@ class Records:
 def sanity(session: pytest.Session, items: list[pytest.Item]) -> None:
     """The tests must pass without a mutant, and fail where every mutated function raises."""
     for mutant, expected in (("", 0), ("fail", 1)):
-        forked(mutant, session, items, Limits(1e5, 1e5, {}))
+        _, said = forked(mutant, session, items, Limits(1e5, 1e5, {}))
         _, code = waited()
+        os.close(said)
         if code != expected:
             raise pytest.UsageError(f"with the mutant {mutant!r} the tests ended with {code}")
 
@@ -119,6 +127,7 @@ def pytest_runtestloop(session: pytest.Session) -> bool:
     items = {item.nodeid: item for item in in_order(session.items, limits.seconds)}
     tests = {m: set(reach.get(m.partition("__mutmut_")[0], ())) for m in order["mutants"]}
     records, running = Records(), {}
+    killers: dict[str, Counter[str]] = defaultdict(Counter)
     gc.freeze()
     needed = set().union(*tests.values())
     sanity(session, [item for name, item in items.items() if name in needed])
@@ -129,11 +138,17 @@ def pytest_runtestloop(session: pytest.Session) -> bool:
         if left and len(running) < order["children"] and time.monotonic() < end:
             mutant = left.pop()
             mine = [item for name, item in items.items() if name in tests[mutant]]
+            known = killers[mutant.partition("__mutmut_")[0]]
+            mine.sort(key=lambda item, known=known: -known[item.nodeid])
             if mine:
-                running[forked(mutant, session, mine, limits)] = mutant
+                pid, said = forked(mutant, session, mine, limits)
+                running[pid] = mutant, said
             else:
                 records.save(mutant, 33)  # mutmut's code for no tests
             continue
         pid, code = waited()
-        records.save(running.pop(pid), code)
+        mutant, said = running.pop(pid)
+        with os.fdopen(said) as stream:
+            killers[mutant.partition("__mutmut_")[0]].update(filter(None, [stream.read()]))
+        records.save(mutant, code)
     return True
