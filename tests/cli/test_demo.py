@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from rotmole.cli.demo import OURS, TWIN, demo, make_jobs
-from rotmole.errors import RotMoleError
+from rotmole.errors import InputError, RotMoleError
+from rotmole.training.lock import run_lock
 from training_cases import write_model
 
 
@@ -63,6 +64,20 @@ def test_the_sides_differ_in_the_rotation_alone(overrides, tmp_path):
     assert ours.adapter | {"rotation": "none"} == twin.adapter
     same = {"output_dir": "", "adapter": {}}
     assert ours.model_copy(update=same) == twin.model_copy(update=same)
+
+
+def test_a_run_that_no_demo_made_is_not_removed(overrides, tmp_path):
+    folder = tmp_path / TWIN.lower()
+    folder.mkdir()
+    (folder / "manifest.json").touch()
+    with pytest.raises(InputError, match="holds a run that no demo made"):
+        make_jobs(tmp_path, 3, 1, overrides)
+    (tmp_path / "demo.json").touch()
+    with run_lock(folder), pytest.raises(InputError, match="in use by another run"):
+        make_jobs(tmp_path, 3, 1, overrides)
+    assert (folder / "manifest.json").exists()
+    make_jobs(tmp_path, 3, 1, overrides)
+    assert not folder.exists()
 
 
 def test_the_shipped_settings_are_the_ones_described(tmp_path):

@@ -114,7 +114,7 @@ def test_missing_file_is_said_with_the_nearest_name(tmp_path):
     data.tasks["t"].files["validation"] = "t.jsnol"
     with pytest.raises(ConfigError, match=r"no file .*t\.jsnol .*did you mean 't\.jsonl'"):
         load(data)
-    with pytest.raises(DataError, match=r"no such file, did you mean 't\.jsonl'"):
+    with pytest.raises(DataError, match=r"no such file; did you mean 't\.jsonl'"):
         read_file(tmp_path / "tt.jsonl", "jsonl")
 
 

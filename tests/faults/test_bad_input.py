@@ -162,6 +162,8 @@ MIXED = ["rows.jsonl", "row 2", "mixes types", "row 1"]
         ((ROW + '{"prompt": "x"}\n').encode(), ["rows.jsonl", "row 2", "completion"]),
         ((ROW + '{"prompt": {"a": 1}, "completion": 3.5}\n').encode(), MIXED),
         ((ROW + "{nonsense\n").encode(), ["rows.jsonl", "row 2", "nonsense"]),
+        ((ROW + '{"prompt": ' + "9" * 5000 + "}\n").encode(), ["rows.jsonl", "row 2", "999"]),
+        ((ROW + "[" * 100_000 + "\n").encode(), ["rows.jsonl", "row 2", "[[["]),
         (ROW.encode() + b'{"prompt": "\xff\xfe", "completion": " 2"}\n', ["rows.jsonl", "row 2"]),
         ((ROW + '{"prompt": "x", "completion": ""}\n').encode(), ["rows.jsonl", "row 2"]),
         (
@@ -169,7 +171,17 @@ MIXED = ["rows.jsonl", "row 2", "mixes types", "row 1"]
             ["rows.jsonl", "row 2", "64"],
         ),
     ],
-    ids=["empty", "missing column", "mixed types", "no JSON", "broken UTF-8", "no answer", "long"],
+    ids=[
+        "empty",
+        "missing column",
+        "mixed types",
+        "no JSON",
+        "huge number",
+        "deep nest",
+        "broken UTF-8",
+        "no answer",
+        "long",
+    ],
 )
 def test_bad_data_names_file_and_row(
     command: Command, settings: dict, tmp_path: Path, content: bytes, words: list[str]

@@ -7,6 +7,7 @@ import subprocess
 
 import pytest
 import yaml
+from trl import SFTConfig
 
 from rotmole.config.load import load_run
 from rotmole.errors import ConfigError
@@ -93,6 +94,17 @@ def test_the_machine_is_told_in_plain_values():
     assert json.loads(json.dumps(machine())) == machine()
 
 
+def test_a_process_without_a_launcher_takes_one_gpu(
+    model_folder, data_folder, tmp_path, monkeypatch
+):
+    """Two GPUs cannot be had here, so the count is made up."""
+    given = run_file(model_folder, data_folder, tmp_path)
+    monkeypatch.setattr(SFTConfig, "n_gpu", property(lambda self: 2))
+    with pytest.warns(UserWarning, match="one of 2 GPUs is used; `torchrun --nproc-per-node 2"):
+        arguments = training_arguments(given, validated=True)
+    assert arguments._n_gpu == 1
+
+
 def test_figures_are_those_of_the_result():
     rows = [
         {"step": 1, "loss": 3.0, "train_tokens_per_second": 5.0},  # of the first update alone
@@ -101,10 +113,10 @@ def test_figures_are_those_of_the_result():
         {"step": 2, "train_loss": 2.5, "peak_memory_bytes": 7, "train_tokens_per_second": 9.0},
     ]
     common = {"train_tokens_per_second": 9.0, "train_loss": 2.5, "peak_memory_bytes": 7}
-    assert final_metrics(rows, best=True) == common | {
+    assert final_metrics(rows, 1) == common | {
         "eval_loss": 1.0, "eval_a_loss": 1.0, "eval_step": 1,
     }  # fmt: skip
-    assert final_metrics(rows, best=False)["eval_loss"] == 2.0
+    assert final_metrics(rows, 3)["eval_loss"] == 2.0
 
 
 def test_the_plot_shows_every_loss_and_an_empty_log_has_one_too():

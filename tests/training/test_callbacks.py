@@ -99,7 +99,8 @@ def test_a_stop_is_asked_for_while_there_is_work_left():
     for step, stops in ((3, True), (4, False)):
         stop = StopOnSignal()
         stop.signum = signal.SIGTERM
-        control, state = TrainerControl(), TrainerState(global_step=step, max_steps=4)
+        control = TrainerControl()
+        state = TrainerState(global_step=step, max_steps=4, epoch=step / 8)
         stop.on_step_end(args, state, control)
         assert (control.should_save, control.should_training_stop) == (stops, stops)
 

@@ -69,6 +69,36 @@ def test_what_changes_the_numbers_needs_to_be_allowed(tmp_path, saved, override,
     assert told in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("training.gradient_accumulation_steps=4", "accumulation_steps is 1, the checkpoint has 4"),
+        ("training.weight_decay=0.1", "weight_decay is 0.0, the checkpoint has 0.1"),
+        ("training.lr_scheduler_type=cosine", "is 'linear', the checkpoint has 'cosine'"),
+        ("data.tasks.more={source: locale}", "order of data.tasks is ['colours', 'sums']"),
+        ("data.tasks.sums.task_group=1", "task_group is None, the checkpoint has 1"),
+    ],
+)
+def test_what_was_there_and_is_gone_needs_to_be_allowed(tmp_path, override, told):
+    groups = "adapter.router_task_loss_coef=1"
+    saved = checkpoint(tmp_path, 5, **facts(tmp_path, groups, override))
+    with pytest.raises(InputError, match="--allow-change") as caught:
+        check_changes(saved, facts(tmp_path, groups), allow=False)
+    assert told in str(caught.value)
+
+
+def test_a_task_that_is_gone_is_told_with_its_rows(tmp_path):
+    rows = {task: {"rows": 30, "sha256": "a" * 64} for task in ("sums", "more")}
+    saved = checkpoint(
+        tmp_path, 5, **facts(tmp_path), **loaded_facts({"splits": {"train": rows}}, "torch.float32")
+    )
+    assert check_changes(saved, facts(tmp_path), allow=False) == []
+    del rows["more"]
+    now = loaded_facts({"splits": {"train": rows}}, "torch.float32")
+    with pytest.raises(InputError, match="rows of more is None, the checkpoint has '30 rows"):
+        check_changes(saved, now, allow=False)
+
+
 def test_other_versions_processes_and_data_need_to_be_allowed(tmp_path, monkeypatch):
     now = facts(tmp_path)
     rows = {"splits": {"train": {"sums": {"rows": 30, "sha256": "a" * 64}}}}

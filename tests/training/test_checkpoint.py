@@ -183,6 +183,14 @@ def test_the_newest_and_the_best_stay(tmp_path, keep, best, stay):
     assert [int(path.name[11:]) for path in checkpoints(tmp_path)] == stay
 
 
+def test_a_damaged_one_after_the_newest_takes_no_place(tmp_path):
+    for step in (10, 20, 40):  # 40 was damaged, so training went on from 20
+        checkpoint(tmp_path, step)
+    checkpoint(tmp_path, 30)
+    prune(tmp_path, 2, tmp_path / "checkpoint-30", None)
+    assert [int(path.name[11:]) for path in checkpoints(tmp_path)] == [20, 30]
+
+
 def test_removing_takes_the_seal_first(tmp_path, monkeypatch):
     folder = checkpoint(tmp_path, 5)
     monkeypatch.setattr("shutil.rmtree", lambda *args, **options: None)  # killed right here

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from rotmole.training import build
+from rotmole.training import build, saving
 from rotmole.training.callbacks import TIMING_SUFFIXES, read_metrics
 from rotmole.training.checkpoint import checkpoints, read_seal
 from rotmole.training.run import TrainResult, train
@@ -22,6 +22,13 @@ LAYOUT = {
     "max_steps": 6, "per_device_train_batch_size": 4, "logging_steps": 2, "save_steps": 2,
     "eval_steps": 2, "per_device_eval_batch_size": 1, "save_total_limit": 10,
 }  # fmt: skip
+WHOLE = {
+    "max_steps": -1,
+    "num_train_epochs": 2,
+    "per_device_train_batch_size": 12,
+    "save_total_limit": 10,
+}
+WHOLE |= {f"{what}_strategy": "epoch" for what in ("save", "eval", "logging")}
 BATCHES = 12  # of one validation
 
 
@@ -38,6 +45,17 @@ class Strike(TrainerCallback):
                 os.kill(os.getpid(), self.number)
 
 
+class Stop(TrainerCallback):
+    """Sends this process a signal amid an update."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step + 1 == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 def comparable(run_dir: Path) -> list[dict]:
     return [
         {name: value for name, value in row.items() if not name.endswith(TIMING_SUFFIXES)}
@@ -48,8 +66,10 @@ def comparable(run_dir: Path) -> list[dict]:
 
 @pytest.fixture
 def once(model_folder, data_folder) -> Callable[..., TrainResult]:
-    def run(folder: Path, *callbacks: TrainerCallback, resume=None, **more) -> TrainResult:
-        given = run_file(model_folder, data_folder, folder, **(LAYOUT | more))
+    def run(
+        folder: Path, *callbacks: TrainerCallback, resume=None, layout=LAYOUT, **more
+    ) -> TrainResult:
+        given = run_file(model_folder, data_folder, folder, **(layout | more))
         return train(given, progress=False, callbacks=callbacks, resume=resume)
 
     return run
@@ -70,6 +90,31 @@ def test_a_cut_validation_is_made_up_for_to_the_last_bit(once, tmp_path, step):
     assert resumed.interrupted is None
     assert comparable(resumed.run_dir) == comparable(straight.run_dir)
     assert Path(resumed.best_checkpoint).name == Path(straight.best_checkpoint).name
+    ours, theirs = (
+        load_file(f / "adapter" / "adapter_model.safetensors")
+        for f in (resumed.run_dir, straight.run_dir)
+    )
+    assert all((value == theirs[name]).all() for name, value in ours.items())
+
+
+@pytest.mark.filterwarnings("ignore:training.*has no effect:UserWarning")
+@pytest.mark.parametrize("step", [2, 5])
+def test_a_stop_writes_one_checkpoint_and_leaves_it_in_peace(once, tmp_path, monkeypatch, step):
+    """Also where the end of an epoch would log, validate and save: a stop amid one is no end."""
+    begun = []
+    begin = saving.begin
+    monkeypatch.setattr(saving, "begin", lambda path: begun.append(path.name) or begin(path))
+    once(tmp_path / "steps", Strike(2))
+    assert begun == ["checkpoint-2"]
+    begun.clear()
+    straight = once(tmp_path / "straight", layout=WHOLE)
+    assert begun == ["checkpoint-5", "checkpoint-10"]
+    begun.clear()
+    cut = once(tmp_path / "cut", Stop(step), layout=WHOLE)
+    assert (cut.interrupted, cut.steps) == (signal.SIGTERM, step)
+    assert begun == [f"checkpoint-{step}"]
+    resumed = once(tmp_path / "cut", resume="auto", layout=WHOLE)
+    assert comparable(resumed.run_dir) == comparable(straight.run_dir)
     ours, theirs = (
         load_file(f / "adapter" / "adapter_model.safetensors")
         for f in (resumed.run_dir, straight.run_dir)

@@ -7,7 +7,7 @@ import pytest
 from checkpoint_cases import checkpoint, unfinished
 from rotmole.errors import InputError
 from rotmole.training.checkpoint import begin
-from rotmole.training.folder import check_free, clear
+from rotmole.training.folder import UNFINISHED, check_free, clear
 
 
 def test_a_finished_run_gives_way_whole(tmp_path):
@@ -30,6 +30,24 @@ def test_checkpoints_of_others_and_unfinished_runs_stay(tmp_path):
         check_free(tmp_path)
     clear(tmp_path, resuming=True)
     assert kept.is_dir()
+
+
+def test_a_finished_run_that_was_taken_up_again_is_unfinished(tmp_path):
+    checkpoint(tmp_path, 5)
+    (tmp_path / "manifest.json").touch()
+    (tmp_path / "adapter").mkdir()
+    check_free(tmp_path)
+    (tmp_path / UNFINISHED).touch()
+    with pytest.raises(InputError, match="an unfinished run with checkpoint checkpoint-5"):
+        check_free(tmp_path)
+
+
+def test_figures_of_the_base_model_are_no_reason_to_refuse_and_stay(tmp_path):
+    scores = tmp_path / "evaluation.json"
+    scores.touch()
+    check_free(tmp_path)
+    clear(tmp_path, resuming=False)
+    assert scores.exists()
 
 
 def test_what_a_crash_left_goes(tmp_path):

@@ -33,6 +33,18 @@ def comparable(run_dir: Path) -> list[dict]:
     ]
 
 
+def test_only_weights_that_are_kept_can_be_the_best(model_folder, data_folder, tmp_path):
+    """The highest loss counts as the best here, so that is the first, which nobody saves."""
+    more = {"metric_for_best_model": "eval_loss", "greater_is_better": True, "max_steps": 8}
+    layout = LAYOUT | more | {"save_steps": 4, "eval_steps": 2}
+    result = train(run_file(model_folder, data_folder, tmp_path / "run", **layout), progress=False)
+    assert Path(result.best_checkpoint).name == "checkpoint-4"
+    rows = {r["step"]: r for r in comparable(tmp_path / "run") if "eval_loss" in r}
+    assert rows[2]["eval_loss"] > rows[4]["eval_loss"]
+    assert result.metrics["eval_step"] == 4
+    assert result.metrics["eval_loss"] == rows[4]["eval_loss"]
+
+
 @pytest.fixture(scope="module")
 def straight(model_folder, data_folder, tmp_path_factory) -> TrainResult:
     """Two epochs cut short; a checkpoint after every update, a log line after every fourth."""

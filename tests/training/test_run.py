@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from rotmole.config.load import load_run
 from rotmole.errors import InputError, NonFiniteError
+from rotmole.evaluation.target import find_target
 from rotmole.training.callbacks import TIMING_SUFFIXES, read_metrics
+from rotmole.training.folder import UNFINISHED
 from rotmole.training.run import TrainResult, train
 from training_cases import run_file
 
@@ -145,6 +147,38 @@ def test_an_unfinished_run_is_not_overwritten(model_folder, data_folder, tmp_pat
     with pytest.raises(InputError, match="--resume auto"):
         train(run, progress=False)
     assert (tmp_path / "cut" / "checkpoint-5").is_dir()
+
+
+def test_a_finished_run_that_goes_on_is_unfinished_until_it_ends(
+    model_folder, data_folder, tmp_path
+):
+    def run(steps, resume=None, **more):
+        given = run_file(
+            model_folder, data_folder, tmp_path, max_steps=steps, save_steps=2, eval_steps=2
+        )
+        return train(given, progress=False, resume=resume, **more)
+
+    run(2)
+    assert not (tmp_path / UNFINISHED).exists()
+    with pytest.raises(ZeroDivisionError):
+        run(6, "auto", callbacks=[Dies(5)])
+    with pytest.raises(InputError, match="an unfinished run with checkpoint checkpoint-4"):
+        run(6)
+    with pytest.warns(UserWarning, match="goes on beyond its adapter"):
+        find_target(tmp_path)
+    run(6, "auto")
+    assert not (tmp_path / UNFINISHED).exists()
+
+
+class Dies(TrainerCallback):
+    """Raises at the start of an update."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step + 1 == self.step:
+            raise ZeroDivisionError
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(model_folder, data_folder, tmp_path):

@@ -30,6 +30,23 @@ def _experts(model: PeftModel) -> list[torch.nn.Module]:
     return [m.experts("default") for m in model.modules() if hasattr(m, "rotmole_experts")]
 
 
+@pytest.mark.parametrize("how", ["loaded", "cast later"])
+def test_on_a_half_precision_base_the_bias_moves_on(how: str) -> None:
+    """In bfloat16 a bias of 0.5 plus 0.001 is 0.5."""
+    config = RotMoleConfig(r=2, target_modules=["q_proj"], router_bias_rate=1e-3)
+    base = tiny.llama().bfloat16() if how == "loaded" else tiny.llama()
+    model = get_peft_model(base, config)
+    model = model if how == "loaded" else model.bfloat16()
+    experts = _experts(model)[0]
+    assert experts.router_bias.dtype == torch.float32
+    experts.router_bias.fill_(0.5)
+    experts.loads.loads_E = torch.tensor([4.0, 0.0, 2.0, 2.0])
+    update_router_bias(model)
+    assert experts.router_bias.tolist() == pytest.approx([0.499, 0.501, 0.5, 0.5])
+    model.double()
+    assert experts.router_bias.dtype == torch.float64
+
+
 def _biases(model: PeftModel) -> list[list[float]]:
     return [e.router_bias.tolist() for e in _experts(model)]
 

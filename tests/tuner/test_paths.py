@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
 import tiny
-from rotmole import ConfigError, RotMoleConfig
+from rotmole import ConfigError, ModelError, RotMoleConfig
 from rotmole.ops.packed import Pack
 from rotmole.tuner import decoding, paths
 from rotmole.tuner.layer import Experts, RotMoleLayer
@@ -86,9 +86,10 @@ def test_grouping_what_cannot_be_grouped_is_refused() -> None:
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("switches", [False, True])
-def test_training_between_two_answers(fused: bool, switches: bool) -> None:
+@pytest.mark.parametrize("frozen", ["none", "AB"])
+def test_training_between_two_answers(fused: bool, switches: bool, frozen: str) -> None:
     """Fused AdamW changes weights without a new version; also where eval() is never left."""
-    model, ids = adapted().eval(), tiny.tokens(2, 7)
+    model, ids = adapted(frozen=frozen).eval(), tiny.tokens(2, 7)
     before = decoded(model, ids)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
     model.train(switches)
@@ -257,6 +258,37 @@ def test_weights_that_come_for_their_own_call_alone_are_not_read_before() -> Non
         assert layers["k"].expert_A.is_meta
         for token, wanted in zip((1, 2, 3), expected, strict=True):
             assert torch.allclose(model(x * token), wanted, rtol=0, atol=1e-12)
+    assert len(layers["q"].packs.followers) == 2
+
+
+def test_layers_whose_gates_differ_do_not_share() -> None:
+    """Two adapters that act together, alike but for their gates' shapes."""
+    model, _ = attention("alike", rotation="givens", rotation_planes=1)
+    model.add_adapter("b", RotMoleConfig(
+        r=4, target_modules=["q", "k", "v"], init_weights=False, rotation="givens",
+        rotation_planes=2,
+    ))  # fmt: skip
+    model.base_model.set_adapter(["default", "b"])
+    model.double().eval()
+    x = torch.randn(3, 1, 6).double()
+    wanted = model(x).detach()
+    with torch.no_grad():
+        for _ in range(3):
+            assert torch.allclose(model(x.clone()), wanted, rtol=0, atol=1e-12)
+
+
+def test_moving_forgets_the_packs() -> None:
+    model, ids = adapted().eval(), tiny.tokens(2, 5)
+    decoded(model, ids)
+    model.to("cpu")
+    assert all(one.packs.pack is None for one in experts(model))
+
+
+def test_data_parallel_is_refused() -> None:
+    """Its replicas would share masks and packs."""
+    layer = next(m for m in adapted().modules() if isinstance(m, RotMoleLayer))
+    with pytest.raises(ModelError, match="DistributedDataParallel"):
+        layer._replicate_for_data_parallel()
 
 
 def test_copies_and_pickles_leave_the_pack_behind() -> None:

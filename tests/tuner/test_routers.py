@@ -13,7 +13,7 @@ from peft import PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 import tiny
-from rotmole import ModelError, RotMoleConfig, parameter_groups, update_router_bias
+from rotmole import ConfigError, ModelError, RotMoleConfig, parameter_groups, update_router_bias
 from rotmole.ops import ROUTERS, SELECTIONS
 from rotmole.tuner.layer import RotMoleLayer
 
@@ -198,6 +198,17 @@ def test_hash_looks_at_the_token_id_and_nothing_else() -> None:
     assert not torch.equal(chosen[0][1], chosen[0][3])
 
 
+def test_hash_where_the_body_is_called_by_itself() -> None:
+    model = _far(tiny.llama(), {"router": "hash"})
+    first, second = tiny.tokens(2, 7, 0), tiny.tokens(2, 7, 1)
+    body = model.get_base_model().model
+    with torch.no_grad():
+        wanted = body(input_ids=second).last_hidden_state
+        _logits(model, first)
+        assert torch.equal(body(input_ids=second).last_hidden_state, wanted)
+        assert torch.equal(body(second).last_hidden_state, wanted)
+
+
 def test_hash_without_token_ids_is_refused_in_one_sentence() -> None:
     model, ids = _far(tiny.llama(), {"router": "hash"}), tiny.tokens(2, 7)
     embedded = model.get_input_embeddings()(ids)
@@ -296,6 +307,16 @@ def test_in_an_encoder_decoder_only_the_encoder_can_look_beside(settings: dict[s
     # transformers before 5.16 computes T5's softmax in float32
     alone = _logits(model, ids[:, :6], **target)
     torch.testing.assert_close(alone, padded, rtol=0, atol=1e-6)
+
+
+def test_a_second_adapter_is_checked_as_the_first() -> None:
+    model = _far(tiny.llama(), {})
+    with pytest.raises(ModelError, match="writes token by token"):
+        model.add_adapter("b", RotMoleConfig(target_modules=["q_proj"], **CHOICE))
+    odd = torch.nn.Sequential(torch.nn.Linear(4, 5))
+    model = get_peft_model(odd, RotMoleConfig(r=2, target_modules=["0"]))
+    with pytest.raises(ConfigError, match="needs an even width"):
+        model.add_adapter("b", RotMoleConfig(r=2, target_modules=["0"], rotation="radar"))
 
 
 def test_expert_choice_refuses_inputs_whose_padding_it_cannot_tell() -> None:

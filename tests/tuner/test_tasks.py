@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,21 @@ def test_a_group_that_is_not_there_is_refused() -> None:
     model = _adapted()
     with pytest.raises(DataError, match=r"0\.\.1"):
         model(**_batch(), task_id=torch.tensor([0, 1, 2]))
+
+
+def test_each_adapter_has_its_own_number_of_groups() -> None:
+    model = _adapted()
+    config = copy.deepcopy(model.peft_config["default"])
+    config.router_task_groups = 4
+    model.add_adapter("more", config)
+    model.double()
+    batch, ids = _batch(), torch.tensor([0, 3, 1])
+    with pytest.raises(DataError, match=r"0\.\.1"):
+        model(**batch, task_id=ids)
+    model.set_adapter("more")
+    model(**batch, task_id=ids)
+    with pytest.raises(DataError, match=r"0\.\.3"):
+        model(**batch, task_id=ids + 1)
 
 
 def test_an_encoder_decoder_takes_task_ids_and_unload_removes_the_hook() -> None:

@@ -17,11 +17,13 @@ from typing import Any
 from rotmole.cli.demo_worker import Job, Outcome, work
 from rotmole.config.load import load_run
 from rotmole.data import data_problems
-from rotmole.errors import RotMoleError
+from rotmole.errors import InputError, RotMoleError
 from rotmole.evaluation import Report, compare, to_json
 from rotmole.evaluation.render import plain_text, rich_table, rows
 from rotmole.models.files import atomic_write_text, make_folder
 from rotmole.models.load import load_tokenizer
+from rotmole.training.folder import MANIFEST
+from rotmole.training.lock import run_lock
 
 TWIN, OURS = "MoE-LoRA", "RotMoLE"
 BEFORE, SHOWN = "before", "before, 3 examples"
@@ -81,15 +83,20 @@ def make_jobs(
     text = files("rotmole.cli").joinpath("demo.yaml").read_text(encoding="utf-8")
     make_folder(output)
     start = output / "start.safetensors"
-    start.unlink(missing_ok=True)
+    made = start.exists() or (output / "demo.json").exists()
     threads = max(_cores() // 2, 1)
     jobs = []
     # Each side answers once without adapter too, so that both are busy equally long.
     sides = ((OURS, [], {BEFORE: 0}), (TWIN, ["none"], {SHOWN: 3}))
     for name, rotation, before in sides:
         folder = output / name.lower()
-        if (folder / "manifest.json").is_file():
-            shutil.rmtree(folder)
+        with run_lock(folder):  # not under a demo that runs
+            if (folder / MANIFEST).is_file():
+                if not made:
+                    raise InputError(
+                        f"{str(folder)!r} holds a run that no demo made; choose another --output."
+                    )
+                shutil.rmtree(folder)
         settings = [
             f"output_dir={json.dumps(str(folder))}",
             *([] if steps is None else [f"training.max_steps={steps}"]),
@@ -99,6 +106,7 @@ def make_jobs(
         ]
         run = load_run("demo.yaml", settings, text=text, data_problems=data_problems)
         jobs.append(Job(name, run, start, name == OURS, before, threads))
+    start.unlink(missing_ok=True)
     return jobs
 
 

@@ -14,6 +14,7 @@ from rotmole.config.problems import sentences
 from rotmole.config.schema import METRICS, DataSection, ModelSection, RunFile, TaskSection
 from rotmole.config.sections import optimizer_problems, task_group_problems
 from rotmole.config.training import (
+    best_problems,
     check_training,
     has_validation,
     sft_arguments,
@@ -104,6 +105,7 @@ def _check_sections(
     validated = any(has_validation(task) for task in tasks.values()) or not schema_is_right
     training, found = check_training(_section(raw, "training"), model or ModelSection(), validated)
     problems += found
+    problems += best_problems(training, tasks)
     problems += task_group_problems(tasks, adapter)
     for name, task in tasks.items():
         problems += _metric_problems(name, task)

@@ -160,7 +160,7 @@ class RunFile(Section):
     output_dir: Annotated[str, AfterValidator(os.path.expanduser)] = Field(
         min_length=1, description="the run folder"
     )
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)  # NumPy's limit
     model: ModelSection = Field(default_factory=ModelSection)
     adapter: dict[str, Any] = Field(default_factory=dict)
     data: DataSection

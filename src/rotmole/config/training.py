@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from typing import Any, cast, get_type_hints
 
-from rotmole.config.fields import check_fields, did_you_mean
+from rotmole.config.fields import check_fields, did_you_mean, one_of
 from rotmole.config.schema import ModelSection, RunFile, TaskSection
 
 _ROWS = "rows are rendered and tokenised by the data: section"
@@ -153,6 +153,26 @@ def check_training(
     if not problems:
         problems += _library_problems(arguments(passed, "run", 0, model, has_validation))
     return passed, problems
+
+
+def best_problems(training: Mapping[str, Any], tasks: Mapping[str, TaskSection]) -> list[str]:
+    """Check that the figure by which the best checkpoint is chosen will be there.
+
+    Args:
+        training: the checked section.
+        tasks: the valid tasks.
+
+    Returns:
+        A sentence where it will not.
+
+    Source: our choice; Trainer finds out at the first validation.
+    """
+    metric = training.get("metric_for_best_model")
+    known = ["loss", *(f"{name}_loss" for name in tasks)]
+    if metric is None or str(metric).removeprefix("eval_") in known:
+        return []
+    named = [f"eval_{name}" for name in known]
+    return [f"training.metric_for_best_model: {metric!r} must be {one_of(str(metric), named)}."]
 
 
 def sft_arguments(run: RunFile) -> dict[str, Any]:

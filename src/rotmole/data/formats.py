@@ -6,9 +6,10 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from rotmole.config.fields import did_you_mean
 from rotmole.config.schema import TaskSection
 from rotmole.data.examples import Example
-from rotmole.data.sources import Row, check_columns, did_you_mean, row_error
+from rotmole.data.sources import Row, check_columns, row_error
 from rotmole.data.templates import (
     LETTERS,
     fields,

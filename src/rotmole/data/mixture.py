@@ -51,8 +51,9 @@ def shares(examples: Mapping[str, Sequence[Example]], data: DataSection) -> dict
 def mix(examples: Examples, data: DataSection, *, seed: int) -> list[Example]:
     """Return one epoch: every task's share of rows, shuffled.
 
-    A row comes again only after all rows of its task have come; the remainder of a share is a
-    seeded choice without repetition.
+    Within it a row comes again only after all rows of its task have come; the remainder of a share
+    is a seeded choice without repetition, and the same in every epoch: where a task's share is
+    smaller than the task, its other rows are not trained on.
 
     Args:
         examples: rows by task.

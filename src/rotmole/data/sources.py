@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import difflib
 import io
 import json
 from collections.abc import Iterable
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rotmole.config.fields import did_you_mean
 from rotmole.errors import ConfigError, DataError
 
 SNIPPET_LENGTH = 100
@@ -49,12 +49,6 @@ def snippet(value: object) -> str:
 def row_error(row: Row, problem: str) -> DataError:
     """Return the error that names the row, the problem and a snippet of the row."""
     return DataError(f"{row.origin}: {problem}; the row begins: {snippet(row.columns)}")
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return ", did you mean 'x'?" or ""."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f", did you mean '{close[0]}'?" if close else ""
 
 
 def read_file(path: Path, source: str) -> list[Row]:
@@ -109,10 +103,11 @@ def read_jsonl(path: Path) -> list[Row]:
             continue
         try:
             columns = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # also numbers and nests without end
+            where = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+            said = getattr(error, "msg", None) or f"{error}"
             raise DataError(
-                f"{path}: row {number} is not JSON: {error.msg} at column {error.colno}; "
-                f"the row begins: {snippet(line)}"
+                f"{path}: row {number} is not JSON: {said}{where}; the row begins: {snippet(line)}"
             ) from None
         if not isinstance(columns, dict):
             raise DataError(

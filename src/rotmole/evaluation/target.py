@@ -16,10 +16,9 @@ from rotmole.data import data_problems
 from rotmole.errors import AdapterError, ConfigError, InputError
 from rotmole.models.adapter import CONFIG, check_adapter_folder
 from rotmole.models.load import LoadedModel, load_model
+from rotmole.training.folder import ADAPTER, is_finished
 
 logger = logging.getLogger(__name__)
-
-ADAPTER = "adapter"
 
 
 @dataclass(frozen=True)
@@ -117,6 +116,12 @@ def _checked(folder: Path) -> Path:
             "train it again, or go on with --resume auto."
         )
     check_adapter_folder(folder)
+    if not is_finished(folder.parent):
+        warnings.warn(
+            f"the run in {folder.parent} goes on beyond its adapter, which is of the training "
+            "before; `rotmole train ... --resume auto` ends it.",
+            stacklevel=2,
+        )
     return folder
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import resource
+import os
 import sys
 import weakref
 from collections.abc import Mapping
@@ -14,6 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment] # the module or nothing
 
 FRAGMENTATION = 1.5
 """Batches differ in length, so the C allocator cannot fill every hole it has; measured."""
@@ -151,7 +156,20 @@ def resident_bytes() -> int:
     """
     statm = Path("/proc/self/statm")
     if statm.is_file():
-        return int(statm.read_text().split()[1]) * resource.getpagesize()
+        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return peak_rss_bytes()
+
+
+def peak_rss_bytes() -> int:
+    """Return the largest memory this process has held; 0 on Windows, which Python cannot ask.
+
+    Returns:
+        Bytes.
+
+    Source: getrusage.
+    """
+    if resource is None:
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -95,8 +95,6 @@ def _differentiable(
     ctx: Any, parts: Parts, dy_TO: Tensor | None, dlogits_TE: Tensor | None
 ) -> list[Tensor | None]:
     """Run the slow twin again and differentiate it, so that the result can be differentiated."""
-    if parts.router_ED is not None:
-        parts = parts._replace(weight_TE=None)
     y_TO, logits_TE = _plain(ctx.settings, parts)
     pairs = [(y_TO, dy_TO), (logits_TE, dlogits_TE)]
     outputs = [(y, dy) for y, dy in pairs if y is not None and dy is not None]

@@ -57,7 +57,7 @@ def build(
 
     Args:
         run: a checked run file.
-        callbacks: beside those of every run (metric lines, stop at a NaN).
+        callbacks: beside those of every run (metric lines, use of the experts).
         say: told before slow steps.
         trust_remote_code: let transformers run code that came with the model.
 
@@ -200,7 +200,15 @@ def training_arguments(run: RunFile, *, validated: bool) -> SFTConfig:
             if values.get(n, d) != d]  # fmt: skip
     if idle:
         raise ConfigError([f"training.{name} is not supported; leave it out." for name in idle])
-    return SFTConfig(**values)
+    arguments = SFTConfig(**values)
+    if arguments.n_gpu > 1:  # transformers would take nn.DataParallel, which splits no such batch
+        warnings.warn(
+            f"one of {arguments.n_gpu} GPUs is used; `torchrun --nproc-per-node "
+            f"{arguments.n_gpu} -m rotmole_cli train ...` uses them all.",
+            stacklevel=2,
+        )
+        arguments._n_gpu = 1
+    return arguments
 
 
 def _saves_when_it_validates(values: Mapping[str, Any]) -> bool:

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from rotmole.errors import NonFiniteError
 from rotmole.models.files import atomic_write_text, storage_errors
 from rotmole.training.ranks import highest
 from rotmole.training.validation import ValidationCut
@@ -207,26 +206,8 @@ def _line(row: dict[str, Any]) -> str:
     return json.dumps(finite) + "\n"
 
 
-class NonFiniteCallback(TrainerCallback):
-    """Stop before an update whose gradient is not finite, so no NaN reaches the weights.
-
-    Under fp16 the gradient scaler skips such updates itself; then nothing is checked here.
-    """
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Look at the gradient's norm; clipping has spread any NaN, but has not hidden it."""
-        if getattr(kwargs.get("optimizer"), "scaler", None) is not None:
-            return
-        model = kwargs["model"]
-        grads = [p.grad for p in model.parameters() if p.grad is not None]
-        if grads and not torch.nn.utils.get_total_norm(grads).isfinite():
-            raise NonFiniteError(
-                f"the gradient of update {state.global_step + 1} is not finite; training stopped "
-                "before the update. Lower training.learning_rate or training.max_grad_norm, or "
-                "look at the rows in failure.json."
-            )
+def _epoch_is_whole(state: TrainerState) -> bool:
+    return state.epoch is not None and float(state.epoch).is_integer()
 
 
 class StopOnSignal(TrainerCallback):
@@ -280,10 +261,24 @@ class StopOnSignal(TrainerCallback):
     ) -> TrainerControl:
         """Save and stop if somebody asked, in whichever process, and there is work left."""
         self.signum = highest(self.signum or 0, args.device) or None
-        if self.signum is not None and state.global_step < state.max_steps:
-            control.should_save = True
+        if self._stops(state):
+            control.should_save = not _epoch_is_whole(state)  # else at its end, below
             control.should_training_stop = True
         return control
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Keep a stop amid an epoch from being taken for its end, which may log, validate, save."""
+        if self._stops(state):
+            if _epoch_is_whole(state):
+                control.should_save = True
+            else:
+                control.should_log = control.should_evaluate = control.should_save = False
+        return control
+
+    def _stops(self, state: TrainerState) -> bool:
+        return self.signum is not None and state.global_step < state.max_steps
 
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ _TRAINING = (
     "dataloader_drop_last", "pad_to_multiple_of", "average_tokens_across_devices",
 )  # fmt: skip
 _LENGTH = ("training.max_steps", "training.num_train_epochs")
+_LOADED = ("rows of ", "dtype of ")
+"""How the names of facts begin that are known when model and data are loaded."""
 _PACKAGES = ("rotmole", "torch", "transformers", "peft", "accelerate", "tokenizers")
 
 
@@ -73,17 +75,28 @@ def facts_of(run: RunFile) -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they were shown when the run file was read
         adapter = RotMoleConfig(task_type="CAUSAL_LM", **run.adapter).to_dict()
-    training = sft_arguments(run)
+    training = _defaults() | sft_arguments(run)
     found: dict[str, Any] = {"seed": run.seed, "processes": world_size()}
     found |= {f"adapter.{k}": v for k, v in adapter.items() if k not in _NOT_THE_ADAPTERS}
     found |= {f"model.{name}": getattr(run.model, name) for name in _MODEL}
     names = (*_TRAINING, *(name.partition(".")[2] for name in _LENGTH))
-    found |= {f"training.{name}": training[name] for name in names if name in training}
+    found |= {f"training.{name}": training.get(name) for name in names}
     found |= {f"optimizer.{k}": v for k, v in run.optimizer.model_dump().items()}
     found["data.temperature"] = run.data.temperature
-    found |= {f"data.tasks.{name}.weight": task.weight for name, task in run.data.tasks.items()}
+    found["order of data.tasks"] = list(run.data.tasks)
+    for name, task in run.data.tasks.items():
+        found[f"data.tasks.{name}.weight"] = task.weight
+        found[f"data.tasks.{name}.task_group"] = task.task_group
     found |= {f"version of {k}": v for k, v in versions().items() if k in _PACKAGES}
     return {name: _plain(value) for name, value in found.items()}
+
+
+def _defaults() -> dict[str, Any]:
+    """Return what TRL takes for settings that a run file leaves out."""
+    from trl import SFTConfig
+
+    fields = SFTConfig.__dataclass_fields__.items()
+    return {name: field.default for name, field in fields if field.default is not MISSING}
 
 
 def loaded_facts(fingerprint: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
@@ -110,7 +123,7 @@ def check_changes(checkpoint: Path, now: Mapping[str, Any], *, allow: bool) -> l
 
     Args:
         checkpoint: a complete checkpoint.
-        now: facts of this run; those of the checkpoint that are not among them are not compared.
+        now: from facts_of, or from loaded_facts; compared with the checkpoint's of that kind.
         allow: go on with other settings, data, processes or versions.
 
     Returns:
@@ -123,9 +136,11 @@ def check_changes(checkpoint: Path, now: Mapping[str, Any], *, allow: bool) -> l
     """
     content = read_seal(checkpoint)
     saved = content.get("facts", {}) if isinstance(content, dict) else {}
+    late = all(name.startswith(_LOADED) for name in now)
+    gone = [name for name in saved if name not in now and name.startswith(_LOADED) == late]
     changes = [
         Change(name, saved.get(name), now.get(name))
-        for name in now
+        for name in (*now, *gone)
         if saved.get(name) != now.get(name)
     ]
     shapes = [change for change in changes if change.name in _SHAPES]

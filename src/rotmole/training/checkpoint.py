@@ -277,7 +277,8 @@ def prune(run_dir: Path, keep: int | None, newest: Path, best: str | None) -> No
         return
     safe = {newest.name, Path(best).name if best else newest.name}
     others = [path for path in checkpoints(run_dir) if path.name not in safe]
-    whole = [path for path in others if is_sealed(path)]
+    # those after the newest are of a way not gone: damaged, and trained anew from an older one
+    whole = [path for path in others if is_sealed(path) and step_of(path) < step_of(newest)]
     stay = whole[max(len(whole) - max(keep - len(safe), 0), 0) :]
     for path in others:
         if path not in stay:

@@ -17,7 +17,10 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 METRICS = "metrics.jsonl"
 ADAPTER = "adapter"
-_PRODUCTS = (MANIFEST, METRICS, "run.yaml", "loss.svg", "failure.json", "evaluation.json")
+UNFINISHED = ".unfinished"
+"""Lies in a run folder from the start, or a resume, until the result is written."""
+SCORES = "evaluation.json"
+_PRODUCTS = (MANIFEST, METRICS, "run.yaml", "loss.svg", "failure.json")
 
 
 def check_free(run_dir: Path) -> None:
@@ -32,7 +35,7 @@ def check_free(run_dir: Path) -> None:
     Source: our choice.
     """
     kept = [path for path in checkpoints(run_dir) if not is_half_written(path)]
-    if kept and not (run_dir / ADAPTER).is_dir():
+    if kept and not is_finished(run_dir):
         whole = [path.name for path in kept if is_sealed(path)]
         advice = f"add --resume auto to go on from {whole[-1]}, " if whole else ""
         raise InputError(
@@ -51,6 +54,11 @@ def check_free(run_dir: Path) -> None:
                 f"output_dir {str(run_dir)!r} holds {', '.join(foreign)}, which a run replaces "
                 "and which no run of rotmole wrote; choose another output_dir."
             )
+
+
+def is_finished(run_dir: Path) -> bool:
+    """Tell whether the adapter in a run folder is the result of all that was trained there."""
+    return (run_dir / ADAPTER).is_dir() and not (run_dir / UNFINISHED).exists()
 
 
 def clear(run_dir: Path, *, resuming: bool) -> None:
@@ -73,6 +81,7 @@ def clear(run_dir: Path, *, resuming: bool) -> None:
             return
         if (run_dir / MANIFEST).is_file():
             logger.warning("the finished run in %s is replaced", run_dir)
+            (run_dir / SCORES).unlink(missing_ok=True)
         for path in [*checkpoints(run_dir), run_dir / ADAPTER]:
             shutil.rmtree(path, ignore_errors=True)
         for name in _PRODUCTS:

@@ -198,16 +198,16 @@ def _figure(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def final_metrics(rows: Sequence[dict[str, Any]], *, best: bool) -> dict[str, Any]:
+def final_metrics(rows: Sequence[dict[str, Any]], step: int) -> dict[str, Any]:
     """Pick a run's figures from its log: those of the weights that are its result.
 
     Args:
         rows: the lines of metrics.jsonl.
-        best: the result is the checkpoint with the lowest validation loss, not the last one.
+        step: the update that the result's weights are of.
 
     Returns:
         train_loss, train_tokens_per_second, peak_memory_bytes, num_input_tokens_seen, and, where
-        there was validation, every eval loss of the result and the step it was made at.
+        there was validation by then, every eval loss of the last one and the step it was made at.
 
     Source: our choice.
     """
@@ -215,9 +215,9 @@ def final_metrics(rows: Sequence[dict[str, Any]], *, best: bool) -> dict[str, An
     for row in rows:
         if "train_loss" in row:
             found |= {name: row[name] for name in _FIGURES if name in row}
-    validated = [row for row in rows if row.get("eval_loss") is not None]
+    validated = [r for r in rows if r.get("eval_loss") is not None and r["step"] <= step]
     if validated:
-        row = min(validated, key=lambda row: row["eval_loss"]) if best else validated[-1]
+        row = max(validated, key=lambda row: row["step"])
         found |= {name: value for name, value in row.items() if name.endswith("_loss")}
         found["eval_step"] = row["step"]
     return found

@@ -16,14 +16,15 @@ from rotmole.config.load import resolved_yaml
 from rotmole.config.schema import RunFile
 from rotmole.data import data_fingerprint
 from rotmole.errors import NonFiniteError
-from rotmole.models.files import atomic_write_text
+from rotmole.models.files import atomic_write_text, storage_errors
 from rotmole.training.build import Built, build
 from rotmole.training.callbacks import StopOnSignal, read_metrics
 from rotmole.training.changes import check_changes, facts_of, loaded_facts
-from rotmole.training.checkpoint import find_resume, prune
+from rotmole.training.checkpoint import find_resume, prune, step_of
 from rotmole.training.folder import (
     MANIFEST,
     METRICS,
+    UNFINISHED,
     check_free,
     clear,
     save_adapter,
@@ -200,6 +201,8 @@ def prepare_folder(built: Built, origin: Origin) -> None:
     trainer.facts, trainer.weights_only = origin.facts | facts, origin.weights_only
     if is_main_process():
         check_space(run_dir, trainer)
+        with storage_errors(run_dir):
+            (run_dir / UNFINISHED).touch()
         clear(run_dir, resuming=origin.checkpoint is not None)
         write_papers(built, fingerprint, origin.checkpoint, changes)
 
@@ -240,17 +243,19 @@ def _nothing_left(built: Built, checkpoint: Path) -> bool:
 
 def _result(built: Built, stop: StopOnSignal, seconds: float) -> TrainResult:
     trainer, run_dir = built.trainer, Path(built.run.output_dir)
-    state, best = trainer.state, trainer.args.load_best_model_at_end
+    state = trainer.state
+    best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    made = step_of(Path(best)) if best else state.global_step
     stopped = state.global_step < state.max_steps or trainer.owed
     return TrainResult(
         run_dir=run_dir,
         adapter_dir=None,
         steps=state.global_step,
-        metrics=final_metrics(read_metrics(run_dir / METRICS), best=best),
+        metrics=final_metrics(read_metrics(run_dir / METRICS), made),
         seconds=seconds,
         trainable_parameters=built.model.get_nb_trainable_parameters()[0],
         interrupted=stop.signum if stopped else None,
-        best_checkpoint=state.best_model_checkpoint if best else None,
+        best_checkpoint=best,
         built=built,
     )
 
@@ -322,4 +327,5 @@ def finish(result: TrainResult) -> TrainResult:
         "training seconds": result.seconds,
     }
     atomic_write_text(result.adapter_dir / "README.md", model_card(run, base.note, figures))
+    (result.run_dir / UNFINISHED).unlink(missing_ok=True)
     return result

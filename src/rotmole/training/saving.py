@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from rotmole.errors import StorageError
 from rotmole.models.files import atomic_write_text, storage_errors, sync
-from rotmole.training.checkpoint import begin, faults, prune, read_seal, remove, seal
+from rotmole.training.checkpoint import COMPLETE, begin, faults, prune, read_seal, remove, seal
 from rotmole.training.folder import METRICS
 from rotmole.tuner.balance import balance_states
 
@@ -60,6 +60,26 @@ def whole_checkpoint(trainer: Any) -> Iterator[None]:
             seal(checkpoint, {"facts": trainer.facts, "validation_owed": trainer.owed})
     if writes:
         prune(run_dir, trainer.keep, checkpoint, trainer.state.best_model_checkpoint)
+    trainer.accelerator.wait_for_everyone()
+
+
+def seal_again(trainer: Any, checkpoint: Path) -> None:
+    """Let a checkpoint that was just written say as well whether its validation was cut short.
+
+    Args:
+        trainer: a RotMoleTrainer.
+        checkpoint: of the update just made; complete before and after.
+
+    Raises:
+        StorageError: the disk refused; the checkpoint says what it said.
+
+    Source: our choice.
+    """
+    if trainer.is_world_process_zero():
+        content = read_seal(checkpoint)
+        assert isinstance(content, dict)
+        content["validation_owed"] = trainer.owed
+        atomic_write_text(checkpoint / COMPLETE, json.dumps(content, indent=1) + "\n")
     trainer.accelerator.wait_for_everyone()
 
 

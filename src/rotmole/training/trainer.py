@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +21,13 @@ from transformers import TrainingArguments
 from rotmole.config.schema import OptimizerSection
 from rotmole.errors import ConfigError, NonFiniteError
 from rotmole.models.files import atomic_write_text
+from rotmole.models.memory import peak_rss_bytes
 from rotmole.optim import RiemannianAdamW, RiemannianSGD, parameter_groups
 from rotmole.optim.riemannian import DELTA
 from rotmole.training.callbacks import balance_logs
 from rotmole.training.finite import Fault, agreed_fault
 from rotmole.training.order import EpochSampler
-from rotmole.training.saving import forward_schedule, usable_best, whole_checkpoint
+from rotmole.training.saving import forward_schedule, seal_again, usable_best, whole_checkpoint
 from rotmole.training.sharding import adapter_state, sharding_works, unpin
 from rotmole.training.validation import IGNORED, ValidatingTrainer
 from rotmole.tuner.balance import balance_states
@@ -48,6 +47,7 @@ class RotMoleTrainer(ValidatingTrainer):
         self.keep, self.args.save_total_limit = self.args.save_total_limit, None  # we prune
         self.facts: dict[str, Any] = {}
         self.weights_only = False
+        self.sealed: int | None = None  # the update whose checkpoint this process wrote last
         self.summed_from = 0
         self.micro_batches: list[tuple[dict[str, Any], torch.Tensor]] = []
         self.fault: Fault | None = None
@@ -179,7 +179,10 @@ class RotMoleTrainer(ValidatingTrainer):
     def rows_of_update(self, step: int) -> list[dict[str, str]]:
         """Name the rows of update step + 1, all processes' (our own order): task and id."""
         size = self.rows_an_update()
-        updates = -(-len(self.train_dataset) // size)
+        rows, each = len(self.train_dataset), size // self.args.gradient_accumulation_steps
+        if self.args.dataloader_drop_last:  # a last batch that is not full; not a last update
+            rows -= rows % each
+        updates = max(-(-rows // size), 1)
         epoch, update = divmod(step, updates)
         sampler = self._get_train_sampler()
         if not isinstance(sampler, EpochSampler):
@@ -189,8 +192,13 @@ class RotMoleTrainer(ValidatingTrainer):
         return [{"task": row["task"], "id": row["id"]} for row in columns]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        step = self.state.global_step
+        if self.sealed == step:  # the same weights: what can be new is that validation was cut
+            seal_again(self, Path(self.args.output_dir, f"checkpoint-{step}"))
+            return
         with whole_checkpoint(self):
             super()._save_checkpoint(model, trial)
+        self.sealed = step
 
     def _load_best_model(self) -> None:
         if usable_best(self):
@@ -276,5 +284,4 @@ def peak_memory_bytes() -> int:
     """Return the largest memory this process has held: on CUDA the device's, else its own."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak_rss_bytes()

@@ -52,9 +52,9 @@ class UsageCallback(TrainerCallback):
                 self.handles.append(module.register_forward_hook(self._counter(name, module)))
         if self.handles:
             base = model.get_base_model() if hasattr(model, "get_base_model") else model
-            for mask, handle in watch_masks(base).values():
+            for mask, handles in watch_masks(base).values():
                 self.masks.append(mask)
-                self.handles.append(handle)
+                self.handles += handles
 
     def _counter(self, name: str, experts: Experts) -> Any:
         def count(module: torch.nn.Module, args: Any, output: Any) -> None:

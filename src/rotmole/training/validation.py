@@ -73,8 +73,15 @@ class ValidatingTrainer(Trainer):
     ) -> dict[str, float]:
         """Compute eval_<task>_loss of every task, and eval_loss, their mean weighted by rows.
 
-        A task's loss is the mean over its learnt tokens.
+        A task's loss is the mean over its learnt tokens. Training's random numbers stay as they
+        are, though every loader draws one: a validation cut short draws fewer.
         """
+        with torch.random.fork_rng(devices=[]):
+            return self._losses_by_task(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def _losses_by_task(
+        self, eval_dataset: Any, ignore_keys: list[str] | None, metric_key_prefix: str
+    ) -> dict[str, float]:
         if eval_dataset is not None or not isinstance(self.eval_dataset, dict):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         start, rows, total = time.time(), 0, 0.0
@@ -107,6 +114,7 @@ class ValidatingTrainer(Trainer):
             if skip_scheduler:  # before the first update: the disk has all there is
                 raise
             self.control.should_save = self.control.should_training_stop = True
+            self.control.should_evaluate = False  # not once more at the end of the loop
             return {}
         if owed and self._determine_best_metric(metrics, trial):
             step = self.state.global_step
@@ -114,7 +122,14 @@ class ValidatingTrainer(Trainer):
         return metrics
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        return not metrics or super()._determine_best_metric(metrics, trial)
+        """Note the best; only weights that are kept can be it."""
+        if not metrics:
+            return True
+        checkpoint = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        kept = self.control.should_save or checkpoint.is_dir()
+        if not kept and self.args.save_strategy != "best":
+            return False
+        return super()._determine_best_metric(metrics, trial)
 
 
 def _mean_of_tokens(rows: EvalPrediction) -> dict[str, float]:

@@ -46,6 +46,8 @@ class BalanceState:
             of the step in all processes / processes), padding not counted; with equal
             micro-batches that is 1 / micro-batches of the step.
         tasks: [N] group of each sequence's task, None where the batch does not say.
+        checked_groups: below which number all of `tasks` are known to lie, 0 if they were not
+            looked at.
         wants_tasks: whether the localised loss is on, so that `pop` reports it.
         managed: True when somebody sets loss_scale at each step; silences the warning about it.
     """
@@ -53,6 +55,7 @@ class BalanceState:
     mask: Tensor | None = None
     ids: Tensor | None = None
     tasks: Tensor | None = None
+    checked_groups: int = 0
     wants_tasks: bool = False
     warned_of_tasks: bool = False
     warned_of_bias: bool = False
@@ -261,7 +264,7 @@ def add_balance(
         settings,
         sequences=x.shape[0] if settings.scope == "sequence" and x.dim() >= 3 else 1,
         mask_T=None if mask is None else mask.reshape(-1).to(x.device),
-        group_N=tasks_for(state, x) if settings.task and x.dim() >= 3 else None,
+        group_N=tasks_for(state, x, settings.task_groups) if settings.task else None,
         witness=router if settings.witness else None,
     )
     logits_TE, routing, index_KT = routed
@@ -284,13 +287,23 @@ def _keep_batch(
         setattr(state, attribute, found if isinstance(found, Tensor) and found.dim() == 2 else None)
 
 
-def watch_masks(model: nn.Module) -> dict[str, tuple[BalanceState, Any]]:
+def _keep_batch_of_part(
+    state: BalanceState, names: list[str], module: nn.Module, args: Any, kwargs: Any
+) -> None:
+    """As _keep_batch, for a model's body: it may be called by itself, but then with token ids."""
+    found = args[names.index("input_ids")] if args and names[0] == "input_ids" else None
+    if kwargs.get("input_ids", found) is not None:
+        _keep_batch(state, names, module, args, kwargs)
+
+
+def watch_masks(model: nn.Module) -> dict[str, tuple[BalanceState, list[Any]]]:
     """Hook the stacks of a model so that each knows its batch's attention mask and token ids.
 
-    An encoder-decoder has two stacks, whose masks differ; any other model has one.
+    An encoder-decoder has two stacks, whose masks differ; any other model has one, and its body
+    (transformers' `base_model`) is watched too, because some trainers call that alone.
 
     Returns:
-        {path of the stack in model: (its state, the hook's handle)}.
+        {path of the stack in model: (its state, the hooks' handles)}.
     """
     stacks = {"": model}
     config = getattr(model, "config", None)
@@ -304,7 +317,13 @@ def watch_masks(model: nn.Module) -> dict[str, tuple[BalanceState, Any]]:
         names = list(inspect.signature(stack.forward).parameters)
         state = BalanceState()
         hook = partial(_keep_batch, state, names)
-        watched[name] = (state, stack.register_forward_pre_hook(hook, with_kwargs=True))
+        watched[name] = (state, [stack.register_forward_pre_hook(hook, with_kwargs=True)])
+    body = getattr(model, "base_model", None)
+    if len(watched) == 1 and isinstance(body, nn.Module) and body is not model:
+        state, handles = watched[""]
+        names = list(inspect.signature(body.forward).parameters)
+        hook = partial(_keep_batch_of_part, state, names)
+        handles.append(body.register_forward_pre_hook(hook, with_kwargs=True))
     return watched
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
+
+from rotmole.tuner.expert_rules import is_number
 
 if TYPE_CHECKING:
     from rotmole.tuner.config import RotMoleConfig
@@ -12,17 +13,12 @@ if TYPE_CHECKING:
 ROUTER_SCOPES = ("layer", "block")
 
 
-def _is_number(value: object) -> bool:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and math.isfinite(value)  # type: ignore[arg-type] # checked the line before
-
-
 def balance_problems(config: RotMoleConfig) -> Iterator[str]:
     """Yield what is wrong with each of these settings by itself."""
     weight, offset = config.router_task_loss_coef, config.router_task_offset
-    if not (_is_number(weight) and weight >= 0):
+    if not (is_number(weight) and weight >= 0):
         yield f"router_task_loss_coef is {weight!r}; it must be a number of at least 0"
-    if not (_is_number(offset) and 0 <= offset < 1):
+    if not (is_number(offset) and 0 <= offset < 1):
         yield f"router_task_offset is {offset!r}; it must lie in 0 <= router_task_offset < 1"
     groups: object = config.router_task_groups
     if not (isinstance(groups, int) and not isinstance(groups, bool) and groups >= 1):
@@ -71,8 +67,6 @@ def _block_problems(config: RotMoleConfig, radar: bool) -> Iterator[str]:
             f"router_scope is 'block' but rotation is {config.rotation!r}, which lets experts' "
             "outputs turn each other within one layer; choose another rotation"
         )
-    if config.init_weights == "svd":
-        yield "router_scope is 'block'; init_weights 'svd' is defined for single layers only"
     if config.router_sqrt_gate is True:
         yield "router_scope is 'block'; router_sqrt_gate is defined for single layers only"
 

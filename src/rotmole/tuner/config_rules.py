@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -11,18 +10,13 @@ from rotmole.ops.fused import can_fuse
 from rotmole.ops.rotation import ROTATIONS, Rotation
 from rotmole.ops.routers import ROUTERS
 from rotmole.ops.selection import SCORINGS, SELECTIONS
-from rotmole.tuner.expert_rules import is_routed
+from rotmole.tuner.expert_rules import is_number, is_routed
 
 if TYPE_CHECKING:
     from rotmole.tuner.config import RotMoleConfig
 
 FORMAT_VERSION = 1
 SCOPES = ("sequence", "micro_batch")
-
-
-def _is_number(value: object) -> bool:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and math.isfinite(value)  # type: ignore[arg-type] # checked the line before
 
 
 def count_problems(config: RotMoleConfig) -> Iterator[str]:
@@ -47,13 +41,13 @@ def number_problems(config: RotMoleConfig) -> Iterator[str]:
     alphas = {"lora_alpha": config.lora_alpha}
     alphas |= {f"alpha_pattern[{key!r}]": alpha for key, alpha in _items(config.alpha_pattern)}
     for name, alpha in alphas.items():
-        if not (_is_number(alpha) and alpha > 0):
+        if not (is_number(alpha) and alpha > 0):
             yield f"{name} is {alpha!r}; it must be a number above 0"
-    if not (_is_number(config.lora_dropout) and 0 <= config.lora_dropout < 1):
+    if not (is_number(config.lora_dropout) and 0 <= config.lora_dropout < 1):
         yield f"lora_dropout is {config.lora_dropout!r}; it must lie in 0 <= lora_dropout < 1"
     for name in ("router_aux_loss_coef", "router_z_loss_coef"):
         value = getattr(config, name)
-        if not (_is_number(value) and value >= 0):
+        if not (is_number(value) and value >= 0):
             yield f"{name} is {value!r}; it must be a number of at least 0"
     for name in ("use_rslora", "norm_topk_prob", "radar_normalize"):
         if not isinstance(getattr(config, name), bool):

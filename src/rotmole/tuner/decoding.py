@@ -31,7 +31,8 @@ class PackCache:
 
     Weights change in training, which is between a call of train() and one of eval(): both forget
     the pack, and so does a forward pass that could train. Versions and addresses of the weights
-    show loading and moving besides; fused optimizers change weights without a new version.
+    show loading and moving besides; fused optimizers change weights without a new version, and so
+    does who writes through `.data`, who must call eval() afterwards.
 
     Attributes:
         pack: of this layer, then of its followers; None before the first use.
@@ -82,9 +83,11 @@ class PackCache:
         ]
         counts = [layer.packs.count for layer in layers]
         key = (dtype, *counts, *[w.data_ptr() for w in weights], *[w._version for w in weights])
-        if self.pack is None or key != self.key:
-            self.key, self.pack = key, pack([_weights(layer) for layer in layers], dtype)
-        return self.pack
+        found = self.pack
+        if found is None or key != self.key:  # a local one: another thread may forget it meanwhile
+            found = pack([_weights(layer) for layer in layers], dtype)
+            self.key, self.pack = key, found
+        return found
 
 
 def _weights(layer: Experts) -> LayerWeights:
@@ -201,6 +204,11 @@ def _fits(layer: Experts, leader: Experts, x_TD: Tensor) -> bool:
 
 def _follow(leader: Experts, layer: Experts) -> None:
     """Let the leader compute for a layer too, where their weights fit together."""
-    same = leader.num_experts == layer.num_experts  # A alone does not say so where it is shared
-    if same and leader.expert_A.shape == layer.expert_A.shape:
+    if layer not in leader.packs.followers and _shapes(layer) == _shapes(leader):
         leader.packs.followers.append(layer)
+
+
+def _shapes(layer: Experts) -> list[tuple[int, torch.Size]]:
+    """What is laid together; E besides, which A does not say where it is shared."""
+    weights = [layer.expert_A, layer.router_weight, *layer.gates().values()]
+    return [(layer.num_experts, weight.shape) for weight in weights]

@@ -29,11 +29,11 @@ def expert_problems(config: RotMoleConfig) -> Iterator[str]:
         yield f"frozen is {config.frozen!r}; it must be one of {', '.join(FROZEN)}"
     if not any(config.init_weights is value or config.init_weights == value for value in INITS):
         yield f"init_weights is {config.init_weights!r}; it must be true, false, gaussian or svd"
-    if not (_is_number(config.A_density) and 0 < config.A_density <= 1):
+    if not (is_number(config.A_density) and 0 < config.A_density <= 1):
         yield f"A_density is {config.A_density!r}; it must lie in 0 < A_density <= 1"
     elif config.A_density < 1:
         yield from _sparse_problems(config)
-    if config.goat_eta is not None and not (_is_number(config.goat_eta) and config.goat_eta > 0):
+    if config.goat_eta is not None and not (is_number(config.goat_eta) and config.goat_eta > 0):
         yield f"goat_eta is {config.goat_eta!r}; it must be a number above 0 or null"
     if config.share_A is True and config.init_weights == "svd":
         yield "share_A is True; init_weights 'svd' starts each expert at an A of its own"
@@ -65,7 +65,8 @@ def _pattern_problems(name: str, pattern: object) -> Iterator[str]:
             yield f"{name} holds {value!r}; its values must be whole numbers of at least 1"
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Tell whether a setting is a finite number, which true and false are not."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return number and math.isfinite(value)  # type: ignore[arg-type] # checked the line before
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rotmole.errors import ModelError
 from rotmole.ops.mixture import mixture
+from rotmole.ops.precision import at_least_float32
 from rotmole.ops.rotation import gate_shapes
 from rotmole.ops.routing import Routed, Routing, route
 from rotmole.tuner.balance import BalanceSettings, BalanceState, add_balance
@@ -125,6 +127,19 @@ class Experts(nn.Module):
             bias_E=self.router_bias,
             training=self.training,
         )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Experts:
+        """Move or cast; packs are of the old weights, and the bias never becomes a half type.
+
+        It moves by steps of router_bias_rate, which a half type soon cannot add.
+        """
+        bias_E = self.router_bias
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call] # torch's own types
+        self.packs.clear()
+        found_E = self.router_bias
+        if found_E is not None and bias_E is not None and found_E.element_size() < 4:
+            self.router_bias = at_least_float32(bias_E.to(found_E.device))
+        return self
 
     def train(self, mode: bool = True) -> Experts:
         """Switch training on or off; weights packed for decoding are forgotten."""
@@ -353,6 +368,13 @@ class Linear(nn.Module, RotMoleLayer):
         for adapter_name in active:
             result = self.add(result, x, adapter_name)
         return result.to(dtype)
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise ModelError(
+            "torch.nn.DataParallel shares what the layers of a mixture know of a batch among its "
+            "replicas; use torch.nn.parallel.DistributedDataParallel (torchrun), or one device "
+            "(CUDA_VISIBLE_DEVICES=0)"
+        )
 
     def __repr__(self) -> str:
         return "rotmole." + super().__repr__()

@@ -44,8 +44,9 @@ class RotMoleModel(BaseTuner):  # type: ignore[misc] # peft ships no types
     """A model whose target layers carry mixtures of rotated low-rank experts.
 
     Made by `peft.get_peft_model(model, RotMoleConfig(...))`. Nothing outside the adapted layers is
-    changed, but for a forward hook that keeps the attention mask and token ids where a balance loss
-    is on, or a router or selection reads them, and for a switch of bitsandbytes (`keep_trainable`).
+    changed, but for forward hooks: one keeps the attention mask and token ids where a balance loss
+    is on, or a router or selection reads them, one takes `task_id` out of a batch where the
+    localised loss is on; and for a switch of bitsandbytes (`keep_trainable`).
 
     Args:
         model: the base model.
@@ -146,13 +147,13 @@ class RotMoleModel(BaseTuner):  # type: ignore[misc] # peft ships no types
                 plain_outside(peft_config, config, current_key)
             elif config.num_experts == 1:
                 part = None  # one expert is added in the layer itself
+        _check_supported(target, current_key, config)
+        check_stack(self.model, current_key, config)
         if isinstance(target, RotMoleLayer):
             target.update_layer(
                 adapter_name, config, inference_mode=config.inference_mode, part=part
             )
             return
-        _check_supported(target, current_key, config)
-        check_stack(self.model, current_key, config)
         layer = Linear(target, adapter_name, config, part)
         siblings = [child for child in parent.children() if isinstance(child, RotMoleLayer)]
         if siblings:
@@ -179,7 +180,7 @@ class RotMoleModel(BaseTuner):  # type: ignore[misc] # peft ships no types
             self._watched = watch_masks(model)
         states = [state for state, _ in self._watched.values()]
         if config.router_task_loss_coef and not any(state.wants_tasks for state in states):
-            self._watched_tasks = watch_tasks(model, states, config.router_task_groups)
+            self._watched_tasks = watch_tasks(model, states)
         settings = BalanceSettings(
             balance=config.router_aux_loss_coef / len(layers),
             z=config.router_z_loss_coef / len(layers),
@@ -199,8 +200,9 @@ class RotMoleModel(BaseTuner):  # type: ignore[misc] # peft ships no types
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)
-        for _, handle in getattr(self, "_watched", {}).values():
-            handle.remove()
+        for _, handles in getattr(self, "_watched", {}).values():
+            for handle in handles:
+                handle.remove()
         if hasattr(self, "_watched_tasks"):
             self._watched_tasks.remove()
         return model

@@ -69,6 +69,11 @@ def _settings(experts: Experts, dtype: torch.dtype, keep_scale: float = 1.0) -> 
     )
 
 
+def _trains(experts: Experts) -> bool:
+    """Whether any weight learns; with frozen experts the gates alone may."""
+    return any(w is not None and w.requires_grad for w in experts._parameters.values())
+
+
 def _decodes(experts: Experts, x_TD: Tensor, dropout: nn.Module) -> bool:
     """Whether one new token a row goes by packed weights."""
     if dropout.training or not may_pack(experts, x_TD):
@@ -118,7 +123,7 @@ def add(
     settings = _settings(experts, dtype, keep_scale)
     arguments = (settings, x_TD, experts.expert_A, experts.expert_B, experts.gates())
     if experts.routes_inside:
-        if torch.is_grad_enabled() and experts.expert_B.requires_grad:
+        if torch.is_grad_enabled() and _trains(experts):
             experts.packs.note_training()
         y_TO, logits_TE, index_KT = fused_mixture(
             *arguments, router_ED=experts.router_weight, keep_TD=keep_TD, base_TO=base_TO

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from rotmole.ops.routers import ROUTERS
 from rotmole.ops.selection import SELECTIONS
+from rotmole.tuner.expert_rules import is_number
 
 if TYPE_CHECKING:
     from rotmole.tuner.config import RotMoleConfig
@@ -27,12 +28,12 @@ def router_problems(config: RotMoleConfig) -> Iterator[str]:
             "a number above 0, or null",
         ),
         "router_jitter": (
-            _is_number(config.router_jitter) and 0 <= config.router_jitter < 1,
+            is_number(config.router_jitter) and 0 <= config.router_jitter < 1,
             "a number with 0 <= router_jitter < 1",
         ),
         "top_p": (_between(config.top_p, least=0, most=1), "a number with 0 < top_p <= 1"),
         "router_bias_rate": (
-            _is_number(config.router_bias_rate) and config.router_bias_rate >= 0,
+            is_number(config.router_bias_rate) and config.router_bias_rate >= 0,
             "a number of at least 0",
         ),
     }
@@ -41,13 +42,8 @@ def router_problems(config: RotMoleConfig) -> Iterator[str]:
             yield f"{name} is {getattr(config, name)!r}; it must be {rule}"
 
 
-def _is_number(value: object) -> bool:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and math.isfinite(value)  # type: ignore[arg-type] # checked the line before
-
-
 def _between(value: float, *, least: float, most: float = math.inf) -> bool:
-    return _is_number(value) and least < value <= most
+    return is_number(value) and least < value <= most
 
 
 def router_rule_problems(config: RotMoleConfig, broken: set[str]) -> Iterator[str]:
@@ -66,9 +62,9 @@ def router_rule_problems(config: RotMoleConfig, broken: set[str]) -> Iterator[st
                 f"router is {config.router!r} but selection is {row.name!r}; its scores say which "
                 "experts, not how much of each, so selection: top_k"
             )
-        if config.router == "hash" and _is_number(config.router_bias_rate):
+        if config.router == "hash" and is_number(config.router_bias_rate):
             yield from _hash_problems(config)
-    biased = _is_number(config.router_bias_rate) and config.router_bias_rate > 0
+    biased = is_number(config.router_bias_rate) and config.router_bias_rate > 0
     if biased and row.name != "top_k":
         yield (
             f"router_bias_rate is {config.router_bias_rate} but selection is {row.name!r}; the "

@@ -19,41 +19,38 @@ KEY = "task_id"
 
 
 def _keep_tasks(
-    states: Sequence[BalanceState], groups: int, module: nn.Module, args: Any, kwargs: Any
+    states: Sequence[BalanceState], module: nn.Module, args: Any, kwargs: Any
 ) -> tuple[Any, dict[str, Any]]:
     """Forward pre-hook: remember the [N] task groups of the batch; the model never sees them."""
-    found = kwargs.get(KEY)
-    if isinstance(found, Tensor) and found.numel() and not torch.compiler.is_compiling():
-        low, high = int(found.min()), int(found.max())
-        if low < 0 or high >= groups:
-            raise DataError(
-                f"{KEY} holds {low if low < 0 else high}; it is the group of a row's task and must "
-                f"lie in 0..{groups - 1}, because router_task_groups is {groups}"
-            )
     for state in states:
-        state.tasks = found
+        state.tasks, state.checked_groups = kwargs.get(KEY), 0
     return args, {name: value for name, value in kwargs.items() if name != KEY}
 
 
-def watch_tasks(model: nn.Module, states: Sequence[BalanceState], groups: int) -> Any:
+def watch_tasks(model: nn.Module, states: Sequence[BalanceState]) -> Any:
     """Hook a model so that `task_id` of its batch, [N], reaches the states of its stacks.
 
     Args:
         model: the base model.
         states: of its stacks.
-        groups: how many groups there are.
 
     Returns:
         The hook's handle.
     """
     for state in states:
         state.wants_tasks = True
-    hook = partial(_keep_tasks, list(states), groups)
+    hook = partial(_keep_tasks, list(states))
     return model.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def tasks_for(state: BalanceState, x: Tensor) -> Tensor | None:
-    """Return the [N] task groups if they belong to x [N, ..., D]; warn once if there are none."""
+def tasks_for(state: BalanceState, x: Tensor, groups: int) -> Tensor | None:
+    """Return the [N] task groups if they belong to x [N, ..., D]; warn once if there are none.
+
+    Raises:
+        DataError: one of them is no group of the adapter at hand, which has `groups`.
+    """
+    if x.dim() < 3:
+        return None
     if state.tasks is None:
         if not state.warned_of_tasks and not torch.compiler.is_compiling():
             state.warned_of_tasks = True
@@ -63,6 +60,18 @@ def tasks_for(state: BalanceState, x: Tensor) -> Tensor | None:
                 stacklevel=2,
             )
         return None
-    if x.dim() < 3 or x.shape[0] != state.tasks.shape[0]:
+    if state.checked_groups != groups and not torch.compiler.is_compiling():
+        _check(state.tasks, groups)
+        state.checked_groups = groups  # once a batch, not once a layer
+    if x.shape[0] != state.tasks.shape[0]:
         return None
     return state.tasks.to(x.device)
+
+
+def _check(tasks: Tensor, groups: int) -> None:
+    low, high = (int(tasks.min()), int(tasks.max())) if tasks.numel() else (0, 0)
+    if low < 0 or high >= groups:
+        raise DataError(
+            f"{KEY} holds {low if low < 0 else high}; it is the group of a row's task and must "
+            f"lie in 0..{groups - 1}, because router_task_groups is {groups}"
+        )
