@@ -59,7 +59,7 @@ docs: setup  ## run every code block of README and docs
 
 # FULL=--full measures every case, in two hours, and its rows stay when a shorter run follows; ORIGINALS=folder adds other systems' layers
 # (benchmarks/originals.py names them)
-QUESTIONS := layer peers step decode experts sharing operations startup
+QUESTIONS := layer peers step decode experts operations startup $(if $(FULL),sharing)
 bench: setup  ## time and memory beside LoRA and others into benchmarks/results (a quarter of an hour; keep the machine quiet)
 	@for q in $(QUESTIONS); do $(MAKE) --no-print-directory bench-one Q=$$q INTO=benchmarks/results || exit 1; done
 	$(BIN)/python benchmarks/plot.py

@@ -105,7 +105,7 @@ def many(given: argparse.Namespace) -> list[Row]:
 
 def main() -> int:
     """Profile every case."""
-    given = parser(__doc__).parse_args()
+    given = parser(__doc__, rounds=10).parse_args()
     start(given)
     rows = [*layers(given), *compiled(given), *decoding(given), *many(given)]
     return finish(rows, given, keep=False)  # one case has other operations after a change

@@ -54,7 +54,11 @@ def environment(lane: str) -> Path:
 
 def main(arguments: list[str]) -> int:
     lanes = [a for a in arguments if a in LANES] or LANES
-    extra = arguments[arguments.index("--") + 1 :] if "--" in arguments else ["-n", "2", "--dist", "worksteal"]
+    extra = (
+        arguments[arguments.index("--") + 1 :]
+        if "--" in arguments
+        else ["-n", "2", "--dist", "worksteal"]
+    )
     codes = []
     for lane in lanes:
         python = environment(lane)

@@ -1,9 +1,10 @@
 """A pytest plugin that judges mutants: pytest collects once, each mutant runs in a fork of that.
 
 mutmut's own loop starts pytest anew for every mutant, which costs more than most mutants take to
-die. Here a mutant meets the tests that reach it, those first that killed others of its function, then
-the quickest, until one fails or until they have cost `budget` seconds of processor time: then it counts as a survivor. A test that takes ten
-times as long as it did unchanged, and `patience` seconds more, ends as a timeout.
+die. Here a mutant meets the tests that reach it, those first that killed others of its function,
+then the quickest, until one fails or until they have cost `budget` seconds of processor time: then
+it counts as a survivor. A test that takes ten times as long as it did unchanged, and `patience`
+seconds more, ends as a timeout.
 """
 
 from __future__ import annotations
