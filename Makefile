@@ -59,9 +59,10 @@ docs: setup  ## run every code block of README and docs
 
 # FULL=--full measures every case, in two hours, and its rows stay when a shorter run follows; ORIGINALS=folder adds other systems' layers
 # (benchmarks/originals.py names them)
-QUESTIONS := layer peers step decode experts operations startup $(if $(FULL),sharing)
+QUESTIONS := layer peers step decode experts operations startup
+FULL_QUESTIONS := sharing
 bench: setup  ## time and memory beside LoRA and others into benchmarks/results (a quarter of an hour; keep the machine quiet)
-	@for q in $(QUESTIONS); do $(MAKE) --no-print-directory bench-one Q=$$q INTO=benchmarks/results || exit 1; done
+	@for q in $(QUESTIONS) $(if $(FULL),$(FULL_QUESTIONS)); do $(MAKE) --no-print-directory bench-one Q=$$q INTO=benchmarks/results || exit 1; done
 	$(BIN)/python benchmarks/plot.py
 	$(BIN)/python benchmarks/targets.py
 
@@ -70,7 +71,7 @@ bench-one:
 	@$(BIN)/python -W ignore benchmarks/$(Q).py $(FULL) $(if $(filter peers,$(Q)),$(if $(ORIGINALS),--originals $(ORIGINALS))) --csv $(INTO)/$(Q).csv
 
 bench-check: setup  ## measure again and compare the ratios, not the seconds, with the committed results
-	@for q in $(QUESTIONS); do $(MAKE) --no-print-directory bench-one Q=$$q INTO=.cache/bench || exit 1; done
+	@for q in $(QUESTIONS) $(if $(FULL),$(FULL_QUESTIONS)); do $(MAKE) --no-print-directory bench-one Q=$$q INTO=.cache/bench || exit 1; done
 	$(BIN)/python benchmarks/check.py --new .cache/bench
 
 bench-parity: setup  ## agreement with lm-eval on DATA=folder
