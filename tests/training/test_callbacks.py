@@ -105,6 +105,22 @@ def test_a_stop_is_asked_for_while_there_is_work_left():
         assert (control.should_save, control.should_training_stop) == (stops, stops)
 
 
+def test_a_signal_after_the_ranks_agreed_waits_for_the_next_time():
+    """Between two meetings one process must not go another way than the others."""
+    args, stop, control = SimpleNamespace(device="cpu"), StopOnSignal(), TrainerControl()
+    state = TrainerState(global_step=3, max_steps=9, epoch=1.0)
+    stop.on_step_end(args, state, control)
+    stop.signum = signal.SIGTERM
+    stop.on_epoch_end(args, state, control)
+    assert not control.should_save
+    stop.on_step_end(args, state, control)
+    assert control.should_training_stop
+    assert not control.should_save  # at the end of the epoch, which this is
+    stop.on_epoch_end(args, state, control)
+    assert control.should_save
+    assert stop.agreed == signal.SIGTERM
+
+
 def test_a_line_cut_short_costs_only_itself(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n{"step": 2, "lo\xff\n[1]\n{"step": 3}\n{"st')

@@ -87,6 +87,16 @@ def test_what_was_there_and_is_gone_needs_to_be_allowed(tmp_path, override, told
     assert told in str(caught.value)
 
 
+def test_older_checkpoints_lack_what_was_left_to_its_default(tmp_path):
+    then = facts(tmp_path)
+    for name in ("order of data.tasks", "training.optim", "training.weight_decay"):
+        del then[name]
+    saved = checkpoint(tmp_path, 5, **then)
+    assert check_changes(saved, facts(tmp_path), allow=False) == []
+    with pytest.raises(InputError, match="seed is 4"):
+        check_changes(saved, facts(tmp_path, "seed=4"), allow=False)
+
+
 def test_a_task_that_is_gone_is_told_with_its_rows(tmp_path):
     rows = {task: {"rows": 30, "sha256": "a" * 64} for task in ("sums", "more")}
     saved = checkpoint(

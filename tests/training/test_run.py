@@ -14,6 +14,7 @@ from rotmole.config.load import load_run
 from rotmole.errors import InputError, NonFiniteError
 from rotmole.evaluation.target import find_target
 from rotmole.training.callbacks import TIMING_SUFFIXES, read_metrics
+from rotmole.training.checkpoint import checkpoints
 from rotmole.training.folder import UNFINISHED
 from rotmole.training.run import TrainResult, train
 from training_cases import run_file
@@ -205,6 +206,14 @@ def test_resuming_a_finished_run_changes_nothing(model_folder, data_folder, tmp_
     again = train(run, progress=False, resume="auto")
     assert (again.steps, again.interrupted) == (first.steps, None) == (5, None)
     assert weights.read_bytes() == before
+
+
+def test_checkpoints_of_another_run_are_not_pruned(straight, model_folder, data_folder, tmp_path):
+    there = checkpoints(straight.run_dir)
+    given = run_file(model_folder, data_folder, tmp_path, max_steps=15, save_total_limit=1)
+    train(given, progress=False, resume=str(straight.run_dir / "checkpoint-15"))
+    assert (tmp_path / "adapter").is_dir()
+    assert checkpoints(straight.run_dir) == there
 
 
 def test_files_of_others_are_not_replaced(model_folder, data_folder, tmp_path):

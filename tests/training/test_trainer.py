@@ -140,6 +140,8 @@ def test_the_failing_rows_are_named_where_a_batch_that_is_not_full_is_dropped(bu
     first = EpochSampler(60, built.run.seed).order(1)[:7]
     expected = trainer.train_dataset.select(first)
     assert [row["id"] for row in trainer.rows_of_update(8)] == expected["id"]
+    monkeypatch.setattr(trainer.args, "gradient_accumulation_steps", 3)
+    assert len(trainer.rows_of_update(2)) == 14  # 56 rows in updates of 21
 
 
 def test_the_first_layer_that_is_not_finite_is_named(built):

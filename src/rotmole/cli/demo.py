@@ -83,7 +83,8 @@ def make_jobs(
     text = files("rotmole.cli").joinpath("demo.yaml").read_text(encoding="utf-8")
     make_folder(output)
     start = output / "start.safetensors"
-    made = start.exists() or (output / "demo.json").exists()
+    mark = output / ".demo"
+    made = mark.exists() or (output / "demo.json").exists()
     threads = max(_cores() // 2, 1)
     jobs = []
     # Each side answers once without adapter too, so that both are busy equally long.
@@ -107,6 +108,7 @@ def make_jobs(
         run = load_run("demo.yaml", settings, text=text, data_problems=data_problems)
         jobs.append(Job(name, run, start, name == OURS, before, threads))
     start.unlink(missing_ok=True)
+    mark.touch()
     return jobs
 
 

@@ -219,7 +219,8 @@ class StopOnSignal(TrainerCallback):
             hand; other trainers' is waited for.
 
     Attributes:
-        signum: the signal that asked for the stop, None while nobody asked.
+        signum: the signal that this process got, None while it got none.
+        agreed: the signal that all processes know one of them got; all go the same way by it.
     """
 
     def __init__(
@@ -227,6 +228,7 @@ class StopOnSignal(TrainerCallback):
     ) -> None:
         self.cuts_validation = cuts_validation
         self.signum: int | None = None
+        self.agreed: int | None = None
         self.asked: float | None = None
         self.say = say
 
@@ -260,7 +262,7 @@ class StopOnSignal(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """Save and stop if somebody asked, in whichever process, and there is work left."""
-        self.signum = highest(self.signum or 0, args.device) or None
+        self._agree(args)
         if self._stops(state):
             control.should_save = not _epoch_is_whole(state)  # else at its end, below
             control.should_training_stop = True
@@ -270,15 +272,18 @@ class StopOnSignal(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """Keep a stop amid an epoch from being taken for its end, which may log, validate, save."""
-        if self._stops(state):
+        if self._stops(state):  # no process alone may decide here
             if _epoch_is_whole(state):
                 control.should_save = True
             else:
                 control.should_log = control.should_evaluate = control.should_save = False
         return control
 
+    def _agree(self, args: TrainingArguments) -> None:
+        self.agreed = highest(self.signum or 0, args.device) or None
+
     def _stops(self, state: TrainerState) -> bool:
-        return self.signum is not None and state.global_step < state.max_steps
+        return self.agreed is not None and state.global_step < state.max_steps
 
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -286,6 +291,6 @@ class StopOnSignal(TrainerCallback):
         """Cut validation short if somebody asked, in whichever process."""
         if not self.cuts_validation:
             return
-        self.signum = highest(self.signum or 0, args.device) or None
-        if self.signum is not None:
+        self._agree(args)
+        if self.agreed is not None:
             raise ValidationCut

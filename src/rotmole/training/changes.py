@@ -42,6 +42,7 @@ _TRAINING = (
     "dataloader_drop_last", "pad_to_multiple_of", "average_tokens_across_devices",
 )  # fmt: skip
 _LENGTH = ("training.max_steps", "training.num_train_epochs")
+_ORDER = "order of data.tasks"
 _LOADED = ("rows of ", "dtype of ")
 """How the names of facts begin that are known when model and data are loaded."""
 _PACKAGES = ("rotmole", "torch", "transformers", "peft", "accelerate", "tokenizers")
@@ -83,7 +84,7 @@ def facts_of(run: RunFile) -> dict[str, Any]:
     found |= {f"training.{name}": training.get(name) for name in names}
     found |= {f"optimizer.{k}": v for k, v in run.optimizer.model_dump().items()}
     found["data.temperature"] = run.data.temperature
-    found["order of data.tasks"] = list(run.data.tasks)
+    found[_ORDER] = list(run.data.tasks)
     for name, task in run.data.tasks.items():
         found[f"data.tasks.{name}.weight"] = task.weight
         found[f"data.tasks.{name}.task_group"] = task.task_group
@@ -138,9 +139,11 @@ def check_changes(checkpoint: Path, now: Mapping[str, Any], *, allow: bool) -> l
     saved = content.get("facts", {}) if isinstance(content, dict) else {}
     late = all(name.startswith(_LOADED) for name in now)
     gone = [name for name in saved if name not in now and name.startswith(_LOADED) == late]
+    # an older checkpoint holds no setting that was left to its default
+    known = [name for name in now if name in saved or _ORDER in saved]
     changes = [
         Change(name, saved.get(name), now.get(name))
-        for name in (*now, *gone)
+        for name in (*known, *gone)
         if saved.get(name) != now.get(name)
     ]
     shapes = [change for change in changes if change.name in _SHAPES]

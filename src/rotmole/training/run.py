@@ -236,7 +236,8 @@ def _nothing_left(built: Built, checkpoint: Path) -> bool:
     best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
     logger.warning("nothing is left to do: %s is at update %d", checkpoint, state.global_step)
     trainer._load_from_checkpoint(best or str(checkpoint))
-    if is_main_process():  # it may have died before older ones went
+    own = checkpoint.parent.resolve() == Path(trainer.args.output_dir).resolve()
+    if own and is_main_process():  # it may have died before older ones went
         prune(checkpoint.parent, trainer.keep, checkpoint, state.best_model_checkpoint)
     return True
 
@@ -254,7 +255,7 @@ def _result(built: Built, stop: StopOnSignal, seconds: float) -> TrainResult:
         metrics=final_metrics(read_metrics(run_dir / METRICS), made),
         seconds=seconds,
         trainable_parameters=built.model.get_nb_trainable_parameters()[0],
-        interrupted=stop.signum if stopped else None,
+        interrupted=stop.agreed if stopped else None,
         best_checkpoint=best,
         built=built,
     )

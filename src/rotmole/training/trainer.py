@@ -47,7 +47,7 @@ class RotMoleTrainer(ValidatingTrainer):
         self.keep, self.args.save_total_limit = self.args.save_total_limit, None  # we prune
         self.facts: dict[str, Any] = {}
         self.weights_only = False
-        self.sealed: int | None = None  # the update whose checkpoint this process wrote last
+        self.sealed: tuple[int, int] | None = None  # the last checkpoint's update, the last logged
         self.summed_from = 0
         self.micro_batches: list[tuple[dict[str, Any], torch.Tensor]] = []
         self.fault: Fault | None = None
@@ -187,18 +187,22 @@ class RotMoleTrainer(ValidatingTrainer):
         sampler = self._get_train_sampler()
         if not isinstance(sampler, EpochSampler):
             return []
-        chosen = sampler.order(epoch)[update * size : (update + 1) * size]
+        chosen = sampler.order(epoch)[update * size : min((update + 1) * size, rows)]
         columns = self.train_dataset.select(chosen)
         return [{"task": row["task"], "id": row["id"]} for row in columns]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        step = self.state.global_step
-        if self.sealed == step:  # the same weights: what can be new is that validation was cut
-            seal_again(self, Path(self.args.output_dir, f"checkpoint-{step}"))
+        now = self.state.global_step, self._globalstep_last_logged
+        if self.sealed == now:  # all the same: what can be new is that validation was cut
+            seal_again(self, Path(self.args.output_dir, f"checkpoint-{now[0]}"))
             return
         with whole_checkpoint(self):
             super()._save_checkpoint(model, trial)
-        self.sealed = step
+        self.sealed = now
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self.sealed = None  # of an earlier try, whose weights were others
+        return super()._inner_training_loop(*args, **kwargs)
 
     def _load_best_model(self) -> None:
         if usable_best(self):
