@@ -67,6 +67,7 @@ def test_it_runs_again_into_its_own_folder(run_yaml, tmp_path):
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
+@pytest.mark.heavy  # tests/parallel compares more ways
 def test_ways_to_one_update_agree(run_yaml, tmp_path):
     """Batches of 4, 2 x 2 and 1 x 4, with checkpointing on: one curve, balance loss included.
 

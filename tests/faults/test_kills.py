@@ -164,7 +164,8 @@ def test_twenty_deaths(killed, straight):
     events = straight[1]
     chance = random.Random(19)
     first = position(events, "mkdir checkpoint-4")
-    points = [first + round(i * (len(events) - first) / 13) for i in range(14)]
+    points = [first + round(i * (len(events) - first) / 12) for i in range(13)]
+    points.append(position(events, f"rename checkpoint-4/{COMPLETE}"))
     assert {events[point - 1].split()[0] for point in points} >= {"write", "fsync", "rename"}
     aims = [AIM.replace("{at}", str(point)) for point in points]
     for _ in range(6):

@@ -101,7 +101,7 @@ def leaves(problem: Problem, router_ED: Tensor) -> dict[str, Tensor]:
 
 
 @every
-@examples(max_examples=50)  # of each of many modes
+@examples(max_examples=30)  # of each of many modes
 @given(data=st.data())
 def test_outputs_and_every_gradient(variant: Variant, data: st.DataObject) -> None:
     problem = data.draw(problems(variant, T=3, E=3)).leaves()

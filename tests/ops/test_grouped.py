@@ -34,7 +34,7 @@ def run(problem: Problem) -> Tensor:
 
 
 @every
-@settings(max_examples=50)  # of each of many modes
+@settings(max_examples=30)  # of each of many modes
 @given(data=st.data())
 def test_outputs_and_every_gradient(variant: Variant, data: st.DataObject) -> None:
     problem = data.draw(problems(variant, T=3, E=5)).leaves()

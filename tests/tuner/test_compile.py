@@ -39,7 +39,7 @@ def _adapted(rotation: str, **settings: object) -> PeftModel:
     return model
 
 
-@pytest.mark.heavy  # the ordinary lane has one layer in inductor, and the whole model traced
+@pytest.mark.heavy  # the ordinary lane has one layer in inductor
 @pytest.mark.parametrize(("rotation", "balance"), [("none", 0.0), ("tangent", 0.1)])
 def test_inductor_compiles_training_and_evaluation_into_one_graph(
     rotation: str, balance: float
@@ -114,13 +114,8 @@ def test_inductor_compiles_once_and_once_more_for_other_shapes(
     assert not counters["graph_break"]
 
 
-@pytest.mark.parametrize(
-    "rotation",
-    [
-        pytest.param(name, marks=[] if name == "tangent" else pytest.mark.heavy)
-        for name in ROTATIONS
-    ],
-)
+@pytest.mark.heavy
+@pytest.mark.parametrize("rotation", list(ROTATIONS))
 def test_every_mode_traces_whole(rotation: str) -> None:
     torch._dynamo.reset()
     model, ids = _adapted(rotation, router_aux_loss_coef=0.1), tiny.tokens(2, 8)
