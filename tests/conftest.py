@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,10 @@ skipped: set[str] = set()
 def pytest_configure(config: pytest.Config) -> None:
     config.option.allow_hosts = "127.0.0.1,localhost"
     config.option.allow_unix_socket = True
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # every trainer collects garbage: not in all the modules that are imported by now
 
 
 def unlisted_skips() -> list[str]:

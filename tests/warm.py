@@ -7,6 +7,7 @@ function; what a rank prints goes to files, and its exit code is what the functi
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -20,8 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-IMPORTS = ("torch.distributed.fsdp", "peft", "rotmole.cli.train", "rotmole.training.run",
-           "rotmole.cli.eval")  # fmt: skip
+IMPORTS = (
+    "datasets", "matplotlib.backends.backend_svg", "matplotlib.figure", "peft",
+    "rotmole.cli.check", "rotmole.cli.doctor", "rotmole.cli.eval", "rotmole.cli.generate",
+    "rotmole.cli.train", "rotmole.training.run", "rotmole_cli.run", "torch.distributed.fsdp",
+    "transformers.models.llama.modeling_llama",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -157,11 +162,17 @@ def _be_rank(job: dict[str, Any], files: list[Path]) -> None:
         os._exit(code)  # gloo's own tear-down may abort after all went well
 
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
+def become_warm() -> None:
+    """Import all that a command may need, and spare the forks from collecting it as garbage."""
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # as the command line does, before imports
     for name in IMPORTS:
         importlib.import_module(name)
     importlib.import_module("torch").set_num_threads(1)
+    gc.freeze()
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))
+    become_warm()
     jobs, folder = json.loads(sys.argv[1]), Path(sys.argv[2])
     print(json.dumps([_run_job(number, job, folder) for number, job in enumerate(jobs)]))

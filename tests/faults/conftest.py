@@ -66,11 +66,11 @@ def settings(base: Path, tmp_path: Path) -> dict:
 
 
 class Warm:
-    """The process of warm.py, and how to ask it."""
+    """The process of parent.py, and how to ask it."""
 
     def __init__(self, preload: Path) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", Path(__file__).with_name("warm.py")],
+            [sys.executable, "-W", "ignore", Path(__file__).with_name("parent.py")],
             env=os.environ | {"LD_PRELOAD": str(preload)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -57,16 +57,6 @@ def test_checkpointing_off_non_reentrant_and_reentrant_give_equal_weights(tmp_pa
         assert difference(off, on) == 0.0
 
 
-class _StopAt(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def] # hook
-        control.should_training_stop = state.global_step >= self.step
-        control.should_save = control.should_training_stop
-        return control
-
-
 def _routers(model: PeftModel) -> dict[str, torch.Tensor]:
     return {n: w for n, w in weights(model).items() if n.endswith("default.router_weight")}
 
@@ -76,10 +66,9 @@ def test_every_trainer_feels_the_balance_loss_and_resumes_bit_equal(
     name: str, tmp_path: Path
 ) -> None:
     make = TRAINERS[name]
-    straight, off = (
-        make(tmp_path / f"b{balance}", balance, max_steps=STEPS, logging_steps=1)
-        for balance in (0.5, 0.0)
-    )
+    settings: dict[str, Any] = {"max_steps": STEPS, "logging_steps": 1}
+    settings |= {"save_strategy": "steps", "save_steps": STEPS // 2}
+    straight, off = (make(tmp_path / f"b{balance}", balance, **settings) for balance in (0.5, 0.0))
     started = _routers(straight.model)
     for trainer in (straight, off):
         trainer.train()
@@ -93,11 +82,8 @@ def test_every_trainer_feels_the_balance_loss_and_resumes_bit_equal(
         assert not torch.equal(after, before), router
         assert (after - _routers(off.model)[router]).abs().max() > 1e-3, router
 
-    folder = tmp_path / "resumed"
-    saving: dict[str, Any] = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 99}
-    make(folder, 0.5, _StopAt(STEPS // 2), **saving).train()
-    resumed = make(folder, 0.5, **saving)
-    resumed.train(resume_from_checkpoint=str(folder / f"checkpoint-{STEPS // 2}"))
+    resumed = make(tmp_path / "resumed", 0.5, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "b0.5" / f"checkpoint-{STEPS // 2}"))
     assert resumed.state.global_step == STEPS
     assert difference(straight.model, resumed.model) == 0.0
 

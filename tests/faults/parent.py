@@ -8,25 +8,16 @@ A request is one line of JSON on standard input, the answer one line on standard
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import sys
 import traceback
+from pathlib import Path
 from typing import Any, NoReturn
 
-PRELOADED = (
-    "datasets",
-    "peft",
-    "transformers.models.llama.modeling_llama",
-    "rotmole.cli.check",
-    "rotmole.cli.doctor",
-    "rotmole.cli.eval",
-    "rotmole.cli.generate",
-    "rotmole.cli.train",
-    "rotmole.training.run",
-    "rotmole_cli.run",
-)
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from warm import become_warm
 
 
 def child(request: dict[str, Any]) -> NoReturn:
@@ -55,8 +46,7 @@ def child(request: dict[str, Any]) -> NoReturn:
 
 def serve() -> None:
     """Answer requests until standard input ends."""
-    for name in PRELOADED:
-        importlib.import_module(name)
+    become_warm()
     print(json.dumps({"ready": os.getpid()}), flush=True)
     for line in sys.stdin:
         process = os.fork()
