@@ -65,6 +65,9 @@ def test_all_broken_rules_are_named_at_once() -> None:
     assert len(caught.value.problems) == 3
 
 
+BLOCK: dict[str, object] = {"router_scope": "block", "rotation": "none"}
+
+
 def test_defaults() -> None:
     config = RotMoleConfig()
     assert (config.rotation, config.rotation_input, config.num_experts) == ("tangent", "x", 4)
@@ -80,6 +83,8 @@ def test_defaults() -> None:
         ({"rotation_planes": 2}, "rotation_planes=2 has no effect"),
         ({"radar_rank": 2}, "radar_rank=2 has no effect"),
         ({"num_experts": 1, "router_aux_loss_coef": 0.1}, "router_aux_loss_coef=0.1 has no effect"),
+        (BLOCK | {"dispatch": "grouped"}, "dispatch='grouped' has no effect"),
+        (BLOCK | {"compute_dtype": "input"}, "outside of feed-forward blocks only"),
     ],
 )
 def test_a_setting_without_effect_warns_by_name(settings: dict[str, object], sentence: str) -> None:

@@ -79,13 +79,20 @@ def balance_notices(config: RotMoleConfig, routed: bool) -> Iterator[str]:
         routed: whether any module has more than one expert.
     """
     off = config.router_task_loss_coef == 0
+    block = config.router_scope == "block"
     idle = {
         "router_task_loss_coef": not off and not routed,
         "router_task_offset": off and config.router_task_offset != type(config).router_task_offset,
         "router_task_groups": off and config.router_task_groups != type(config).router_task_groups,
         "router_sqrt_gate": config.router_sqrt_gate and not routed,
-        "router_scope": config.router_scope == "block" and not routed,
+        "router_scope": block and not routed,
+        "dispatch": block and config.dispatch == "grouped",
     }
     for name, is_idle in idle.items():
         if is_idle:
             yield f"{name}={getattr(config, name)!r} has no effect with the other settings"
+    if block and config.compute_dtype == "input":
+        yield (
+            "compute_dtype='input' acts on modules outside of feed-forward blocks only, because "
+            "router_scope is 'block'"
+        )

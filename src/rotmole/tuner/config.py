@@ -102,9 +102,11 @@ class RotMoleConfig(PeftConfig):  # type: ignore[misc] # peft ships no types
             in PEFT's LoRA; or "input", that of the layer's input, with the weights kept as they
             are; on a bfloat16 base gradients stay within 2 % (tests/ops/test_fused.py),
             and whether it is faster depends on machine and shapes. Autocast goes before either.
-            Gates, routing and angles are computed in at least float32 with both.
+            Gates, routing and angles are computed in at least float32 with both. The blocks of
+            router_scope "block" compute as "adapter" says.
         dispatch: "fused" computes all experts in one product, "grouped" only the chosen ones;
-            "auto" is grouped from 12 experts for each chosen one (docs/performance.md).
+            "auto" is grouped from 12 experts for each chosen one (docs/performance.md). The blocks
+            of router_scope "block" are fused always.
         target_modules, exclude_modules, layers_to_transform, layers_pattern, rank_pattern,
             alpha_pattern, modules_to_save, trainable_token_indices: as in PEFT's LoraConfig.
         num_experts_pattern, top_k_pattern: num_experts and top_k of modules that match a pattern,
