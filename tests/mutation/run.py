@@ -42,7 +42,7 @@ class Scope:
     files: tuple[str, ...]
     tests: tuple[str, ...]
     sample: int | None = None
-    budget: float = 10.0  # seconds of tests that a mutant may live through
+    budget: float = 4.0  # seconds of tests that a mutant may live through
     patience: float = 5.0  # seconds that a test may take above what it took
 
 
@@ -64,7 +64,7 @@ SCOPES = {
             *NOT_COMPILED,
         ),
         sample=SAMPLE,
-        budget=60.0,
+        budget=20.0,
         patience=60.0,  # the first test of a module may train a model
     ),
 }  # fmt: skip
