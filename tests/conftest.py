@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 settings.register_profile(
     "ci",
@@ -16,8 +16,13 @@ settings.register_profile(
     max_examples=100,
     suppress_health_check=[HealthCheck.too_slow],  # machines are shared; slow is not wrong
 )
-# fewer examples where every mutant pays for them
-settings.register_profile("mutation", settings.get_profile("ci"), max_examples=10)
+# fewer examples where every mutant pays for them, and nobody asks for the smallest that fails
+settings.register_profile(
+    "mutation",
+    settings.get_profile("ci"),
+    max_examples=10,
+    phases=(Phase.explicit, Phase.generate),
+)
 settings.load_profile("ci")
 torch.set_num_threads(1)
 

@@ -10,6 +10,7 @@ long as it did unchanged, and `patience` seconds more, ends as a timeout.
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import os
 import random
@@ -155,6 +156,7 @@ def pytest_runtestloop(session: pytest.Session) -> bool:
     items = {item.nodeid: item for item in in_order(session.items, limits.seconds)}
     tests = {m: set(reach.get(function_of(m), ())) for m in order["mutants"]}
     records, killers, running = Records(), Killers(limits.seconds), {}
+    importlib.import_module("libcst.matchers")  # else every failing fork does, in a second
     gc.freeze()
     needed = set().union(*tests.values())
     sanity(session, [item for name, item in items.items() if name in needed])

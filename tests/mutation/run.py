@@ -28,7 +28,8 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / ".cache" / "mutation"
 NEEDED = 0.85
 SEED, SAMPLE = 5, 200
-OPTIONS = ["--hypothesis-profile=mutation"]
+# nobody reads how a mutant's test failed: pytest's own tracebacks cost most of a mutant's time
+OPTIONS = ["--hypothesis-profile=mutation", "--tb=native", "--assert=plain"]
 COPIED = ("src", "tests", "docs", "README.md", "CHANGELOG.md", "pyproject.toml", "Makefile")
 # mutmut's exit codes of a mutant's tests
 OUTCOMES = {0: "survived", 1: "killed", 3: "killed", 5: "no tests", 33: "no tests", 34: "skipped"}
