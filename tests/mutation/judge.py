@@ -1,8 +1,9 @@
 """A pytest plugin that judges mutants: pytest collects once, each mutant runs in a fork of that.
 
 mutmut's own loop starts pytest anew for every mutant, which costs more than most mutants take to
-die. Here a mutant meets the tests that reach it, those first that killed the most in the least
-time (others of its function above all), then the quickest, until one fails or until they have cost
+die. Here a mutant meets the tests that reach it, those first that killed others of its function,
+then one case of each test, then the second ones (each time those first that killed the most in the
+least time, or the quickest), until one fails or until they have cost
 `budget` seconds of processor time: then it counts as a survivor. A test that takes ten times as
 long as it did unchanged, and `patience` seconds more, ends as a timeout.
 """
@@ -61,14 +62,24 @@ class Killers:
         self.kills_of[function_of(mutant)][test] += 1
 
     def first(self, mutant: str, items: list[pytest.Item]) -> list[pytest.Item]:
-        """Put those that kill fastest first; one of its own function counts as many others."""
+        """Put those that kill fastest first, and of each test one case before another's second.
+
+        A kill of a mutant of the same function counts as twenty others.
+        """
         own = self.kills_of[function_of(mutant)]
 
         def rate(item: pytest.Item) -> float:
             kills = self.kills[item.nodeid] + 20 * own[item.nodeid]
             return kills / (self.seconds.get(item.nodeid, 1.0) + 0.02)
 
-        return sorted(items, key=rate, reverse=True)
+        fastest = sorted(items, key=rate, reverse=True)
+        before: Counter[str] = Counter()
+        turn = {}
+        for item in fastest:
+            name = item.nodeid.partition("[")[0]
+            turn[item.nodeid] = before[name]
+            before[name] += 1
+        return sorted(fastest, key=lambda item: (not own[item.nodeid], turn[item.nodeid]))
 
 
 def function_of(mutant: str) -> str:

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from ops_cases import Variant, assert_close, gradients, make, problems
 from torch import Tensor
 
-from rotmole.ops.rotation import ROTATIONS, Gate
+from rotmole.ops import router_shapes
+from rotmole.ops.rotation import ROTATIONS, Gate, gate_shapes
+from rotmole.ops.selection import threshold_shapes
 
 BIAS = [
     Variant("bias"),
@@ -155,3 +157,28 @@ def test_the_diagonal_of_radar_pairs_is_never_read() -> None:
     problem = make(Variant("radar_pairs"), 60, E=3, K=3)
     other = problem.map(lambda n, t: t + 5 * torch.eye(3) if n == "radar_pair_angle" else t)
     assert torch.equal(other.run(), problem.run())
+
+
+def test_names_and_shapes_of_parameters() -> None:
+    """A saved adapter has these names: they are part of the format."""
+    sizes = {"E": 4, "R": 6, "D": 10, "O": 12}
+    assert gate_shapes("radar", **sizes) == {"radar_down": (24, 8), "radar_up": (8, 6)}
+    assert gate_shapes("radar", **sizes, radar_rank=3) == {
+        "radar_down": (24, 3),
+        "radar_up": (3, 6),
+    }
+    assert gate_shapes("radar_pairs", **sizes) == {"radar_pair_angle": (4, 4)}
+    assert gate_shapes("radar_pairs", **sizes, radar_rank=3) == {
+        "radar_pair_angle": (4, 4),
+        "radar_pair_down": (10, 3),
+        "radar_pair_up": (3, 16),
+    }
+    assert router_shapes("attention", E=4, D=10) == {
+        "router_query": (16, 10),
+        "router_key": (4, 16),
+    }
+    assert router_shapes("attention", E=4, D=10, H=3)["router_key"] == (4, 3)
+    assert threshold_shapes(10) == {
+        "router_threshold_weight": (1, 10),
+        "router_threshold_bias": (1,),
+    }

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from ops_cases import VARIANTS, Variant, make
+from test_grouped import run as run_grouped
+from test_routers import NAMES
+from test_routers import case_of as router_case
+from test_selection import NAMED
+from test_selection import case_of as selection_case
 
-from rotmole.ops import load_balance_loss, route, router_z_loss, usage
+from rotmole.ops import load_balance_loss, route, router_scores, router_z_loss, select, usage
 from rotmole.ops.routing import router_logits
+from rotmole.ops.task_balance import expert_groups, task_balance_loss
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
@@ -39,6 +47,43 @@ def test_routing_and_balance_compute_where_their_input_is() -> None:
         usage(routing.selected_TE, mask),
     ]
     assert all(tensor.device.type == "meta" for tensor in found)
+
+
+def on_meta(keywords: dict[str, Any]) -> dict[str, Any]:
+    return {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in keywords.items()}
+
+
+def test_grouped_experts_compute_where_their_input_is() -> None:
+    problem = make(Variant("plane"), 1, T=4, E=3, K=2, R=4, D=5, O=6)
+    elsewhere = problem.map(lambda _, t: t.to("meta"))
+    elsewhere.keep_TD = problem.keep_TD.to("meta")
+    y = run_grouped(elsewhere.leaves())
+    assert y.device.type == "meta"
+    y.sum().backward()
+
+
+@NAMED
+def test_every_selection_computes_where_its_input_is(options: dict[str, Any]) -> None:
+    logits_TE, keywords = selection_case(options, 1)
+    routing = select(logits_TE.to("meta"), **on_meta(keywords))
+    assert {part.device.type for part in routing} == {"meta"}
+
+
+@pytest.mark.parametrize("router", NAMES)
+def test_every_router_computes_where_its_input_is(router: str) -> None:
+    keywords = on_meta(router_case(router, 1))
+    keywords["parameters"] = on_meta(keywords["parameters"])
+    assert router_scores(**keywords).device.type == "meta"
+
+
+def test_task_balance_computes_where_its_input_is() -> None:
+    weight, group = (
+        torch.randn(6, 4, device="meta"),
+        torch.zeros(2, dtype=torch.long, device="meta"),
+    )
+    sequence = torch.zeros(6, dtype=torch.long, device="meta")
+    loss = task_balance_loss(weight, sequence, group, groups=2, offset=0.1)
+    assert loss.device.type == expert_groups(4, 2, group.device).device.type == "meta"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

@@ -7,7 +7,7 @@ import torch
 from ops_cases import CONDITIONAL, FAST, SLOW, VARIANTS, Variant, assert_close, gradients, make
 
 from rotmole.ops import reference
-from rotmole.ops.modes import floor_at
+from rotmole.ops.modes import floor_at, output_metric
 
 INSIDE = [v for v in VARIANTS if v.rotation in CONDITIONAL]
 # q = factor z, up to relative noise: z + q almost 0; q almost along z; q tiny and almost along z
@@ -50,3 +50,16 @@ def test_the_floor_is_what_its_formula_says() -> None:
     b = torch.tensor(2.0, dtype=torch.float64)
     torch.testing.assert_close(floor_at(s, b), wanted, rtol=1e-15, atol=0)
     torch.testing.assert_close(reference.floor_at(s, b), wanted, rtol=1e-15, atol=0)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-150, 1e-9])
+def test_the_metric_of_almost_no_B(size: float) -> None:
+    """M is I at B = 0, positive definite everywhere, and the reference's."""
+    B_ERO = size * torch.randn(
+        2, 3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
+    for found_RR, B_RO in zip(output_metric(B_ERO), B_ERO, strict=True):
+        assert_close(found_RR, reference.metric_matrix(B_RO, "output"), 1e-14)
+        assert torch.linalg.eigvalsh(found_RR).min() > 0
+        if not size:
+            assert torch.equal(found_RR, torch.eye(3, dtype=torch.float64))

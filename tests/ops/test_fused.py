@@ -264,6 +264,19 @@ def test_one_A_for_all_experts(variant: Variant) -> None:
         assert_close(found[name], wanted[name], 1e-10, name)
 
 
+@pytest.mark.parametrize("planes", [1, 2, 3])
+def test_givens_turns_as_many_planes_as_it_is_told(planes: int) -> None:
+    variant = Variant("givens", shapes=(("rotation_planes", planes),))
+    problem = make(variant, 8, T=4, E=3, K=2, R=6, D=5, O=6).leaves()
+    inputs = leaves(problem, router_of(problem))
+    fast = run(settings_of(problem), problem, inputs["router"], None)
+    slow = by_reference(settings_of(problem), problem, inputs["router"], None)
+    assert_close(fast[0], slow[0], 1e-12)
+    found, wanted = gradients(fast, inputs), gradients(slow, inputs)
+    for name in inputs:
+        assert_close(found[name], wanted[name], 1e-10, name)
+
+
 @pytest.mark.parametrize("dropped", [False, True])
 @given(data=st.data())
 def test_the_base_is_added_and_gets_its_gradient(dropped: bool, data: st.DataObject) -> None:
@@ -309,6 +322,37 @@ def test_the_wider_type_of_base_and_products_wins(
     assert base_TO.grad is not None
     assert base_TO.grad.dtype == base
     assert torch.equal(base_TO.grad, torch.ones_like(base_TO))
+
+
+@every
+@pytest.mark.parametrize("products", [DOUBLE, HALF], ids=str)
+@pytest.mark.parametrize("differentiated", [True, False])
+def test_what_a_compiler_traces_is_the_same(
+    variant: Variant, products: torch.dtype, differentiated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The steps that torch.compile and export follow, run as they stand; compiled: test_compile."""
+    problem = make(variant, 4, T=5, E=4, K=2, D=8, O=6)
+    if products == HALF:
+        problem = problem.map(lambda _, t: t.bfloat16().float())
+    problem = problem.leaves()
+    router_ED = router_of(problem).detach().to(problem.x_TD.dtype).requires_grad_()
+    settings, keep_TD = settings_of(problem, dtype=products), problem.keep_TD > 0
+    base_TO = torch.randn(5, 6, dtype=problem.x_TD.dtype, requires_grad=True)
+    inputs = leaves(problem, router_ED) | {"base": base_TO}
+    wanted = run(settings, problem, router_ED, keep_TD, base_TO)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with torch.set_grad_enabled(differentiated):
+        found = run(settings, problem, router_ED, keep_TD, base_TO)
+    tolerance = 1e-12 if products == DOUBLE else 0.03
+    assert found[0].dtype == wanted[0].dtype
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert ours is not None
+        assert theirs is not None
+        assert_close(ours, theirs, tolerance)
+    if differentiated and products == DOUBLE:
+        ours, theirs = gradients(found, inputs), gradients(wanted, inputs)
+        for name, gradient in theirs.items():
+            assert_close(ours[name], gradient, 1e-10, name)
 
 
 def test_a_single_renormalised_expert_teaches_the_router_nothing_at_all() -> None:

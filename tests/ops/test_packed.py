@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -30,6 +31,18 @@ def test_outputs(variant: Variant, options: dict[str, Any]) -> None:
         found = packed_mixture(settings, problem.x_TD, packed, base_TO)
         assert_close(found, base_TO + wanted, 1e-12)
         assert (base_TO == 1).all()
+
+
+@pytest.mark.parametrize("variant", FUSED, ids=str)
+def test_one_A_for_all_experts(variant: Variant) -> None:
+    problem = make(variant, 8, T=3, E=4, K=2, D=5, O=6)
+    router_ED, settings = router_of(problem).detach(), settings_of(problem)
+    A_1RD = problem.A_ERD[:1]
+    layer = LayerWeights(A_1RD, problem.B_ERO, problem.gates, router_ED)
+    many = replace(problem, A_ERD=A_1RD.expand(4, -1, -1))
+    wanted, _ = by_reference(settings, many, router_ED, None)
+    found = packed_mixture(settings, problem.x_TD, pack([layer], torch.float64))
+    assert_close(found, wanted, 1e-12)
 
 
 @pytest.mark.parametrize("variant", FUSED, ids=str)
@@ -63,7 +76,10 @@ def test_half_types_keep_gates_in_float32(variant: Variant) -> None:
     assert found.dtype == torch.bfloat16
     error = (found.float() - wanted.float()).norm() / wanted.float().norm()
     assert error < 0.01
-    assert {name: w.dtype for name, w in packed.apart.items()}["router"] == torch.float32
+    apart = {"router", "angle"} if "rotation_angle" in problem.gates else {"router"}
+    assert {name: w.dtype for name, w in packed.apart.items()} == dict.fromkeys(
+        apart, torch.float32
+    )
 
 
 def test_equal_logits_choose_the_lower_index() -> None:

@@ -18,7 +18,7 @@ NAMES = list(ROUTERS)
 LEARNED = [name for name, row in ROUTERS.items() if row.weight == "learned"]
 
 
-def _case(router: str, seed: int, T: int = 3, E: int = 4, D: int = 5) -> dict[str, Any]:
+def case_of(router: str, seed: int, T: int = 3, E: int = 4, D: int = 5) -> dict[str, Any]:
     """Keywords of router_scores for a random problem in float64."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -50,7 +50,9 @@ def _with(case: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
 @given(data=st.data())
 def test_parity_of_scores_and_every_gradient(router: str, data: st.DataObject) -> None:
     E, temperature = data.draw(st.integers(1, 5)), data.draw(st.sampled_from([None, 0.3]))
-    case = _case(router, data.draw(st.integers(0, 2**32 - 1)), E=E, D=data.draw(st.integers(1, 6)))
+    case = case_of(
+        router, data.draw(st.integers(0, 2**32 - 1)), E=E, D=data.draw(st.integers(1, 6))
+    )
     options = {"temperature": temperature, "seed": data.draw(st.integers(0, 2**40))}
     found = []
     for by in (router_scores, reference_routing.router_scores):
@@ -68,7 +70,7 @@ def test_parity_of_scores_and_every_gradient(router: str, data: st.DataObject) -
 
 @pytest.mark.parametrize("router", LEARNED)
 def test_gradcheck(router: str) -> None:
-    case = _case(router, 1, T=2, E=3, D=2)
+    case = case_of(router, 1, T=2, E=3, D=2)
     names = list(_tensors(case))
 
     def scores(*tensors: Tensor) -> Tensor:
@@ -82,7 +84,7 @@ def test_gradcheck(router: str) -> None:
 @given(order=st.permutations(range(4)), seed=st.integers(0, 2**32 - 1))
 def test_order_of_experts(router: str, order: list[int], seed: int) -> None:
     """An expert's score belongs to its row of the parameters, not to its place."""
-    case = _case(router, seed)
+    case = case_of(router, seed)
     moved = {
         name: t[order] if name in ("router_weight", "router_key") else t
         for name, t in case["parameters"].items()
@@ -95,14 +97,14 @@ def test_order_of_experts(router: str, order: list[int], seed: int) -> None:
 @settings(max_examples=20)
 @given(order=st.permutations(range(5)), seed=st.integers(0, 2**32 - 1))
 def test_tokens_do_not_see_each_other(router: str, order: list[int], seed: int) -> None:
-    case, some = _case(router, seed, T=5), order[:3]
+    case, some = case_of(router, seed, T=5), order[:3]
     fewer = case | {"x_TD": case["x_TD"][some], "ids_T": case["ids_T"][some]}
     assert_close(router_scores(**fewer), router_scores(**case)[some], 1e-13)
 
 
 @pytest.mark.parametrize("router", NAMES)
 def test_half_inputs_are_scored_in_float32_also_under_autocast(router: str) -> None:
-    case = _case(router, 3)
+    case = case_of(router, 3)
     low = _with(case, {name: t.bfloat16() for name, t in _tensors(case).items()})
     low |= {"A_ERD": case["A_ERD"].bfloat16()}
     plain = router_scores(**low)
@@ -114,7 +116,7 @@ def test_half_inputs_are_scored_in_float32_also_under_autocast(router: str) -> N
 
 def test_temperature_divides_the_scores_and_cosine_has_its_own() -> None:
     for router in LEARNED:
-        case = _case(router, 4)
+        case = case_of(router, 4)
         one = router_scores(**case, temperature=1.0)
         assert_close(router_scores(**case, temperature=0.25), 4 * one, 1e-14)
         default = one / 0.07 if router == "cosine" else one
@@ -123,14 +125,14 @@ def test_temperature_divides_the_scores_and_cosine_has_its_own() -> None:
 
 @given(seed=st.integers(0, 2**32 - 1), factor=st.floats(0.01, 100))
 def test_cosine_knows_directions_only(seed: int, factor: float) -> None:
-    case = _case("cosine", seed)
+    case = case_of("cosine", seed)
     wanted = router_scores(**case)
     assert wanted.abs().max() <= (1 + 1e-12) / 0.07
     assert_close(router_scores(**(case | {"x_TD": factor * case["x_TD"]})), wanted, 1e-11)
 
 
 def test_cosine_is_smooth_at_a_zero_input() -> None:
-    case = _case("cosine", 5)
+    case = case_of("cosine", 5)
     x_TD = torch.zeros(2, 5, dtype=torch.float64, requires_grad=True)
     logits_TE = router_scores(**(case | {"x_TD": x_TD}))
     logits_TE.sum().backward()
@@ -151,7 +153,7 @@ def test_jitter_multiplies_each_input_within_its_bounds() -> None:
 
 @pytest.mark.parametrize("router", [n for n in NAMES if n != "hash"])
 def test_jitter_reaches_every_router_that_reads_its_input(router: str) -> None:
-    case = _case(router, 6)
+    case = case_of(router, 6)
     assert not torch.equal(router_scores(**case, jitter=0.1), router_scores(**case))
 
 
@@ -190,12 +192,12 @@ def test_hash_spreads_tokens_evenly_over_distinct_experts(
 def test_hash_draws_no_random_number() -> None:
     before = torch.get_rng_state()
     _hashed(torch.arange(10), experts=4, top_k=2)
-    case = _case("hash", 1)
+    case = case_of("hash", 1)
     assert torch.equal(router_scores(**case, jitter=0.5), router_scores(**case))
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_magnitude_is_the_length_of_each_experts_activation() -> None:
-    case = _case("magnitude", 7)
+    case = case_of("magnitude", 7)
     z_TER = torch.einsum("td,erd->ter", case["x_TD"], case["A_ERD"])
     assert_close(router_scores(**case), z_TER.norm(dim=-1), 1e-14)

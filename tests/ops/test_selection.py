@@ -29,6 +29,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"selection": "top_p"},
     {"selection": "top_p", "norm_topk_prob": False},
     {"selection": "threshold"},
+    {"selection": "threshold", "norm_topk_prob": False},
     {"selection": "expert_choice"},
     {"weight": "mean"},
     {"weight": "one", "bias": True},
@@ -39,7 +40,7 @@ NAMED = pytest.mark.parametrize(
 PER_TOKEN = [o for o in OPTIONS if o.get("selection") != "expert_choice"]
 
 
-def _case(
+def case_of(
     options: dict[str, Any], seed: int, *, N: int = 2, S: int = 3, E: int = 4, ties: bool = False
 ) -> tuple[Tensor, dict[str, Any]]:
     """Logits [N S, E] and the keywords of select; tau is a tensor of its own."""
@@ -63,7 +64,7 @@ def _case(
 @settings(max_examples=30)
 @given(seed=seeds, E=st.integers(1, 5), S=st.integers(1, 4))
 def test_parity(options: dict[str, Any], ties: bool, seed: int, E: int, S: int) -> None:
-    logits_TE, keywords = _case(options, seed, S=S, E=E, ties=ties)
+    logits_TE, keywords = case_of(options, seed, S=S, E=E, ties=ties)
     results, gradients = [], []
     for by in (select, reference_routing.select):
         leaves = [logits_TE.clone().requires_grad_()]
@@ -89,7 +90,7 @@ def test_parity(options: dict[str, Any], ties: bool, seed: int, E: int, S: int) 
 @given(seed=seeds, E=st.integers(1, 6))
 def test_weights(options: dict[str, Any], seed: int, E: int) -> None:
     """Exactly zero where not selected, never negative, sum one where that is promised."""
-    logits_TE, keywords = _case(options, seed, E=E)
+    logits_TE, keywords = case_of(options, seed, E=E)
     routing = select(logits_TE, **keywords)
     assert not routing.weight_TE[~routing.selected_TE].any()
     assert (routing.weight_TE >= 0).all()
@@ -107,7 +108,7 @@ def test_weights(options: dict[str, Any], seed: int, E: int) -> None:
 @settings(max_examples=20)
 @given(order=st.permutations(range(4)), seed=seeds)
 def test_order_of_experts(options: dict[str, Any], order: list[int], seed: int) -> None:
-    logits_TE, keywords = _case(options, seed)
+    logits_TE, keywords = case_of(options, seed)
     moved = dict(keywords)
     if "bias_E" in moved:
         moved["bias_E"] = moved["bias_E"][order]
@@ -120,7 +121,7 @@ def test_order_of_experts(options: dict[str, Any], order: list[int], seed: int) 
 @settings(max_examples=20)
 @given(order=st.permutations(range(6)), seed=seeds)
 def test_tokens_do_not_see_each_other(options: dict[str, Any], order: list[int], seed: int) -> None:
-    logits_TE, keywords = _case(options, seed)
+    logits_TE, keywords = case_of(options, seed)
     some, fewer = order[:3], dict(keywords)
     if "tau_T1" in fewer:
         fewer["tau_T1"] = fewer["tau_T1"][some]
@@ -132,7 +133,7 @@ def test_tokens_do_not_see_each_other(options: dict[str, Any], order: list[int],
 
 @NAMED
 def test_gradcheck(options: dict[str, Any]) -> None:
-    logits_TE, keywords = _case(options, 11, S=2, E=3)
+    logits_TE, keywords = case_of(options, 11, S=2, E=3)
     leaves = [logits_TE.requires_grad_()]
     if "tau_T1" in keywords:
         leaves.append(keywords.pop("tau_T1").requires_grad_())
@@ -151,7 +152,7 @@ def test_gradcheck(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("options", [{}, {"norm_topk_prob": False}, {"selection": "dense"}])
 @given(seed=seeds)
 def test_the_usual_form_is_route_itself(options: dict[str, Any], seed: int) -> None:
-    logits_TE, keywords = _case(options, seed)
+    logits_TE, keywords = case_of(options, seed)
     plain = {k: v for k, v in keywords.items() if k != "top_p"}
     for one, other in zip(select(logits_TE, **keywords), route(logits_TE, **plain), strict=True):
         assert torch.equal(one, other)
@@ -161,7 +162,7 @@ def test_the_usual_form_is_route_itself(options: dict[str, Any], seed: int) -> N
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_huge_and_half_logits(options: dict[str, Any], dtype: torch.dtype) -> None:
     """At least float32, also under autocast; large scores give no NaN; ties go to the first."""
-    _, keywords = _case(options, 8, N=1, S=2)
+    _, keywords = case_of(options, 8, N=1, S=2)
     logits_TE = torch.tensor([[3e4, -3e4, 1.0, 0], [6e4, 6e4, 6e4, 6e4]], dtype=dtype)
     if "tau_T1" in keywords:
         keywords["tau_T1"] = keywords["tau_T1"].float()
@@ -195,7 +196,7 @@ def test_of_equal_scores_the_first_win(E: int, data: st.DataObject) -> None:
 
 @given(seed=seeds)
 def test_one_normalised_sigmoid_expert_has_no_gradient_at_all(seed: int) -> None:
-    logits_TE = _case({}, seed)[0].requires_grad_()
+    logits_TE = case_of({}, seed)[0].requires_grad_()
     weight_TE = select(logits_TE, top_k=1, scoring="sigmoid").weight_TE
     (gradient,) = torch.autograd.grad((weight_TE * torch.randn(6, 4).double()).sum(), logits_TE)
     assert not gradient.any()
@@ -203,7 +204,7 @@ def test_one_normalised_sigmoid_expert_has_no_gradient_at_all(seed: int) -> None
 
 @given(seed=seeds, E=st.integers(1, 6))
 def test_top_p_takes_the_fewest_experts_that_have_the_mass(seed: int, E: int) -> None:
-    logits_TE, keywords = _case({"selection": "top_p"}, seed, E=E)
+    logits_TE, keywords = case_of({"selection": "top_p"}, seed, E=E)
     routing, p = select(logits_TE, **keywords), keywords["top_p"]
     mass_T = (routing.probability_TE * routing.selected_TE).sum(-1)
     least_T = routing.probability_TE.masked_fill(~routing.selected_TE, torch.inf).amin(-1)
@@ -216,10 +217,18 @@ def test_top_p_takes_the_fewest_experts_that_have_the_mass(seed: int, E: int) ->
     assert (missing_T <= 1e-12).all()
 
 
+def test_top_p_ends_where_the_mass_is_just_reached() -> None:
+    """Four equal experts and p = 1/2: the first two, by both paths."""
+    logits_TE = torch.zeros(1, 4, dtype=torch.float64)
+    for by in (select, reference_routing.select):
+        routing = by(logits_TE, selection="top_p", top_p=0.5)
+        assert routing.selected_TE.tolist() == [[True, True, False, False]]
+
+
 @given(seed=seeds, E=st.integers(1, 6))
 def test_threshold(seed: int, E: int) -> None:
     """Selected are those at or above tau <= 1/E, so at least one; g is the surplus over its sum."""
-    logits_TE, keywords = _case({"selection": "threshold"}, seed, E=E)
+    logits_TE, keywords = case_of({"selection": "threshold"}, seed, E=E)
     routing, tau_T1 = select(logits_TE, **keywords), keywords["tau_T1"]
     assert torch.equal(routing.selected_TE, routing.probability_TE >= tau_T1)
     assert routing.selected_TE.any(-1).all()
@@ -287,7 +296,7 @@ def test_expert_choice_of_nothing() -> None:
 @given(seed=seeds)
 def test_the_bias_moves_the_selection_and_nothing_else(scoring: str, seed: int) -> None:
     """A bias as large as all scores decides alone; weights are those without any bias."""
-    logits_TE, _ = _case({}, seed)
+    logits_TE, _ = case_of({}, seed)
     bias_E = torch.tensor([0.0, 3, 0, 3])
     routing = select(logits_TE, top_k=2, scoring=scoring, bias_E=bias_E)
     assert torch.equal(routing.selected_TE, (bias_E > 0).expand(6, 4))
