@@ -33,6 +33,7 @@ OPTIONS = ["--hypothesis-profile=mutation", "--tb=native", "--assert=plain"]
 COPIED = ("src", "tests", "docs", "README.md", "CHANGELOG.md", "pyproject.toml", "Makefile")
 # mutmut's exit codes of a mutant's tests
 OUTCOMES = {0: "survived", 1: "killed", 3: "killed", 5: "no tests", 33: "no tests", 34: "skipped"}
+OUTCOMES |= {-6: "killed", -11: "killed"}  # the process died of it, and the tests with it
 TIMEOUTS = (24, 36, 152, 255, -24)
 
 

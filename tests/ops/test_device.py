@@ -14,6 +14,7 @@ from test_selection import NAMED
 from test_selection import case_of as selection_case
 
 from rotmole.ops import load_balance_loss, route, router_scores, router_z_loss, select, usage
+from rotmole.ops.initial import svd_segments
 from rotmole.ops.routing import router_logits
 from rotmole.ops.task_balance import expert_groups, task_balance_loss
 
@@ -74,6 +75,11 @@ def test_every_router_computes_where_its_input_is(router: str) -> None:
     keywords = on_meta(router_case(router, 1))
     keywords["parameters"] = on_meta(keywords["parameters"])
     assert router_scores(**keywords).device.type == "meta"
+
+
+def test_starts_from_a_spectrum_lie_where_the_weight_is() -> None:
+    A, B = svd_segments(torch.randn(8, 6, device="meta"), 2, 3, 1.0)
+    assert A.device.type == B.device.type == "meta"
 
 
 def test_task_balance_computes_where_its_input_is() -> None:

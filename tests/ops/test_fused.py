@@ -327,8 +327,15 @@ def test_the_wider_type_of_base_and_products_wins(
 @every
 @pytest.mark.parametrize("products", [DOUBLE, HALF], ids=str)
 @pytest.mark.parametrize("differentiated", [True, False])
+@pytest.mark.parametrize(
+    "options", [{}, {"norm_topk_prob": False}, {"selection": "dense"}], ids=str
+)
 def test_what_a_compiler_traces_is_the_same(
-    variant: Variant, products: torch.dtype, differentiated: bool, monkeypatch: pytest.MonkeyPatch
+    variant: Variant,
+    products: torch.dtype,
+    differentiated: bool,
+    options: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The steps that torch.compile and export follow, run as they stand; compiled: test_compile."""
     problem = make(variant, 4, T=5, E=4, K=2, D=8, O=6)
@@ -336,7 +343,8 @@ def test_what_a_compiler_traces_is_the_same(
         problem = problem.map(lambda _, t: t.bfloat16().float())
     problem = problem.leaves()
     router_ED = router_of(problem).detach().to(problem.x_TD.dtype).requires_grad_()
-    settings, keep_TD = settings_of(problem, dtype=products), problem.keep_TD > 0
+    settings = settings_of(problem, dtype=products, **options)
+    keep_TD = problem.keep_TD > 0
     base_TO = torch.randn(5, 6, dtype=problem.x_TD.dtype, requires_grad=True)
     inputs = leaves(problem, router_ED) | {"base": base_TO}
     wanted = run(settings, problem, router_ED, keep_TD, base_TO)

@@ -142,3 +142,12 @@ def test_top_k_out_of_range_is_refused(top_k: int) -> None:
 def test_an_unknown_selection_is_refused() -> None:
     with pytest.raises(ValueError, match="top_k, dense"):
         routing.route(torch.zeros(2, 3), top_k=1, selection="best")
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3, 4])
+def test_the_largest_are_the_first_of_a_stable_order(top_k: int) -> None:
+    """All 81 ways in which four scores of three values can tie."""
+    score_TE = torch.cartesian_prod(*[torch.arange(3.0)] * 4)
+    first_TK = torch.sort(score_TE, dim=-1, descending=True, stable=True).indices[:, :top_k]
+    wanted_TE = torch.zeros_like(score_TE, dtype=torch.bool).scatter(1, first_TK, True)
+    assert torch.equal(routing.largest(score_TE.T, top_k).T, wanted_TE)
