@@ -74,6 +74,7 @@ def test_half_types_keep_gates_in_float32(variant: Variant) -> None:
     found = packed_mixture(settings, problem.x_TD, packed)
     wanted, _ = run(settings, problem, router_ED, None)
     assert found.dtype == torch.bfloat16
+    assert torch.equal(packed_mixture(settings, problem.x_TD.float(), packed), found)
     error = (found.float() - wanted.float()).norm() / wanted.float().norm()
     assert error < 0.01
     apart = {"router", "angle"} if "rotation_angle" in problem.gates else {"router"}
