@@ -84,7 +84,8 @@ fuzz: setup  ## random bytes for every input a stranger may write, a minute each
 audit: setup  ## do the packages fit together, and are there advisories about them (needs the network)
 	$(BIN)/python -m pip check
 	@$(BIN)/python -m pip_audit --version >/dev/null 2>&1 || $(BIN)/python -m pip install --quiet --disable-pip-version-check pip-audit || { echo "pip-audit cannot be installed here: no advisory was looked up"; exit 1; }
-	@$(BIN)/python -m pip_audit --local --skip-editable || { echo "pip-audit found advisories, or could not reach its database (then nothing was looked up)"; exit 1; }
+	@mkdir -p .cache && $(BIN)/python -m pip list --local --exclude-editable --format freeze --disable-pip-version-check > .cache/audit.txt
+	@$(BIN)/python -m pip_audit --strict --no-deps --disable-pip --requirement .cache/audit.txt || { echo "pip-audit found advisories, or a package that its database does not know or that could not be looked up: the first is named above"; exit 1; }
 
 clean:  ## remove the environment, caches and runs
 	rm -rf .venv .cache runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
