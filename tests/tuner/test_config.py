@@ -90,3 +90,19 @@ def test_defaults() -> None:
 def test_a_setting_without_effect_warns_by_name(settings: dict[str, object], sentence: str) -> None:
     with pytest.warns(UserWarning, match=sentence):
         RotMoleConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "notice"),
+    [
+        ({"rotation": "none", "rotation_planes": 2}, "rotation_planes"),
+        ({"auto_mapping": {"parent_library": "elsewhere"}}, "auto_mapping"),
+    ],
+    ids=str,
+)
+def test_a_notice_points_at_the_line_that_makes_the_configuration(
+    settings: dict[str, object], notice: str
+) -> None:
+    with pytest.warns(UserWarning, match=notice) as found:
+        RotMoleConfig(**settings)
+    assert {warning.filename for warning in found} == {__file__}

@@ -168,6 +168,8 @@ def test_damaged_and_foreign_folders_are_refused(two: tuple[Path, Path], tmp_pat
     refused("has no adapter_model", **{weights: None})
     refused("is damaged", **{weights: lambda file: file.write_bytes(b"12345678")})
     refused("not finite", **{weights: spoil})
+    unknown = "newer_than_all is 3 .rotmole does not know"
+    refused(unknown, **{config: {"newer_than_all": 3}})
     refused("lora_B.weight is missing", **{weights: shorten})
     refused("peft_type is 'LOHA'", **{config: {"peft_type": "LOHA"}})
     refused("use_bdlora", **{config: {"use_bdlora": {"a": 1}}})

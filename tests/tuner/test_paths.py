@@ -300,3 +300,37 @@ def test_copies_and_pickles_leave_the_pack_behind() -> None:
     assert torch.equal(decoded(twin, ids), expected)
     again = pickle.loads(pickle.dumps(experts(model)[0]))
     assert again.packs.pack is None
+
+
+# each setting, two of its values, and the others that let it act: the layer's answer must change
+SETTINGS: list[tuple[str, object, object, dict[str, object]]] = [
+    ("radar_normalize", True, False, {"rotation": "radar"}),
+    ("rotation_input", "x", "z", {"rotation": "bias"}),
+    ("rotation_metric", "rank", "output", {"rotation": "plane"}),
+    ("router_temperature", 1.0, 0.2, {}),
+    ("router_seed", 0, 1, {"router": "hash"}),
+    ("norm_topk_prob", True, False, {}),
+    ("scoring", "softmax", "sigmoid", {}),
+    ("top_p", 0.3, 0.9, {"selection": "top_p"}),
+    ("top_k", 2, 3, {}),
+    ("selection", "top_k", "dense", {}),
+    ("lora_alpha", 16, 8, {}),
+    ("use_rslora", False, True, {}),
+    ("goat_eta", None, 1.0, {}),
+    ("router_jitter", 0.0, 0.5, {}),
+    ("lora_dropout", 0.0, 0.5, {}),
+]
+
+
+@pytest.mark.parametrize(("setting", "one", "other", "rest"), SETTINGS, ids=lambda v: str(v)[:20])
+def test_a_setting_reaches_the_layer(
+    setting: str, one: object, other: object, rest: dict[str, object]
+) -> None:
+    ids, answers = tiny.tokens(2, 5), []
+    for value in (one, one, other):
+        fields = {"num_experts": 6, "rotation": "none"} | rest | {setting: value}
+        model = adapted(**fields).train()  # two of them act in training alone
+        torch.manual_seed(1)
+        answers.append(whole(model, ids))
+    assert torch.equal(answers[0], answers[1])
+    assert (answers[2] - answers[0]).abs().max() > 1e-4
