@@ -78,6 +78,11 @@ def test_a_run_that_no_demo_made_is_not_removed(overrides, tmp_path):
     assert (folder / "manifest.json").exists()
     make_jobs(tmp_path, 3, 1, overrides)
     assert not folder.exists()
+    (tmp_path / "demo.json").unlink()  # a demo that died before its end leaves its mark alone
+    folder.mkdir()
+    (folder / "manifest.json").touch()
+    make_jobs(tmp_path, 3, 1, overrides)
+    assert not folder.exists()
 
 
 def test_the_shipped_settings_are_the_ones_described(tmp_path):

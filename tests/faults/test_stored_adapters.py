@@ -11,7 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import (
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -145,6 +150,20 @@ def test_rows_6_to_10_tensors_that_do_not_belong(
 ) -> None:
     alter(adapter, change)
     refused_by_both(command, base, adapter, *words)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
+def test_row_9_a_state_that_no_file_holds_is_checked_too(
+    base: Path, adapter: Path, dtype: torch.dtype
+) -> None:
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+    state = get_peft_model_state_dict(model)
+    before = {name: value.clone() for name, value in state.items()}
+    wrong = state | {B: torch.ones_like(state[B], dtype=dtype)}
+    with pytest.raises(AdapterError, match="stored as"):
+        set_peft_model_state_dict(model, wrong)
+    after = get_peft_model_state_dict(model)
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
 def test_row_6_with_low_cpu_memory_nothing_is_loaded_either(base: Path, adapter: Path) -> None:
