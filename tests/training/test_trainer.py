@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from transformers import Trainer
 
 from rotmole.errors import ConfigError, NonFiniteError
+from rotmole.training import trainer as trainer_module
 from rotmole.training.build import build
 from rotmole.training.finite import first_nonfinite
 from rotmole.training.order import EpochSampler
@@ -159,3 +162,26 @@ def test_a_loss_that_is_not_finite_stops_at_once_and_names_the_layer(built):
         built.model.get_base_model().model.layers[0].self_attn.o_proj.weight.fill_(float("inf"))
     with pytest.raises(NonFiniteError, match=r"loss of update 1 is nan.*layers\.0\.self_attn"):
         built.trainer.training_step(built.model, batch(built), count)
+
+
+def test_a_checkpoint_is_written_once_for_each_log_and_try(built, monkeypatch):
+    """Auto find batch size tries anew with other weights; a later log changes the sums it holds."""
+    trainer, done = built.trainer, []
+    monkeypatch.setattr(trainer_module, "whole_checkpoint", lambda _: nullcontext())
+    monkeypatch.setattr(trainer_module, "seal_again", lambda *_: done.append("told"))
+    monkeypatch.setattr(Trainer, "_save_checkpoint", lambda *_: done.append("written"))
+    monkeypatch.setattr(Trainer, "_inner_training_loop", lambda *_: None)
+    trainer.state.global_step, trainer._globalstep_last_logged = 3, 2
+
+    def save() -> None:
+        trainer._save_checkpoint(built.model, None)
+
+    save()
+    save()
+    assert done == ["written", "told"]
+    trainer._globalstep_last_logged = 3
+    save()
+    assert done[2:] == ["written"]
+    trainer._inner_training_loop()
+    save()
+    assert done[3:] == ["written"]
