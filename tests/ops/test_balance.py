@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -76,17 +77,35 @@ def test_the_gradient_by_hand_is_autograds(
     N: int, S: int, E: int, seed: int, data: st.DataObject
 ) -> None:
     """Values and gradient, rows apart or together, padding, one row all padding, all chosen."""
+    check_gradient(
+        N, S, E, seed,
+        top_k=data.draw(st.integers(1, E)), dense=data.draw(st.booleans()),
+        apart=data.draw(st.booleans()), masked=data.draw(st.booleans()),
+        first=data.draw(st.sampled_from([0, 1])),
+        weights=data.draw(st.sampled_from([(0.7, 0.3), (0.7, 0.0), (0.0, 0.3)])),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("apart", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+def test_the_gradient_by_hand_of_a_batch_of_every_kind(apart: bool, masked: bool) -> None:
+    check_gradient(
+        3, 4, 5, 0, top_k=2, dense=False, apart=apart, masked=masked, first=1, weights=(0.7, 0.3)
+    )
+
+
+def check_gradient(
+    N: int, S: int, E: int, seed: int, *,
+    top_k: int, dense: bool, apart: bool, masked: bool, first: int, weights: tuple[float, float],
+) -> None:  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
     logits_TE = 2 * torch.randn(N * S, E, generator=generator, dtype=torch.float64)
     logits_TE.requires_grad_()
-    top_k = data.draw(st.integers(1, E))
-    dense = data.draw(st.booleans())
-    apart = data.draw(st.booleans())
     mask_T = None
-    if data.draw(st.booleans()):
+    if masked:
         mask_T = torch.randint(2, (N * S,), generator=generator)
-        mask_T[:S] *= data.draw(st.sampled_from([0, 1]))
-    balance, z = data.draw(st.sampled_from([(0.7, 0.3), (0.7, 0.0), (0.0, 0.3)]))
+        mask_T[:S] *= first
+    balance, z = weights
     routed = routing.route(logits_TE, top_k=top_k, selection="dense" if dense else "top_k")
     index_KT = routing.choose(
         logits_TE.detach().mT, top_k=top_k, selection="dense" if dense else "top_k",

@@ -330,7 +330,7 @@ def test_the_wider_type_of_base_and_products_wins(
 @pytest.mark.parametrize(
     "options", [{}, {"norm_topk_prob": False}, {"selection": "dense"}], ids=str
 )
-def test_what_a_compiler_traces_is_the_same(
+def test_traced_steps_give_the_same(
     variant: Variant,
     products: torch.dtype,
     differentiated: bool,
