@@ -246,9 +246,10 @@ def test_a_frozen_adapter_feels_no_balance_loss() -> None:
     assert balance_states(model)[0].pop() is None
 
 
-def test_the_record_does_not_grow_with_the_passes_nobody_reads() -> None:
+@pytest.mark.parametrize("router", ["linear", "mlp"])  # the gradient by hand, and by autograd
+def test_the_record_does_not_grow_with_the_passes_nobody_reads(router: str) -> None:
     """A plain loop may never call `pop`; a million passes must not fill the memory."""
-    model, (ids, mask) = _adapted(), _batch()
+    model, (ids, mask) = _adapted(router=router), _batch()
     (state,) = balance_states(model)
 
     def held() -> int:
