@@ -268,3 +268,15 @@ def test_the_record_does_not_grow_with_the_passes_nobody_reads(router: str) -> N
     assert state.count == 8 * 4
     assert state.sums is not None
     assert state.sums.grad_fn is None
+
+
+def test_the_record_of_one_pass_through_one_layer_holds_no_graph() -> None:
+    model, (ids, mask) = (
+        _adapted(router="mlp", layers_to_transform=[0], target_modules=["q_proj"]),
+        _batch(),
+    )
+    (state,) = balance_states(model)
+    _loss(model, ids, mask).backward()
+    assert state.count == 1
+    assert state.sums is not None
+    assert state.sums.grad_fn is None
