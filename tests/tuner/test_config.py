@@ -40,6 +40,13 @@ BROKEN: list[tuple[dict[str, object], str]] = [
     ({"rank_pattern": 4}, "rank_pattern is 4"),
     ({"alpha_pattern": {"q": -1}}, "alpha_pattern['q'] is -1"),
     ({"format_version": 2}, "a newer rotmole is needed"),
+    ({"router_task_loss_coef": -1}, "router_task_loss_coef is -1"),
+    ({"router_task_offset": 1}, "router_task_offset is 1"),
+    ({"router_task_loss_coef": 0.1, "router_task_groups": "two"}, "router_task_groups is 'two'"),
+    ({"router_task_loss_coef": 0.1, "router_task_groups": 5}, "each group needs an expert"),
+    ({"router_sqrt_gate": "yes"}, "router_sqrt_gate is 'yes'"),
+    ({"router_sqrt_gate": True, "rotation": "radar"}, "router_sqrt_gate is True but rotation"),
+    ({"router_scope": "model"}, "router_scope is 'model'"),
 ]
 
 
@@ -83,6 +90,9 @@ def test_defaults() -> None:
         ({"rotation_planes": 2}, "rotation_planes=2 has no effect"),
         ({"radar_rank": 2}, "radar_rank=2 has no effect"),
         ({"num_experts": 1, "router_aux_loss_coef": 0.1}, "router_aux_loss_coef=0.1 has no effect"),
+        ({"router_task_groups": 3}, "router_task_groups=3 has no effect"),
+        ({"router_task_offset": 0.3}, "router_task_offset=0.3 has no effect"),
+        ({"num_experts": 1, "router_sqrt_gate": True}, "router_sqrt_gate=True has no effect"),
         (BLOCK | {"dispatch": "grouped"}, "dispatch='grouped' has no effect"),
         (BLOCK | {"compute_dtype": "input"}, "outside of feed-forward blocks only"),
     ],
