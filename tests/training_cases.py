@@ -86,5 +86,5 @@ def settings(model: Path, data: Path, output: Path, **training: Any) -> dict[str
     }
 
 
-def run_file(model: Path, data: Path, output: Path, **training: Any) -> RunFile:
-    return load_run(None, text=yaml.safe_dump(settings(model, data, output, **training)))
+def run_file(model: Path, data: Path, output: Path, *overrides: str, **training: Any) -> RunFile:
+    return load_run(None, overrides, text=yaml.safe_dump(settings(model, data, output, **training)))

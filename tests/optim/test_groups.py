@@ -65,3 +65,14 @@ def test_weight_decay_spares_vectors_and_a_plain_lora_model_works() -> None:
     base.requires_grad_(True)
     decays = {g["weight_decay"] for g in parameter_groups(base, lr=1.0, weight_decay=0.1)}
     assert decays == {0.0, 0.1}
+
+
+def test_groups_are_the_same_whatever_the_rates_are() -> None:
+    """So that an optimizer's state, which knows them by number, fits a run with other rates."""
+    base = tiny.gpt2()
+    base.requires_grad_(True)
+    found = [
+        [[id(p) for p in g["params"]] for g in parameter_groups(base, lr=1.0, weight_decay=decay)]
+        for decay in (0.0, 0.1)
+    ]
+    assert found[0] == found[1]

@@ -43,6 +43,11 @@ WAYS: dict[str, tuple[int, list[str]]] = {
                          "training.fsdp_config={state_dict_type: SHARDED_STATE_DICT}"]),
     "fsdp offloaded": (2, [*HALVES, *FSDP, "training.fsdp_config={cpu_offload: true}"]),
 }  # fmt: skip
+ENGINES: dict[str, tuple[str, int, list[str]]] = {
+    "shards in one process": ("fsdp sharded", 1, []),
+    "ddp in fsdp": ("ddp", 2, WAYS["fsdp"][1]),
+}
+"""A folder of one engine, and how another goes on from it."""
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +74,11 @@ def runs(case) -> dict[str, list[warm.Rank]]:
     anyhow = ["training.max_steps=10", "--resume", "auto", "--allow-change"]
     jobs["other world allowed"] = job(case, "ddp", 1, *HALVES, *anyhow)
     jobs["fsdp resumed"] = job(case, "fsdp sharded", 2, *WAYS["fsdp sharded"][1], *longer[1:])
+    for name, (source, processes, words) in ENGINES.items():
+        onward = [*words, "training.max_steps=9", "--allow-change"]
+        onward += ["--resume", str(case / source / "checkpoint-6")]
+        jobs[f"{name}, refused"] = job(case, f"{name}, refused", processes, *onward)
+        jobs[name] = job(case, name, processes, *onward, "--weights-only")
     jobs["straight"] = job(case, "straight", 1, "training.max_steps=9")
     jobs["told to stop"] = job(
         case, "told", 2, *HALVES, "training.max_steps=400", call="stopped_command"
@@ -164,6 +174,28 @@ def test_another_number_of_processes_that_is_allowed_is_told(case, runs):
     assert "processes is 1, the checkpoint has 2" in only.err
     papers = json.loads((case / "ddp" / "manifest.json").read_text(encoding="utf-8"))
     assert "processes is 1, the checkpoint has 2" in "; ".join(papers["resumes"][-1]["changes"])
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        (
+            "shards in one process",
+            "was written by FSDP with shards, which one process or DDP cannot",
+        ),
+        ("ddp in fsdp", "was written by one process or DDP, which FSDP with whole states cannot"),
+    ],
+)
+def test_another_engine_takes_the_weights_and_refuses_the_rest(case, runs, name, told):
+    """SGD without momentum has no state, so that the weights alone give the straight run."""
+    for rank in runs[f"{name}, refused"]:
+        assert rank.code == 2, rank.err
+        assert told in rank.err
+        assert "or add --weights-only" in rank.err
+        assert "Traceback" not in rank.err
+    assert not (case / f"{name}, refused" / "run.yaml").exists()
+    assert {rank.code for rank in runs[name]} == {0}, said(runs[name])
+    assert_close(case / "straight", case / name, "checkpoint-9")
 
 
 def test_a_signal_to_one_rank_stops_all_after_saving(case, runs):

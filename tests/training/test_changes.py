@@ -37,6 +37,8 @@ def test_the_same_run_file_has_no_changes(tmp_path, saved, caplog):
         ("adapter.rotation=plane", "adapter.rotation is 'plane', the checkpoint has 'tangent'"),
         ("adapter.target_modules=[q_proj]", "adapter.target_modules is"),
         ("adapter.rank_pattern={q_proj: 2}", "adapter.rank_pattern is"),
+        ("adapter.num_experts_pattern={q_proj: 2}", "adapter.num_experts_pattern is"),
+        ("adapter.share_A=true", "adapter.share_A is True, the checkpoint has False"),
     ],
 )
 def test_other_shapes_are_refused_whatever_is_allowed(tmp_path, saved, override, told):
@@ -65,8 +67,37 @@ def test_what_changes_the_numbers_needs_to_be_allowed(tmp_path, saved, override,
     name, _, value = override.partition("=")
     assert f"{name} is " in str(caught.value)
     assert value in str(caught.value)
-    (told,) = check_changes(saved, now, allow=True)
+    (told,) = check_changes(saved, now, allow=True, weights_only=True)
     assert told in caplog.text
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["training.optim=sgd"], ["training.optim_args=amsgrad=True"],
+        ["optimizer.name=riemannian_adamw"],
+        ["training.lr_scheduler_type=reduce_lr_on_plateau"],
+    ],
+)  # fmt: skip
+def test_state_of_another_optimizer_is_never_taken_up(tmp_path, saved, overrides):
+    now = facts(tmp_path, *overrides)
+    for allow in (False, True):
+        with pytest.raises(InputError, match="add --allow-change and --weights-only") as caught:
+            check_changes(saved, now, allow=allow)
+        assert f"{overrides[0].partition('=')[0]} is " in str(caught.value)
+    with pytest.raises(InputError, match="add --allow-change to go on"):
+        check_changes(saved, now, allow=False, weights_only=True)
+    assert check_changes(saved, now, allow=True, weights_only=True)
+
+
+def test_a_schedule_that_keeps_the_rates_takes_no_other(tmp_path):
+    """Under the others a new rate takes effect, so allowing it is enough."""
+    plateau = "training.lr_scheduler_type=reduce_lr_on_plateau"
+    saved = checkpoint(tmp_path, 5, **facts(tmp_path, plateau))
+    for change in ("training.learning_rate=1", "optimizer.rotation_gate_lr=1"):
+        with pytest.raises(InputError, match="and --weights-only"):
+            check_changes(saved, facts(tmp_path, plateau, change), allow=True)
+    assert check_changes(saved, facts(tmp_path, plateau, "seed=4"), allow=True)
 
 
 @pytest.mark.parametrize(

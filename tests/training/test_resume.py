@@ -72,8 +72,8 @@ def cut(straight, tmp_path) -> Callable[..., Path]:
 def again(model_folder, data_folder) -> Callable[..., TrainResult]:
     """A function that goes on in a folder."""
 
-    def resume(folder: Path, *, layout: dict | None = None, **options) -> TrainResult:
-        run = run_file(model_folder, data_folder, folder, **(LAYOUT | (layout or {})))
+    def resume(folder: Path, *overrides: str, layout: dict | None = None, **options) -> TrainResult:
+        run = run_file(model_folder, data_folder, folder, *overrides, **(LAYOUT | (layout or {})))
         return train(run, progress=False, **({"resume": "auto"} | options))
 
     return resume
@@ -111,7 +111,7 @@ def test_a_resumed_run_is_the_straight_run(straight, cut, again, step):
 def test_the_balance_loss_between_log_lines_is_carried(straight, cut, again):
     """The line after a cut is a mean over updates before and after it."""
     folder = cut(6)
-    again(folder, layout={"max_steps": 8})
+    again(folder)
     lines = [[r for r in read_metrics(f / "metrics.jsonl") if r.get("step") == 8 and "loss" in r]
              for f in (folder, straight.run_dir)]  # fmt: skip
     assert lines[0][0]["router_aux_loss"] == lines[1][0]["router_aux_loss"]
@@ -149,6 +149,74 @@ def test_weights_only_keeps_the_schedule_and_forgets_the_moments(cut, again, str
     assert rates[0] == rates[1]
 
 
+RATES = {
+    "learning_rate": 5e-3, "weight_decay": 0.1, "adam_beta1": 0.5, "adam_beta2": 0.9,
+    "adam_epsilon": 1e-6, "lr_scheduler_type": "cosine", "warmup_steps": 19, "logging_steps": 1,
+}  # fmt: skip
+
+
+def test_rates_that_were_allowed_to_change_are_those_of_the_new_run(cut, again, straight, tmp_path):
+    """With a fresh optimizer they are the run's own from the start: the same must come out."""
+    told = {}
+    for weights_only in (False, True):
+        folder = cut(17, keep=1)
+        layout = RATES | {"save_total_limit": 30}
+        again(
+            folder, "optimizer.rotation_gate_lr=0.7", layout=layout, allow_change=True,
+            weights_only=weights_only,
+        )  # fmt: skip
+        logged = {r["step"]: r["learning_rate"] for r in read_metrics(folder / "metrics.jsonl")
+                  if "learning_rate" in r}  # fmt: skip
+        last = torch.load(folder / "checkpoint-20" / "optimizer.pt", weights_only=True)
+        told[weights_only] = [logged[step] for step in (18, 19, 20)], last["param_groups"]
+        shutil.rmtree(folder)
+    assert told[False] == told[True]
+    old = torch.load(straight.run_dir / "checkpoint-20" / "optimizer.pt", weights_only=True)
+    assert len(old["param_groups"]) == len(told[False][1])
+    for group, before in zip(told[False][1], old["param_groups"], strict=True):
+        assert group["betas"] == (0.5, 0.9) != before["betas"]
+        assert group["initial_lr"] != before["initial_lr"]
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_a_learning_rate_of_nought_changes_no_weight(cut, again, schedule):
+    folder = cut(17, keep=1)
+    rates = {"learning_rate": 0.0, "lr_scheduler_type": schedule, "max_steps": 19}
+    again(folder, layout=rates, allow_change=True)
+    before, after = [
+        load_file(folder / f"checkpoint-{step}" / "adapter_model.safetensors") for step in (17, 19)
+    ]
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_a_longer_run_follows_its_own_schedule_at_once(cut, again):
+    """The first update too: linear from 0.02, at update 18 of 40 after 2 of warm-up."""
+    folder = cut(17, keep=1)
+    again(folder, layout={"max_steps": 40, "logging_steps": 1})
+    rate = torch.load(folder / "checkpoint-18" / "optimizer.pt", weights_only=True)
+    logged = [r["learning_rate"] for r in read_metrics(folder / "metrics.jsonl")
+              if r["step"] == 18 and "learning_rate" in r]  # fmt: skip
+    assert rate["param_groups"][0]["initial_lr"] == 2e-2
+    assert logged == [2e-2 * (40 - 17) / (40 - 2)]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "adapter.selection=threshold",
+        "adapter.share_A=true",
+        "adapter.rotation=plane",
+        "adapter.r=6",
+    ],
+)
+def test_tensors_of_other_shapes_leave_the_folder_as_it_was(cut, again, override):
+    folder = cut(6, keep=1)
+    papers = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+    with pytest.raises(InputError, match="with tensors of other shapes"):
+        again(folder, override, allow_change=True)
+    assert {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()} == papers
+
+
 def test_a_damaged_best_is_forgotten_and_said(cut, again, straight, caplog):
     best_at = {
         step_of(path): json.loads((path / "trainer_state.json").read_text())["best_global_step"]
@@ -159,7 +227,7 @@ def test_a_damaged_best_is_forgotten_and_said(cut, again, straight, caplog):
     best = folder / f"checkpoint-{best_at[step]}"
     (best / "adapter_model.safetensors").write_bytes(b"")
     resumed = again(folder, layout={"max_steps": step + 1})
-    assert f"{best}, the best so far, is gone or damaged" in caplog.text
+    assert f"{best}, the best so far, is gone, damaged" in caplog.text
     assert Path(resumed.best_checkpoint).name == f"checkpoint-{step + 1}"
 
 

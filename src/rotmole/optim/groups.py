@@ -34,7 +34,7 @@ def parameter_groups(
     lora_plus_ratio: float | None = None,
     weight_decay: float = 0.0,
 ) -> list[dict[str, Any]]:
-    """Return the trainable parameters of a model as optimiser groups, one for each role.
+    """Return the trainable parameters of a model as optimiser groups by role.
 
     Args:
         model: any model with rotmole adapters.
@@ -46,7 +46,8 @@ def parameter_groups(
 
     Returns:
         Groups {"params", "lr", "weight_decay", "role"} with role "expert", "expert_B",
-        "scaling_gate", "rotation_gate" or "other"; empty roles are left out.
+        "scaling_gate", "rotation_gate" or "other"; empty roles are left out. Which parameters go
+        together depends on roles and axes alone, so an optimizer's state fits other rates too.
 
     Source: LoRA+ (arXiv 2402.12354) for the ratio.
     """
@@ -58,12 +59,17 @@ def parameter_groups(
         OTHER: lr,
     }
     roles = _roles(model)
-    members: dict[tuple[str, float], list[nn.Parameter]] = {}
+    members: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
-            decay = weight_decay if parameter.ndim >= 2 else 0.0
-            members.setdefault((roles.get(id(parameter), OTHER), decay), []).append(parameter)
+            key = roles.get(id(parameter), OTHER), parameter.ndim >= 2
+            members.setdefault(key, []).append(parameter)
     return [
-        {"params": parameters, "lr": rates[role], "weight_decay": decay, "role": role}
-        for (role, decay), parameters in members.items()
+        {
+            "params": parameters,
+            "lr": rates[role],
+            "weight_decay": weight_decay if decays else 0.0,
+            "role": role,
+        }
+        for (role, decays), parameters in members.items()
     ]

@@ -9,25 +9,34 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
+from peft import get_peft_model_state_dict
+
 from rotmole.config.load import sft_arguments
 from rotmole.config.schema import RunFile
 from rotmole.errors import InputError
-from rotmole.training.checkpoint import read_seal
+from rotmole.training.checkpoint import read_seal, storage_of
 from rotmole.training.manifest import versions
 from rotmole.training.ranks import world_size
 from rotmole.tuner.config import RotMoleConfig
+from rotmole.tuner.stored import EXPERTS, WEIGHTS, read_header
 
 logger = logging.getLogger(__name__)
 
 _SHAPES = {
     f"adapter.{name}"
     for name in (
-        "r", "num_experts", "router", "rotation", "rotation_input", "rotation_planes",
-        "radar_rank", "rank_pattern", "target_modules", "exclude_modules", "layers_to_transform",
-        "layers_pattern", "modules_to_save", "trainable_token_indices",
+        "r", "num_experts", "num_experts_pattern", "share_A", "router", "router_scope", "rotation",
+        "rotation_input", "rotation_planes", "radar_rank", "rank_pattern", "target_modules",
+        "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save",
+        "trainable_token_indices",
     )
 }  # fmt: skip
-"""Settings that decide which tensors there are; with others the checkpoint cannot be loaded."""
+"""Settings that decide which tensors there are; `check_tensors` finds what others change."""
+_STATE = ("training.optim", "training.optim_args", "optimizer.name")
+"""Settings that the state of another optimizer cannot follow."""
+_SCHEDULE = ("training.learning_rate", "training.lr_scheduler", "optimizer.")
+_KEEPS_RATES = ("reduce_lr_on_plateau", "greedy")
+"""Schedules whose state holds the rates, and the beginnings of the settings they are made from."""
 
 _NOT_THE_ADAPTERS = (
     "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision",
@@ -119,19 +128,23 @@ def loaded_facts(fingerprint: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
     return {"dtype of the base model": str(dtype).removeprefix("torch.")} | rows
 
 
-def check_changes(checkpoint: Path, now: Mapping[str, Any], *, allow: bool) -> list[str]:
+def check_changes(
+    checkpoint: Path, now: Mapping[str, Any], *, allow: bool, weights_only: bool = False
+) -> list[str]:
     """Compare this run with the one that a checkpoint is of; refuse what must not change.
 
     Args:
         checkpoint: a complete checkpoint.
         now: from facts_of, or from loaded_facts; compared with the checkpoint's of that kind.
         allow: go on with other settings, data, processes or versions.
+        weights_only: the optimizer starts fresh, so it may be another one.
 
     Returns:
         What differs, in words; each was also logged.
 
     Raises:
-        InputError: tensors would have other shapes, or something else differs and `allow` is off.
+        InputError: tensors would have other shapes; something else differs and `allow` is off; or
+            the optimizer's state does not fit and `weights_only` is off.
 
     Source: our choice. More or fewer updates are a reason to resume, so they are only told.
     """
@@ -153,14 +166,77 @@ def check_changes(checkpoint: Path, now: Mapping[str, Any], *, allow: bool) -> l
             f"cannot go on from {str(checkpoint)!r} with tensors of other shapes: "
             f"{_join(shapes)}. Use the settings of the checkpoint, or another output_dir."
         )
-    if refused and not allow:
+    plateau = any(d.get("training.lr_scheduler_type") in _KEEPS_RATES for d in (saved, now))
+    bound = _STATE + (_SCHEDULE if plateau else ())
+    unfit = not weights_only and any(change.name.startswith(bound) for change in changes)
+    if refused and (unfit or not allow):
+        flags = "--allow-change" + (" and --weights-only (a fresh optimizer)" if unfit else "")
         raise InputError(
             f"this run is not the one that {str(checkpoint)!r} is of: {_join(refused)}. Use what "
-            "the checkpoint has, or add --allow-change to go on all the same."
+            f"the checkpoint has, or add {flags} to go on all the same."
         )
     for change in changes:
         logger.warning("going on with a change: %s", change)
     return [str(change) for change in changes]
+
+
+def check_tensors(model: Any, checkpoint: Path) -> None:
+    """Compare the tensors that a model would save with those that a checkpoint holds.
+
+    Args:
+        model: the PeftModel.
+        checkpoint: a complete checkpoint.
+
+    Raises:
+        InputError: the adapter's tensors have other names or shapes; nothing was loaded.
+
+    Source: our choice; settings that no list of names knows end here.
+    """
+    if not (checkpoint / WEIGHTS).is_file():
+        return
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    needed = {name: tuple(value.shape) for name, value in state.items()}
+    stored = {name: entry.shape for name, entry in read_header(checkpoint / WEIGHTS).items()}
+    found = [
+        f"{name} is {needed.get(name, 'gone')}, the checkpoint has {stored.get(name, 'none')}"
+        for name in sorted(needed | {name: () for name in stored if EXPERTS in f".{name}"})
+        if needed.get(name) != stored.get(name)
+    ]
+    if found:
+        more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
+        raise InputError(
+            f"cannot go on from {str(checkpoint)!r} with tensors of other shapes: "
+            f"{'; '.join(found[:3])}{more}. Use the settings of the checkpoint, or another "
+            "output_dir."
+        )
+
+
+def check_storage(trainer: Any, checkpoint: Path, *, weights_only: bool) -> None:
+    """Compare how a checkpoint is stored with what this run's engine reads.
+
+    Args:
+        trainer: a RotMoleTrainer; with `weights_only` another engine's weights are loaded here.
+        checkpoint: a complete checkpoint.
+        weights_only: the optimizer's state is not needed.
+
+    Raises:
+        InputError: this engine cannot read what the other one wrote.
+
+    Source: our choice; each engine of transformers and accelerate reads its own files alone.
+    """
+    saved, now = storage_of(checkpoint), trainer.storage()
+    if saved == now:
+        return
+    if "DeepSpeed" in now or not weights_only:
+        advice = "" if "DeepSpeed" in now else (
+            ", or add --weights-only to go on from its weights with a fresh optimizer"
+        )  # fmt: skip
+        raise InputError(
+            f"{str(checkpoint)!r} was written by {saved}, which {now} cannot read; start the run "
+            f"as it was started then{advice}."
+        )
+    trainer.model.load_adapter(str(checkpoint), trainer.model.active_adapter, is_trainable=True)
+    trainer.loaded = checkpoint
 
 
 def _join(changes: list[Change]) -> str:

@@ -38,6 +38,14 @@ _STATE = {
 }
 """What a checkpoint needs, and the names (of files or folders) that hold it."""
 
+UNSHARDED = "one process or DDP"
+STORAGE = {
+    "DeepSpeed": r"global_step\d+",
+    "FSDP with whole states": r"pytorch_model_fsdp\.bin|optimizer\.bin",
+    "FSDP with shards": r"pytorch_model_fsdp_.*|optimizer_\d+.*",
+}
+"""Engine -> the names that only its checkpoints hold."""
+
 _DISPENSABLE = re.compile(r"(optimizer|global_step|scheduler|rng_state|scaler|sums).*")
 """What --weights-only does without."""
 
@@ -182,6 +190,25 @@ def faults(checkpoint: Path, *, weights_only: bool = False) -> list[str]:
         if name.endswith(_LOADED)
     ]
     return found
+
+
+def storage_of(checkpoint: Path) -> str:
+    """Say which engine wrote a checkpoint, as only the same one reads its optimizer's state.
+
+    Args:
+        checkpoint: a complete one.
+
+    Returns:
+        A key of STORAGE, or UNSHARDED.
+
+    Source: transformers 5.23 and accelerate 1.15, the names of their files.
+    """
+    content = read_seal(checkpoint)
+    names = {_top(name) for name in content["files"]} if isinstance(content, dict) else set()
+    for engine, pattern in STORAGE.items():
+        if any(re.fullmatch(pattern, name) for name in names):
+            return engine
+    return UNSHARDED
 
 
 def find_resume(run_dir: Path, resume: str | None, *, weights_only: bool = False) -> Path | None:

@@ -110,7 +110,7 @@ def save_adapter(model: Any, run_dir: Path, state: dict[str, Any] | None = None)
     with storage_errors(target):
         try:
             model.save_pretrained(fresh, state_dict=state)
-            for file in fresh.iterdir():
+            for file in (*fresh.iterdir(), fresh):
                 sync(file)
             if target.exists():
                 target.rename(old)

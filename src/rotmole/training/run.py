@@ -19,7 +19,13 @@ from rotmole.errors import NonFiniteError
 from rotmole.models.files import atomic_write_text, storage_errors
 from rotmole.training.build import Built, build
 from rotmole.training.callbacks import StopOnSignal, read_metrics
-from rotmole.training.changes import check_changes, facts_of, loaded_facts
+from rotmole.training.changes import (
+    check_changes,
+    check_storage,
+    check_tensors,
+    facts_of,
+    loaded_facts,
+)
 from rotmole.training.checkpoint import find_resume, prune, step_of
 from rotmole.training.folder import (
     MANIFEST,
@@ -173,7 +179,9 @@ def find_origin(
     if checkpoint is None:
         check_free(run_dir)
     facts = facts_of(run)
-    changes = check_changes(checkpoint, facts, allow=allow_change) if checkpoint else []
+    changes = []
+    if checkpoint is not None:
+        changes = check_changes(checkpoint, facts, allow=allow_change, weights_only=weights_only)
     return Origin(checkpoint, facts, changes, weights_only, allow_change)
 
 
@@ -197,6 +205,8 @@ def prepare_folder(built: Built, origin: Origin) -> None:
     changes = origin.changes
     if origin.checkpoint is not None:
         changes = changes + check_changes(origin.checkpoint, facts, allow=origin.allow_change)
+        check_tensors(trainer.model, origin.checkpoint)
+        check_storage(trainer, origin.checkpoint, weights_only=origin.weights_only)
         prepare_resume(trainer, origin.checkpoint)
     trainer.facts, trainer.weights_only = origin.facts | facts, origin.weights_only
     if is_main_process():
@@ -229,7 +239,7 @@ def _nothing_left(built: Built, checkpoint: Path) -> bool:
     if state.global_step < last:
         return False
     trainer.state = state
-    find_best(Path(trainer.args.output_dir), state, checkpoint)
+    find_best(trainer, checkpoint)
     if trainer.owed:
         trainer._load_from_checkpoint(str(checkpoint))
         trainer._evaluate(None, None, skip_scheduler=True)

@@ -19,7 +19,16 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from rotmole.errors import StorageError
 from rotmole.models.files import atomic_write_text, storage_errors, sync
-from rotmole.training.checkpoint import COMPLETE, begin, faults, prune, read_seal, remove, seal
+from rotmole.training.checkpoint import (
+    COMPLETE,
+    begin,
+    faults,
+    prune,
+    read_seal,
+    remove,
+    seal,
+    storage_of,
+)
 from rotmole.training.folder import METRICS
 from rotmole.tuner.balance import balance_states
 
@@ -173,7 +182,7 @@ class ResumeCallback(TrainerCallback):
     ) -> None:
         """Restore, after the trainer has set its sums to zero."""
         state.compute_steps(args, state.max_steps)  # a checkpoint's own would prevail
-        find_best(Path(args.output_dir), state, self.checkpoint)
+        find_best(self.trainer, self.checkpoint)
         path, trainer = _sums_file(self.trainer, self.checkpoint), self.trainer
         saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         if trainer.weights_only or saved.get("loss") is None:  # or other processes than then
@@ -188,25 +197,29 @@ class ResumeCallback(TrainerCallback):
                 balance.sums = torch.tensor(entry["sums"], dtype=torch.float32, device=args.device)
 
 
-def find_best(run_dir: Path, state: TrainerState, checkpoint: Path) -> None:
+def find_best(trainer: Any, checkpoint: Path) -> None:
     """Find the best checkpoint of a resumed run again; where it is lost, say so and forget it.
 
     Args:
-        run_dir: the run folder, which may have been moved or copied.
-        state: as loaded from a checkpoint; its best checkpoint is set right.
+        trainer: a RotMoleTrainer whose run folder may have been moved or copied, its state as
+            loaded from a checkpoint; the state's best checkpoint is set right.
         checkpoint: that one, perhaps of another run folder.
 
     Source: our choice.
     """
+    state = trainer.state
     if not state.best_global_step:
         return
     name = f"checkpoint-{state.best_global_step}"
-    places = [run_dir / name, checkpoint.parent / name]
+    places = [Path(trainer.args.output_dir, name), checkpoint.parent / name]
     for place in places:
-        if place.is_dir() and not faults(place):
+        if place.is_dir() and not faults(place) and storage_of(place) == trainer.storage():
             state.best_model_checkpoint = str(place)
             return
-    logger.warning("%s, the best so far, is gone or damaged; the best is sought anew", places[0])
+    logger.warning(
+        "%s, the best so far, is gone, damaged or of another engine; the best is sought anew",
+        places[0],
+    )
     state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
 
@@ -257,6 +270,36 @@ def forward_schedule(trainer: Any) -> None:
         warnings.simplefilter("ignore")  # it wants the optimizer to step first
         for _ in range(trainer.state.global_step):
             schedule.step()
+
+
+@contextmanager
+def own_rates(optimizer: Any, schedule: Any) -> Iterator[None]:
+    """Load optimizer and schedule inside the block; the rates stay those of this run.
+
+    What is loaded brings the rates of the checkpoint's run, which would prevail over a change that
+    was allowed, and over a schedule of another length until the next update.
+
+    Args:
+        optimizer: as made from this run's settings.
+        schedule: as made from them.
+
+    Source: our choice; the rate of the next update is base rate x factor(updates made), as
+    torch's LambdaLR has it. Schedules whose state holds the rates keep them.
+    """
+    names = ("initial_lr", "weight_decay", "betas", "eps")
+    own = [{n: group[n] for n in names if n in group} for group in optimizer.param_groups]
+    bases = list(getattr(schedule, "base_lrs", ()))
+    yield
+    for group, rates in zip(optimizer.param_groups, own, strict=True):
+        group.update(rates)
+    if isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
+        schedule.base_lrs = bases
+        schedule._last_lr = [
+            base * factor(schedule.last_epoch)
+            for base, factor in zip(bases, schedule.lr_lambdas, strict=True)
+        ]
+        for group, rate in zip(optimizer.param_groups, schedule._last_lr, strict=True):
+            group["lr"] = rate
 
 
 def check_space(run_dir: Path, trainer: Any) -> None:

@@ -25,9 +25,16 @@ from rotmole.models.memory import peak_rss_bytes
 from rotmole.optim import RiemannianAdamW, RiemannianSGD, parameter_groups
 from rotmole.optim.riemannian import DELTA
 from rotmole.training.callbacks import balance_logs
+from rotmole.training.checkpoint import UNSHARDED
 from rotmole.training.finite import Fault, agreed_fault
 from rotmole.training.order import EpochSampler
-from rotmole.training.saving import forward_schedule, seal_again, usable_best, whole_checkpoint
+from rotmole.training.saving import (
+    forward_schedule,
+    own_rates,
+    seal_again,
+    usable_best,
+    whole_checkpoint,
+)
 from rotmole.training.sharding import adapter_state, sharding_works, unpin
 from rotmole.training.validation import IGNORED, ValidatingTrainer
 from rotmole.tuner.balance import balance_states
@@ -47,6 +54,7 @@ class RotMoleTrainer(ValidatingTrainer):
         self.keep, self.args.save_total_limit = self.args.save_total_limit, None  # we prune
         self.facts: dict[str, Any] = {}
         self.weights_only = False
+        self.loaded: Path | None = None  # a checkpoint whose weights are in the model already
         self.sealed: tuple[int, int] | None = None  # the last checkpoint's update, the last logged
         self.summed_from = 0
         self.micro_batches: list[tuple[dict[str, Any], torch.Tensor]] = []
@@ -208,11 +216,27 @@ class RotMoleTrainer(ValidatingTrainer):
         if usable_best(self):
             super()._load_best_model()
 
+    def storage(self) -> str:
+        """Say how this run's engine stores a checkpoint: a key of STORAGE, or UNSHARDED."""
+        if self.is_deepspeed_enabled:
+            return "DeepSpeed"
+        if not self.is_fsdp_enabled:
+            return UNSHARDED
+        whole = self.accelerator.state.fsdp_plugin.state_dict_type.name == "FULL_STATE_DICT"
+        return "FSDP with whole states" if whole else "FSDP with shards"
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
+    ) -> None:
+        if self.loaded is None or Path(resume_from_checkpoint) != self.loaded:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and self.weights_only:
             forward_schedule(self)
-        else:
-            super()._load_optimizer_and_scheduler(checkpoint)
+        elif checkpoint is not None:
+            with own_rates(self.optimizer, self.lr_scheduler):
+                super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         super()._load_scaler(None if self.weights_only else checkpoint)
