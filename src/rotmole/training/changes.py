@@ -180,11 +180,12 @@ def check_changes(
     return [str(change) for change in changes]
 
 
-def check_tensors(model: Any, checkpoint: Path) -> None:
-    """Compare the tensors that a model would save with those that a checkpoint holds.
+def check_tensors(trainer: Any, checkpoint: Path) -> None:
+    """Compare the tensors that a run would save with those that a checkpoint holds.
 
     Args:
-        model: the PeftModel.
+        trainer: a RotMoleTrainer that has not trained yet; under DeepSpeed, whose parameters may
+            be in parts, nothing is compared.
         checkpoint: a complete checkpoint.
 
     Raises:
@@ -192,9 +193,9 @@ def check_tensors(model: Any, checkpoint: Path) -> None:
 
     Source: our choice; settings that no list of names knows end here.
     """
-    if not (checkpoint / WEIGHTS).is_file():
+    if trainer.is_deepspeed_enabled or not (checkpoint / WEIGHTS).is_file():
         return
-    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    state = get_peft_model_state_dict(trainer.model, save_embedding_layers=False)
     needed = {name: tuple(value.shape) for name, value in state.items()}
     stored = {name: entry.shape for name, entry in read_header(checkpoint / WEIGHTS).items()}
     found = [

@@ -205,7 +205,7 @@ def prepare_folder(built: Built, origin: Origin) -> None:
     changes = origin.changes
     if origin.checkpoint is not None:
         changes = changes + check_changes(origin.checkpoint, facts, allow=origin.allow_change)
-        check_tensors(trainer.model, origin.checkpoint)
+        check_tensors(trainer, origin.checkpoint)
         check_storage(trainer, origin.checkpoint, weights_only=origin.weights_only)
         prepare_resume(trainer, origin.checkpoint)
     trainer.facts, trainer.weights_only = origin.facts | facts, origin.weights_only
