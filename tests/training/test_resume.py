@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from rotmole.errors import InputError, NonFiniteError
 from rotmole.training.callbacks import TIMING_SUFFIXES, read_metrics
-from rotmole.training.checkpoint import checkpoints, faults, step_of
+from rotmole.training.checkpoint import checkpoints, faults, read_seal, seal, step_of
 from rotmole.training.run import TrainResult, train
 from training_cases import run_file
 
@@ -217,7 +217,8 @@ def test_tensors_of_other_shapes_leave_the_folder_as_it_was(cut, again, override
     assert {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()} == papers
 
 
-def test_a_damaged_best_is_forgotten_and_said(cut, again, straight, caplog):
+@pytest.mark.parametrize("fault", ["damaged", "of another engine"])
+def test_a_best_that_cannot_be_read_is_forgotten_and_said(cut, again, straight, caplog, fault):
     best_at = {
         step_of(path): json.loads((path / "trainer_state.json").read_text())["best_global_step"]
         for path in checkpoints(straight.run_dir)
@@ -225,7 +226,11 @@ def test_a_damaged_best_is_forgotten_and_said(cut, again, straight, caplog):
     step = next(step for step, best in best_at.items() if best != step)
     folder = cut(step)
     best = folder / f"checkpoint-{best_at[step]}"
-    (best / "adapter_model.safetensors").write_bytes(b"")
+    if fault == "damaged":
+        (best / "adapter_model.safetensors").write_bytes(b"")
+    else:
+        (best / "pytorch_model_fsdp.bin").write_bytes(b"as FSDP leaves it")
+        seal(best, {"facts": read_seal(best)["facts"]})
     resumed = again(folder, layout={"max_steps": step + 1})
     assert f"{best}, the best so far, is gone, damaged" in caplog.text
     assert Path(resumed.best_checkpoint).name == f"checkpoint-{step + 1}"
