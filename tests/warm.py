@@ -103,6 +103,46 @@ def counted_command(words: list[str], file: str) -> int:
     return code
 
 
+STAMP = 0o005
+"""Umask of a watched rank: whatever it creates, others may write (2) but neither read nor enter."""
+
+_TOUCHES = (
+    "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate",
+    "shutil.rmtree",
+)  # fmt: skip
+
+
+def watched_command(words: list[str], folder: str, file: str) -> int:
+    """Run a command; the second rank lists what it opened to write, made or removed in a folder.
+
+    What is not written by Python (torch's and safetensors' files) is known by the umask.
+    """
+    if os.environ["RANK"] != "1":
+        return command(words)
+    touched: list[str] = []
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open":
+            path, _, flags = arguments
+            if isinstance(path, int) or not flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+                return
+            paths = [path]
+        elif event in _TOUCHES:
+            paths = [given for given in arguments[:2] if isinstance(given, (str, bytes, Path))]
+        else:
+            return
+        for path in map(os.fsdecode, paths):
+            inside = path.startswith(folder + os.sep)
+            if inside and not (event == "os.mkdir" and os.path.isdir(path)):  # exist_ok
+                touched.append(f"{event} {path[len(folder) + 1 :]}")
+
+    os.umask(STAMP)
+    sys.addaudithook(watch)
+    code = command(words)
+    Path(file).write_text(json.dumps(touched), encoding="utf-8")
+    return code
+
+
 def divided_command(words: list[str]) -> int:
     """Run a command whose second rank finds bfloat16 the faster one."""
     from rotmole.models import precision

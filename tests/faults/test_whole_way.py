@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from rotmole.training.callbacks import TIMING_SUFFIXES, read_metrics
+
 Command = Callable[..., Any]
 
 WATCH = """
@@ -67,6 +69,44 @@ def test_offline_from_start_to_end_and_nothing_is_unpickled_but_the_trainers_own
     assert not [line for line in lines if "network" in line]
     written = [path for path in out.rglob("*") if path.suffix in (".bin", ".pkl", ".pickle")]
     assert {path.name for path in written} <= {"training_args.bin"}
+
+
+def test_a_cut_run_goes_on_to_the_straight_runs_losses_and_weights(
+    command: Command, settings: dict, tmp_path: Path
+) -> None:
+    """Cut after the first update, at the end of an epoch (4 updates) and inside the next one."""
+    out = Path(settings["output_dir"])
+    given = with_validation(settings, tmp_path)
+    given["adapter"] |= {"num_experts": 3, "lora_dropout": 0.1, "router_aux_loss_coef": 0.1}
+    given["training"] |= {
+        "max_steps": 7, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-2, "save_total_limit": 9,
+    }  # fmt: skip
+    assert command("train", given).code == 0
+    rows, weights = metrics(out), load_file(out / "adapter" / "adapter_model.safetensors")
+    assert {"loss", "eval_loss", "router_aux_loss", "train_loss"} <= {
+        key for r in rows for key in r
+    }
+    for step, path in ((1, "auto"), (4, out / "checkpoint-4"), (6, "auto")):
+        assert (out / "checkpoint-7").is_dir()
+        shutil.rmtree(out / "adapter")
+        for later in range(step + 1, 8):
+            shutil.rmtree(out / f"checkpoint-{later}")
+        said = command("train", given, "--resume", path)
+        assert said.code == 0, said.error
+        assert f"going on from {out / f'checkpoint-{step}'}" in said.error
+        assert metrics(out) == rows
+        found = load_file(out / "adapter" / "adapter_model.safetensors")
+        assert found.keys() == weights.keys()
+        assert not [name for name, value in weights.items() if not value.equal(found[name])]
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """Every row, without what tells of time and memory."""
+    return [
+        {name: value for name, value in row.items() if not name.endswith(TIMING_SUFFIXES)}
+        for row in read_metrics(folder / "metrics.jsonl")
+    ]
 
 
 @pytest.mark.parametrize("name", ["ünïcödé 模型", "with space", "наборы'\"$(x)"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -59,9 +60,13 @@ def case(tmp_path_factory) -> Path:
     return root
 
 
-def job(case: Path, folder: str, processes: int, *words: str, call: str = "command") -> Any:
+def job(case: Path, folder: str, processes: int, *words: str, call: str = "") -> Any:
     line = ["train", str(case / "run.yaml"), f"output_dir={case / folder}", *COMMON, *words]
-    return {"call": f"warm:{call}", "arguments": {"words": line}, "processes": processes}
+    arguments: dict[str, Any] = {"words": line}
+    if not call and processes > 1:
+        call = "watched_command"
+        arguments |= {"folder": str(case / folder), "file": str(case / f"{folder}.touched")}
+    return {"call": f"warm:{call or 'command'}", "arguments": arguments, "processes": processes}
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +143,30 @@ def test_the_first_rank_alone_speaks_and_writes(case, runs):
         assert second.err == ""
     kept = {path.name for path in (case / "one").iterdir()}
     assert {path.name for path in (case / "fsdp").iterdir()} == kept
+
+
+OWN = re.compile(
+    r"checkpoint-\d+/(\.?(rng_state_1\.pth|sums_1\.json)(\.\w+\.\w+\.tmp)?"
+    r"|(pytorch_model_fsdp_0|optimizer_0)(/\.?__1_\d+\.distcp(\.tmp)?)?)"
+)
+"""A second rank's own: random state and sums, and shards in a folder that is made by any rank."""
+
+
+@pytest.mark.parametrize("folder", [name for name in WAYS if WAYS[name][0] > 1])
+def test_the_second_rank_writes_its_own_state_and_nothing_else(case, runs, folder):
+    """By Python: of the folder's last run. By others too: whatever lies there with its stamp."""
+    touched = json.loads((case / f"{folder}.touched").read_text(encoding="utf-8"))
+    assert "sums_1.json" in " ".join(touched)  # it was watched
+    stamped = [
+        path.relative_to(case / folder).as_posix()
+        for path in (case / folder).rglob("*")
+        if path.stat().st_mode & 0o007 == 0o007 & ~warm.STAMP
+    ]
+    assert "checkpoint-6/rng_state_1.pth" in stamped
+    names = [name.partition(" ")[2] for name in touched] + stamped
+    assert not [name for name in names if not OWN.fullmatch(name)]
+    shards = [name for name in stamped if name.endswith(".distcp")]
+    assert bool(shards) == (folder == "fsdp sharded")
 
 
 def test_a_sharded_run_leaves_an_ordinary_adapter(case, runs):

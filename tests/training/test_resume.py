@@ -9,14 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from rotmole.config.load import load_run
 from rotmole.errors import InputError, NonFiniteError
 from rotmole.training.callbacks import TIMING_SUFFIXES, read_metrics
 from rotmole.training.checkpoint import checkpoints, faults, read_seal, seal, step_of
 from rotmole.training.run import TrainResult, train
-from training_cases import run_file
+from training_cases import run_file, settings
 
 UPDATES, EPOCH = 20, 15
 LAYOUT = {
@@ -85,10 +87,15 @@ def assert_equal(first: Path, second: Path) -> None:
     for name, value in saved[0].items():
         assert torch.equal(value, saved[1][name]), name
     states = [torch.load(p / "optimizer.pt", weights_only=True) for p in (first, second)]
+    assert saved[0].keys() == saved[1].keys()
     assert states[0]["param_groups"] == states[1]["param_groups"]
+    assert states[0]["state"].keys() == states[1]["state"].keys()
     for key, state in states[0]["state"].items():
+        assert state.keys() == states[1]["state"][key].keys()
         for name, value in state.items():
-            assert torch.equal(value, states[1]["state"][key][name]), (key, name)
+            other = states[1]["state"][key][name]
+            same = torch.equal(value, other) if torch.is_tensor(value) else value == other
+            assert same, (key, name)
 
 
 @pytest.mark.parametrize("step", [1, EPOCH - 1, EPOCH, EPOCH + 1, UPDATES - 1])
@@ -106,6 +113,57 @@ def test_a_resumed_run_is_the_straight_run(straight, cut, again, step):
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
     told = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["resumes"]
     assert told == [{"from": f"checkpoint-{step}", "changes": []}]
+
+
+HIDDEN: dict[str, dict[str, dict]] = {
+    "bias": {"adapter": {"top_k": 2, "router_bias_rate": 0.05}},
+    "jitter": {"adapter": {"router_jitter": 0.2, "lora_dropout": 0.0}},
+    "riemannian_adamw": {"optimizer": {"name": "riemannian_adamw"}},
+    "riemannian_sgd": {
+        "optimizer": {"name": "riemannian_sgd", "riemannian_delta": 0.1},
+        "training": {"learning_rate": 0.1},
+    },
+    "by length": {"training": {"train_sampling_strategy": "group_by_length"}},
+}
+"""Where state may hide -> section -> settings."""
+
+SHORT = {
+    "max_steps": 5, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 3,
+    "logging_steps": 2, "logging_first_step": False, "save_steps": 2, "eval_steps": 2,
+}  # fmt: skip
+"""60 rows: an epoch has updates of 3, 3 and 2 micro-batches, the last one of them of 4 rows."""
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_no_state_hides_from_a_resume(model_folder, data_folder, tmp_path, name):
+    """Cut before a short update, or in the epoch after it; every buffer is compared too."""
+    content = settings(model_folder, data_folder, tmp_path / "straight", **SHORT)
+    for section, more in HIDDEN[name].items():
+        content[section] = content.get(section, {}) | more
+
+    def run(folder: Path, **options) -> TrainResult:
+        text = yaml.safe_dump(content | {"output_dir": str(folder)})
+        return train(load_run(None, text=text), progress=False, **options)
+
+    whole = run(tmp_path / "straight")
+    ours = whole.built.model.state_dict()
+    last = whole.run_dir / "checkpoint-5"
+    if name == "bias":
+        biases = [value for key, value in ours.items() if key.endswith("router_bias")]
+        assert len(biases) == 4
+        assert all(value.any() for value in biases)
+    for step in (2, 4) if name == "by length" else (2,):
+        folder = tmp_path / f"cut-{step}"
+        shutil.copytree(whole.run_dir, folder)
+        shutil.rmtree(folder / "adapter")
+        for path in checkpoints(folder):
+            if step_of(path) > step:
+                shutil.rmtree(path)
+        theirs = run(folder, resume="auto").built.model.state_dict()
+        assert comparable(folder) == comparable(whole.run_dir)
+        assert_equal(last, folder / "checkpoint-5")
+        assert ours.keys() == theirs.keys()
+        assert not [key for key, value in ours.items() if not torch.equal(value, theirs[key])]
 
 
 def test_the_balance_loss_between_log_lines_is_carried(straight, cut, again):
