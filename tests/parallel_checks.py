@@ -28,7 +28,8 @@ from rotmole.training.sharding import adapter_state
 
 CPU = torch.device("cpu")
 Batch = tuple[Tensor, Tensor]
-LENGTHS = (((9, 6, 4), (5, 8)), ((3,), (7, 2)))
+Lengths = tuple[tuple[tuple[int, ...], ...], ...]
+LENGTHS: Lengths = (((9, 6, 4), (5, 8)), ((3,), (7, 2)))
 """rank -> micro-batch -> tokens of each row."""
 
 
@@ -48,22 +49,22 @@ def adapted(dtype: torch.dtype = torch.float64, **settings: Any) -> PeftModel:
 
 
 def batch(lengths: tuple[int, ...], seed: int, width: int | None = None) -> Batch:
-    """Rows padded on the right to the longest, or to a width."""
-    longest = max(lengths)
+    """Rows padded on the right to the longest, or to a width; of no tokens, to one."""
+    longest = max(*lengths, 1)
     ids = tiny.tokens(len(lengths), longest, seed)
     mask = (torch.arange(longest) < torch.tensor(lengths)[:, None]).long()
     more = (width or longest) - longest
     return nn.functional.pad(ids * mask, (0, more)), nn.functional.pad(mask, (0, more))
 
 
-def rank_batches(rank: int, parts: int) -> list[Batch]:
-    return [batch(LENGTHS[rank][part], 10 * rank + part) for part in range(parts)]
+def rank_batches(rank: int, parts: int, lengths: Lengths = LENGTHS) -> list[Batch]:
+    return [batch(lengths[rank][part], 10 * rank + part) for part in range(parts)]
 
 
-def everything(parts: int) -> Batch:
+def everything(parts: int, lengths: Lengths = LENGTHS) -> Batch:
     """All ranks' rows in one batch."""
-    width = max(n for rank in LENGTHS for part in rank[:parts] for n in part)
-    rows = [batch(LENGTHS[r][p], 10 * r + p, width) for r in (0, 1) for p in range(parts)]
+    width = max(n for rank in lengths for part in rank[:parts] for n in part)
+    rows = [batch(lengths[r][p], 10 * r + p, width) for r in (0, 1) for p in range(parts)]
     return torch.cat([ids for ids, _ in rows]), torch.cat([mask for _, mask in rows])
 
 
@@ -79,10 +80,14 @@ def learnt(mask: Tensor) -> int:
 
 
 def backward(
-    model: nn.Module, batches: list[Batch], parts: int, silent: Callable[[bool], Any]
+    model: nn.Module,
+    batches: list[Batch],
+    parts: int,
+    silent: Callable[[bool], Any],
+    lengths: Lengths = LENGTHS,
 ) -> None:
     """One update's backward passes on this rank, weighed so that the mean over ranks is right."""
-    _, mask = everything(parts)
+    _, mask = everything(parts, lengths)
     world = dist.get_world_size()
     (state,) = balance_states(model)
     state.managed = True
@@ -103,10 +108,10 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def expected(model: PeftModel, parts: int) -> dict[str, Tensor]:
+def expected(model: PeftModel, parts: int, lengths: Lengths = LENGTHS) -> dict[str, Tensor]:
     """The gradient that one process finds on everybody's rows."""
     alone = copy.deepcopy(model)
-    ids, mask = everything(parts)
+    ids, mask = everything(parts, lengths)
     (state,) = balance_states(alone)
     state.managed, state.loss_scale = True, 1.0
     loss_of(alone, ids, mask, learnt(mask)).backward()
@@ -168,19 +173,39 @@ def checkpointed(model: PeftModel, kind: str) -> None:
 
 
 def equals_one_process(
-    wrap: str, parts: int = 1, checkpoint: str = "no", dtype: str = "float64"
+    wrap: str,
+    parts: int = 1,
+    checkpoint: str = "no",
+    dtype: str = "float64",
+    second: tuple[int, ...] = (),
+    only: int | None = None,
 ) -> None:
-    model = adapted(getattr(torch, dtype))
-    wanted = expected(model, parts)
+    """The gradients; with a second rank's rows of its own, or with one expert for all tokens."""
+    lengths = (LENGTHS[0], (second,)) if second else LENGTHS
+    one = {} if only is None else {"top_k": 1, "router_bias_rate": 1e-3}
+    model = adapted(getattr(torch, dtype), **one)
+    if only is not None:
+        send_all_to(model, only)
+    wanted = expected(model, parts, lengths)
+    if only is not None:
+        used = {n: v.flatten(1).any(1) for n, v in wanted.items() if n.endswith("expert_B")}
+        assert all(u.nonzero().flatten().tolist() == [only] for u in used.values()), used
     checkpointed(model, checkpoint)
     model.train()
     wrapped, silent = WRAPS[wrap](model)
     for _ in range(2):  # the second time is where what the first left behind would show
         wrapped.zero_grad()
-        backward(wrapped, rank_batches(dist.get_rank(), parts), parts, silent)
+        backward(wrapped, rank_batches(dist.get_rank(), parts, lengths), parts, silent, lengths)
         found = gradients(wrapped)
         assert_same(found, wanted, 1e-12 if dtype == "float64" else 1e-5)
         assert_ranks_agree(found)
+
+
+def send_all_to(model: PeftModel, expert: int) -> None:
+    """Let every token choose one expert and no other: its bias outweighs every score."""
+    for layer in model.modules():
+        if hasattr(layer, "rotmole_experts"):
+            layer.experts("default").router_bias[expert] = 1e3
 
 
 def ranks_find_different_gradients_before_they_exchange_them() -> None:
@@ -316,6 +341,8 @@ CHECKS: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {
         for more in (
             {}, {"parts": 2}, {"dtype": "float32"}, {"checkpoint": "non-reentrant"},
             {"checkpoint": "reentrant"}, {"checkpoint": "non-reentrant", "parts": 2},
+            {"checkpoint": "reentrant", "parts": 2}, {"dtype": "float32", "parts": 2},
+            {"dtype": "float32", "checkpoint": "non-reentrant"}, {"second": (0,)}, {"only": 1},
         )
     },
 }  # fmt: skip

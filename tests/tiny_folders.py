@@ -17,6 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 SENTENCES = ["the film is good", "the film is bad", "red blue green black white"]
 END = "<|end|>"
+ADAPTER: dict[str, Any] = {"task_type": "CAUSAL_LM", "r": 4, "target_modules": ["q_proj"]}
+"""Settings of an adapter that fits tiny.llama and is quick to save."""
 LLAMA = {
     "hidden_size": 32,
     "intermediate_size": 64,

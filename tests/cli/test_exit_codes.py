@@ -127,7 +127,8 @@ def test_sigterm_is_143_and_the_handler_comes_back(monkeypatch, capsys):
 def test_a_signal_to_a_real_process(number, code, tmp_path):
     """The process waits for a prompt on stdin when the signal comes."""
     script = """
-import sys, types
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell started us with &
 import rotmole_cli.init
 def wait(*_, **__):
     print("waiting", flush=True)

@@ -42,7 +42,7 @@ def assert_close(first: Path, second: Path) -> None:
     found = adapter(second)
     for name, value in adapter(first).items():
         difference = (value - found[name]).abs().max().item()
-        assert difference < 1e-4 * value.abs().max().item(), (second.name, name, difference)
+        assert difference < 1e-5 * value.abs().max().item(), (second.name, name, difference)
 
 
 def test_it_says_what_it_trains_and_what_came_out(run_yaml, tmp_path, capsys):
@@ -67,7 +67,6 @@ def test_it_runs_again_into_its_own_folder(run_yaml, tmp_path):
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
-@pytest.mark.heavy  # tests/parallel compares more ways
 def test_ways_to_one_update_agree(run_yaml, tmp_path):
     """Batches of 4, 2 x 2 and 1 x 4, with checkpointing on: one curve, balance loss included.
 
@@ -79,7 +78,7 @@ def test_ways_to_one_update_agree(run_yaml, tmp_path):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     task = f"{{equal: {{source: jsonl, files: {{train: {file}}}}}}}"
     common = [
-        f"data.tasks={task}", "training.max_steps=-1", "training.num_train_epochs=2",
+        f"data.tasks={task}", "training.max_steps=-1", "training.num_train_epochs=1",
         "adapter.lora_dropout=0", "training.save_steps=1.0", "training.eval_steps=null",
         "adapter.router_aux_loss_coef=5", "training.optim=sgd", "training.learning_rate=0.1",
         "training.max_grad_norm=0",  # AdamW blows rounding up where a gradient is nearly 0

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from peft import get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import rotmole
 import tiny
+from tiny_folders import ADAPTER
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,17 @@ def settings(base: Path, tmp_path: Path) -> dict:
         },
         "training": {"max_steps": 2, "per_device_train_batch_size": 2, "max_length": 64},
     }
+
+
+def check_one_sentence(said: Said) -> None:
+    """A failure ends in one line, the last; several problems at once are listed below it."""
+    lines = said.error.splitlines()
+    errors = [number for number, line in enumerate(lines) if line.startswith("rotmole: ")]
+    if said.code in (1, 2, 3, 4):
+        assert len(errors) == 1, said.error
+        assert all(line.startswith("  - ") for line in lines[errors[0] + 1 :]), said.error
+    else:
+        assert not errors, said.error
 
 
 class Warm:
@@ -115,7 +128,7 @@ def rotmole_command(warm: Warm, tmp_path: Path) -> Callable[..., Said]:
     """Return a function that runs `rotmole WORDS...` in a process of its own.
 
     With cold=True that process starts from nothing; `before` is code that it runs first. Whatever
-    it says may hold no traceback.
+    it says may hold no traceback, and a refusal is one line, or one and a list of problems.
     """
 
     def call(
@@ -143,6 +156,8 @@ def rotmole_command(warm: Warm, tmp_path: Path) -> Callable[..., Said]:
         if not traceback:
             assert "Traceback" not in said.error, said.error
             assert "rotmole: unexpected" not in said.error, said.error
+            if words[0] != "doctor":  # whose report says what is wrong
+                check_one_sentence(said)
         return said
 
     return call
@@ -165,8 +180,11 @@ def command(rotmole_command: Callable[..., Said], tmp_path: Path) -> Callable[..
 
 @pytest.fixture
 def adapter(base: Path, tmp_path: Path) -> Path:
-    """Return the folder of an adapter that is right."""
-    model = AutoModelForCausalLM.from_pretrained(base)
-    config = rotmole.RotMoleConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"])
-    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    """Return the folder of an adapter that is right; no tensor has the value of a new one."""
+    torch.manual_seed(1)
+    config = rotmole.RotMoleConfig(**ADAPTER, init_weights=False)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    model.save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"init_weights": True}))
     return tmp_path / "adapter"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,12 +30,14 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 import rotmole
 import tiny
 from rotmole import AdapterError
+from tiny_folders import ADAPTER
 
 Command = Callable[..., Any]
 WEIGHTS = "adapter_model.safetensors"
 B = "base_model.model.model.layers.0.self_attn.q_proj.rotmole_experts.expert_B"
 ROUTER = B.replace("expert_B", "router_weight")
 FRESH = "1 plus 1 is"
+IN_OPEN = 0x20
 
 
 def alter(adapter: Path, change: Callable[[dict], None]) -> None:
@@ -51,17 +56,44 @@ def refused_by_both(command: Command, base: Path, adapter: Path, *words: str) ->
     said = command("generate", None, adapter, FRESH)
     assert said.code == 2
     assert all(word in said.error for word in words), said.error
+    refused_by_peft(base, adapter, *words)
+
+
+def refused_by_peft(base: Path, adapter: Path, *words: str) -> None:
+    """An AdapterError, in either way of loading, and not one tensor was copied."""
+    new = new_adapter(base).get_base_model().state_dict()
+    for low in (False, True):
+        model = AutoModelForCausalLM.from_pretrained(base)
+        torch.manual_seed(0)
+        with pytest.raises(AdapterError) as caught:
+            PeftModel.from_pretrained(model, str(adapter), low_cpu_mem_usage=low)
+        assert all(word in str(caught.value) for word in words), str(caught.value)
+        assert "\n" not in str(caught.value)
+        for name, tensor in model.state_dict().items():
+            empty = low and ".rotmole_experts." in name  # made without memory, to be filled
+            there = name if name in new else name.replace(".weight", ".base_layer.weight")
+            assert tensor.is_meta if empty else same_bits(tensor, new[there]), name
+
+
+def new_adapter(base: Path) -> PeftModel:
+    """The base with an adapter as it is before anything is loaded into it."""
     model = AutoModelForCausalLM.from_pretrained(base)
+    torch.manual_seed(0)
+    return get_peft_model(model, rotmole.RotMoleConfig(**ADAPTER))
+
+
+def same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
+    return torch.equal(first.contiguous().view(torch.uint8), second.contiguous().view(torch.uint8))
+
+
+def refused_over(model: PeftModel, adapter: Path, name: str, *words: str) -> None:
+    """Refused as an adapter of that name, whose every bit and those of all others stay."""
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     with pytest.raises(AdapterError) as caught:
-        PeftModel.from_pretrained(model, str(adapter))
+        model.load_adapter(str(adapter), name)
     assert all(word in str(caught.value) for word in words), str(caught.value)
-    check_untouched(model)
-
-
-def check_untouched(model: torch.nn.Module) -> None:
-    """Nothing was half loaded: what adapters are there add nothing yet."""
-    for name, tensor in model.named_parameters():
-        assert not name.endswith("expert_B") or tensor.is_meta or not tensor.any(), name
+    after = model.state_dict()
+    assert all(same_bits(after[key], tensor) for key, tensor in before.items())
 
 
 # ---- rows 1, 2, 3, 11: the file
@@ -107,9 +139,31 @@ def test_row_11_a_pickle_is_never_opened(command: Command, base: Path, adapter: 
 
     mark = str(adapter / "it ran")
     (adapter / WEIGHTS).unlink()
-    torch.save({"x": Payload()}, adapter / "adapter_model.bin")
-    refused_by_both(command, base, adapter, "pickle", "adapter_model.bin", "can run code")
+    pickle = adapter / "adapter_model.bin"
+    torch.save({"x": Payload()}, pickle)
+    with openings(pickle) as seen:
+        refused_by_both(command, base, adapter, "pickle", "adapter_model.bin", "can run code")
+        assert command("doctor", None, adapter).code == 2
+    assert seen == []
     assert not Path(mark).exists()
+    with openings(pickle) as seen:
+        pickle.read_bytes()
+    assert len(seen) == 1  # such a watch does see it
+
+
+@contextmanager
+def openings(file: Path) -> Iterator[list[int]]:
+    """Note each time that any process opens the file: the kernel's own word (inotify)."""
+    libc, seen = ctypes.CDLL(None, use_errno=True), []
+    watch = libc.inotify_init1(os.O_NONBLOCK)
+    assert libc.inotify_add_watch(watch, os.fsencode(file), IN_OPEN) > 0
+    try:
+        yield seen
+        with suppress(BlockingIOError):
+            while event := os.read(watch, 16):
+                seen.append(event[0])
+    finally:
+        os.close(watch)
 
 
 # ---- rows 6 to 10: the tensors
@@ -141,56 +195,58 @@ def put(name: str, value: torch.Tensor) -> Callable[[dict], None]:
         ),
         (put(B, torch.ones(4, 4, 32, dtype=torch.int64)), ["expert_B", "float32", "stored as"]),
         (put(B, torch.ones(4, 4, 32, dtype=torch.bool)), ["expert_B", "float32", "stored as"]),
+        (put(B, torch.ones(4, 4, 32).to(torch.float8_e4m3fn)), ["expert_B", "stored as"]),
         (put(B, torch.ones(4, 4, 40)), ["expert_B", "(4, 4, 40)", "(4, 4, 32)"]),
         (put(ROUTER, torch.ones(4, 31)), ["router_weight", "(4, 31)", "(4, 32)"]),
     ],
     ids=[
         "B missing", "router missing", "extra", "extra elsewhere", "extra layer", "NaN", "Inf",
-        "integer", "bool", "width of B", "width of router",
+        "integer", "bool", "8-bit float", "width of B", "width of router",
     ],
 )  # fmt: skip
 def test_rows_6_to_10_tensors_that_do_not_belong(
     command: Command, base: Path, adapter: Path, change: Callable, words: list[str]
 ) -> None:
+    model = new_adapter(base)
     alter(adapter, change)
     refused_by_both(command, base, adapter, *words)
+    refused_over(model, adapter, "default", *words)
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
+def test_what_is_refused_would_have_changed_every_tensor(base: Path, adapter: Path) -> None:
+    """Without that, a load that began would not be seen above."""
+    new = get_peft_model_state_dict(new_adapter(base))
+    stored = load_file(adapter / WEIGHTS)
+    assert stored.keys() == new.keys()
+    assert not any((tensor == new[name]).any() for name, tensor in stored.items())
+    model = AutoModelForCausalLM.from_pretrained(base)
+    loaded = get_peft_model_state_dict(PeftModel.from_pretrained(model, str(adapter)))
+    assert all(same_bits(loaded[name], tensor) for name, tensor in stored.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float8_e4m3fn])
 def test_row_9_a_state_that_no_file_holds_is_checked_too(
     base: Path, adapter: Path, dtype: torch.dtype
 ) -> None:
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
-    state = get_peft_model_state_dict(model)
-    before = {name: value.clone() for name, value in state.items()}
-    wrong = state | {B: torch.ones_like(state[B], dtype=dtype)}
+    model = new_adapter(base)
+    before = {name: value.clone() for name, value in get_peft_model_state_dict(model).items()}
+    wrong = load_file(adapter / WEIGHTS)
+    wrong[B] = torch.ones_like(wrong[B]).to(dtype)
     with pytest.raises(AdapterError, match="stored as"):
         set_peft_model_state_dict(model, wrong)
     after = get_peft_model_state_dict(model)
-    assert all(torch.equal(value, after[name]) for name, value in before.items())
-
-
-def test_row_6_with_low_cpu_memory_nothing_is_loaded_either(base: Path, adapter: Path) -> None:
-    alter(adapter, drop(B))
-    model = AutoModelForCausalLM.from_pretrained(base)
-    with pytest.raises(AdapterError, match="1 tensor is missing"):
-        PeftModel.from_pretrained(model, str(adapter), low_cpu_mem_usage=True)
-    check_untouched(model)
+    assert all(same_bits(value, after[name]) for name, value in before.items())
 
 
 def test_a_second_adapter_is_checked_and_the_first_keeps_its_weights(
     base: Path, adapter: Path, tmp_path: Path
 ) -> None:
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter))
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    shutil.copytree(adapter, tmp_path / "second")
-    alter(tmp_path / "second", put(B, torch.full((4, 4, 32), torch.nan)))
-    with pytest.raises(AdapterError, match="NaN or infinite"):
-        model.load_adapter(str(tmp_path / "second"), "second")
-    with pytest.raises(AdapterError, match="NaN or infinite"):
-        model.load_adapter(str(tmp_path / "second"), "default")
-    after = model.state_dict()
-    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    second = tmp_path / "second"
+    new_adapter(base).save_pretrained(second)
+    alter(second, put(B, torch.full((4, 4, 32), torch.nan)))
+    refused_over(model, second, "second", "NaN or infinite")
+    refused_over(model, second, "default", "NaN or infinite")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 from trl import SFTConfig, SFTTrainer
@@ -20,6 +20,7 @@ from rotmole.models.load import load_model
 from rotmole.training.callbacks import BalanceCallback, read_metrics
 from rotmole.training.quantised import Float32Callback
 from rotmole.training.run import TrainResult, train
+from rotmole_cli import main
 from training_cases import settings, write_data, write_model
 
 KINDS = {"bnb-8bit": "Linear8bitLt", "bnb-4bit-nf4": "Linear4bit", "torchao-int8": "Linear"}
@@ -52,6 +53,30 @@ def trained(request, folders, tmp_path_factory) -> TrainResult:
     content["model"]["quantization"] = request.param
     content["training"] |= {"eval_steps": 3}
     return train(load_run(None, text=yaml.safe_dump(content)), progress=False)
+
+
+def test_the_command_trains_a_quantised_run(folders, tmp_path, capsys):
+    content = settings(*folders, tmp_path / "run", max_steps=2, save_steps=2)
+    content["model"]["quantization"] = "bnb-4bit-nf4"
+    content["training"] |= {"eval_steps": 2, "warmup_steps": 0}
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(content), encoding="utf-8")
+    assert main(["train", str(file)]) == 0
+    assert "done        2 updates" in capsys.readouterr().out
+    adapter = tmp_path / "run" / "adapter"
+    base = load_model(load_run(file).model).model
+    loaded = PeftModel.from_pretrained(base, adapter).eval()
+    projection = base.model.layers[0].self_attn.q_proj
+    assert type(projection.base_layer).__name__ == "Linear4bit"
+    saved = load_file(adapter / "adapter_model.safetensors")
+    assert all(value.any() for name, value in saved.items() if name.endswith("expert_B"))
+    found = get_peft_model_state_dict(loaded)
+    assert found.keys() == saved.keys()
+    assert all(torch.equal(found[name], value) for name, value in saved.items())
+    with torch.no_grad():
+        ours = loaded(IDS).logits
+        with loaded.disable_adapter():
+            assert not torch.equal(loaded(IDS).logits, ours)
 
 
 def weights_of(result: TrainResult) -> dict[str, torch.Tensor]:
@@ -169,10 +194,14 @@ def test_an_adapter_keeps_4_bit_weights_from_being_packed_for_inference(folders)
     assert all(torch.equal(stored(model)[name], value) for name, value in before.items())
 
 
-def sft(folders: tuple[Path, Path], folder: Path, *more: object) -> SFTTrainer:
-    content = settings(*folders, folder)
-    content["model"]["quantization"] = "bnb-8bit"
-    base = load_model(load_run(None, text=yaml.safe_dump(content)).model)
+def of_kind(folders: tuple[Path, Path], folder: Path, kind: str) -> dict:
+    given = settings(*folders, folder)
+    given["model"]["quantization"] = kind
+    return given
+
+
+def sft(folders: tuple[Path, Path], folder: Path, kind: str, *more: object) -> SFTTrainer:
+    base = load_model(load_run(None, text=yaml.safe_dump(of_kind(folders, folder, kind))).model)
     config = RotMoleConfig(
         task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], router_aux_loss_coef=0.1
     )
@@ -190,11 +219,12 @@ def sft(folders: tuple[Path, Path], folder: Path, *more: object) -> SFTTrainer:
     )  # fmt: skip
 
 
-def test_gates_stay_float32_and_learn_under_trl(folders, tmp_path):
+@pytest.mark.parametrize("kind", ["bnb-8bit", "bnb-4bit-nf4"])
+def test_gates_stay_float32_learn_and_reload_under_trl(folders, tmp_path, kind):
     """An update of 1e-6 is far below what bfloat16 can tell apart at a router's weights."""
-    cast = sft(folders, tmp_path / "cast")
+    cast = sft(folders, tmp_path / "cast", kind)
     assert {p.dtype for p in cast.model.parameters() if p.requires_grad} == {torch.bfloat16}
-    kept = sft(folders, tmp_path / "kept", Float32Callback())
+    kept = sft(folders, tmp_path / "kept", kind, Float32Callback())
     learns = {n: p for n, p in kept.model.named_parameters() if p.requires_grad}
     assert {p.dtype for p in learns.values()} == {torch.float32}
     routers = {n: p.detach().clone() for n, p in learns.items() if "router_weight" in n}
@@ -204,3 +234,11 @@ def test_gates_stay_float32_and_learn_under_trl(folders, tmp_path):
         moved = (learns[name] - before).abs()
         assert 0 < moved.max() < 1e-5
         assert (moved > 0).float().mean() > 0.9
+    kept.save_model()
+    section = load_run(None, text=yaml.safe_dump(of_kind(folders, tmp_path, kind))).model
+    loaded = PeftModel.from_pretrained(load_model(section).model, tmp_path / "kept").eval()
+    weights = dict(loaded.named_parameters())
+    assert not [name for name, value in learns.items() if not torch.equal(value, weights[name])]
+    assert {weights[name].dtype for name in learns} == {torch.float32}
+    with torch.no_grad():
+        assert torch.equal(kept.model.eval()(IDS).logits, loaded(IDS).logits)
