@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fuzz_targets import TARGETS, Place, new_place
 
-EXAMPLES = {"adapter_config": 60, "weights": 60, "run_file": 40, "data": 60, "names": 8}
+EXAMPLES = {"adapter_config": 60, "weights": 60, "run_file": 40, "data": 60, "names": 40}
 
 
 @pytest.fixture(scope="module")

@@ -101,6 +101,50 @@ def test_a_cut_run_goes_on_to_the_straight_runs_losses_and_weights(
         assert not [name for name, value in weights.items() if not value.equal(found[name])]
 
 
+def test_rows_20_21_and_25_by_the_command(command: Command, settings: dict, tmp_path: Path) -> None:
+    """The newest two damaged, the last one's optimizer gone, then another rank and top_k."""
+    out = Path(settings["output_dir"])
+    given = with_validation(settings, tmp_path)
+    given["training"] |= {"max_steps": 4, "save_total_limit": 9}
+    assert command("train", given).code == 0
+    rows, files = metrics(out), ["adapter_model.safetensors", "optimizer.pt"]
+    shutil.rmtree(out / "adapter")
+    newest, next_one = (out / "checkpoint-4" / files[0], out / "checkpoint-3" / files[1])
+    newest.write_bytes(b"")
+    next_one.write_bytes(next_one.read_bytes()[:-9])
+    said = command("train", given, "--resume", "auto")
+    assert said.code == 0, said.error
+    for path in (newest, next_one):
+        assert f"skipped {path.parent}: {path.name} has" in said.error
+    assert f"going on from {out / 'checkpoint-2'}" in said.error
+    assert metrics(out) == rows
+
+    for path in out.glob("checkpoint-[123]"):
+        shutil.rmtree(path)
+    (out / "checkpoint-4" / "optimizer.pt").unlink()
+    given["training"]["max_steps"] = 5
+    said = command("train", given, "--resume", "auto")
+    assert said.code == 2
+    assert "optimizer.pt is missing, or add --weights-only" in said.error
+    said = command("train", given, "--resume", "auto", "--weights-only")
+    assert said.code == 0, said.error
+    assert [row["step"] for row in metrics(out) if "loss" in row] == [1, 2, 3, 4, 5]
+
+    papers = {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    for setting, flags, told in (
+        ("adapter.r=2", ["--allow-change"], "adapter.r is 2, the checkpoint has 4"),
+        ("adapter.top_k=1", [], "adapter.top_k is 1, the checkpoint has"),
+    ):
+        said = command("train", given, setting, "--resume", "auto", *flags)
+        assert said.code == 2
+        assert told in said.error
+        assert {path: path.read_bytes() for path in out.iterdir() if path.is_file()} == papers
+    longer = ["training.max_steps=6", "adapter.top_k=1", "--resume", "auto", "--allow-change"]
+    said = command("train", given, *longer)
+    assert said.code == 0, said.error
+    assert "going on with a change: adapter.top_k is 1" in said.error
+
+
 def metrics(folder: Path) -> list[dict[str, Any]]:
     """Every row, without what tells of time and memory."""
     return [
@@ -257,7 +301,7 @@ def ignored() -> Iterator[None]:
 
 
 def test_row_12_names_that_lead_elsewhere(command: Command, settings: dict, tmp_path: Path) -> None:
-    from peft import get_peft_model
+    from peft import PeftModel, get_peft_model
 
     import rotmole
     import tiny
@@ -271,6 +315,13 @@ def test_row_12_names_that_lead_elsewhere(command: Command, settings: dict, tmp_
         model.add_adapter("../x", config)
     model.save_pretrained(tmp_path / "saved")
     assert (tmp_path / "saved/schön 1/adapter_model.safetensors").is_file()
+    for name in ("/abs", "../x", "a/b", ""):
+        with pytest.raises(rotmole.AdapterError, match="one folder name"), ignored():
+            PeftModel.from_pretrained(tiny.llama(), tmp_path / "saved/schön 1", adapter_name=name)
+        with pytest.raises(rotmole.AdapterError, match="one folder name"):
+            model.load_adapter(tmp_path / "saved/schön 1", adapter_name=name)
+    model.save_pretrained(tmp_path / "saved")
+    assert not Path("/abs").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", "saved"}
     settings["output_dir"] = ""
     said = command("train", settings)
