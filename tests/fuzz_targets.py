@@ -1,8 +1,8 @@
 """Random bytes for everything that strangers write: files, settings and names.
 
 Each target puts them where rotmole reads them, runs the command line, and demands: exit code 0 or
-2, one sentence, no traceback, nothing written outside the target's folder. tests/faults runs a
-hundred examples of each, `make fuzz` (tests/fuzz.py) a minute of each.
+2, one sentence, no traceback, nothing written outside the target's folder. tests/faults runs some
+tens of examples of each, `make fuzz` (tests/fuzz.py) a minute of each.
 """
 
 from __future__ import annotations
