@@ -30,7 +30,7 @@ def test_it_lists_versions_ranges_devices_and_caches(tmp_path, monkeypatch, caps
     assert main(["doctor"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["peft", peft.__version__, ">=0.20"] in lines
-    assert ["torch", torch.__version__, ">=2.4"] in lines
+    assert ["torch", torch.__version__, ">=2.6"] in lines
     assert ["HF_HUB_OFFLINE", "1"] in lines
     assert ["cache", str(tmp_path)] in lines
     assert lines[[line[:1] for line in lines].index(["threads"])][:2] == ["threads", "1"]
