@@ -249,7 +249,9 @@ class RotMoleTrainer(ValidatingTrainer):
         if not self.is_fsdp_enabled:
             super().save_model(output_dir, _internal_call)
             return
-        self._save(output_dir, state_dict=adapter_state(self.model, self.args.device))
+        state = adapter_state(self.model, self.args.device)
+        if self.args.should_save:  # _save of older transformers does not look
+            self._save(output_dir, state_dict=state)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add balance losses, and to the last log speed and memory, before anybody sees it."""
