@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rotmole.ops.rotation import ROTATIONS
+from rotmole.ops.rotation.table import ROTATIONS
 
-# elementwise operations for each number of z, forward and backward, counted in ops/modes.py and
-# ops/adjoint.py (an inner product is two); the product with the weight and its gradient included,
-# work on [E, 1, T] left out
+# elementwise operations for each number of z, forward and backward, counted in
+# ops/rotation/modes.py and adjoint.py (an inner product is two); the product with the weight and
+# its gradient included, work on [E, 1, T] left out
 ELEMENTWISE = {"none": (1, 4), "tangent": (12, 27), "plane": (14, 31), "givens": (5, 13)}
 
 

@@ -27,7 +27,7 @@ import numpy as np
 from rotmole.config.schema import EvaluationSection, ModelSection
 from rotmole.data.examples import Example
 from rotmole.evaluation import measure
-from rotmole.models.files import atomic_write_text
+from rotmole.files import atomic_write_text
 from rotmole.models.load import load_model
 
 TASK = """\

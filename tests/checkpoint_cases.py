@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rotmole.training.checkpoint import seal
+from rotmole.training.checkpoints.seal import seal
 
 FILES = (
     "adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "rng_state.pth",

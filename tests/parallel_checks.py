@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import tiny
 from rotmole import RotMoleConfig, balance_states
-from rotmole.training.ranks import highest
+from rotmole.processes import highest
 from rotmole.training.sharding import adapter_state
 
 CPU = torch.device("cpu")

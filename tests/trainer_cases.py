@@ -27,7 +27,7 @@ from trl import (
 
 import tiny
 from rotmole import RotMoleConfig
-from rotmole.training.callbacks import BalanceCallback
+from rotmole.training.callbacks.balance import BalanceCallback
 
 ROWS, LENGTH = 8, 10
 # TRL copies an adapter that it is given into a second one, "ref", whose run transformers resumes

@@ -13,7 +13,7 @@ import torch
 from common import D, E, O, R, T, checkout, compare, finish, gradients, isolated, load, ours
 from torch import nn
 
-from rotmole.ops.task_balance import task_balance_loss
+from rotmole.ops.routing.task_balance import task_balance_loss
 
 
 @dataclass

@@ -24,9 +24,9 @@ from rotmole.tuner.registration import add_member, register
 add_member()  # before the configuration, which names the member, can be used
 
 from rotmole.optim import parameter_groups  # noqa: E402  needs the member
-from rotmole.tuner.balance import balance_states  # noqa: E402  needs the member
+from rotmole.tuner.batch.loads import update_router_bias  # noqa: E402  needs the member
+from rotmole.tuner.batch.losses import balance_states  # noqa: E402  needs the member
 from rotmole.tuner.config import RotMoleConfig  # noqa: E402  needs the member
-from rotmole.tuner.loss_free import update_router_bias  # noqa: E402  needs the member
 from rotmole.tuner.model import RotMoleModel  # noqa: E402  needs the member
 
 register()

@@ -204,8 +204,8 @@ def demo(
         typer.confirm(
             "This downloads a 93 MB model once and trains for minutes. Go on?", abort=True
         )
-    _import_beside("rotmole.cli.demo_worker")
-    from rotmole.cli.demo import demo as work
+    _import_beside("rotmole.cli.demo.worker")
+    from rotmole.cli.demo.command import demo as work
 
     return work(output, steps, seed)
 

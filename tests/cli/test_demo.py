@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from rotmole.cli.demo import OURS, TWIN, demo, make_jobs
+from rotmole.cli.demo.command import OURS, TWIN, demo, make_jobs
 from rotmole.errors import InputError, RotMoleError
-from rotmole.training.lock import run_lock
+from rotmole.training.folder.lock import run_lock
 from training_cases import write_model
 
 

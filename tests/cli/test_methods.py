@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 from rotmole.config.load import load_run
 from rotmole.models.preview import preview, trainable_by_role
 from rotmole.training.build import add_adapter
-from rotmole.training.callbacks import read_metrics
-from rotmole.tuner.presets import PRESETS, preset_fields
+from rotmole.training.callbacks.metrics import read_metrics
+from rotmole.tuner.settings.presets import PRESETS, preset_fields
 from rotmole_cli import main
 from training_cases import settings, write_data, write_model
 

@@ -10,8 +10,8 @@ import torch
 import yaml
 
 import warm
-from rotmole.training.callbacks import read_metrics
-from rotmole.tuner.presets import PRESETS
+from rotmole.training.callbacks.metrics import read_metrics
+from rotmole.tuner.settings.presets import PRESETS
 from training_cases import settings, write_data, write_model
 
 pytestmark = pytest.mark.heavy  # a minute of forks

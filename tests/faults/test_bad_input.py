@@ -73,7 +73,7 @@ def test_an_unknown_key_that_changes_nothing_is_a_warning(command: Command, adap
 def test_doctor_explains_what_a_process_without_the_import_lacks(
     adapter: Path, command: Command
 ) -> None:
-    """That such a process fails is in tests/tuner/test_storage.py."""
+    """That such a process fails is in tests/tuner/storage/test_storage.py."""
     said = command("doctor", None, adapter)
     assert said.code == 0
     assert "load it after `import rotmole`" in said.output

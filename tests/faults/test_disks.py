@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rotmole.training.callbacks import read_metrics
-from rotmole.training.checkpoint import COMPLETE, checkpoints, faults
+from rotmole.training.callbacks.metrics import read_metrics
+from rotmole.training.checkpoints.seal import COMPLETE, checkpoints, faults
 from training_cases import settings, write_data, write_model
 
 MOUNT = """

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rotmole.training.callbacks import TIMING_SUFFIXES, read_metrics
-from rotmole.training.checkpoint import COMPLETE, checkpoints, faults, step_of
+from rotmole.training.callbacks.metrics import TIMING_SUFFIXES, read_metrics
+from rotmole.training.checkpoints.seal import COMPLETE, checkpoints, faults, step_of
 from training_cases import settings, write_data, write_model
 
 AIM = "import ctypes; ctypes.CDLL(None).kill_at({below!r}.encode(), {at}, {notes!r}.encode())"

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from rotmole.training.callbacks import TIMING_SUFFIXES, read_metrics
+from rotmole.training.callbacks.metrics import TIMING_SUFFIXES, read_metrics
 
 Command = Callable[..., Any]
 

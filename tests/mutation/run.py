@@ -4,8 +4,8 @@
 
 mutmut makes the mutants and finds which tests reach them; judge.py runs those tests.
 `ops` takes every mutant of src/rotmole/ops, `sample` a seeded 200 of tuner/ and of
-training/checkpoint.py. Work lies in .cache/mutation/ and is taken up where it stopped; --seconds
-stops it, --again tries the survivors anew after tests were added, and --only takes one module's
+training/checkpoints/seal.py. Work lies in .cache/mutation/ and is taken up where it stopped;
+--seconds stops it, --again tries the survivors anew after tests were added, and --only takes one module's
 mutants, as in `--only modes` (more than once for more). Exit code 1 if less than 85 % of the
 mutants of ops are killed, timeouts left out.
 """
@@ -56,11 +56,12 @@ SCOPES = {
         files=("src/rotmole/ops/*",),
         # whole feed-forward blocks and the starts of experts are tested in models
         tests=(
-            "tests/ops", "tests/tuner/test_blocks.py", "tests/tuner/test_experts.py", *NOT_WRAPPED,
+            "tests/ops", "tests/tuner/experts/test_blocks.py",
+            "tests/tuner/experts/test_experts.py", *NOT_WRAPPED,
         ),
     ),
     "sample": Scope(
-        files=("src/rotmole/tuner/*", "src/rotmole/training/checkpoint.py"),
+        files=("src/rotmole/tuner/*", "src/rotmole/training/checkpoints/seal.py"),
         tests=(
             "tests/tuner", "tests/golden", "tests/training",
             "--ignore=tests/tuner/test_compile.py", "--ignore=tests/tuner/test_trainers.py",

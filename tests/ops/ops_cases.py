@@ -12,12 +12,12 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rotmole.ops.rotation import ROTATIONS, gate_shapes
+from rotmole.ops.rotation.table import ROTATIONS, gate_shapes
 
 # rotmole.ops exports functions of the same names, which hide these modules as attributes
-reference = import_module("rotmole.ops.reference")
-routing = import_module("rotmole.ops.routing")
-fast_mixture = import_module("rotmole.ops.mixture")
+reference = import_module("rotmole.ops.reference.method")
+routing = import_module("rotmole.ops.routing.plain")
+fast_mixture = import_module("rotmole.ops.mixture.dense")
 
 # Modes that keep |z| only where a condition holds; every other rotation must keep it everywhere.
 CONDITIONAL = ("bias", "plane", "centroid")

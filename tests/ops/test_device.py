@@ -15,8 +15,8 @@ from test_selection import case_of as selection_case
 
 from rotmole.ops import load_balance_loss, route, router_scores, router_z_loss, select, usage
 from rotmole.ops.initial import svd_segments
-from rotmole.ops.routing import router_logits
-from rotmole.ops.task_balance import expert_groups, task_balance_loss
+from rotmole.ops.routing.plain import router_logits
+from rotmole.ops.routing.task_balance import expert_groups, task_balance_loss
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)

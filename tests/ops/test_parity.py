@@ -20,8 +20,8 @@ from ops_cases import (
     problems,
 )
 
-from rotmole.ops import reference
-from rotmole.ops.rotation import ROTATIONS
+from rotmole.ops.reference import method as reference
+from rotmole.ops.rotation.table import ROTATIONS
 
 every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=str)
 ROUTES = [

@@ -17,7 +17,7 @@ from rotmole.config.load import load_run
 from rotmole.optim import RiemannianAdamW, RiemannianSGD, parameter_groups
 from rotmole.optim.riemannian import expert_modules, preconditioned
 from rotmole.training.run import train
-from rotmole.tuner.layer import Experts
+from rotmole.tuner.experts.experts import Experts
 from training_cases import settings, write_data, write_model
 
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 import rotmole.config
 import warm
-from rotmole.training.callbacks import TIMING_SUFFIXES, read_metrics
+from rotmole.training.callbacks.metrics import TIMING_SUFFIXES, read_metrics
 from training_cases import settings, write_data, write_model
 
 LAUNCH = Path(rotmole.config.__file__).parent / "launch"

@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model
 import tiny
 from rotmole import RotMoleConfig
 from rotmole.errors import StorageError
-from rotmole.training.folder import save_adapter
+from rotmole.training.folder.layout import save_adapter
 
 
 def _model(seed: int) -> PeftModel:

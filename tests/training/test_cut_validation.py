@@ -11,9 +11,10 @@ import pytest
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from rotmole.training import build, saving
-from rotmole.training.callbacks import TIMING_SUFFIXES, read_metrics
-from rotmole.training.checkpoint import checkpoints, read_seal
+from rotmole.training import build
+from rotmole.training.callbacks.metrics import TIMING_SUFFIXES, read_metrics
+from rotmole.training.checkpoints import saving
+from rotmole.training.checkpoints.seal import checkpoints, read_seal
 from rotmole.training.run import TrainResult, train
 from rotmole_cli import main
 from training_cases import run_file

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from rotmole.config.load import load_run
 from rotmole.errors import InputError, NonFiniteError
 from rotmole.evaluation.target import find_target
-from rotmole.training.callbacks import TIMING_SUFFIXES, read_metrics
-from rotmole.training.checkpoint import checkpoints
-from rotmole.training.folder import UNFINISHED
+from rotmole.training.callbacks.metrics import TIMING_SUFFIXES, read_metrics
+from rotmole.training.checkpoints.seal import checkpoints
+from rotmole.training.folder.layout import UNFINISHED
 from rotmole.training.run import TrainResult, train
 from training_cases import run_file
 
@@ -75,7 +75,7 @@ def test_a_run_leaves_its_papers(straight):
 
 def test_the_manifest_holds_no_environment(straight, monkeypatch):
     monkeypatch.setenv("SOME_TOKEN", "do-not-write-this")
-    from rotmole.training.manifest import manifest
+    from rotmole.training.folder.manifest import manifest
 
     text = manifest(straight.built.run, {}, {})
     assert "do-not-write-this" not in text

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 import tiny
 from rotmole import balance_states
 from rotmole.ops import load_balance_loss, route
-from rotmole.training.callbacks import BalanceCallback
+from rotmole.training.callbacks.balance import BalanceCallback
 from trainer_cases import TRAINERS, adapted, arguments, causal_rows, difference, dpo, weights
 
 STEPS = 20

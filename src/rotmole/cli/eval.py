@@ -20,9 +20,9 @@ from rotmole.evaluation import evaluate as work
 from rotmole.evaluation.evaluate import Progress, task_metrics
 from rotmole.evaluation.render import footnotes, plain_text, rich_table, rows
 from rotmole.evaluation.target import Target, find_target, load_target
-from rotmole.models.files import atomic_write_text, make_folder
+from rotmole.files import atomic_write_text, make_folder
 from rotmole.models.load import load_tokenizer
-from rotmole.training.ranks import is_main_process, joined, same_everywhere
+from rotmole.processes import is_main_process, joined, same_everywhere
 
 RESULT = "evaluation.json"
 _IDLE = {

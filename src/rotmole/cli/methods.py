@@ -15,7 +15,7 @@ from rotmole.config.schema import ModelSection
 from rotmole.errors import ConfigError
 from rotmole.evaluation.render import plain_text, rich_table
 from rotmole.models.preview import flops_per_token, matched, preview, trainable_by_role
-from rotmole.tuner.presets import PRESETS, preset_fields
+from rotmole.tuner.settings.presets import PRESETS, preset_fields
 
 SHARED = ("r", "rank_pattern", "target_modules", "exclude_modules", "layers_to_transform",
           "layers_pattern")  # fmt: skip

@@ -47,7 +47,7 @@ def train(
         raise ConfigError(f"{name} says how to go on from a checkpoint; add --resume auto")
     fits = partial(adapter_problems, trust_remote_code=trust_remote_code)
     run = load_run(path, overrides, data_problems=data_problems, model_problems=fits)
-    from rotmole.training.ranks import is_main_process
+    from rotmole.processes import is_main_process
     from rotmole.training.run import train as work
 
     speaks = is_main_process()

@@ -209,7 +209,7 @@ def _valid_data(raw: Mapping[str, Any]) -> DataSection | None:
 
 def _check_adapter(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     from rotmole.tuner.config import RotMoleConfig
-    from rotmole.tuner.presets import PRESETS, preset_fields
+    from rotmole.tuner.settings.presets import PRESETS, preset_fields
 
     names = RotMoleConfig.__dataclass_fields__
     hints = {k: v for k, v in get_type_hints(RotMoleConfig).items() if k in names}

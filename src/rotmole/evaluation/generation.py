@@ -15,7 +15,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from rotmole.data.encode import tokenize_pair
 from rotmole.evaluation.scoring import Tick, context_window, evaluating, keeps_logits
-from rotmole.training.ranks import over_batches
+from rotmole.processes import over_batches
 
 
 def cut_answer(text: str, *, one_line: bool) -> str:

@@ -20,7 +20,7 @@ import torch
 from rotmole.data.encode import IGNORED, encode_all, tokenize_pairs
 from rotmole.data.examples import Example
 from rotmole.errors import ModelError
-from rotmole.training.ranks import over_batches
+from rotmole.processes import over_batches
 
 Tick = Callable[[int], None]
 _NO_LIMIT = 1 << 30

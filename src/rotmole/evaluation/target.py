@@ -16,7 +16,7 @@ from rotmole.data import data_problems
 from rotmole.errors import AdapterError, ConfigError, InputError
 from rotmole.models.adapter import CONFIG, check_adapter_folder
 from rotmole.models.load import LoadedModel, load_model
-from rotmole.training.folder import ADAPTER, is_finished
+from rotmole.training.folder.layout import ADAPTER, is_finished
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from rotmole.errors import ModelError
-from rotmole.models.files import make_folder, storage_errors, sync
+from rotmole.files import make_folder, storage_errors, sync
 
 logger = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from rotmole.models.precision import (
     choose_dtype,
     quantization_config,
 )
-from rotmole.tuner.four_bit import keep_trainable
+from rotmole.tuner.targets import keep_trainable
 
 logger = logging.getLogger(__name__)
 

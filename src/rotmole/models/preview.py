@@ -16,7 +16,7 @@ from rotmole.config.fields import did_you_mean
 from rotmole.config.schema import ModelSection
 from rotmole.errors import RotMoleError
 from rotmole.models.load import empty_model
-from rotmole.tuner.balance import balance_states
+from rotmole.tuner.batch.losses import balance_states
 from rotmole.tuner.config import RotMoleConfig
 from rotmole.tuner.layer import RotMoleLayer
 

@@ -7,12 +7,12 @@ Letters in names are axes: T tokens, D inputs, O outputs, E experts, K selected 
 P planes, V rows of a vector gate, M rows of an angle gate.
 """
 
-from rotmole.ops.balance import load_balance_loss, router_z_loss, usage
-from rotmole.ops.mixture import mixture, rotated
-from rotmole.ops.rotation import ROTATIONS, gate_shapes, is_rotation
-from rotmole.ops.routers import ROUTERS, router_scores, router_shapes
-from rotmole.ops.routing import Routing, route
-from rotmole.ops.selection import SELECTIONS, select
+from rotmole.ops.mixture.dense import mixture, rotated
+from rotmole.ops.rotation.table import ROTATIONS, gate_shapes, is_rotation
+from rotmole.ops.routing.balance import load_balance_loss, router_z_loss, usage
+from rotmole.ops.routing.plain import Routing, route
+from rotmole.ops.routing.routers import ROUTERS, router_scores, router_shapes
+from rotmole.ops.routing.selection import SELECTIONS, select
 
 __all__ = [
     "ROTATIONS",

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from rotmole.tuner.layer import EXPERT, ROTATION_GATE, SCALING_GATE, RotMoleLayer
+from rotmole.tuner.experts.experts import EXPERT, ROTATION_GATE, SCALING_GATE
+from rotmole.tuner.layer import RotMoleLayer
 
 OTHER = "other"
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from rotmole.errors import ConfigError
-from rotmole.tuner.layer import Experts, RotMoleLayer
+from rotmole.tuner.experts.experts import Experts
+from rotmole.tuner.layer import RotMoleLayer
 
 DELTA = 1e-6
 

@@ -18,10 +18,11 @@ from rotmole.config.schema import SPLITS, DataSection, RunFile, Split
 from rotmole.data import Collator, Example, encode_all, load_examples, mix
 from rotmole.errors import ConfigError, DataError
 from rotmole.models.load import LoadedModel, load_model
-from rotmole.training.callbacks import BiasCallback, JsonLinesCallback
-from rotmole.training.folder import METRICS
+from rotmole.training.callbacks.balance import BiasCallback
+from rotmole.training.callbacks.metrics import JsonLinesCallback
+from rotmole.training.callbacks.usage import UsageCallback
+from rotmole.training.folder.layout import METRICS
 from rotmole.training.trainer import RotMoleTrainer
-from rotmole.training.usage import UsageCallback
 from rotmole.tuner.config import RotMoleConfig
 
 UNLIMITED = 1 << 30

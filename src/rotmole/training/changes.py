@@ -14,11 +14,11 @@ from peft import get_peft_model_state_dict
 from rotmole.config.load import sft_arguments
 from rotmole.config.schema import RunFile
 from rotmole.errors import InputError
-from rotmole.training.checkpoint import read_seal, storage_of
-from rotmole.training.manifest import versions
-from rotmole.training.ranks import world_size
+from rotmole.processes import world_size
+from rotmole.training.checkpoints.seal import read_seal, storage_of
+from rotmole.training.folder.manifest import versions
 from rotmole.tuner.config import RotMoleConfig
-from rotmole.tuner.stored import EXPERTS, WEIGHTS, read_header
+from rotmole.tuner.storage.weights import EXPERTS, WEIGHTS, read_header
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from rotmole.training.ranks import highest
+from rotmole.processes import highest
 
 
 @dataclass(frozen=True)

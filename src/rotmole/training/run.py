@@ -16,9 +16,12 @@ from rotmole.config.load import resolved_yaml
 from rotmole.config.schema import RunFile
 from rotmole.data import data_fingerprint
 from rotmole.errors import NonFiniteError
-from rotmole.models.files import atomic_write_text, storage_errors
+from rotmole.files import atomic_write_text, storage_errors
+from rotmole.processes import is_main_process, same_everywhere
 from rotmole.training.build import Built, build
-from rotmole.training.callbacks import StopOnSignal, read_metrics
+from rotmole.training.callbacks.metrics import read_metrics
+from rotmole.training.callbacks.progress import ProgressCallback
+from rotmole.training.callbacks.stop import StopOnSignal
 from rotmole.training.changes import (
     check_changes,
     check_storage,
@@ -26,8 +29,9 @@ from rotmole.training.changes import (
     facts_of,
     loaded_facts,
 )
-from rotmole.training.checkpoint import find_resume, prune, step_of
-from rotmole.training.folder import (
+from rotmole.training.checkpoints.saving import check_space, find_best, prepare_resume
+from rotmole.training.checkpoints.seal import find_resume, prune, step_of
+from rotmole.training.folder.layout import (
     MANIFEST,
     METRICS,
     UNFINISHED,
@@ -35,12 +39,9 @@ from rotmole.training.folder import (
     clear,
     save_adapter,
 )
-from rotmole.training.lock import run_lock
-from rotmole.training.manifest import earlier_resumes, final_metrics, manifest, model_card
-from rotmole.training.plots import loss_svg
-from rotmole.training.progress import ProgressCallback
-from rotmole.training.ranks import is_main_process, same_everywhere
-from rotmole.training.saving import check_space, find_best, prepare_resume
+from rotmole.training.folder.lock import run_lock
+from rotmole.training.folder.manifest import earlier_resumes, final_metrics, manifest, model_card
+from rotmole.training.folder.plots import loss_svg
 from rotmole.training.sharding import adapter_state
 from rotmole.training.validation import ValidationCut
 

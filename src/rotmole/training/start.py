@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from rotmole.errors import AdapterError
-from rotmole.models.files import atomic_write_bytes
-from rotmole.tuner.layer import ROTATION_GATE, RotMoleLayer
+from rotmole.files import atomic_write_bytes
+from rotmole.tuner.experts.experts import ROTATION_GATE
+from rotmole.tuner.layer import RotMoleLayer
 
 
 def shared_parameters(model: nn.Module, adapter: str = "default") -> Iterator[tuple[str, Tensor]]:

@@ -20,24 +20,24 @@ from transformers import TrainingArguments
 
 from rotmole.config.schema import OptimizerSection
 from rotmole.errors import ConfigError, NonFiniteError
-from rotmole.models.files import atomic_write_text
+from rotmole.files import atomic_write_text
 from rotmole.models.memory import peak_rss_bytes
 from rotmole.optim import RiemannianAdamW, RiemannianSGD, parameter_groups
 from rotmole.optim.riemannian import DELTA
-from rotmole.training.callbacks import balance_logs
-from rotmole.training.checkpoint import UNSHARDED
-from rotmole.training.finite import Fault, agreed_fault
-from rotmole.training.order import EpochSampler
-from rotmole.training.saving import (
+from rotmole.training.callbacks.balance import balance_logs
+from rotmole.training.checkpoints.saving import (
     forward_schedule,
     own_rates,
     seal_again,
     usable_best,
     whole_checkpoint,
 )
+from rotmole.training.checkpoints.seal import UNSHARDED
+from rotmole.training.finite import Fault, agreed_fault
+from rotmole.training.order import EpochSampler
 from rotmole.training.sharding import adapter_state, sharding_works, unpin
 from rotmole.training.validation import IGNORED, ValidatingTrainer
-from rotmole.tuner.balance import balance_states
+from rotmole.tuner.batch.losses import balance_states
 
 
 class RotMoleTrainer(ValidatingTrainer):

@@ -14,12 +14,12 @@ from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME, PeftType
 
 from rotmole.errors import AdapterError, ConfigError
-from rotmole.tuner.balance_rules import (
+from rotmole.tuner.settings.balance_rules import (
     balance_notices,
     balance_problems,
     balance_rule_problems,
 )
-from rotmole.tuner.config_rules import (
+from rotmole.tuner.settings.config_rules import (
     FORMAT_VERSION,
     choice_problems,
     count_problems,
@@ -30,10 +30,14 @@ from rotmole.tuner.config_rules import (
     rule_problems,
     target_problems,
 )
-from rotmole.tuner.expert_rules import expert_notices, expert_problems, is_routed
-from rotmole.tuner.presets import preset_fields
-from rotmole.tuner.router_rules import router_notices, router_problems, router_rule_problems
-from rotmole.tuner.stored import WEIGHTS, header_problems, read_header, refuse_pickle
+from rotmole.tuner.settings.expert_rules import expert_notices, expert_problems, is_routed
+from rotmole.tuner.settings.presets import preset_fields
+from rotmole.tuner.settings.router_rules import (
+    router_notices,
+    router_problems,
+    router_rule_problems,
+)
+from rotmole.tuner.storage.weights import WEIGHTS, header_problems, read_header, refuse_pickle
 
 REQUIRED = (
     "base_model_name_or_path", "r", "lora_alpha", "num_experts", "top_k", "selection",
@@ -100,7 +104,7 @@ class RotMoleConfig(PeftConfig):  # type: ignore[misc] # peft ships no types
         compute_dtype: type of the products with A, B and vector gates: "adapter", that of the
             weights (float32 on a half-precision base, unless autocast_adapter_dtype is false), as
             in PEFT's LoRA; or "input", that of the layer's input, with the weights kept as they
-            are; on a bfloat16 base gradients stay within 2 % (tests/ops/test_fused.py),
+            are; on a bfloat16 base gradients stay within 2 % (tests/ops/mixture/test_fused.py),
             and whether it is faster depends on machine and shapes. Autocast goes before either.
             Gates, routing and angles are computed in at least float32 with both. The blocks of
             router_scope "block" compute as "adapter" says.
@@ -122,8 +126,8 @@ class RotMoleConfig(PeftConfig):  # type: ignore[misc] # peft ships no types
             the base weight's SVD and subtracts what balanced gates would add (GOAT); False draws
             everything at random, for tests.
         format_version: version of the saved format; set by the library.
-        base_fingerprint: what the base model looks like (rotmole.tuner.fingerprint); set by the
-            library when the adapter is put on a model, compared when a saved one is.
+        base_fingerprint: what the base model looks like (rotmole.tuner.storage.fingerprint);
+            set by the library when the adapter is put on a model, compared when a saved one is.
 
     Raises:
         ConfigError: (a ValueError) listing every setting that is wrong.

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from rotmole.errors import AdapterError, ConfigError, ModelError
 from rotmole.tuner.config import RotMoleConfig
-from rotmole.tuner.layer import Experts, RotMoleLayer
+from rotmole.tuner.experts.experts import Experts
+from rotmole.tuner.layer import RotMoleLayer
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

@@ -17,18 +17,19 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from rotmole.errors import ConfigError, ModelError
-from rotmole.tuner.balance import BalanceSettings, watch_masks
-from rotmole.tuner.blocks import block_part, check_blocks, plain_outside
+from rotmole.tuner.batch.losses import BalanceSettings, watch_masks
+from rotmole.tuner.batch.tasks import watch_tasks
 from rotmole.tuner.config import RotMoleConfig
-from rotmole.tuner.expert_rules import is_routed
-from rotmole.tuner.fingerprint import base_fingerprint, compare_bases
-from rotmole.tuner.four_bit import keep_trainable
-from rotmole.tuner.layer import Experts, Linear, RotMoleLayer, layer_widths
-from rotmole.tuner.names import check_adapter_name
-from rotmole.tuner.patterns import module_config
-from rotmole.tuner.scaling import check_stack, reads_ids, reads_sequences
-from rotmole.tuner.stored import check_state
-from rotmole.tuner.tasks import watch_tasks
+from rotmole.tuner.experts.blocks import block_part, check_blocks, plain_outside
+from rotmole.tuner.experts.experts import Experts
+from rotmole.tuner.experts.scaling import check_stack, reads_ids, reads_sequences
+from rotmole.tuner.layer import Linear, RotMoleLayer
+from rotmole.tuner.settings.by_module import module_config
+from rotmole.tuner.settings.expert_rules import is_routed
+from rotmole.tuner.storage.fingerprint import base_fingerprint, compare_bases
+from rotmole.tuner.storage.names import check_adapter_name
+from rotmole.tuner.storage.weights import check_state
+from rotmole.tuner.targets import keep_trainable, layer_widths
 
 try:
     from peft.utils.error import NoMatchingPeftModuleError

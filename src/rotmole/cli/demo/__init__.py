@@ -1,0 +1,1 @@
+"""The demo: RotMoLE and its scalar twin trained and compared."""

@@ -1,0 +1,1 @@
+"""The mixture of experts of one layer, computed in several equal ways."""

@@ -1,0 +1,212 @@
+"""The mixture for many experts: only the K chosen experts of a token are computed.
+
+Every product is one of three sums over chosen rows of a table (A, B or a gate, seen as [E M, D]),
+each the derivative of the others, so derivatives of every order are exact:
+
+    dots_TM  = <x_T, table[rows_TM]>        sum_TD = sum_M w_TM table[rows_TM]
+    table_ND = sum over T, M of w_TM x_T where rows_TM = N
+
+They are torch's embedding-bag kernels: no row is copied per token, and cost grows with T K R and no
+longer with E. The dense path is faster while K is not far below E; `prefers_grouped` says where.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from rotmole.ops.precision import at_least_float32, without_autocast
+from rotmole.ops.rotation.table import ROTATIONS, Gate
+
+SWITCH_OVER = 12  # experts per chosen expert from which it is taken; see prefers_grouped
+
+
+def prefers_grouped(experts: int, top_k: int) -> bool:
+    """Say whether computing the chosen experts alone is expected to be the faster way.
+
+    From 12 experts for each chosen one. This path does E / K times less work at about a tenth of a
+    dense product's rate: whole layers, forward and backward, take as long either way at 8 experts
+    for each chosen one and less this way from 12 on, in benchmarks/results/experts.csv. The
+    setting `dispatch` overrides it.
+
+    >>> prefers_grouped(8, 2), prefers_grouped(64, 2)
+    (False, True)
+    """
+    return experts >= SWITCH_OVER * top_k
+
+
+def _bags(rows_TM: Tensor) -> tuple[Tensor, Tensor]:
+    """Return where each token's rows begin, and each row's token."""
+    tokens, count = rows_TM.shape
+    each_T = torch.arange(tokens, device=rows_TM.device)
+    return each_T * count, each_T.repeat_interleave(count)
+
+
+class _Dots(torch.autograd.Function):
+    """(x, table, rows) -> <x_T, table[rows_TM]>."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, table_ND: Tensor, rows_TM: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TD, table_ND, rows_TM)
+        starts_T, token_M = _bags(rows_TM)
+        dots: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            x_TD.contiguous(), table_ND, rows_TM.reshape(-1), starts_T, token_M, 0
+        )
+        return dots.view(rows_TM.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x_TD, table_ND, rows_TM = ctx.saved_tensors
+        dx = chosen_sum(grads[0], table_ND, rows_TM) if ctx.needs_input_grad[0] else None
+        dtable = None
+        if ctx.needs_input_grad[1]:
+            dtable = chosen_outer(grads[0], x_TD, rows_TM, table_ND.shape[0])
+        return dx, dtable, None
+
+
+class _Sum(torch.autograd.Function):
+    """(w, table, rows) -> sum_M w_TM table[rows_TM]."""
+
+    @staticmethod
+    def forward(ctx: Any, w_TM: Tensor, table_ND: Tensor, rows_TM: Tensor) -> Tensor:
+        ctx.save_for_backward(w_TM, table_ND, rows_TM)
+        return embedding_bag(rows_TM, table_ND, per_sample_weights=w_TM.contiguous(), mode="sum")
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        w_TM, table_ND, rows_TM = ctx.saved_tensors
+        dw = chosen_dots(grads[0], table_ND, rows_TM) if ctx.needs_input_grad[0] else None
+        dtable = None
+        if ctx.needs_input_grad[1]:
+            dtable = chosen_outer(w_TM, grads[0], rows_TM, table_ND.shape[0])
+        return dw, dtable, None
+
+
+class _Outer(torch.autograd.Function):
+    """(w, x, rows, N) -> table with sum of w_TM x_T at row rows_TM."""
+
+    @staticmethod
+    def forward(ctx: Any, w_TM: Tensor, x_TD: Tensor, rows_TM: Tensor, count: int) -> Tensor:
+        ctx.save_for_backward(w_TM, x_TD, rows_TM)
+        empty = torch.empty(0, dtype=torch.long, device=x_TD.device)
+        _, token_M = _bags(rows_TM)
+        table_ND: Tensor = torch.ops.aten._embedding_bag_dense_backward(
+            x_TD.contiguous(), rows_TM.reshape(-1), token_M, empty, empty,
+            count, False, 0, w_TM.reshape(-1),
+        )  # fmt: skip
+        return table_ND
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        w_TM, x_TD, rows_TM = ctx.saved_tensors
+        dw = chosen_dots(x_TD, grads[0], rows_TM) if ctx.needs_input_grad[0] else None
+        dx = chosen_sum(w_TM, grads[0], rows_TM) if ctx.needs_input_grad[1] else None
+        return dw, dx, None, None
+
+
+def chosen_dots(x_TD: Tensor, table_ND: Tensor, rows_TM: Tensor) -> Tensor:
+    """Return <x_T, table[rows_TM]> [T, M].
+
+    >>> chosen_dots(torch.ones(2, 3), torch.eye(3), torch.tensor([[0], [2]])).shape
+    torch.Size([2, 1])
+    """
+    result: Tensor = _Dots.apply(x_TD, table_ND, rows_TM)  # type: ignore[no-untyped-call] # torch's own types
+    return result
+
+
+def chosen_sum(w_TM: Tensor, table_ND: Tensor, rows_TM: Tensor) -> Tensor:
+    """Return sum_M w_TM table[rows_TM] [T, D].
+
+    >>> chosen_sum(torch.ones(2, 1), torch.eye(3), torch.tensor([[0], [2]]))
+    tensor([[1., 0., 0.],
+            [0., 0., 1.]])
+    """
+    result: Tensor = _Sum.apply(w_TM, table_ND, rows_TM)  # type: ignore[no-untyped-call] # torch's own types
+    return result
+
+
+def chosen_outer(w_TM: Tensor, x_TD: Tensor, rows_TM: Tensor, count: int) -> Tensor:
+    """Return [count, D]: at each row the sum of w_TM x_T over the T, M whose rows_TM is that row.
+
+    >>> chosen_outer(torch.ones(2, 1), torch.eye(2), torch.tensor([[0], [0]]), 2)
+    tensor([[1., 1.],
+            [0., 0.]])
+    """
+    result: Tensor = _Outer.apply(w_TM, x_TD, rows_TM, count)  # type: ignore[no-untyped-call] # torch's own types
+    return result
+
+
+def _rows(expert_TK: Tensor, width: int) -> Tensor:
+    """Return the rows [T, K width] of the chosen experts in a table of `width` rows an expert."""
+    each = torch.arange(width, device=expert_TK.device)
+    return (expert_TK.unsqueeze(-1) * width + each).flatten(1)
+
+
+def _chosen(x_TD: Tensor, weight_EMD: Tensor, expert_TK: Tensor) -> Tensor:
+    """Apply the chosen experts' [M, D] matrices to each token: [K, M, T]."""
+    width = weight_EMD.shape[1]
+    dots_TM = chosen_dots(x_TD, weight_EMD.flatten(0, 1), _rows(expert_TK, width))
+    return dots_TM.mT.reshape(expert_TK.shape[1], width, x_TD.shape[0])
+
+
+def grouped_mixture(
+    x_TD: Tensor,
+    dropped_TD: Tensor,
+    weight_TE: Tensor,
+    selected_TE: Tensor,
+    A_ERD: Tensor,
+    B_ERO: Tensor,
+    gates: Mapping[str, Tensor],
+    *,
+    top_k: int,
+    rotation: str,
+    scale: float,
+) -> Tensor:
+    """Return s sum_e g_e R_e(x)[A_e drop(x)] B_e over the K selected experts of each token.
+
+    Args:
+        x_TD: [T, D] layer input; angle gates read it.
+        dropped_TD: [T, D] the same after dropout, in the type of A.
+        weight_TE: [T, E] g.
+        selected_TE: [T, E] bool, K of them in each row.
+        A_ERD, B_ERO: [E, R, D] and [E, R, O] factors, of one type.
+        gates: rotation-gate parameters by name, as in rotation.gate_shapes.
+        top_k: K.
+        rotation: a name in ROTATIONS that fused.can_fuse accepts.
+        scale: s.
+
+    Returns:
+        [T, O] in the type of B.
+
+    Source: as `mixture`; computing the chosen experts alone by embedding bags is our choice.
+
+    >>> x, A, B = torch.ones(5, 3), torch.ones(9, 4, 3), torch.ones(9, 4, 6)
+    >>> weight = torch.eye(9)[:5]
+    >>> grouped_mixture(
+    ...     x, x, weight, weight > 0, A, B, {}, top_k=1, rotation="none", scale=1.0
+    ... ).shape
+    torch.Size([5, 6])
+    """
+    expert_TK = torch.topk(selected_TE.to(weight_TE.dtype), top_k, dim=-1).indices
+    weight_K1T = weight_TE.gather(1, expert_TK).mT.unsqueeze(1)
+    z_KRT = at_least_float32(_chosen(dropped_TD, A_ERD, expert_TK))
+    vector = angle = None
+    if "rotation_vector" in gates:
+        vector = at_least_float32(_chosen(dropped_TD, gates["rotation_vector"], expert_TK))
+    with without_autocast(x_TD):
+        if "rotation_angle" in gates:
+            wide_EMD = at_least_float32(gates["rotation_angle"])
+            angle = _chosen(x_TD.to(wide_EMD.dtype), wide_EMD, expert_TK)
+        if "rotation_center" in gates:  # centroid is plane with a learned vector
+            rotation = "plane"
+            vector = at_least_float32(gates["rotation_center"])[expert_TK].permute(1, 2, 0)
+        rotate = ROTATIONS[rotation].rotate
+        assert rotate is not None
+        turned_KRT = rotate(z_KRT, Gate(vector, angle))
+        m_KRT = (scale * weight_K1T) * turned_KRT
+        w_TM = m_KRT.to(B_ERO.dtype).permute(2, 0, 1).flatten(1)
+        return chosen_sum(w_TM, B_ERO.flatten(0, 1), _rows(expert_TK, B_ERO.shape[1]))

@@ -1,0 +1,171 @@
+"""The mixture for few tokens without gradients, as in cached decoding: one product reads x.
+
+At one token a layer's time is the number of its operations, not their size. The factors A, the
+vector gates and, where types allow, router and angle gates are laid into one matrix once; a call
+then makes one product with it, routes, rotates and weighs. Layers that read the same x (q, k and v
+of an attention) are laid into one matrix too: to all steps but the last they are more experts, and
+to the routing more tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rotmole.ops.mixture.dense import project
+from rotmole.ops.mixture.passes import Settings, add_product
+from rotmole.ops.precision import at_least_float32, without_autocast
+from rotmole.ops.rotation.table import ROTATIONS, Gate
+from rotmole.ops.routing.plain import choose, spread_chosen
+
+
+class LayerWeights(NamedTuple):
+    """One layer's weights.
+
+    Attributes:
+        A_ERD, B_ERO: [E, R, D] (or [1, R, D], shared) and [E, R, O] factors.
+        gates: rotation-gate parameters by name, as in rotation.gate_shapes.
+        router_ED: [E, D] router.
+    """
+
+    A_ERD: Tensor
+    B_ERO: Tensor
+    gates: Mapping[str, Tensor]
+    router_ED: Tensor
+
+
+class Pack(NamedTuple):
+    """Weights of L layers laid out for packed_activations, expert by expert, in each L layers.
+
+    Attributes:
+        rows_ND: [N, D] all A, vector gates, and what else is computed in the same type.
+        parts: name -> (first row, experts, rows of an expert in a layer) of what is in rows_ND.
+        apart: name -> [E L, rows, D] weight of what is computed in a wider type.
+        center_ER: [E L, R] learned vectors, or None.
+        B_NO: the layers' output factors in that type, N = E R.
+        sizes: E, L, R.
+    """
+
+    rows_ND: Tensor
+    parts: dict[str, tuple[int, int, int]]
+    apart: dict[str, Tensor]
+    center_ER: Tensor | None
+    B_NO: list[Tensor]
+    sizes: tuple[int, int, int]
+
+
+def pack(layers: Sequence[LayerWeights], dtype: torch.dtype) -> Pack:
+    """Lay out the weights of layers that read the same x.
+
+    Args:
+        layers: with E, R, D and kinds of gates in common.
+        dtype: type of the products.
+
+    Returns:
+        Copies (of B only where its type is another); valid until a weight changes.
+    """
+
+    def together(weights: Sequence[Tensor]) -> Tensor:
+        return torch.stack([weight.detach() for weight in weights], dim=1)
+
+    named = {"A": together([layer.A_ERD for layer in layers])}
+    named["router"] = together([layer.router_ED.unsqueeze(1) for layer in layers])
+    kinds = {"rotation_vector": "vector", "rotation_angle": "angle", "rotation_center": "center"}
+    for name, kind in kinds.items():
+        if name in layers[0].gates:
+            named[kind] = together([layer.gates[name] for layer in layers])
+    center = named.pop("center", None)
+    wide = dtype in (torch.float32, torch.float64)
+    apart = {} if wide else {name: named.pop(name) for name in ("router", "angle") if name in named}
+    parts, start = {}, 0
+    for name, weight in named.items():
+        parts[name] = (start, weight.shape[0], weight.shape[2])
+        start += weight[..., 0].numel()
+    return Pack(
+        torch.cat([weight.to(dtype).flatten(0, 2) for weight in named.values()]),
+        parts,
+        {name: at_least_float32(weight.flatten(0, 1)) for name, weight in apart.items()},
+        None if center is None else at_least_float32(center.flatten(0, 1)),
+        [layer.B_ERO.detach().to(dtype).flatten(0, 1) for layer in layers],
+        (layers[0].B_ERO.shape[0], len(layers), layers[0].B_ERO.shape[1]),
+    )
+
+
+def packed_activations(settings: Settings, x_TD: Tensor, packed: Pack) -> tuple[Tensor, ...]:
+    """Return what each layer multiplies with B, the scale s left out, without gradients.
+
+        m_e = g_e(x) R_e(x)[A_e x]
+
+    Args:
+        settings: rotation, routing ("top_k" or "dense" over a linear router) and type.
+        x_TD: [T, D] the layers' input.
+        packed: their weights.
+
+    Returns:
+        [T, E R] in settings.dtype for each layer.
+
+    Source: as `mixture`; the layout is our choice.
+    """
+    (experts, layers, rank), tokens, dtype = packed.sizes, x_TD.shape[0], settings.dtype
+    with without_autocast(x_TD):
+        rows_NT = packed.rows_ND @ (x_TD if x_TD.dtype == dtype else x_TD.to(dtype)).mT
+
+        def read(name: str) -> Tensor | None:
+            part = packed.parts.get(name)
+            if part is None:
+                weight = packed.apart.get(name)
+                return None if weight is None else project(x_TD.to(weight.dtype), weight)
+            start, count, each = part
+            found = at_least_float32(rows_NT[start : start + count * layers * each])
+            if count != experts:  # one A for all experts
+                found = found.view(layers, each, tokens).repeat(experts, 1, 1)
+            return found.view(experts * layers, each, tokens)
+
+        logits, z_ERT = read("router"), read("A")
+        assert logits is not None
+        assert z_ERT is not None
+        rotate = ROTATIONS[settings.rotation].rotate
+        assert rotate is not None
+        turned_ERT = rotate(z_ERT, Gate(read("vector"), read("angle"), packed.center_ER))
+        chosen = choose(
+            logits.reshape(experts, layers * tokens),
+            top_k=settings.top_k,
+            selection=settings.selection,
+            norm_topk_prob=settings.norm_topk_prob,
+        )
+        weight_ET = spread_chosen(chosen.weight_KT, chosen.index_KT, experts)
+        m_ERT = weight_ET.view(experts * layers, 1, tokens) * turned_ERT
+        m_LTER = m_ERT.view(experts, layers, rank, tokens).permute(1, 3, 0, 2)
+        return m_LTER.reshape(layers, tokens, experts * rank).to(dtype).unbind()
+
+
+def packed_mixture(
+    settings: Settings, x_TD: Tensor, packed: Pack, base_TO: Tensor | None = None
+) -> Tensor:
+    """Return what the adapter of one layer adds to W x, or its sum with W x, without gradients.
+
+    Args:
+        settings: as for packed_activations, and the scale.
+        x_TD: [T, D] layer input.
+        packed: the weights of the layer alone.
+        base_TO: [T, O] W x; None leaves it out.
+
+    Returns:
+        [T, O] in settings.dtype or base_TO's, whichever is wider; differs from fused_mixture by
+        rounding alone.
+
+    >>> A, B, router = torch.ones(2, 4, 3), torch.ones(2, 4, 6), torch.ones(2, 3)
+    >>> packed = pack([LayerWeights(A, B, {}, router)], torch.float32)
+    >>> packed_mixture(Settings("none", 1.0), torch.ones(5, 3), packed).shape
+    torch.Size([5, 6])
+    """
+    (m_TN,) = packed_activations(settings, x_TD, packed)
+    return finish(settings, m_TN, packed.B_NO[0], base_TO)
+
+
+def finish(settings: Settings, m_TN: Tensor, B_NO: Tensor, base_TO: Tensor | None) -> Tensor:
+    """Return base + s m B: the last product of one layer, which adds as it goes."""
+    return add_product(base_TO, m_TN, B_NO, settings.scale)  # under autocast m has its type

@@ -1,0 +1,304 @@
+"""Forward and backward pass of the whole adapter, without autograd: fused.py makes them one step.
+
+Between the two passes only x (in its own type), one boolean mask of x under dropout, z, the gates'
+values and the chosen experts' weights are kept; everything else is computed again (adjoint.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rotmole.ops.mixture.dense import project
+from rotmole.ops.precision import at_least_float32
+from rotmole.ops.rotation.adjoint import Adjoint, adjoint
+from rotmole.ops.rotation.table import ROTATIONS, Gate
+from rotmole.ops.routing.plain import choose, spread_chosen
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the passes need besides tensors.
+
+    Attributes:
+        rotation: a name in ROTATIONS, not of kind "output".
+        scale: s of the formula.
+        top_k, selection, norm_topk_prob: see routing.route; not read where weights are given.
+        dtype: type of the products with A, B and the vector gate; gates, routing and rotation are
+            computed in at least float32.
+        keep_scale: what kept inputs are multiplied by under dropout, 1 / (1 - p).
+    """
+
+    rotation: str
+    scale: float
+    top_k: int = 1
+    selection: str = "top_k"
+    norm_topk_prob: bool = True
+    dtype: torch.dtype = torch.float32
+    keep_scale: float = 1.0
+
+
+class Parts(NamedTuple):
+    """The tensors, in the order in which autograd sees them; shapes: fused.fused_mixture."""
+
+    base_TO: Tensor | None
+    x_TD: Tensor
+    keep_TD: Tensor | None
+    weight_TE: Tensor | None
+    router_ED: Tensor | None
+    A_ERD: Tensor
+    B_ERO: Tensor
+    vector_EVD: Tensor | None
+    angle_EMD: Tensor | None
+    center_ER: Tensor | None
+
+
+class Kept(NamedTuple):
+    """What the backward pass needs besides the parts that are not the base's output.
+
+    Attributes:
+        z_ERT, vector_EVT, angle_EMT: activations and gates' values; the angle is computed again
+            where there is a vector gate too.
+        weight_KT, index_KT: weights and numbers of the chosen experts; or all weights and None;
+            or None, None where weights were given.
+        probability_ET: softmax over all, where weights are not normalised over the chosen.
+    """
+
+    z_ERT: Tensor
+    vector_EVT: Tensor | None
+    angle_EMT: Tensor | None
+    weight_KT: Tensor | None
+    index_KT: Tensor | None
+    probability_ET: Tensor | None
+
+
+class Gradients(NamedTuple):
+    """Gradients of Parts, None where there is no such part or nobody wants one."""
+
+    base_TO: Tensor | None
+    x_TD: Tensor | None
+    keep_TD: None
+    weight_TE: Tensor | None
+    router_ED: Tensor | None
+    A_ERD: Tensor | None
+    B_ERO: Tensor
+    vector_EVD: Tensor | None
+    angle_EMD: Tensor | None
+    center_ER: Tensor | None
+
+
+def dropped(x_TD: Tensor, keep_TD: Tensor | None, settings: Settings) -> Tensor:
+    """Return x after dropout, in the type of the products."""
+    x_TD = x_TD.to(settings.dtype)
+    return x_TD if keep_TD is None else x_TD * keep_TD * settings.keep_scale
+
+
+def _read(
+    settings: Settings, parts: Parts
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Return z, logits [E, T], vector and angle, all in at least float32.
+
+    A and the router are one product where types and dropout allow, vector and angle gate another;
+    A is never in one product with a gate, so every mode finds the same z and logits to the bit.
+    """
+    x_TD, A, router = parts.x_TD, parts.A_ERD, parts.router_ED
+    vector_EVD, angle_EMD = parts.vector_EVD, parts.angle_EMD
+    wide_dtype = torch.promote_types(A.dtype, torch.float32)
+    together = parts.keep_TD is None and settings.dtype == wide_dtype
+    reads_wide = together or router is not None or angle_EMD is not None
+    wide_TD = x_TD.to(wide_dtype) if reads_wide else x_TD  # one copy for all
+    dropped_TD = dropped(wide_TD if settings.dtype == wide_dtype else x_TD, parts.keep_TD, settings)
+    logits = vector = angle = None
+    if together and router is not None:
+        z, logits = _products(x_TD=wide_TD, weights=[A, router.unsqueeze(1)])
+    else:
+        z = at_least_float32(project(dropped_TD, A.to(settings.dtype)))
+        if router is not None:
+            logits = project(wide_TD, router.to(wide_dtype).unsqueeze(1))
+    if together and vector_EVD is not None and angle_EMD is not None:
+        vector, angle = _products(x_TD=wide_TD, weights=[vector_EVD, angle_EMD])
+    else:
+        if vector_EVD is not None:
+            vector = at_least_float32(project(dropped_TD, vector_EVD.to(settings.dtype)))
+        if angle_EMD is not None:
+            angle = project(wide_TD, angle_EMD.to(wide_dtype))
+    return z, None if logits is None else logits.squeeze(1), vector, angle
+
+
+def _products(x_TD: Tensor, weights: list[Tensor]) -> list[Tensor]:
+    """Apply two maps to x in one product; no result holds the memory of both."""
+    first, second = weights
+    rows = torch.cat([weight.flatten(0, 1).to(x_TD.dtype) for weight in weights])
+    both_NT = rows @ x_TD.mT
+    count = first.shape[0] * first.shape[1]
+    return [
+        both_NT[:count].view(*first.shape[:2], -1).clone(),
+        both_NT[count:].view(*second.shape[:2], -1).clone(),
+    ]
+
+
+def add_product(base_TO: Tensor | None, m_TN: Tensor, B_NO: Tensor, scale: float = 1.0) -> Tensor:
+    """Return base + scale m B; where types allow the product adds to the base as it goes."""
+    dtype = B_NO.dtype
+    if base_TO is None or torch.promote_types(base_TO.dtype, dtype) != dtype:
+        y_TO = m_TN @ B_NO
+        y_TO = y_TO if scale == 1 else scale * y_TO
+        return y_TO if base_TO is None else base_TO + y_TO
+    if base_TO.dtype == dtype:
+        return torch.addmm(base_TO, m_TN, B_NO, alpha=scale)
+    return base_TO.to(dtype).addmm_(m_TN, B_NO, alpha=scale)
+
+
+def forward(settings: Settings, parts: Parts) -> tuple[Tensor, Tensor | None, Kept]:
+    """Return y [T, O] (the base's output added), the logits [T, E] or None, and what to keep."""
+    z_ERT, logits_ET, vector, angle = _read(settings, parts)
+    weight_KT = index_KT = probability_ET = None
+    if logits_ET is not None:
+        chosen = choose(
+            logits_ET,
+            top_k=settings.top_k,
+            selection=settings.selection,
+            norm_topk_prob=settings.norm_topk_prob,
+        )
+        weight_KT, index_KT, probability_ET = chosen
+        weight_ET = spread_chosen(weight_KT, index_KT, len(logits_ET))
+        if index_KT is not None:
+            index_KT = index_KT.to(torch.uint8 if len(logits_ET) <= 256 else torch.int32)
+    else:
+        assert parts.weight_TE is not None
+        weight_ET = parts.weight_TE.mT
+    rotate = ROTATIONS[settings.rotation].rotate
+    assert rotate is not None
+    experts = parts.B_ERO.shape[0]
+    gate = Gate(vector, angle, _wide(parts.center_ER))
+    turned_ERT = rotate(z_ERT.expand(experts, -1, -1), gate)
+    m_ERT = (settings.scale * weight_ET).unsqueeze(1) * turned_ERT
+    m_TN, B_NO = m_ERT.to(settings.dtype).flatten(0, 1).mT, parts.B_ERO.flatten(0, 1)
+    y_TO = add_product(parts.base_TO, m_TN, B_NO.to(settings.dtype))
+    kept_angle = angle if vector is None else None
+    kept = Kept(z_ERT, vector, kept_angle, weight_KT, index_KT, probability_ET)
+    return y_TO, None if logits_ET is None else logits_ET.mT, kept
+
+
+def _wide(center_ER: Tensor | None) -> Tensor | None:
+    return None if center_ER is None else at_least_float32(center_ER)
+
+
+def _weights(parts: Parts, kept: Kept) -> Tensor:
+    """Return all experts' weights [E, T]."""
+    if kept.weight_KT is not None:
+        return spread_chosen(kept.weight_KT, kept.index_KT, parts.B_ERO.shape[0])
+    assert parts.weight_TE is not None
+    return parts.weight_TE.mT
+
+
+def _gate_again(x_TD: Tensor, parts: Parts, kept: Kept) -> Gate:
+    """Return what the rotation read besides z; x in any type."""
+    angle = kept.angle_EMT
+    if angle is None and parts.angle_EMD is not None:
+        wide_EMD = at_least_float32(parts.angle_EMD)
+        angle = project(
+            (x_TD if x_TD.dtype == wide_EMD.dtype else parts.x_TD).to(wide_EMD), wide_EMD
+        )
+    return Gate(kept.vector_EVT, angle, _wide(parts.center_ER))
+
+
+def _router_gradient(moved_ET: Tensor, p_ET: Tensor, dlogits_TE: Tensor | None) -> Tensor:
+    """Go back through the softmax p; moved is p times p's gradient, 0 where not chosen."""
+    drouter_ET = torch.addcmul(moved_ET, p_ET, moved_ET.sum(0), value=-1)
+    return drouter_ET if dlogits_TE is None else drouter_ET + dlogits_TE.mT
+
+
+def backward(
+    settings: Settings,
+    parts: Parts,
+    kept: Kept,
+    dy_TO: Tensor | None,
+    dlogits_TE: Tensor | None,
+    *,
+    needs_x: bool,
+) -> Gradients:
+    """Return the gradients of the parts, given those of y and of the logits; base_TO's is left."""
+    B_ERO, router, dtype = parts.B_ERO, parts.router_ED, settings.dtype
+    if dy_TO is None:
+        dy_TO = parts.x_TD.new_zeros(parts.x_TD.shape[0], B_ERO.shape[-1])
+    dy_TO, x_TD = dy_TO.to(dtype), parts.x_TD.to(dtype)
+    dm_ERT = at_least_float32(project(dy_TO, B_ERO.to(dtype)))
+    weight_ET = _weights(parts, kept)
+    G_E1T = (settings.scale * weight_ET).unsqueeze(1)
+    z_ERT = kept.z_ERT.expand(B_ERO.shape[0], -1, -1)
+    found = adjoint(settings.rotation, z_ERT, _gate_again(x_TD, parts, kept), G_E1T, dm_ERT)
+    dB = (found.m_ERT.to(dtype).flatten(0, 1) @ dy_TO).view(B_ERO.shape).to(B_ERO.dtype)
+    dweight = drouter_ET = dcenter = None
+    if router is None:
+        dweight = settings.scale * found.weight_E1T.squeeze(1).mT
+    else:
+        p_ET = weight_ET if kept.probability_ET is None else kept.probability_ET
+        moved_ET = (G_E1T * found.weight_E1T).squeeze(1)
+        drouter_ET = _router_gradient(moved_ET, p_ET, dlogits_TE)
+    if parts.center_ER is not None and found.center_ER is not None:
+        dcenter = found.center_ER.to(parts.center_ER.dtype)
+    dx, dA, dvector, drouter, dangle = _linear(settings, parts, x_TD, found, drouter_ET, needs_x)
+    return Gradients(None, dx, None, dweight, drouter, dA, dB, dvector, dangle, dcenter)
+
+
+def _linear(
+    settings: Settings,
+    parts: Parts,
+    x_TD: Tensor,
+    found: Adjoint,
+    drouter_ET: Tensor | None,
+    needs_x: bool,
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of x, A, vector gate, router and angle gate: the maps that read x."""
+    A_ERD, keep_TD = parts.A_ERD, parts.keep_TD
+    dz = found.z_ERT if len(A_ERD) == len(found.z_ERT) else found.z_ERT.sum(0)
+    reads_dropped = [(A_ERD, dz), (parts.vector_EVD, found.vector_EVT)]
+    reads_x = [(parts.router_ED, drouter_ET), (parts.angle_EMD, found.angle_EMT)]
+    if keep_TD is None:
+        dx, grads = _into_x(x_TD, [*reads_dropped, *reads_x], needs_x)
+    else:
+        dx, grads = _into_x(dropped(x_TD, keep_TD, settings), reads_dropped, needs_x)
+        straight, more = _into_x(x_TD, reads_x, needs_x)
+        grads += more
+        if dx is not None:
+            dx = dx * keep_TD * settings.keep_scale
+            dx = dx if straight is None else dx + straight
+    return (None if dx is None else dx.to(parts.x_TD.dtype), *grads)
+
+
+def _into_x(
+    x_TD: Tensor, pairs: list[tuple[Tensor | None, Tensor | None]], needs_x: bool
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Send gradients of linear maps of x to x and to the maps, in one product each.
+
+    Args:
+        x_TD: [T, D] what the maps read.
+        pairs: (weight [..., D], gradient of its output [..., T]) of each map, None where absent.
+        needs_x: whether x wants a gradient.
+
+    Returns:
+        ([T, D] or None, gradients of the weights).
+    """
+    there = [(w, g) for w, g in pairs if w is not None and g is not None]
+    if not there:
+        return None, [None for _ in pairs]
+    dtype, width = x_TD.dtype, x_TD.shape[-1]
+    rows = [w.numel() // width for w, _ in there]
+    parts_NT = [g.reshape(n, x_TD.shape[0]) for n, (_, g) in zip(rows, there, strict=True)]
+    grad_NT = _stack(parts_NT).to(dtype)
+    dx_TD = None
+    if needs_x:
+        dx_TD = grad_NT.mT @ _stack([w.flatten(0, -2).to(dtype) for w, _ in there])
+    parts = iter(torch.split(grad_NT @ x_TD, rows))
+    grads = [
+        None if w is None or g is None else next(parts).view(w.shape).to(w.dtype) for w, g in pairs
+    ]
+    return dx_TD, grads
+
+
+def _stack(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -1,0 +1,1 @@
+"""The rotation gate: the modes, the table of them, and their gradients by hand."""

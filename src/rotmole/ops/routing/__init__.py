@@ -1,0 +1,1 @@
+"""The scaling gate: how experts are scored, selected, weighed and kept in balance."""

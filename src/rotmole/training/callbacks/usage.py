@@ -1,0 +1,160 @@
+"""How the experts are used while training: two figures a log line, and one warning at collapse."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from rotmole.ops.routing.plain import Routing
+from rotmole.tuner.batch.losses import BalanceState, watch_masks
+from rotmole.tuner.experts.experts import Experts
+
+logger = logging.getLogger(__name__)
+
+COLLAPSED = 0.99
+"""Share of a layer's choices that its K most chosen experts take when it has collapsed."""
+PATIENCE = 3
+"""Log lines in a row before a collapse is reported; a single small batch proves nothing."""
+
+
+class UsageCallback(TrainerCallback):
+    """Count which experts the update's tokens chose; padding does not count.
+
+    Adds to each training log, over the micro-batches of the update at hand:
+        experts_unused: (layer, expert) pairs that no token chose, of all layers with a router.
+        largest_expert_share: the most chosen expert's share of a layer's choices, the largest of
+            all layers; 1/E when balanced.
+    A layer whose K most chosen experts took 99 % of all choices in three log lines in a row
+    is reported once, by a warning.
+
+    Source: our choice.
+    """
+
+    def __init__(self) -> None:
+        self.chosen: dict[str, torch.Tensor] = {}
+        self.top_k: dict[str, int] = {}
+        self.streak: dict[str, int] = {}
+        self.masks: list[BalanceState] = []
+        self.handles: list[Any] = []
+        self.warned = False
+        self.counting = True
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Hook the experts that choose: more than one, not all of them."""
+        model = kwargs["model"]
+        for name, module in model.named_modules():
+            if isinstance(module, Experts) and module.scaling_gate.selection == "top_k":
+                self.handles.append(module.register_forward_hook(self._counter(name, module)))
+        if self.handles:
+            base = model.get_base_model() if hasattr(model, "get_base_model") else model
+            for mask, handles in watch_masks(base).values():
+                self.masks.append(mask)
+                self.handles += handles
+
+    def _counter(self, name: str, experts: Experts) -> Any:
+        def count(module: torch.nn.Module, args: Any, output: Any) -> None:
+            routed = output[1] if isinstance(output, tuple) and len(output) == 2 else None
+            if not (self.counting and module.training) or routed is None:
+                return
+            if torch.compiler.is_compiling():
+                return
+            logits_TE, given, _ = routed
+            routing: Routing = experts.routing(logits_TE.detach()) if given is None else given
+            chosen_TE = routing.selected_TE.detach()
+            if experts.top_k >= chosen_TE.shape[1]:
+                return
+            for mask in self.masks:
+                if mask.mask is not None and mask.mask.numel() == chosen_TE.shape[0]:
+                    chosen_TE = chosen_TE & mask.mask.reshape(-1, 1).to(chosen_TE.device).bool()
+                    break
+            self.top_k[name] = experts.top_k
+            self.chosen[name] = self.chosen.get(name, 0) + chosen_TE.sum(0)
+
+        return count
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Forget the update before: a figure never spans a resume or a log interval.
+
+        Counting takes time in every layer, so it waits for updates that will be logged.
+        """
+        self.chosen = {}
+        every = state.logging_steps if args.logging_strategy == "steps" else 1
+        first = args.logging_first_step and state.global_step == 0
+        self.counting = first or (state.global_step + 1) % max(int(every), 1) == 0
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the two figures to a training log; warn once."""
+        if logs is None or "loss" not in logs or not self.chosen:
+            return
+        counts = {name: _summed(count).tolist() for name, count in self.chosen.items()}
+        logs.update(usage_logs(counts))
+        for name, count in counts.items():
+            taken = sum(sorted(count, reverse=True)[: self.top_k[name]])
+            whole = sum(count)
+            collapsed = whole > 0 and taken >= COLLAPSED * whole
+            self.streak[name] = self.streak.get(name, 0) + 1 if collapsed else 0
+        self._report(state, counts)
+
+    def _report(self, state: TrainerState, counts: dict[str, list[int]]) -> None:
+        collapsed = [name for name, length in self.streak.items() if length >= PATIENCE]
+        if self.warned or not collapsed or not state.is_world_process_zero:
+            return
+        self.warned = True
+        first = collapsed[0]
+        logger.warning(
+            "experts have collapsed in %d of %d layers: at update %d %d of %d experts of %s took "
+            "99 %% of the tokens' choices; the others learn nothing. Raise "
+            "adapter.router_aux_loss_coef (0.01 is usual), or lower the learning rate of the gate "
+            "(optimizer.scaling_gate_lr)",
+            len(collapsed), len(counts), state.global_step, self.top_k[first], len(counts[first]),
+            first.removesuffix(".rotmole_experts.default").removeprefix("base_model.model."),
+        )  # fmt: skip
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take the hooks away."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles, self.masks = [], []
+
+
+def usage_logs(counts: dict[str, list[int]]) -> dict[str, float]:
+    """Sum up how often the experts of each layer were chosen.
+
+    Args:
+        counts: layer -> choices of each expert.
+
+    Returns:
+        experts_unused and largest_expert_share, as in UsageCallback.
+
+    Source: our choice.
+
+    >>> usage_logs({"a": [3, 1, 0, 0], "b": [2, 2, 2, 2]})
+    {'experts_unused': 2, 'largest_expert_share': 0.75}
+    """
+    shares = [max(count) / sum(count) for count in counts.values() if sum(count)]
+    unused = sum(chosen == 0 for count in counts.values() for chosen in count)
+    return {"experts_unused": unused, "largest_expert_share": max(shares, default=0.0)}
+
+
+def _summed(count: torch.Tensor) -> torch.Tensor:
+    """Add up the counts of all processes."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        count = count.clone()
+        torch.distributed.all_reduce(count)
+    return count

@@ -1,0 +1,1 @@
+"""Checkpoints that count: written whole, sealed, found again, pruned."""

@@ -1,0 +1,1 @@
+"""What layers know of the batch at hand, and what they do with it."""

@@ -1,0 +1,1 @@
+"""The settings of the adapter: fields, rules, presets, and what differs from module to module."""

@@ -1,0 +1,96 @@
+"""The grouped path computes the chosen experts alone, and finds what the reference finds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ops_cases import Problem, Variant, assert_close, gradients, make, problems
+from test_fused import FUSED
+from torch import Tensor
+
+from rotmole.ops.mixture.grouped import chosen_dots, chosen_outer, chosen_sum, grouped_mixture
+from rotmole.ops.reference import method as reference
+from rotmole.ops.routing.plain import route
+
+every = pytest.mark.parametrize("variant", FUSED, ids=str)
+
+
+def run(problem: Problem) -> Tensor:
+    routed = route(problem.logits_TE, top_k=problem.top_k, **problem.route_options)
+    return grouped_mixture(
+        problem.x_TD,
+        problem.dropped_TD,
+        routed.weight_TE,
+        routed.selected_TE,
+        problem.A_ERD,
+        problem.B_ERO,
+        problem.gates,
+        top_k=problem.top_k,
+        rotation=problem.variant.rotation,
+        scale=problem.scale,
+    )
+
+
+@every
+@settings(max_examples=30)  # of each of many modes
+@given(data=st.data())
+def test_outputs_and_every_gradient(variant: Variant, data: st.DataObject) -> None:
+    problem = data.draw(problems(variant, T=3, E=5)).leaves()
+    problem.route_options = {"norm_topk_prob": data.draw(st.booleans())}
+    slow = (reference, reference)
+    assert_close(run(problem), problem.run(slow), 1e-12, "y")
+    found = gradients(problem, run)
+    wanted = gradients(problem, lambda p: p.run(slow))
+    for name, tensor in problem.tensors().items():
+        assert found[name] is not None, f"{name} has no gradient tensor"
+        other = torch.zeros_like(tensor) if wanted[name] is None else wanted[name]
+        assert_close(found[name], other, 1e-10, name)
+
+
+def test_first_and_second_derivatives_of_the_products() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.tensor([[0, 3], [3, 1], [4, 4]])
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    x, w, table = normal(3, 4), normal(3, 2), normal(6, 4)
+    for function, inputs in (
+        (lambda x, t: chosen_dots(x, t, rows), (x, table)),
+        (lambda w, t: chosen_sum(w, t, rows), (w, table)),
+        (lambda w, x: chosen_outer(w, x, rows, 6), (w, x)),
+    ):
+        assert torch.autograd.gradcheck(function, inputs)
+        assert torch.autograd.gradgradcheck(function, inputs)
+
+
+@every
+def test_second_derivatives(variant: Variant) -> None:
+    problem = make(variant, 1, T=1, E=2, K=1, D=2, O=2).leaves()
+    names = list(problem.tensors())
+
+    def function(*tensors: Tensor) -> Tensor:
+        named = dict(zip(names, tensors, strict=True))
+        return run(problem.map(lambda name, _: named[name]))
+
+    assert torch.autograd.gradgradcheck(function, tuple(problem.tensors().values()))
+
+
+def test_experts_nobody_chose_get_zero_gradients() -> None:
+    problem = make(Variant("tangent"), 2, T=2, E=40, K=1, D=5, O=6).leaves()
+    found = gradients(problem, run)
+    used = route(problem.logits_TE, top_k=1).selected_TE.any(0)
+    for name in ("A", "B", "rotation_vector"):
+        gradient = found[name]
+        assert gradient is not None
+        assert (gradient[~used] == 0).all()
+        assert (gradient[used] != 0).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_zero_start_is_bit_equal_to_none(dtype: torch.dtype) -> None:
+    for variant in FUSED:
+        problem = make(variant, 3, T=7, E=20, K=2, D=9, O=6, dtype=dtype).at_zero_start()
+        assert torch.equal(run(problem), run(problem.without_rotation()))
