@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import (
     BertConfig,
@@ -14,6 +16,10 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+
+from rotmole.ops.routing.route import route
+from rotmole.ops.routing.selection import Routing
+from rotmole.tuner.experts.ways import Call, add, ways_for
 
 VOCABULARY = 96
 
@@ -92,3 +98,14 @@ def enable_checkpointing(model: torch.nn.Module, reentrant: bool) -> None:
     name = "activation_checkpointing_enable"
     enable = getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")
     enable({"use_reentrant": reentrant})
+
+
+def addition(experts: Any, x_TD: torch.Tensor, dropout: torch.nn.Module | None = None) -> Any:
+    """Return what the experts of one layer add for x, and what their router said."""
+    call = Call(x_TD, x_TD, torch.nn.Identity() if dropout is None else dropout)
+    return experts(add, ways_for(experts.spec), call)
+
+
+def routing(experts: Any, x_TD: torch.Tensor) -> Routing:
+    """Return what the router of one layer decides for x."""
+    return route(experts.spec, x_TD, experts.weights())[1]

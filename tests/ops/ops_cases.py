@@ -4,20 +4,51 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from importlib import import_module
-from types import ModuleType
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from rotmole.ops.mixture import dense
+from rotmole.ops.reference import method as reference
 from rotmole.ops.rotation.table import ROTATIONS, gate_shapes
+from rotmole.ops.routing.selection import select
+from rotmole.ops.spec import Spec, Weights
 
-# rotmole.ops exports functions of the same names, which hide these modules as attributes
-reference = import_module("rotmole.ops.reference.method")
-routing = import_module("rotmole.ops.routing.plain")
-fast_mixture = import_module("rotmole.ops.mixture.dense")
+
+def fast_mixture(
+    x_TD: Tensor,
+    dropped_TD: Tensor,
+    weight_TE: Tensor,
+    A_ERD: Tensor,
+    B_ERO: Tensor,
+    gates: dict[str, Tensor],
+    *,
+    selected_TE: Tensor | None = None,
+    **settings: Any,
+) -> Tensor:
+    """`mixture`, called as its slow twin is."""
+    spec, weights = Spec(num_experts=len(B_ERO), **settings), Weights(A_ERD, B_ERO, gates)
+    return dense.mixture(spec, x_TD, dropped_TD, weights, weight_TE, selected_TE)
+
+
+def fast_rotated(
+    x_TD: Tensor,
+    dropped_TD: Tensor,
+    A_ERD: Tensor,
+    B_ERO: Tensor,
+    gates: dict[str, Tensor],
+    **settings: Any,
+) -> tuple[Tensor, Tensor]:
+    """`rotated`, called as its slow twin is."""
+    spec, weights = Spec(num_experts=len(B_ERO), **settings), Weights(A_ERD, B_ERO, gates)
+    return dense.rotated(spec, x_TD, dropped_TD, weights)
+
+
+FAST = SimpleNamespace(route=select, mixture=fast_mixture, rotated=fast_rotated)
+SLOW = reference
 
 # Modes that keep |z| only where a condition holds; every other rotation must keep it everywhere.
 CONDITIONAL = ("bias", "plane", "centroid")
@@ -95,11 +126,10 @@ class Problem:
     def dropped_TD(self) -> Tensor:
         return self.x_TD * self.keep_TD.to(self.x_TD.dtype)
 
-    def run(self, rooms: tuple[ModuleType, ModuleType] | None = None) -> Tensor:
-        """The adapter's output, by the fast path or by (routing, mixture) modules given."""
-        route_by, mix_by = rooms or FAST
-        routed = route_by.route(self.logits_TE, top_k=self.top_k, **self.route_options)
-        return mix_by.mixture(
+    def run(self, side: Any = FAST) -> Tensor:
+        """The adapter's output, by the fast side or the slow one."""
+        routed = side.route(self.logits_TE, top_k=self.top_k, **self.route_options)
+        return side.mixture(
             self.x_TD,
             self.dropped_TD,
             routed.weight_TE,
@@ -112,9 +142,9 @@ class Problem:
             **dict(self.variant.options),
         )
 
-    def rotated(self, room: ModuleType | None = None) -> tuple[Tensor, Tensor]:
+    def rotated(self, side: Any = FAST) -> tuple[Tensor, Tensor]:
         """z and z', [T, E, R]."""
-        return (room or fast_mixture).rotated(
+        return side.rotated(
             self.x_TD,
             self.dropped_TD,
             self.A_ERD,
@@ -156,10 +186,6 @@ class Problem:
 
     def without_rotation(self) -> Problem:
         return replace(self, variant=Variant("none"), gates={})
-
-
-FAST = (routing, fast_mixture)
-SLOW = (reference, reference)
 
 
 def make(

@@ -13,9 +13,8 @@ from test_routers import case_of as router_case
 from test_selection import NAMED
 from test_selection import case_of as selection_case
 
-from rotmole.ops import load_balance_loss, route, router_scores, router_z_loss, select, usage
+from rotmole.ops import load_balance_loss, router_scores, router_z_loss, select, usage
 from rotmole.ops.initial import svd_segments
-from rotmole.ops.routing.plain import router_logits
 from rotmole.ops.routing.task_balance import expert_groups, task_balance_loss
 
 
@@ -34,8 +33,8 @@ def test_the_layer_computes_where_its_input_is(variant: Variant) -> None:
 
 def test_routing_and_balance_compute_where_their_input_is() -> None:
     x, router = torch.randn(6, 5, device="meta"), torch.randn(3, 5, device="meta")
-    logits = router_logits(x, router)
-    routing = route(logits, top_k=2)
+    logits = router_scores("linear", x, {"router_weight": router}, experts=3)
+    routing = select(logits, top_k=2)
     mask = torch.ones(6, dtype=torch.bool, device="meta")
     sequence = torch.zeros(6, dtype=torch.long, device="meta")
     found = [
@@ -93,12 +92,12 @@ def test_task_balance_computes_where_its_input_is() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_router_logits_are_the_product_in_at_least_float32(dtype: torch.dtype) -> None:
+def test_scores_of_a_linear_router_are_the_product_in_at_least_float32(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     x, router = torch.randn(4, 5, dtype=dtype), torch.randn(3, 5, dtype=dtype)
     wanted = x.double() @ router.double().T
     wide = torch.promote_types(dtype, torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype != torch.float64):
-        logits = router_logits(x, router)
+        logits = router_scores("linear", x, {"router_weight": router}, experts=3)
     assert logits.dtype == wide
     torch.testing.assert_close(logits, wanted.to(wide), rtol=1e-6, atol=1e-6)

@@ -83,9 +83,9 @@ def test_each_gradient_alone(variant: Variant) -> None:
 def test_without_selected_it_means_weight_not_zero(variant: Variant) -> None:
     problem = make(variant, 7, T=4, E=3, K=2, D=5, O=6)
     given_selected = problem.run()
-    for route_by, mix_by in (FAST, SLOW):
-        routed = route_by.route(problem.logits_TE, top_k=2)
-        found = mix_by.mixture(
+    for side in (FAST, SLOW):
+        routed = side.route(problem.logits_TE, top_k=2)
+        found = side.mixture(
             problem.x_TD,
             problem.dropped_TD,
             routed.weight_TE,

@@ -82,7 +82,7 @@ def test_expert_e_is_adapter_e_and_adds_nothing_where_that_has_no_module(
     for name, layer in found.items():
         experts = layer.experts("default")
         for number, delta in enumerate(wanted):
-            product = experts.scale * (experts.expert_A[number].T @ experts.expert_B[number]).T
+            product = experts.spec.scale * (experts.expert_A[number].T @ experts.expert_B[number]).T
             expected = delta.get(name, torch.zeros_like(product))
             torch.testing.assert_close(product, expected, rtol=1e-5, atol=1e-7)
 

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import tiny
 from rotmole import balance_states
-from rotmole.ops import load_balance_loss, route
+from rotmole.ops import load_balance_loss, select
 from rotmole.training.callbacks.balance import BalanceCallback
 from trainer_cases import TRAINERS, adapted, arguments, causal_rows, difference, dpo, weights
 
@@ -102,7 +102,7 @@ def _expected_balance(model: PeftModel, ids: torch.Tensor, mask: torch.Tensor) -
     losses = []
     for layer, x in inputs:
         for row, kept in zip(x, mask.bool(), strict=True):
-            routing = route(row[kept] @ layer.experts("default").router_weight.T, top_k=2)
+            routing = select(row[kept] @ layer.experts("default").router_weight.T, top_k=2)
             loss = load_balance_loss(routing.probability_TE, routing.selected_TE)
             losses.append(loss * kept.sum() / mask.sum())
     return sum(losses) / len(inputs)  # type: ignore[return-value] # a tensor: inputs are not empty

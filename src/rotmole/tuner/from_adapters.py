@@ -255,4 +255,4 @@ def _fill(experts: Experts, name: str, loras: Sequence[Lora], *, keep_drawn: boo
         if name in lora.factors:
             A, B = lora.factors[name]
             experts.expert_A[e, : len(A)] = A
-            experts.expert_B[e, : len(A)] = B.T * (lora.scale(name) / experts.scale)
+            experts.expert_B[e, : len(A)] = B.T * (lora.scale(name) / experts.spec.scale)

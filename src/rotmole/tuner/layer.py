@@ -2,35 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from rotmole.errors import ModelError
-from rotmole.ops.routing.plain import Routed
+from rotmole.ops.routing.selection import Routed
+from rotmole.ops.spec import NO_TOKENS
+from rotmole.tuner.batch.batch import Batch, Layout, Stack
 from rotmole.tuner.batch.loads import count_loads
 from rotmole.tuner.batch.losses import BalanceState, add_balance
-from rotmole.tuner.config import RotMoleConfig
-from rotmole.tuner.experts.blocks import BlockPart
-from rotmole.tuner.experts.decoding import Decoding, SharedReads
-from rotmole.tuner.experts.experts import Experts
+from rotmole.tuner.batch.tokens import tokens_for_router, warn_of_unknown_rows
+from rotmole.tuner.experts.blocks import BlockCall, BlockPart
+from rotmole.tuner.experts.decoding import decoding_of
+from rotmole.tuner.experts.experts import Experts, spec_of
 from rotmole.tuner.experts.initial import draw, take_segments
-from rotmole.tuner.experts.scaling import NO_TOKENS
-from rotmole.tuner.targets import layer_widths
+from rotmole.tuner.experts.ways import Call, Way, add, ways_for
+from rotmole.tuner.targets import linear_widths
+
+if TYPE_CHECKING:
+    from rotmole.tuner.settings.settings import Settings
 
 
 class RotMoleLayer(BaseTunerLayer):  # type: ignore[misc] # peft ships no types
-    """What every adapted layer keeps, by adapter name.
+    """What every adapted layer holds, by adapter name.
 
     rotmole_experts holds all parameters (one level deep, so that PEFT's loaders find the adapter's
     name where they expect it); rotmole_dropout holds modules, so that trainers that switch dropout
-    off by module type find it.
+    off by module type find it. rotmole_stack and rotmole_state belong to the part of the model in
+    which the layer lies; RotMoleModel sets them.
     """
 
     adapter_layer_names: tuple[str, ...] = ("rotmole_experts",)
-    other_param_names: tuple[str, ...] = ("rotmole_dropout", "rotmole_blocks")
+    other_param_names: tuple[str, ...] = ("rotmole_dropout", "rotmole_blocks", "rotmole_ways")
     rotmole_experts: nn.ModuleDict
     rotmole_dropout: nn.ModuleDict
 
@@ -39,36 +45,50 @@ class RotMoleLayer(BaseTunerLayer):  # type: ignore[misc] # peft ships no types
         self.rotmole_experts = nn.ModuleDict({})
         self.rotmole_dropout = nn.ModuleDict({})
         self.rotmole_blocks: dict[str, BlockPart] = {}
+        self.rotmole_ways: dict[str, tuple[Way, ...]] = {}
+        self.rotmole_stack = Stack()
         self.rotmole_state = BalanceState()
-        self.rotmole_reads = SharedReads()  # the model gives layers of one module the same
+        self.rotmole_path = ""
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self.in_features, self.out_features = layer_widths(self.get_base_layer())
+        widths = linear_widths(base_layer)
+        assert widths is not None  # RotMoleModel adapts linear layers alone
+        self.in_features, self.out_features = widths
 
     def update_layer(
         self,
         adapter_name: str,
-        config: RotMoleConfig,
+        settings: Settings,
         *,
         inference_mode: bool = False,
         part: BlockPart | None = None,
     ) -> None:
-        """Add an adapter to this layer, or replace the one of that name."""
+        """Add an adapter to this layer, or replace the one of that name.
+
+        Args:
+            adapter_name: its name.
+            settings: of this module, all patterns applied.
+            inference_mode: nothing is to be trained.
+            part: what the layer is in its block, with router_scope "block".
+        """
+        spec = spec_of(settings, self.in_features)
         experts = Experts(
-            config,
+            settings,
+            spec,
             in_features=self.in_features,
             out_features=self.out_features,
-            routes=part is None or part.leads,
+            has_router=part is None or part.leads,
         )
+        self.rotmole_ways[adapter_name] = ways_for(spec)
         self.rotmole_blocks.pop(adapter_name, None)
         if part is not None:
             self.rotmole_blocks[adapter_name] = part
         if experts.weight.device.type != "meta":
-            draw(experts, config.init_weights)
-            if config.init_weights == "svd" and not inference_mode:  # loading overwrites it
+            draw(experts, settings.init_weights, settings.A_density)
+            if settings.init_weights == "svd" and not inference_mode:  # loading overwrites it
                 take_segments(experts, self.get_base_layer())
         self.rotmole_experts[adapter_name] = experts
-        p = config.lora_dropout
+        p = settings.lora_dropout
         self.rotmole_dropout[adapter_name] = nn.Dropout(p) if p > 0 else nn.Identity()
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
@@ -104,44 +124,56 @@ class RotMoleLayer(BaseTunerLayer):  # type: ignore[misc] # peft ships no types
         """Return the parameters of one adapter in this layer."""
         return self.rotmole_experts[adapter_name]  # type: ignore[return-value] # all are Experts
 
-    def add(self, result: Tensor, x: Tensor, adapter_name: str) -> Tensor:
+    def add(
+        self, result: Tensor, x: Tensor, adapter_name: str, block: BlockCall | None = None
+    ) -> Tensor:
         """Return result plus what one adapter adds for x: [..., O] for x [..., D].
 
         In a block-routed block the inner layers return [K, ..., O], the outer takes [K, ..., D].
         """
-        experts, part = self.experts(adapter_name), self.rotmole_blocks.get(adapter_name)
-        if part is not None:
-            part.begin(x)
-        tokens = experts.scaling_gate.tokens(self.rotmole_state, x) if experts.routes else NO_TOKENS
-        one_token = x.dim() == 3 and x.shape[1] == 1
-        now = Decoding(x, self.rotmole_reads) if one_token else None
-        y_TO, routed = experts(
+        experts, stack = self.experts(adapter_name), self.rotmole_stack
+        batch = stack.batch() if block is None else block.batch
+        call = Call(
+            x,
             x.reshape(-1, self.in_features),
             self.rotmole_dropout[adapter_name],
-            tokens,
-            part=part,
-            decoding=now,
-            base_TO=result.reshape(-1, self.out_features) if part is None else None,
+            tokens_for_router(experts.spec, batch, x) if experts.has_router else NO_TOKENS,
+            base_TO=result.reshape(-1, self.out_features) if block is None else None,
+            decoding=decoding_of(x, batch, stack) if block is None else None,
+            block=block,
         )
-        y = y_TO.reshape(*(x.shape[:-1] if part is None else part.lead(x)), self.out_features)
-        result = y if part is None else result + y
-        return result if routed is None else self._balanced(result, x, routed, experts)
-
-    def _balanced(self, result: Tensor, x: Tensor, routed: Routed, experts: Experts) -> Tensor:
-        """Let the losses act, and count who was chosen, in the backward pass of result."""
-        if not torch.is_grad_enabled():
+        y_TO, routed = experts(add, self.rotmole_ways[adapter_name], call)
+        lead = x.shape[:-1] if block is None else block.lead()
+        y = y_TO.reshape(*lead, self.out_features)
+        result = y if block is None else result + y
+        if routed is None or not torch.is_grad_enabled():
             return result
-        state, settings = self.rotmole_state, experts.balance
-        router = experts.first_router_parameter
-        if settings.acts and router is not None and router.requires_grad:
-            result = add_balance(result, x, routed, state, settings, experts.routing, router)
-        if experts.router_bias is not None and experts.training and result.requires_grad:
+        return self._balanced(result, x, routed, experts, batch)
+
+    def _balanced(
+        self, result: Tensor, x: Tensor, routed: Routed, experts: Experts, batch: Batch
+    ) -> Tensor:
+        """Let the losses act, and count who was chosen, in the backward pass of result."""
+        router, weights = experts.first_router_parameter, experts.loss_weights
+        losses = weights.act and router is not None and router.requires_grad
+        counts = experts.router_bias is not None and experts.training and result.requires_grad
+        if not (losses or counts):
+            return result
+        batch.check_known()
+        layout: Layout | None = batch.layout(x)
+        stack = self.rotmole_stack
+        warn_of_unknown_rows(stack, self.rotmole_path, batch, layout, weights, x)
+        if losses:
+            assert router is not None
+            result = add_balance(
+                result, routed, experts.spec, batch, layout, self.rotmole_state, weights, router
+            )
+        if counts:
             routing = routed.routing
             assert routing is not None  # a biased router is no plain one
-            mask = state.valid_tokens(x)
-            mask_T = None if mask is None else mask.reshape(-1).to(x.device)
+            mask_T = None if layout is None else layout.tokens.mask_T
             result = count_loads(
-                result, routing.selected_TE, mask_T, experts.loads, experts.expert_B, state
+                result, routing.selected_TE, mask_T, experts.loads, experts.expert_B, stack
             )
         return result
 
@@ -153,13 +185,15 @@ class Linear(nn.Module, RotMoleLayer):
         self,
         base_layer: nn.Module,
         adapter_name: str,
-        config: RotMoleConfig,
+        settings: Settings,
         part: BlockPart | None = None,
+        *,
+        inference_mode: bool = False,
     ) -> None:
         super().__init__()
         RotMoleLayer.__init__(self, base_layer)
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config, inference_mode=config.inference_mode, part=part)
+        self.update_layer(adapter_name, settings, inference_mode=inference_mode, part=part)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the base layer's output plus the additions of the active adapters."""
@@ -168,11 +202,12 @@ class Linear(nn.Module, RotMoleLayer):
             return plain
         active = [name for name in self.active_adapters if name in self.rotmole_experts]  # type: ignore[union-attr] # hidden by nn.Module
         part = self.block_part(active)
-        read = x if part is None else part.read(x)
+        block = None if part is None else BlockCall(part, self.rotmole_stack.batch(), x)
+        read = x if block is None else block.read()
         result: Tensor = self.base_layer(read, *args, **kwargs)
         dtype = result.dtype
         for adapter_name in active:
-            result = self.add(result, x, adapter_name)
+            result = self.add(result, x, adapter_name, block)
         return result.to(dtype)
 
     def _replicate_for_data_parallel(self) -> Any:

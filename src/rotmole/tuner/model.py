@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -17,19 +17,22 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from rotmole.errors import ConfigError, ModelError
-from rotmole.tuner.batch.losses import BalanceSettings, watch_masks
-from rotmole.tuner.batch.tasks import watch_tasks
+from rotmole.tuner.batch.batch import Watch
+from rotmole.tuner.batch.losses import BalanceState, LossWeights
+from rotmole.tuner.batch.tokens import reads_ids, reads_sequences
 from rotmole.tuner.config import RotMoleConfig
 from rotmole.tuner.experts.blocks import block_part, check_blocks, plain_outside
 from rotmole.tuner.experts.experts import Experts
-from rotmole.tuner.experts.scaling import check_stack, reads_ids, reads_sequences
 from rotmole.tuner.layer import Linear, RotMoleLayer
-from rotmole.tuner.settings.by_module import module_config
+from rotmole.tuner.settings.by_module import module_settings
 from rotmole.tuner.settings.expert_rules import is_routed
 from rotmole.tuner.storage.fingerprint import base_fingerprint, compare_bases
 from rotmole.tuner.storage.names import check_adapter_name
 from rotmole.tuner.storage.weights import check_state
-from rotmole.tuner.targets import keep_trainable, layer_widths
+from rotmole.tuner.targets import keep_trainable, linear_widths
+
+if TYPE_CHECKING:
+    from rotmole.tuner.settings.settings import Settings
 
 try:
     from peft.utils.error import NoMatchingPeftModuleError
@@ -45,8 +48,8 @@ class RotMoleModel(BaseTuner):  # type: ignore[misc] # peft ships no types
     """A model whose target layers carry mixtures of rotated low-rank experts.
 
     Made by `peft.get_peft_model(model, RotMoleConfig(...))`. Nothing outside the adapted layers is
-    changed, but for forward hooks: one keeps the attention mask and token ids where a balance loss
-    is on, or a router or selection reads them, one takes `task_id` out of a batch where the
+    changed, but for forward hooks on the parts of the model that walk a set of tokens, which tell
+    the layers of the batch at hand (tuner/batch/batch.py) and take `task_id` out of it if the
     localised loss is on; and for a switch of bitsandbytes (`keep_trainable`).
 
     Args:
@@ -140,49 +143,59 @@ class RotMoleModel(BaseTuner):  # type: ignore[misc] # peft ships no types
         parent: nn.Module,
         current_key: str,
     ) -> None:
-        config = module_config(peft_config, self.model, current_key)
+        settings = module_settings(peft_config, self.model, current_key)
         part = None
         if peft_config.router_scope == "block":
-            part = block_part(parent, target_name, adapter_name)
+            part = block_part(parent, target_name)
             if part is None:
-                plain_outside(peft_config, config, current_key)
-            elif config.num_experts == 1:
+                settings = plain_outside(peft_config, settings, current_key)
+            elif settings.num_experts == 1:
                 part = None  # one expert is added in the layer itself
-        _check_supported(target, current_key, config)
-        check_stack(self.model, current_key, config)
+        _check_supported(target, current_key, settings)
+        check_stack(self.model, current_key, settings)
+        inference_mode = peft_config.inference_mode
         if isinstance(target, RotMoleLayer):
-            target.update_layer(
-                adapter_name, config, inference_mode=config.inference_mode, part=part
-            )
+            target.update_layer(adapter_name, settings, inference_mode=inference_mode, part=part)
             return
-        layer = Linear(target, adapter_name, config, part)
-        siblings = [child for child in parent.children() if isinstance(child, RotMoleLayer)]
-        if siblings:
-            layer.rotmole_reads = siblings[0].rotmole_reads
+        layer = Linear(target, adapter_name, settings, part, inference_mode=inference_mode)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # an additional adapter is not trainable by itself
         self._replace_module(parent, target_name, layer, target)
 
     def _watch(self, model: nn.Module, adapter_name: str) -> None:
-        """Watch masks and token ids if something wants them; share out the losses' weights."""
+        """Hook the stacks of the model, and share out the weights of the losses."""
         config = self.peft_config[adapter_name]
         if config.router_scope == "block" and is_routed(config):
             check_blocks(model, adapter_name)
-        layers = [
-            (name, module)
-            for name, module in model.named_modules()
-            if isinstance(module, RotMoleLayer)
-            and adapter_name in module.rotmole_experts
-            and module.experts(adapter_name).routes
-        ]
-        if not layers or not _watches(config):
+        modules = model.named_modules()
+        layers = {name: module for name, module in modules if isinstance(module, RotMoleLayer)}
+        if not hasattr(self, "_rotmole_watch"):
+            self._rotmole_watch = Watch()
+        watch = self._rotmole_watch
+        watch.cover(model, list(layers))
+        routed = {
+            name: layer
+            for name, layer in layers.items()
+            if adapter_name in layer.rotmole_experts and layer.experts(adapter_name).has_router
+        }
+        if _asks_the_batch(config):
+            watch.cover_blocks(model, list(routed))
+        states = _states(model)
+        for name, layer in layers.items():
+            layer.rotmole_stack, layer.rotmole_path = watch.of(name), name
+            part = max((path for path in states if is_inside(name, path)), key=len)
+            layer.rotmole_state = watch.states.setdefault(part, states[part])
+        self._weigh_losses(config, list(routed.values()), adapter_name)
+
+    def _weigh_losses(
+        self, config: RotMoleConfig, layers: list[RotMoleLayer], adapter_name: str
+    ) -> None:
+        if not layers:
             return
-        if not hasattr(self, "_watched"):
-            self._watched = watch_masks(model)
-        states = [state for state, _ in self._watched.values()]
-        if config.router_task_loss_coef and not any(state.wants_tasks for state in states):
-            self._watched_tasks = watch_tasks(model, states)
-        settings = BalanceSettings(
+        if config.router_task_loss_coef:
+            for stack in self._rotmole_watch.stacks.values():
+                stack.takes_tasks = stack.outer is None
+        weights = LossWeights(
             balance=config.router_aux_loss_coef / len(layers),
             z=config.router_z_loss_coef / len(layers),
             scope=config.router_aux_loss_scope,
@@ -191,21 +204,17 @@ class RotMoleModel(BaseTuner):  # type: ignore[misc] # peft ships no types
             task_groups=config.router_task_groups,
         )
         seen: set[int] = set()
-        for name, layer in layers:
-            stack = max((s for s in self._watched if _is_inside(name, s)), key=len, default=None)
-            if stack is not None:
-                layer.rotmole_state = self._watched[stack][0]
-            first = id(layer.rotmole_state) not in seen
-            seen.add(id(layer.rotmole_state))
-            layer.experts(adapter_name).balance = replace(settings, witness=first)
+        for layer in layers:
+            state = layer.rotmole_state
+            state.wants_tasks = state.wants_tasks or bool(weights.task)
+            first = id(state) not in seen
+            seen.add(id(state))
+            layer.experts(adapter_name).loss_weights = replace(weights, watches_accumulation=first)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)
-        for _, handles in getattr(self, "_watched", {}).values():
-            for handle in handles:
-                handle.remove()
-        if hasattr(self, "_watched_tasks"):
-            self._watched_tasks.remove()
+        if hasattr(self, "_rotmole_watch"):
+            self._rotmole_watch.remove()
         return model
 
     def _check_merge_allowed(self) -> None:
@@ -225,18 +234,64 @@ class RotMoleModel(BaseTuner):  # type: ignore[misc] # peft ships no types
         yield
 
 
-def _watches(config: RotMoleConfig) -> bool:
-    """Tell whether anything of an adapter wants to know more of a batch than the layers' inputs."""
+def _asks_the_batch(config: RotMoleConfig) -> bool:
+    """Tell whether an adapter, in training, has to know more of a batch than the layers' inputs."""
     losses = config.router_aux_loss_coef, config.router_z_loss_coef, config.router_task_loss_coef
     counts = config.router_bias_rate > 0  # padding does not count
-    return any(losses) or counts or reads_ids(config) or reads_sequences(config)
+    reads = reads_ids(config.router) or reads_sequences(config.selection)
+    return any(losses) or counts or reads
 
 
-def _is_inside(name: str, stack: str) -> bool:
-    return stack == "" or name.startswith(stack + ".")
+def _states(model: nn.Module) -> dict[str, BalanceState]:
+    """Return a fresh balance state for each part: encoder and decoder, or the whole model."""
+    parts = [""]
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False) and hasattr(model, "get_decoder"):
+        sides = [getattr(model, f"get_{side}")() for side in ("encoder", "decoder")]
+        modules = model.named_modules()
+        parts += [name for name, part in modules if any(part is side for side in sides)]
+    return {part: BalanceState() for part in parts}
 
 
-def _check_supported(target: nn.Module, name: str, config: RotMoleConfig) -> None:
+def is_inside(name: str, part: str) -> bool:
+    """Tell whether a module lies in a part of the model, by their paths; "" is the whole."""
+    return part == "" or name.startswith(f"{part}.")
+
+
+def check_stack(model: Any, name: str, settings: Settings) -> None:
+    """Refuse modules in which a router or selection that looks beside its input cannot work.
+
+    Args:
+        model: the base model.
+        name: path of the module in it.
+        settings: of the module.
+
+    Raises:
+        ModelError: expert choice in a model that writes token by token, or either of them outside
+            the encoder of an encoder-decoder.
+    """
+    ids, sequences = reads_ids(settings.router), reads_sequences(settings.selection)
+    if settings.num_experts == 1 or not (ids or sequences):
+        return
+    setting = f"router {settings.router!r}" if ids else "selection 'expert_choice'"
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        encoder = model.get_encoder() if hasattr(model, "get_encoder") else None
+        path = next((path for path, part in model.named_modules() if part is encoder), None)
+        if path is None or not name.startswith(path + "."):
+            raise ModelError(
+                f"{setting} works in the encoder of an encoder-decoder model, and {name!r} lies "
+                "outside it, where cross-attention reads other tokens than its neighbours; "
+                "restrict target_modules to the encoder"
+            )
+    elif sequences and hasattr(model, "can_generate") and model.can_generate():
+        raise ModelError(
+            f"{setting} cannot be used in {type(model).__name__}, which writes token by token: "
+            "experts would choose among tokens that are not written yet, so training and "
+            "generation would differ; use selection top_k"
+        )
+
+
+def _check_supported(target: nn.Module, name: str, settings: Settings) -> None:
     """Refuse modules that are not linear maps, and widths that the rotation cannot do."""
     layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     weight = getattr(layer, "weight", None)
@@ -255,10 +310,11 @@ def _check_supported(target: nn.Module, name: str, config: RotMoleConfig) -> Non
             "torch.nn.Linear, transformers' Conv1D and quantised linear layers. "
             "Leave it out of target_modules"
         )
-    _, outputs = layer_widths(layer)
-    if config.rotation == "radar" and outputs % 2:
+    widths = linear_widths(layer)
+    assert widths is not None  # checked above
+    if settings.rotation == "radar" and widths[1] % 2:
         raise ConfigError(
-            f"rotation 'radar' pairs outputs and needs an even width; {name!r} has {outputs}"
+            f"rotation 'radar' pairs outputs and needs an even width; {name!r} has {widths[1]}"
         )
 
 

@@ -16,10 +16,11 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from rotmole.ops.mixture import fused
 from rotmole.ops.mixture.fused import GATES, can_fuse, fused_mixture
-from rotmole.ops.mixture.passes import Settings
+from rotmole.ops.mixture.passes import How
 from rotmole.ops.reference import method as reference
 from rotmole.ops.rotation.adjoint import BY_HAND, adjoint
 from rotmole.ops.rotation.table import ROTATIONS, Gate
+from rotmole.ops.spec import Spec, Weights
 
 
 def _fusible(variant: Variant) -> bool:
@@ -32,15 +33,19 @@ FUSED = [v for v in VARIANTS if _fusible(v)]
 every = pytest.mark.parametrize("variant", FUSED, ids=str)
 
 
-def settings_of(problem: Problem, **changes: Any) -> Settings:
-    plain = Settings(
-        problem.variant.rotation,
-        problem.scale,
+def how_of(problem: Problem, dtype: torch.dtype | None = None, **changes: Any) -> How:
+    spec = Spec(
+        num_experts=len(problem.B_ERO),
+        scale=problem.scale,
         top_k=problem.top_k,
-        dtype=problem.x_TD.dtype,
-        keep_scale=1 / 0.75,
+        rotation=problem.variant.rotation,
     )
-    return replace(plain, **changes)
+    return How(replace(spec, **changes), dtype or problem.x_TD.dtype, keep_scale=1 / 0.75)
+
+
+def weights_of(problem: Problem, router_ED: Tensor | None = None) -> Weights:
+    router = {} if router_ED is None else {"router_weight": router_ED}
+    return Weights(problem.A_ERD, problem.B_ERO, problem.gates, router)
 
 
 def router_of(problem: Problem, seed: int = 9) -> Tensor:
@@ -50,35 +55,33 @@ def router_of(problem: Problem, seed: int = 9) -> Tensor:
 
 
 def by_reference(
-    settings: Settings, problem: Problem, router_ED: Tensor, keep_TD: Tensor | None
+    how: How, problem: Problem, router_ED: Tensor, keep_TD: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     x_TD = problem.x_TD
-    dropped_TD = x_TD if keep_TD is None else x_TD * keep_TD * settings.keep_scale
+    dropped_TD = x_TD if keep_TD is None else x_TD * keep_TD * how.keep_scale
     logits_TE = x_TD @ router_ED.T
     routing = reference.route(
         logits_TE,
-        top_k=settings.top_k,
-        selection=settings.selection,
-        norm_topk_prob=settings.norm_topk_prob,
+        top_k=how.spec.top_k,
+        selection=how.spec.selection,
+        norm_topk_prob=how.spec.norm_topk_prob,
     )
     y_TO = reference.mixture(
         x_TD, dropped_TD, routing.weight_TE, problem.A_ERD, problem.B_ERO, problem.gates,
-        rotation=settings.rotation, scale=settings.scale,
+        rotation=how.spec.rotation, scale=how.spec.scale,
     )  # fmt: skip
     return y_TO, logits_TE
 
 
 def run(
-    settings: Settings,
+    how: How,
     problem: Problem,
     router_ED: Tensor,
     keep_TD: Tensor | None,
     base_TO: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    return fused_mixture(
-        settings, problem.x_TD, problem.A_ERD, problem.B_ERO, problem.gates,
-        router_ED=router_ED, keep_TD=keep_TD, base_TO=base_TO,
-    )[:2]  # fmt: skip
+    weights = weights_of(problem, router_ED)
+    return fused_mixture(how, problem.x_TD, weights, keep_TD=keep_TD, base_TO=base_TO)[:2]
 
 
 def gradients(
@@ -107,14 +110,14 @@ def leaves(problem: Problem, router_ED: Tensor) -> dict[str, Tensor]:
 def test_outputs_and_every_gradient(variant: Variant, data: st.DataObject) -> None:
     problem = data.draw(problems(variant, T=3, E=3)).leaves()
     router_ED = router_of(problem)
-    settings = settings_of(
+    how = how_of(
         problem,
         selection=data.draw(st.sampled_from(["top_k", "dense"])),
         norm_topk_prob=data.draw(st.booleans()),
     )
     keep_TD = problem.keep_TD > 0 if data.draw(st.booleans()) else None
-    fast = run(settings, problem, router_ED, keep_TD)
-    slow = by_reference(settings, problem, router_ED, keep_TD)
+    fast = run(how, problem, router_ED, keep_TD)
+    slow = by_reference(how, problem, router_ED, keep_TD)
     assert_close(fast[0], slow[0], 1e-12, "y")
     assert fast[1] is not None
     assert_close(fast[1], slow[1], 1e-13, "logits")
@@ -135,7 +138,7 @@ def test_first_and_second_derivatives(variant: Variant, dropped: bool) -> None:
     def function(*tensors: Tensor) -> tuple[Tensor, Tensor | None]:
         named = dict(zip(inputs, tensors, strict=True))
         changed = problem.map(lambda name, t: named.get(name, t))
-        return run(settings_of(problem), changed, named["router"], keep_TD, named["base"])
+        return run(how_of(problem), changed, named["router"], keep_TD, named["base"])
 
     assert torch.autograd.gradcheck(function, tuple(inputs.values()))
     # along random directions: the second pass is the slow twin's, which is checked entry by entry
@@ -191,10 +194,10 @@ def test_zero_start_is_bit_equal_to_none(variant: Variant, dtype: torch.dtype) -
         problem = make(variant, seed, T=T, E=4, K=2, D=33, O=20, dtype=dtype)
         problem = problem.at_zero_start()
         router_ED = router_of(problem).detach().to(dtype)
-        settings = settings_of(problem)
+        how = how_of(problem)
         plain = replace(problem, variant=Variant("none"), gates={})
-        found = run(settings, problem, router_ED, None)
-        wanted = run(replace(settings, rotation="none"), plain, router_ED, None)
+        found = run(how, problem, router_ED, None)
+        wanted = run(how_of(plain), plain, router_ED, None)
         assert torch.equal(found[0], wanted[0])
         assert torch.equal(found[1], wanted[1])
 
@@ -205,12 +208,13 @@ def test_given_weights_and_frozen_inputs(variant: Variant) -> None:
     problem = make(variant, 5, T=4, E=3, K=2, D=5, O=6).leaves()
     weight_TE = torch.rand(4, 3, dtype=torch.float64).requires_grad_()
     arguments = (problem.A_ERD, problem.B_ERO, problem.gates)
-    settings = settings_of(problem)
-    y_TO, *said = fused_mixture(settings, problem.x_TD.detach(), *arguments, weight_TE=weight_TE)
+    how = how_of(problem)
+    x_TD = problem.x_TD.detach()
+    y_TO, *said = fused_mixture(how, x_TD, weights_of(problem), weight_TE=weight_TE)
     assert said == [None, None]
     wanted_TO = reference.mixture(
         problem.x_TD, problem.x_TD, weight_TE, *arguments,
-        rotation=settings.rotation, scale=settings.scale,
+        rotation=how.spec.rotation, scale=how.spec.scale,
     )  # fmt: skip
     inputs = {"weight": weight_TE, "A": problem.A_ERD, "B": problem.B_ERO} | problem.gates
     found, wanted = gradients((y_TO, None), inputs), gradients((wanted_TO, None), inputs)
@@ -238,9 +242,9 @@ def test_what_is_kept_for_the_backward_pass(
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        settings = settings_of(problem, norm_topk_prob=norm_topk_prob)
+        how = how_of(problem, norm_topk_prob=norm_topk_prob)
         keep_TD = problem.keep_TD > 0 if dropped else None
-        run(settings, problem, router_ED, keep_TD, base_TO)
+        run(how, problem, router_ED, keep_TD, base_TO)
     found = sum(t.untyped_storage().nbytes() for t in kept.values())
     R = problem.A_ERD.shape[1]
     gates = ROTATIONS[variant.rotation]
@@ -256,9 +260,9 @@ def test_one_A_for_all_experts(variant: Variant) -> None:
     problem = make(variant, 8, T=4, E=3, K=2, D=5, O=6).leaves()
     A_1RD = problem.A_ERD[:1].detach().requires_grad_()
     inputs = leaves(problem, router_of(problem)) | {"A": A_1RD}
-    fast = run(settings_of(problem), replace(problem, A_ERD=A_1RD), inputs["router"], None)
+    fast = run(how_of(problem), replace(problem, A_ERD=A_1RD), inputs["router"], None)
     many = replace(problem, A_ERD=A_1RD.expand(3, -1, -1))
-    slow = by_reference(settings_of(problem), many, inputs["router"], None)
+    slow = by_reference(how_of(problem), many, inputs["router"], None)
     assert_close(fast[0], slow[0], 1e-12)
     found, wanted = gradients(fast, inputs), gradients(slow, inputs)
     for name in inputs:
@@ -270,8 +274,8 @@ def test_givens_turns_as_many_planes_as_it_is_told(planes: int) -> None:
     variant = Variant("givens", shapes=(("rotation_planes", planes),))
     problem = make(variant, 8, T=4, E=3, K=2, R=6, D=5, O=6).leaves()
     inputs = leaves(problem, router_of(problem))
-    fast = run(settings_of(problem), problem, inputs["router"], None)
-    slow = by_reference(settings_of(problem), problem, inputs["router"], None)
+    fast = run(how_of(problem), problem, inputs["router"], None)
+    slow = by_reference(how_of(problem), problem, inputs["router"], None)
     assert_close(fast[0], slow[0], 1e-12)
     found, wanted = gradients(fast, inputs), gradients(slow, inputs)
     for name in inputs:
@@ -283,12 +287,12 @@ def test_givens_turns_as_many_planes_as_it_is_told(planes: int) -> None:
 def test_the_base_is_added_and_gets_its_gradient(dropped: bool, data: st.DataObject) -> None:
     variant = Variant(data.draw(st.sampled_from(sorted(BY_HAND))))
     problem = data.draw(problems(variant, T=3, E=3)).leaves()
-    router_ED, settings = router_of(problem), settings_of(problem)
+    router_ED, how = router_of(problem), how_of(problem)
     keep_TD = problem.keep_TD > 0 if dropped else None
-    alone, logits = run(settings, problem, router_ED, keep_TD)
+    alone, logits = run(how, problem, router_ED, keep_TD)
     base_TO = torch.randn_like(alone).requires_grad_()
     before = base_TO.detach().clone()
-    y_TO, again = run(settings, problem, router_ED, keep_TD, base_TO)
+    y_TO, again = run(how, problem, router_ED, keep_TD, base_TO)
     assert_close(y_TO, base_TO + alone, 1e-13)
     assert torch.equal(base_TO, before)
     inputs = leaves(problem, router_ED) | {"base": base_TO}
@@ -312,9 +316,9 @@ def test_the_wider_type_of_base_and_products_wins(
     router_ED = router_of(problem).detach().float().requires_grad_()
     base_TO = torch.randn(5, 6).to(base).requires_grad_()
     before = base_TO.detach().clone()
-    settings = settings_of(problem, dtype=products)
-    y_TO, _ = run(settings, problem, router_ED, None, base_TO)
-    alone, _ = run(settings, problem, router_ED, None)
+    how = how_of(problem, dtype=products)
+    y_TO, _ = run(how, problem, router_ED, None, base_TO)
+    alone, _ = run(how, problem, router_ED, None)
     assert y_TO.dtype == result
     assert torch.equal(base_TO, before)
     error = (y_TO - (base_TO + alone)).float().norm() / alone.float().norm()
@@ -344,14 +348,14 @@ def test_traced_steps_give_the_same(
         problem = problem.map(lambda _, t: t.bfloat16().float())
     problem = problem.leaves()
     router_ED = router_of(problem).detach().to(problem.x_TD.dtype).requires_grad_()
-    settings = settings_of(problem, dtype=products, **options)
+    how = how_of(problem, dtype=products, **options)
     keep_TD = problem.keep_TD > 0
     base_TO = torch.randn(5, 6, dtype=problem.x_TD.dtype, requires_grad=True)
     inputs = leaves(problem, router_ED) | {"base": base_TO}
-    wanted = run(settings, problem, router_ED, keep_TD, base_TO)
+    wanted = run(how, problem, router_ED, keep_TD, base_TO)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     with torch.set_grad_enabled(differentiated):
-        found = run(settings, problem, router_ED, keep_TD, base_TO)
+        found = run(how, problem, router_ED, keep_TD, base_TO)
     tolerance = 1e-12 if products == DOUBLE else 0.03
     assert found[0].dtype == wanted[0].dtype
     for ours, theirs in zip(found, wanted, strict=True):
@@ -368,7 +372,7 @@ def test_a_single_renormalised_expert_teaches_the_router_nothing_at_all() -> Non
     """Not even rounding noise: Adam would turn it into a random walk."""
     problem = make(Variant("tangent"), 6, T=50, E=4, K=1, D=8, O=6, dtype=SINGLE).leaves()
     router_ED = router_of(problem).detach().float().requires_grad_()
-    y_TO, _ = run(settings_of(problem), problem, router_ED, None)
+    y_TO, _ = run(how_of(problem), problem, router_ED, None)
     (gradient,) = torch.autograd.grad(y_TO.square().sum(), router_ED)
     assert not gradient.any()
 
@@ -380,8 +384,8 @@ def test_more_experts_than_a_byte_can_number() -> None:
         with torch.no_grad():
             router_ED[-1] = 9 * problem.x_TD[0]  # the last expert is among the chosen
         inputs = leaves(problem, router_ED)
-        fast = run(settings_of(problem), problem, router_ED, None)
-        slow = by_reference(settings_of(problem), problem, router_ED, None)
+        fast = run(how_of(problem), problem, router_ED, None)
+        slow = by_reference(how_of(problem), problem, router_ED, None)
         found, wanted = gradients(fast, inputs), gradients(slow, inputs)
         assert found["B"][-1].any()
         for name in inputs:
@@ -399,7 +403,7 @@ def test_products_in_bfloat16_give_nearly_the_gradients_of_float32() -> None:
         inputs = leaves(problem, router_ED)
         found = {}
         for dtype in (torch.float32, torch.bfloat16):
-            y_TO, _ = run(settings_of(problem, dtype=dtype), problem, router_ED, None)
+            y_TO, _ = run(how_of(problem, dtype=dtype), problem, router_ED, None)
             found[dtype] = gradients((y_TO.float(), None), inputs)
         for key, wanted in found[torch.float32].items():
             error = (found[torch.bfloat16][key] - wanted).norm() / wanted.norm()

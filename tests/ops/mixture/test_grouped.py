@@ -12,24 +12,27 @@ from torch import Tensor
 
 from rotmole.ops.mixture.grouped import chosen_dots, chosen_outer, chosen_sum, grouped_mixture
 from rotmole.ops.reference import method as reference
-from rotmole.ops.routing.plain import route
+from rotmole.ops.routing.selection import select
+from rotmole.ops.spec import Spec, Weights
 
 every = pytest.mark.parametrize("variant", FUSED, ids=str)
 
 
 def run(problem: Problem) -> Tensor:
-    routed = route(problem.logits_TE, top_k=problem.top_k, **problem.route_options)
-    return grouped_mixture(
-        problem.x_TD,
-        problem.dropped_TD,
-        routed.weight_TE,
-        routed.selected_TE,
-        problem.A_ERD,
-        problem.B_ERO,
-        problem.gates,
+    routed = select(problem.logits_TE, top_k=problem.top_k, **problem.route_options)
+    spec = Spec(
+        num_experts=len(problem.B_ERO),
+        scale=problem.scale,
         top_k=problem.top_k,
         rotation=problem.variant.rotation,
-        scale=problem.scale,
+    )
+    return grouped_mixture(
+        spec,
+        problem.x_TD,
+        problem.dropped_TD,
+        Weights(problem.A_ERD, problem.B_ERO, problem.gates),
+        routed.weight_TE,
+        routed.selected_TE,
     )
 
 
@@ -81,7 +84,7 @@ def test_second_derivatives(variant: Variant) -> None:
 def test_experts_nobody_chose_get_zero_gradients() -> None:
     problem = make(Variant("tangent"), 2, T=2, E=40, K=1, D=5, O=6).leaves()
     found = gradients(problem, run)
-    used = route(problem.logits_TE, top_k=1).selected_TE.any(0)
+    used = select(problem.logits_TE, top_k=1).selected_TE.any(0)
     for name in ("A", "B", "rotation_vector"):
         gradient = found[name]
         assert gradient is not None

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ops_cases import FAST, VARIANTS, Variant, assert_close, gradients, make
+from ops_cases import VARIANTS, Variant, assert_close, fast_mixture, gradients, make
 
-from rotmole.ops import mixture, rotated
 from rotmole.ops.mixture.sqrt_gate import combine_sqrt_gate as fast
 from rotmole.ops.reference.block import combine_sqrt_gate as slow
 from rotmole.ops.rotation.table import ROTATIONS
+from rotmole.ops.routing.selection import select
 
 WITHIN = [v for v in VARIANTS if ROTATIONS[v.rotation].kind != "output"]
 
@@ -53,21 +53,18 @@ def test_in_the_mixture_only_the_backward_pass_changes(variant: Variant) -> None
     problem = make(variant, 3, T=5, E=3, K=2, D=5, O=6).leaves()
 
     def run(sqrt_gate: bool) -> torch.Tensor:
-        weight_TE = FAST[0].route(problem.logits_TE, top_k=2).weight_TE
-        return mixture(
+        weight_TE = select(problem.logits_TE, top_k=2).weight_TE
+        return fast_mixture(
             problem.x_TD, problem.dropped_TD, weight_TE, problem.A_ERD, problem.B_ERO,
-            problem.gates, rotation=variant.rotation, scale=problem.scale, sqrt_gate=sqrt_gate,
-            **dict(variant.options),
+            problem.gates, rotation=variant.rotation, scale=problem.scale,
+            router_sqrt_gate=sqrt_gate, **dict(variant.options),
         )  # fmt: skip
 
     assert torch.equal(run(True), run(False))
 
     def twin(p: object) -> torch.Tensor:
-        weight_TE = FAST[0].route(problem.logits_TE, top_k=2).weight_TE
-        _, turned_TER = rotated(
-            problem.x_TD, problem.dropped_TD, problem.A_ERD, problem.B_ERO, problem.gates,
-            rotation=variant.rotation, **variant.rank_options,
-        )  # fmt: skip
+        weight_TE = select(problem.logits_TE, top_k=2).weight_TE
+        _, turned_TER = problem.rotated()
         return slow(weight_TE, turned_TER, problem.B_ERO, scale=problem.scale)
 
     ours, theirs = gradients(problem, lambda p: run(True)), gradients(problem, twin)

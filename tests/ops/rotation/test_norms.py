@@ -202,7 +202,7 @@ def test_output_modes_keep_the_length_of_each_output(variant: Variant, data: st.
         only_TE = torch.zeros_like(problem.logits_TE)
         only_TE[:, e] = 1
         v_TO = problem.dropped_TD @ problem.A_ERD[e].T @ problem.B_ERO[e]
-        turned_TO = fast_mixture.mixture(
+        turned_TO = fast_mixture(
             problem.x_TD,
             problem.dropped_TD,
             only_TE,

@@ -8,11 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from ops_cases import assert_close, reference, routing
+from ops_cases import FAST, assert_close, reference
 from torch import Tensor
 
 from rotmole.ops import load_balance_loss, router_z_loss, usage
 from rotmole.ops.routing.balance import balance_gradient
+from rotmole.ops.routing.selection import Routing, choose
 
 
 @dataclass
@@ -25,8 +26,8 @@ class Batch:
     mask_T: Tensor
 
     @property
-    def routed(self) -> routing.Routing:
-        return routing.route(self.logits_TE, top_k=self.top_k)
+    def routed(self) -> Routing:
+        return FAST.route(self.logits_TE, top_k=self.top_k)
 
 
 @st.composite
@@ -42,7 +43,7 @@ def batches(draw: st.DrawFn) -> Batch:
 
 
 def loss(batch: Batch, logits_TE: Tensor, room: object = None, **scope: Tensor) -> Tensor:
-    routed = routing.route(logits_TE, top_k=batch.top_k)
+    routed = FAST.route(logits_TE, top_k=batch.top_k)
     by = load_balance_loss if room is None else reference.load_balance_loss
     return by(routed.probability_TE, routed.selected_TE, **scope)
 
@@ -106,8 +107,8 @@ def check_gradient(
         mask_T = torch.randint(2, (N * S,), generator=generator)
         mask_T[:S] *= first
     balance, z = weights
-    routed = routing.route(logits_TE, top_k=top_k, selection="dense" if dense else "top_k")
-    index_KT = routing.choose(
+    routed = FAST.route(logits_TE, top_k=top_k, selection="dense" if dense else "top_k")
+    index_KT = choose(
         logits_TE.detach().mT, top_k=top_k, selection="dense" if dense else "top_k",
         norm_topk_prob=True,
     ).index_KT  # fmt: skip
@@ -143,7 +144,7 @@ def test_uniform_use_gives_one_for_every_top_k(
     uniform_TE = torch.full_like(p_TE, 1 / E)
     one = torch.ones((), dtype=torch.float64)
     assert_close(load_balance_loss(p_TE, selected_TE), one, 1e-14)
-    anything_TE = routing.route(p_TE, top_k=top_k).selected_TE
+    anything_TE = FAST.route(p_TE, top_k=top_k).selected_TE
     assert_close(load_balance_loss(uniform_TE, anything_TE), one, 1e-14)
     assert_close(usage(selected_TE).double(), torch.full((E,), 1 / E).double(), 1e-6)
 
@@ -226,7 +227,7 @@ def test_no_token_gives_zero_and_a_zero_gradient() -> None:
     for T, mask_T in ((0, None), (3, torch.zeros(3, dtype=torch.bool))):
         leaf = torch.zeros(T, 2).requires_grad_()
         for scope in ({}, {"sequence_T": torch.zeros(T, dtype=torch.long)}):
-            routed = routing.route(leaf, top_k=1)
+            routed = FAST.route(leaf, top_k=1)
             value = load_balance_loss(
                 routed.probability_TE, routed.selected_TE, mask_T=mask_T, **scope
             ) + router_z_loss(leaf, mask_T)

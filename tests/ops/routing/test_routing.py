@@ -6,8 +6,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from ops_cases import assert_close, reference, routing
+from ops_cases import FAST, assert_close, reference
 from torch import Tensor
+
+from rotmole.ops.routing.selection import choose, select, spread_chosen, top_k_of
 
 seeds = st.integers(0, 2**32 - 1)
 OPTIONS = [{}, {"norm_topk_prob": False}, {"selection": "dense"}]
@@ -29,9 +31,9 @@ def test_parity(options: dict[str, object], ties: bool, data: st.DataObject) -> 
     logits_TE, top_k = data.draw(scores(ties=ties))
     gradients = []
     results = []
-    for room in (routing, reference):
+    for side in (FAST, reference):
         leaf = logits_TE.clone().requires_grad_()
-        result = room.route(leaf, top_k=top_k, **options)
+        result = side.route(leaf, top_k=top_k, **options)
         probe = torch.arange(leaf.numel(), dtype=leaf.dtype).cos().reshape(leaf.shape)
         loss = (result.weight_TE * probe).sum() + (result.probability_TE * probe.sin()).sum()
         gradients.append(torch.autograd.grad(loss, leaf)[0])
@@ -50,13 +52,13 @@ def test_choosing_is_routing(options: dict[str, object], ties: bool, data: st.Da
     """In fewer operations; of equal logits the first win here too, best first."""
     logits_TE, top_k = data.draw(scores(ties=ties))
     experts = logits_TE.shape[1]
-    routed = routing.route(logits_TE, top_k=top_k, **options)
-    chosen = routing.choose(
+    routed = select(logits_TE, top_k=top_k, **options)
+    chosen = choose(
         logits_TE.mT.contiguous(),
         top_k=top_k,
         **({"selection": "top_k", "norm_topk_prob": True} | options),
     )
-    weight_ET = routing.spread_chosen(chosen.weight_KT, chosen.index_KT, experts)
+    weight_ET = spread_chosen(chosen.weight_KT, chosen.index_KT, experts)
     assert_close(weight_ET.mT, routed.weight_TE, 1e-14)
     assert torch.equal(weight_ET.mT != 0, routed.weight_TE != 0)
     assert (chosen.index_KT is None) == ("selection" in options)
@@ -72,8 +74,8 @@ def test_choosing_is_routing(options: dict[str, object], ties: bool, data: st.Da
 def test_weights(case: tuple[Tensor, int]) -> None:
     """K selected, zero elsewhere, sum 1; without renormalising p itself."""
     logits_TE, top_k = case
-    normed = routing.route(logits_TE, top_k=top_k)
-    raw = routing.route(logits_TE, top_k=top_k, norm_topk_prob=False)
+    normed = select(logits_TE, top_k=top_k)
+    raw = select(logits_TE, top_k=top_k, norm_topk_prob=False)
     assert (normed.selected_TE.sum(-1) == top_k).all()
     for result in (normed, raw):
         assert not result.weight_TE[~result.selected_TE].any()
@@ -91,7 +93,7 @@ def test_weights(case: tuple[Tensor, int]) -> None:
 def test_a_single_renormalised_expert_has_no_gradient_at_all(case: tuple[Tensor, int]) -> None:
     """Not even rounding noise: Adam would turn it into a random walk."""
     logits_TE = case[0].requires_grad_()
-    weight_TE = routing.route(logits_TE, top_k=1).weight_TE
+    weight_TE = select(logits_TE, top_k=1).weight_TE
     assert set(weight_TE.unique().tolist()) <= {0.0, 1.0}
     probe = torch.arange(weight_TE.numel(), dtype=weight_TE.dtype).cos().reshape(weight_TE.shape)
     (gradient,) = torch.autograd.grad((weight_TE * probe).sum(), logits_TE)
@@ -102,7 +104,7 @@ def test_a_single_renormalised_expert_has_no_gradient_at_all(case: tuple[Tensor,
 def test_of_equal_logits_the_first_experts_win(T: int, E: int, data: st.DataObject) -> None:
     top_k = data.draw(st.integers(1, E))
     dtype = data.draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
-    selected_TE = routing.route(torch.zeros(T, E, dtype=dtype), top_k=top_k).selected_TE
+    selected_TE = select(torch.zeros(T, E, dtype=dtype), top_k=top_k).selected_TE
     assert selected_TE[:, :top_k].all()
     assert not selected_TE[:, top_k:].any()
 
@@ -113,8 +115,8 @@ def test_huge_and_half_logits(options: dict[str, object], dtype: torch.dtype) ->
     """Computed in at least float32, also under autocast; large scores give no NaN."""
     logits_TE = torch.tensor([[3e4, -3e4, 1.0, 0], [6e4, 6e4, 6e4, 6e4]], dtype=dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = routing.route(logits_TE.requires_grad_(), top_k=2, **options)
-    outside = routing.route(logits_TE, top_k=2, **options)
+        inside = select(logits_TE.requires_grad_(), top_k=2, **options)
+    outside = select(logits_TE, top_k=2, **options)
     for found, wanted in zip(inside, outside, strict=True):
         assert torch.equal(found, wanted)
     assert inside.weight_TE.dtype == torch.float32
@@ -129,19 +131,19 @@ def test_adding_a_number_to_all_logits_changes_nothing(
     case: tuple[Tensor, int], shift: float
 ) -> None:
     logits_TE, top_k = case
-    found, wanted = (routing.route(x, top_k=top_k) for x in (logits_TE + shift, logits_TE))
+    found, wanted = (select(x, top_k=top_k) for x in (logits_TE + shift, logits_TE))
     assert_close(found.weight_TE, wanted.weight_TE, 1e-12)
 
 
 @pytest.mark.parametrize("top_k", [0, 4, -1])
 def test_top_k_out_of_range_is_refused(top_k: int) -> None:
     with pytest.raises(ValueError, match=f"top_k is {top_k}"):
-        routing.route(torch.zeros(2, 3), top_k=top_k)
+        select(torch.zeros(2, 3), top_k=top_k)
 
 
 def test_an_unknown_selection_is_refused() -> None:
     with pytest.raises(ValueError, match="top_k, dense"):
-        routing.route(torch.zeros(2, 3), top_k=1, selection="best")
+        select(torch.zeros(2, 3), top_k=1, selection="best")
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3, 4])
@@ -149,5 +151,4 @@ def test_the_largest_are_the_first_of_a_stable_order(top_k: int) -> None:
     """All 81 ways in which four scores of three values can tie."""
     score_TE = torch.cartesian_prod(*[torch.arange(3.0)] * 4)
     first_TK = torch.sort(score_TE, dim=-1, descending=True, stable=True).indices[:, :top_k]
-    wanted_TE = torch.zeros_like(score_TE, dtype=torch.bool).scatter(1, first_TK, True)
-    assert torch.equal(routing.largest(score_TE.T, top_k).T, wanted_TE)
+    assert torch.equal(top_k_of(score_TE.T, top_k)[1].T, first_TK)

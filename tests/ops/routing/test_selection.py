@@ -12,7 +12,7 @@ from ops_cases import assert_close
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from rotmole.ops import route, select
+from rotmole.ops import select
 from rotmole.ops.reference import routing as reference_routing
 from rotmole.ops.routing.selection import threshold_of
 
@@ -148,15 +148,6 @@ def test_gradcheck(options: dict[str, Any]) -> None:
         assert weights(*leaves) == ()  # constant weights: nothing to learn
     else:
         assert gradcheck(weights, tuple(leaves))
-
-
-@pytest.mark.parametrize("options", [{}, {"norm_topk_prob": False}, {"selection": "dense"}])
-@given(seed=seeds)
-def test_the_usual_form_is_route_itself(options: dict[str, Any], seed: int) -> None:
-    logits_TE, keywords = case_of(options, seed)
-    plain = {k: v for k, v in keywords.items() if k != "top_p"}
-    for one, other in zip(select(logits_TE, **keywords), route(logits_TE, **plain), strict=True):
-        assert torch.equal(one, other)
 
 
 @NAMED

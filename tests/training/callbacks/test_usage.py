@@ -11,7 +11,7 @@ from peft import get_peft_model
 
 import rotmole
 import tiny
-from rotmole.ops import route
+from rotmole.ops import select
 from rotmole.training.build import build
 from rotmole.training.callbacks.metrics import read_metrics
 from rotmole.training.callbacks.usage import usage_logs
@@ -98,20 +98,20 @@ def test_extreme_scores_give_finite_weights_and_gradients(
     logits: torch.Tensor, selection: str
 ) -> None:
     leaf = logits.clone().requires_grad_()
-    routing = route(leaf, top_k=2, selection=selection)
+    routing = select(leaf, top_k=2, selection=selection)
     chosen = 4 if selection == "dense" else 2
     assert (routing.selected_TE.sum(-1) == chosen).all()
     assert routing.weight_TE.isfinite().all()
     torch.testing.assert_close(routing.weight_TE.sum(-1), torch.ones(len(logits)))
     routing.weight_TE.square().sum().backward()
     assert leaf.grad.isfinite().all()
-    again = route(logits, top_k=2, selection=selection)
+    again = select(logits, top_k=2, selection=selection)
     assert torch.equal(again.selected_TE, routing.selected_TE)
 
 
 def test_ties_go_to_the_lowest_numbers() -> None:
     for tokens, experts, top_k in ((3, 4, 2), (64, 20, 10), (1, 7, 1)):
-        selected = route(torch.full((tokens, experts), 0.5), top_k=top_k).selected_TE
+        selected = select(torch.full((tokens, experts), 0.5), top_k=top_k).selected_TE
         assert selected[:, :top_k].all()
         assert not selected[:, top_k:].any()
 

@@ -74,7 +74,7 @@ def _loads(model: PeftModel, batch: dict[str, torch.Tensor]) -> list[torch.Tenso
     kept = batch["attention_mask"].bool().flatten()
     found = []
     for experts, x in zip(_experts(model), captured, strict=True):
-        chosen = experts.route(x.flatten(0, 1))[1].selected_TE
+        chosen = tiny.routing(experts, x.flatten(0, 1)).selected_TE
         found.append(chosen[kept].sum(0))
     return found
 

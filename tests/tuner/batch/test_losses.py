@@ -12,7 +12,8 @@ from peft import PeftModel, get_peft_model
 
 import tiny
 from rotmole import RotMoleConfig, balance_states
-from rotmole.ops import load_balance_loss, route, router_z_loss
+from rotmole.ops import load_balance_loss, router_z_loss, select
+from rotmole.tuner.batch.losses import LossWeights
 
 COEFFICIENT, Z_COEFFICIENT = 0.7, 0.3
 
@@ -58,7 +59,7 @@ def _expected(model: PeftModel, ids: torch.Tensor, mask: torch.Tensor) -> dict[s
     layers = [m for m in silent.modules() if hasattr(m, "rotmole_experts")]
     captured: list[tuple[torch.nn.Module, torch.Tensor]] = []
     for layer in layers:
-        layer.experts("default").balance = type(layer.experts("default").balance)()
+        layer.experts("default").loss_weights = LossWeights()
         layer.register_forward_pre_hook(lambda m, args: captured.append((m, args[0])))
     total = _loss(silent, ids, mask)
     for layer, x in captured:
@@ -66,7 +67,7 @@ def _expected(model: PeftModel, ids: torch.Tensor, mask: torch.Tensor) -> dict[s
         rows = []
         for n in range(len(ids)):
             kept = logits[n][mask[n].bool()]
-            routing = route(kept, top_k=2)
+            routing = select(kept, top_k=2)
             rows.append(load_balance_loss(routing.probability_TE, routing.selected_TE) * len(kept))
         balance = sum(rows) / mask.sum()
         z = router_z_loss(logits.flatten(0, 1), mask.flatten())
@@ -179,7 +180,7 @@ def test_the_loss_does_not_depend_on_depth_or_number_of_targets() -> None:
         config = RotMoleConfig(r=4, target_modules=targets, router_aux_loss_coef=COEFFICIENT)
         model = get_peft_model(tiny.llama(num_hidden_layers=layers), config)
         weights = [
-            m.experts("default").balance.balance
+            m.experts("default").loss_weights.balance
             for m in model.modules()
             if hasattr(m, "rotmole_experts")
         ]
@@ -214,10 +215,9 @@ def test_encoder_and_decoder_use_their_own_masks() -> None:
     model(
         input_ids=ids, attention_mask=encoder, labels=ids, decoder_attention_mask=decoder
     ).loss.backward()
-    states = balance_states(model)
-    assert len(states) == 2
-    assert torch.equal(states[0].mask, encoder)
-    assert torch.equal(states[1].mask, decoder)
+    assert [int(state.sums[3]) for state in balance_states(model)] == [
+        layers * int(mask.sum()) for layers, mask in ((2, encoder), (2, decoder))
+    ]
 
 
 def test_unloading_removes_the_hook() -> None:
@@ -238,7 +238,7 @@ def test_a_frozen_adapter_feels_no_balance_loss() -> None:
         if not coefficient:
             for layer in model.modules():
                 if hasattr(layer, "rotmole_experts"):
-                    layer.experts("default").balance = type(layer.experts("default").balance)()
+                    layer.experts("default").loss_weights = LossWeights()
         embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
         model(inputs_embeds=embedded, attention_mask=mask, labels=ids).loss.backward()
         gradients.append(embedded.grad)

@@ -13,7 +13,7 @@ from transformers import Phi3Config, Phi3ForCausalLM, T5Config, T5ForConditional
 
 import tiny
 from rotmole import ConfigError, ModelError, RotMoleConfig, balance_states
-from rotmole.ops import route
+from rotmole.ops import select
 from rotmole.ops.reference import block as reference_gate
 from rotmole.ops.reference.method import rotated
 from rotmole.tuner.experts.blocks import find_block
@@ -43,11 +43,11 @@ def _slow(mlp: nn.Module, x_TD: torch.Tensor, config: RotMoleConfig) -> torch.Te
         gates = {name: getattr(own, name)[e : e + 1] for name in own.gate_names}
         A = own.expert_A[e : e + 1] if len(own.expert_A) > 1 else own.expert_A
         B = own.expert_B[e : e + 1]
-        _, turned = rotated(v_TD, v_TD, A, B, gates, rotation=own.rotation)
-        return own.scale * turned[:, 0] @ B[0]
+        _, turned = rotated(v_TD, v_TD, A, B, gates, rotation=own.spec.rotation)
+        return own.spec.scale * turned[:, 0] @ B[0]
 
     router = layers[0].experts("default").router_weight
-    routing = route(x_TD @ router.T, top_k=config.top_k, selection=config.selection)
+    routing = select(x_TD @ router.T, top_k=config.top_k, selection=config.selection)
     return reference_gate.block(
         x_TD, routing.weight_TE, routing.selected_TE,
         [layer.base_layer for layer in layers[:2]], layers[2].base_layer,
@@ -88,10 +88,10 @@ def test_it_starts_at_the_base_model_bit_for_bit_and_attention_has_plain_lora() 
             model = get_peft_model(base, _config(init_weights=True, rotation="tangent"))
             assert torch.equal(model(ids).logits, wanted)
     attention = model.base_model.model.model.layers[0].self_attn.q_proj.experts("default")
-    assert attention.num_experts == 1
+    assert attention.spec.num_experts == 1
     assert not attention.router_names
     mixed = _adapted(num_experts_pattern={"q_proj": 3})
-    assert mixed.base_model.model.model.layers[0].self_attn.q_proj.experts("default").routes
+    assert mixed.base_model.model.model.layers[0].self_attn.q_proj.experts("default").has_router
 
 
 def test_batch_padding_cache_and_later_tokens_change_nothing() -> None:
@@ -123,8 +123,8 @@ def test_checkpointing_of_both_kinds_gives_the_same_gradients_and_counts_a_block
         model.train()
         model(input_ids=ids, labels=ids).loss.backward()
         assert max(state.count for state in balance_states(model)) == 2  # a router a block
-        routers = [m for m in model.modules() if getattr(m, "routes", False)]
-        assert sum(m.balance.balance for m in routers) == pytest.approx(0.5)
+        routers = [m for m in model.modules() if getattr(m, "has_router", False)]
+        assert sum(m.loss_weights.balance for m in routers) == pytest.approx(0.5)
         counts = [m.loads.loads_E for m in routers]
         found.append(
             {n: p.grad for n, p in model.named_parameters() if p.requires_grad}

@@ -16,15 +16,14 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 import tiny
 from rotmole import ConfigError, RotMoleConfig
 from rotmole.ops import ROTATIONS
-from rotmole.ops.reference import method as reference
 from rotmole.ops.initial import gaussian, sparse_mask, svd_segments
+from rotmole.ops.reference import method as reference
 from rotmole.tuner.config import RotMoleConfig as Config
 from rotmole.tuner.experts.experts import Experts
 from rotmole.tuner.layer import RotMoleLayer
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 IDS = tiny.tokens(2, 7)
-KEEP = torch.nn.Identity()  # no dropout
 
 
 def adapted(base: torch.nn.Module | None = None, **settings: object) -> PeftModel:
@@ -59,7 +58,7 @@ def slow(module: Experts, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor
     gates = {name: getattr(module, name) for name in module.gate_names}
     return reference.mixture(
         x, x, weight, module.expert_A, module.expert_B, gates,
-        rotation=module.rotation, scale=module.scale,
+        rotation=module.spec.rotation, scale=module.spec.scale,
     )  # fmt: skip
 
 
@@ -78,8 +77,8 @@ def test_a_shared_A_equals_the_slow_loops_with_every_gradient(rotation: str) -> 
     module = one(share_A=True, rotation=rotation)
     assert module.expert_A.shape == (1, 4, 7)
     x = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
-    y = module(x, KEEP)[0]
-    expected = slow(module, x, module.route(x)[1].weight_TE)
+    y = tiny.addition(module, x)[0]
+    expected = slow(module, x, tiny.routing(module, x).weight_TE)
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
     found, wanted = grads(y, module, x), grads(expected, module, x)
     for name, value in wanted.items():
@@ -93,7 +92,9 @@ def test_a_shared_A_computes_what_equal_separate_As_compute(rotation: str) -> No
     for name, value in shared.named_parameters():
         getattr(apart, name).data.copy_(value)  # [1, R, D] is copied to every expert
     x = torch.randn(5, 7, dtype=torch.float64)
-    torch.testing.assert_close(shared(x, KEEP)[0], apart(x, KEEP)[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        tiny.addition(shared, x)[0], tiny.addition(apart, x)[0], rtol=1e-12, atol=1e-12
+    )
 
 
 class Products(TorchDispatchMode):
@@ -116,7 +117,7 @@ def test_a_shared_A_is_multiplied_once_and_the_number_of_products_does_not_grow(
         module = one(share_A=shared, num_experts=number, rotation="none")
         x = torch.randn(5, 7, dtype=torch.float64)
         with Products() as products:
-            module(x, KEEP)
+            tiny.addition(module, x)
         counted[number, shared] = products.shapes
     rank, tokens, back = 4, 5, (5, 6)
     assert counted[3, True] == [(rank + 3, tokens), back]  # A with the router, B
@@ -214,16 +215,16 @@ def test_goat_equals_the_original_form_with_the_residual_written_into_the_weight
     model = get_peft_model(torch.nn.Sequential(copy.deepcopy(linear)), config)
     module = model.base_model.model[0].experts("default").double()
     module.expert_A.data += 0.1 * torch.randn_like(module.expert_A)  # as after some training
-    assert module.scale == pytest.approx((3 * 12 / 3) ** 0.5)
+    assert module.spec.scale == pytest.approx((3 * 12 / 3) ** 0.5)
     products = torch.einsum("ero,erd->eod", module.residual_B, module.residual_A)
-    residual = linear.weight - module.scale / 3 * products.sum(0)
+    residual = linear.weight - module.spec.scale / 3 * products.sum(0)
     x = torch.randn(5, 12, dtype=torch.float64)
     dropout = torch.nn.Dropout(0.5)  # the residual is a part of W, which reads x undropped
     torch.manual_seed(5)
     keep = torch.empty(5, 12, dtype=torch.bool).bernoulli_(0.5)
     torch.manual_seed(5)
-    found, _ = module(x, dropout)
-    expected = x @ residual.T + slow(module, x * keep * 2, module.route(x)[1].weight_TE)
+    found, _ = tiny.addition(module, x, dropout)
+    expected = x @ residual.T + slow(module, x * keep * 2, tiny.routing(module, x).weight_TE)
     torch.testing.assert_close(linear(x) + found, expected, rtol=1e-10, atol=1e-10)
 
 
@@ -249,7 +250,7 @@ def test_goat_reads_a_transposed_weight_and_names_one_that_is_too_narrow() -> No
     assert torch.equal(model.eval()(**ids).logits, plain)
     name, module = next(iter(experts(model).items()))
     weight = base.get_submodule(name).base_layer.weight  # Conv1D: [D, O]
-    kept = module.scale * 10 * module.expert_A[0].T @ module.expert_B[0]
+    kept = module.spec.scale * 10 * module.expert_A[0].T @ module.expert_B[0]
     U, S, Vh = torch.linalg.svd(weight.detach(), full_matrices=False)
     torch.testing.assert_close(kept, U[:, :4] * S[:4] @ Vh[:4], rtol=1e-4, atol=1e-5)
     with pytest.raises(ConfigError, match="singular directions"):
@@ -317,7 +318,7 @@ def test_experts_and_top_k_by_name_and_by_depth() -> None:
         num_experts_pattern={"v_proj": 1, r"layers\.3\.mlp\.down_proj": 5},
         top_k_pattern=[1, 2], norm_topk_prob=False,
     )  # fmt: skip
-    found = {n: (m.num_experts, m.top_k) for n, m in experts(model).items()}
+    found = {n: (m.spec.num_experts, m.spec.top_k) for n, m in experts(model).items()}
     assert found["model.layers.0.self_attn.q_proj"] == (3, 1)
     assert found["model.layers.2.self_attn.q_proj"] == (3, 2)
     assert found["model.layers.3.self_attn.v_proj"] == (1, 1)
@@ -332,7 +333,7 @@ def test_a_list_cuts_the_depth_into_equal_parts(tmp_path: Path) -> None:
         tiny.llama(num_hidden_layers=5), target_modules=["q_proj"], init_weights=False,
         num_experts_pattern=[2, 4, 6, 8], router_aux_loss_coef=0.1,
     )  # fmt: skip
-    assert [m.num_experts for m in experts(model).values()] == [2, 2, 4, 6, 8]
+    assert [m.spec.num_experts for m in experts(model).values()] == [2, 2, 4, 6, 8]
     expected = logits(model)
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(tiny.llama(num_hidden_layers=5), tmp_path)
@@ -341,13 +342,13 @@ def test_a_list_cuts_the_depth_into_equal_parts(tmp_path: Path) -> None:
 
 def test_only_layers_with_a_router_share_the_balance_loss() -> None:
     model = adapted(num_experts_pattern={"v_proj": 1, "down_proj": 1}, router_aux_loss_coef=0.6)
-    weights = {n: m.balance.balance for n, m in experts(model).items()}
+    weights = {n: m.loss_weights.balance for n, m in experts(model).items()}
     routed = [value for name, value in weights.items() if "q_proj" in name]
     assert routed == [0.3, 0.3]
     one_expert = adapted(num_experts=1, rotation="none", num_experts_pattern={"q_proj": 2},
                          router_aux_loss_coef=0.6)  # fmt: skip
     named = experts(one_expert)["model.layers.0.self_attn.q_proj"]
-    assert named.balance.balance == 0.3
+    assert named.loss_weights.balance == 0.3
 
 
 def test_fewer_experts_than_a_token_uses_is_said_with_the_module() -> None:

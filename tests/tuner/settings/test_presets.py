@@ -115,10 +115,10 @@ def test_the_order_of_experts_means_nothing(name: str) -> None:
     model = stir(adapted(name, torch.float64))
     expected = logits(model)
     for experts in all_experts(model):  # the layers of a MixLoRA block share one order
-        generator = torch.Generator().manual_seed(experts.num_experts)
-        order = torch.randperm(experts.num_experts, generator=generator)
+        generator = torch.Generator().manual_seed(experts.spec.num_experts)
+        order = torch.randperm(experts.spec.num_experts, generator=generator)
         for tensor in [*experts.parameters(), *experts.buffers()]:
-            if tensor.dim() and tensor.shape[0] == experts.num_experts > 1:
+            if tensor.dim() and tensor.shape[0] == experts.spec.num_experts > 1:
                 tensor.data = tensor.data[order]
     torch.testing.assert_close(logits(model), expected, rtol=1e-9, atol=1e-9)
 
@@ -152,13 +152,13 @@ def test_overrides_win_and_a_preset_is_never_changed_by_them() -> None:
 
 
 SAYS: dict[str, Callable[[Experts], bool]] = {
-    "lora": lambda e: e.num_experts == 1 and not e.gate_names,
+    "lora": lambda e: e.spec.num_experts == 1 and not e.gate_names,
     "hydralora": lambda e: len(e.expert_A) == 1 and len(e.expert_B) == 4,
-    "mola": lambda e: e.num_experts in (2, 6),
+    "mola": lambda e: e.spec.num_experts in (2, 6),
     "switch": lambda e: e.top_k == 1,
-    "goat": lambda e: e.scale == pytest.approx((3 * 32 / 2) ** 0.5),
+    "goat": lambda e: e.spec.scale == pytest.approx((3 * 32 / 2) ** 0.5),
     "flylora": lambda e: not e.expert_A.requires_grad and e.expert_A.shape == (32, 1, 32),
-    "mixlora": lambda e: e.num_experts in (1, 8),
+    "mixlora": lambda e: e.spec.num_experts in (1, 8),
     "radargate": lambda e: "radar_up" in e.gate_names,
     "rotmole": lambda e: "rotation_vector" in e.gate_names,
 }

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 import tiny
 from rotmole import AdapterError, ConfigError, ModelError, RotMoleConfig
 from rotmole.ops import ROTATIONS
+from rotmole.ops.routing.route import select_by
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
@@ -191,8 +192,8 @@ def test_routing_is_the_same_under_autocast() -> None:
     for enabled in (False, True):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
             experts = layer.experts("default")
-            _, routed = experts(x.flatten(0, 1), torch.nn.Identity())
-        seen.append(experts.routing(routed.logits_TE))
+            _, routed = tiny.addition(experts, x.flatten(0, 1))
+        seen.append(select_by(experts.spec, routed.logits_TE))
     assert torch.equal(seen[0].selected_TE, seen[1].selected_TE)
     assert torch.equal(seen[0].weight_TE, seen[1].weight_TE)
 
@@ -210,7 +211,7 @@ def test_layers_and_patterns_choose_rank_alpha_and_depth() -> None:
     q, v = (getattr(layers[0].self_attn, f"{n}_proj").experts("default") for n in "qv")
     assert q.expert_A.shape[1] == 4
     assert v.expert_A.shape[1] == 6
-    assert (q.scale, v.scale) == (16 / 4, 3 / 6)
+    assert (q.spec.scale, v.spec.scale) == (16 / 4, 3 / 6)
 
 
 def test_merging_and_mixed_batches_are_refused_with_the_reason() -> None:

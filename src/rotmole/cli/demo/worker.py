@@ -147,7 +147,7 @@ def _unused(result: TrainResult) -> tuple[int, int]:
     logged = [row for row in read_metrics(result.run_dir / METRICS) if "experts_unused" in row]
     return (
         int(logged[-1]["experts_unused"]) if logged else 0,
-        sum(m.num_experts for m in experts),
+        sum(m.spec.num_experts for m in experts),
     )
 
 

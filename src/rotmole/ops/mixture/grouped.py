@@ -12,7 +12,6 @@ longer with E. The dense path is faster while K is not far below E; `prefers_gro
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from torch.nn.functional import embedding_bag
 
 from rotmole.ops.precision import at_least_float32, without_autocast
 from rotmole.ops.rotation.table import ROTATIONS, Gate
+from rotmole.ops.spec import Spec, Weights
 
 SWITCH_OVER = 12  # experts per chosen expert from which it is taken; see prefers_grouped
 
@@ -154,46 +154,35 @@ def _chosen(x_TD: Tensor, weight_EMD: Tensor, expert_TK: Tensor) -> Tensor:
 
 
 def grouped_mixture(
+    spec: Spec,
     x_TD: Tensor,
     dropped_TD: Tensor,
+    weights: Weights,
     weight_TE: Tensor,
     selected_TE: Tensor,
-    A_ERD: Tensor,
-    B_ERO: Tensor,
-    gates: Mapping[str, Tensor],
-    *,
-    top_k: int,
-    rotation: str,
-    scale: float,
 ) -> Tensor:
     """Return s sum_e g_e R_e(x)[A_e drop(x)] B_e over the K selected experts of each token.
 
     Args:
+        spec: scale, top_k, and a rotation that fused.can_fuse accepts.
         x_TD: [T, D] layer input; angle gates read it.
         dropped_TD: [T, D] the same after dropout, in the type of A.
+        weights: of the layer, A and B of one type.
         weight_TE: [T, E] g.
         selected_TE: [T, E] bool, K of them in each row.
-        A_ERD, B_ERO: [E, R, D] and [E, R, O] factors, of one type.
-        gates: rotation-gate parameters by name, as in rotation.gate_shapes.
-        top_k: K.
-        rotation: a name in ROTATIONS that fused.can_fuse accepts.
-        scale: s.
 
     Returns:
         [T, O] in the type of B.
 
-    Source: as `mixture`; computing the chosen experts alone by embedding bags is our choice.
-
-    >>> x, A, B = torch.ones(5, 3), torch.ones(9, 4, 3), torch.ones(9, 4, 6)
+    >>> x, weights = torch.ones(5, 3), Weights(torch.ones(9, 4, 3), torch.ones(9, 4, 6))
     >>> weight = torch.eye(9)[:5]
-    >>> grouped_mixture(
-    ...     x, x, weight, weight > 0, A, B, {}, top_k=1, rotation="none", scale=1.0
-    ... ).shape
+    >>> grouped_mixture(Spec(num_experts=9), x, x, weights, weight, weight > 0).shape
     torch.Size([5, 6])
     """
-    expert_TK = torch.topk(selected_TE.to(weight_TE.dtype), top_k, dim=-1).indices
+    B_ERO, gates, rotation = weights.B_ERO, weights.gates, spec.rotation
+    expert_TK = torch.topk(selected_TE.to(weight_TE.dtype), spec.top_k, dim=-1).indices
     weight_K1T = weight_TE.gather(1, expert_TK).mT.unsqueeze(1)
-    z_KRT = at_least_float32(_chosen(dropped_TD, A_ERD, expert_TK))
+    z_KRT = at_least_float32(_chosen(dropped_TD, weights.A_ERD, expert_TK))
     vector = angle = None
     if "rotation_vector" in gates:
         vector = at_least_float32(_chosen(dropped_TD, gates["rotation_vector"], expert_TK))
@@ -207,6 +196,6 @@ def grouped_mixture(
         rotate = ROTATIONS[rotation].rotate
         assert rotate is not None
         turned_KRT = rotate(z_KRT, Gate(vector, angle))
-        m_KRT = (scale * weight_K1T) * turned_KRT
+        m_KRT = (spec.scale * weight_K1T) * turned_KRT
         w_TM = m_KRT.to(B_ERO.dtype).permute(2, 0, 1).flatten(1)
         return chosen_sum(w_TM, B_ERO.flatten(0, 1), _rows(expert_TK, B_ERO.shape[1]))

@@ -9,32 +9,17 @@ to the routing more tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rotmole.ops.mixture.dense import project
-from rotmole.ops.mixture.passes import Settings, add_product
+from rotmole.ops.mixture.products import add_product, project
 from rotmole.ops.precision import at_least_float32, without_autocast
 from rotmole.ops.rotation.table import ROTATIONS, Gate
-from rotmole.ops.routing.plain import choose, spread_chosen
-
-
-class LayerWeights(NamedTuple):
-    """One layer's weights.
-
-    Attributes:
-        A_ERD, B_ERO: [E, R, D] (or [1, R, D], shared) and [E, R, O] factors.
-        gates: rotation-gate parameters by name, as in rotation.gate_shapes.
-        router_ED: [E, D] router.
-    """
-
-    A_ERD: Tensor
-    B_ERO: Tensor
-    gates: Mapping[str, Tensor]
-    router_ED: Tensor
+from rotmole.ops.routing.selection import choose, spread_chosen
+from rotmole.ops.spec import Spec, Weights
 
 
 class Pack(NamedTuple):
@@ -57,7 +42,7 @@ class Pack(NamedTuple):
     sizes: tuple[int, int, int]
 
 
-def pack(layers: Sequence[LayerWeights], dtype: torch.dtype) -> Pack:
+def pack(layers: Sequence[Weights], dtype: torch.dtype) -> Pack:
     """Lay out the weights of layers that read the same x.
 
     Args:
@@ -72,7 +57,7 @@ def pack(layers: Sequence[LayerWeights], dtype: torch.dtype) -> Pack:
         return torch.stack([weight.detach() for weight in weights], dim=1)
 
     named = {"A": together([layer.A_ERD for layer in layers])}
-    named["router"] = together([layer.router_ED.unsqueeze(1) for layer in layers])
+    named["router"] = together([layer.router["router_weight"].unsqueeze(1) for layer in layers])
     kinds = {"rotation_vector": "vector", "rotation_angle": "angle", "rotation_center": "center"}
     for name, kind in kinds.items():
         if name in layers[0].gates:
@@ -94,22 +79,23 @@ def pack(layers: Sequence[LayerWeights], dtype: torch.dtype) -> Pack:
     )
 
 
-def packed_activations(settings: Settings, x_TD: Tensor, packed: Pack) -> tuple[Tensor, ...]:
+def packed_activations(
+    spec: Spec, x_TD: Tensor, packed: Pack, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
     """Return what each layer multiplies with B, the scale s left out, without gradients.
 
         m_e = g_e(x) R_e(x)[A_e x]
 
     Args:
-        settings: rotation, routing ("top_k" or "dense" over a linear router) and type.
+        spec: of each of the layers; rotation, and "top_k" or "dense" over a linear router.
         x_TD: [T, D] the layers' input.
         packed: their weights.
+        dtype: type of the products, as given to `pack`.
 
     Returns:
-        [T, E R] in settings.dtype for each layer.
-
-    Source: as `mixture`; the layout is our choice.
+        [T, E R] in dtype for each layer.
     """
-    (experts, layers, rank), tokens, dtype = packed.sizes, x_TD.shape[0], settings.dtype
+    (experts, layers, rank), tokens = packed.sizes, x_TD.shape[0]
     with without_autocast(x_TD):
         rows_NT = packed.rows_ND @ (x_TD if x_TD.dtype == dtype else x_TD.to(dtype)).mT
 
@@ -119,22 +105,22 @@ def packed_activations(settings: Settings, x_TD: Tensor, packed: Pack) -> tuple[
                 weight = packed.apart.get(name)
                 return None if weight is None else project(x_TD.to(weight.dtype), weight)
             start, count, each = part
-            found = at_least_float32(rows_NT[start : start + count * layers * each])
+            value = at_least_float32(rows_NT[start : start + count * layers * each])
             if count != experts:  # one A for all experts
-                found = found.view(layers, each, tokens).repeat(experts, 1, 1)
-            return found.view(experts * layers, each, tokens)
+                value = value.view(layers, each, tokens).repeat(experts, 1, 1)
+            return value.view(experts * layers, each, tokens)
 
         logits, z_ERT = read("router"), read("A")
         assert logits is not None
         assert z_ERT is not None
-        rotate = ROTATIONS[settings.rotation].rotate
+        rotate = ROTATIONS[spec.rotation].rotate
         assert rotate is not None
         turned_ERT = rotate(z_ERT, Gate(read("vector"), read("angle"), packed.center_ER))
         chosen = choose(
             logits.reshape(experts, layers * tokens),
-            top_k=settings.top_k,
-            selection=settings.selection,
-            norm_topk_prob=settings.norm_topk_prob,
+            top_k=spec.top_k,
+            selection=spec.selection,
+            norm_topk_prob=spec.norm_topk_prob,
         )
         weight_ET = spread_chosen(chosen.weight_KT, chosen.index_KT, experts)
         m_ERT = weight_ET.view(experts * layers, 1, tokens) * turned_ERT
@@ -143,29 +129,28 @@ def packed_activations(settings: Settings, x_TD: Tensor, packed: Pack) -> tuple[
 
 
 def packed_mixture(
-    settings: Settings, x_TD: Tensor, packed: Pack, base_TO: Tensor | None = None
+    spec: Spec,
+    x_TD: Tensor,
+    packed: Pack,
+    dtype: torch.dtype,
+    base_TO: Tensor | None = None,
 ) -> Tensor:
     """Return what the adapter of one layer adds to W x, or its sum with W x, without gradients.
 
     Args:
-        settings: as for packed_activations, and the scale.
-        x_TD: [T, D] layer input.
+        spec, x_TD, dtype: as for packed_activations.
         packed: the weights of the layer alone.
         base_TO: [T, O] W x; None leaves it out.
 
     Returns:
-        [T, O] in settings.dtype or base_TO's, whichever is wider; differs from fused_mixture by
-        rounding alone.
+        [T, O] in dtype or base_TO's, whichever is wider; differs from fused_mixture by rounding
+        alone.
 
-    >>> A, B, router = torch.ones(2, 4, 3), torch.ones(2, 4, 6), torch.ones(2, 3)
-    >>> packed = pack([LayerWeights(A, B, {}, router)], torch.float32)
-    >>> packed_mixture(Settings("none", 1.0), torch.ones(5, 3), packed).shape
+    >>> weights = Weights(torch.ones(2, 4, 3), torch.ones(2, 4, 6))
+    >>> weights = weights._replace(router={"router_weight": torch.ones(2, 3)})
+    >>> packed = pack([weights], torch.float32)
+    >>> packed_mixture(Spec(num_experts=2), torch.ones(5, 3), packed, torch.float32).shape
     torch.Size([5, 6])
     """
-    (m_TN,) = packed_activations(settings, x_TD, packed)
-    return finish(settings, m_TN, packed.B_NO[0], base_TO)
-
-
-def finish(settings: Settings, m_TN: Tensor, B_NO: Tensor, base_TO: Tensor | None) -> Tensor:
-    """Return base + s m B: the last product of one layer, which adds as it goes."""
-    return add_product(base_TO, m_TN, B_NO, settings.scale)  # under autocast m has its type
+    (m_TN,) = packed_activations(spec, x_TD, packed, dtype)
+    return add_product(base_TO, m_TN, packed.B_NO[0], spec.scale)

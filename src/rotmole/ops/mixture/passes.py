@@ -6,38 +6,32 @@ values and the chosen experts' weights are kept; everything else is computed aga
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rotmole.ops.mixture.dense import project
+from rotmole.ops.mixture.products import add_product, project
 from rotmole.ops.precision import at_least_float32
 from rotmole.ops.rotation.adjoint import Adjoint, adjoint
 from rotmole.ops.rotation.table import ROTATIONS, Gate
-from rotmole.ops.routing.plain import choose, spread_chosen
+from rotmole.ops.routing.selection import choose, spread_chosen
+from rotmole.ops.spec import Spec
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What the passes need besides tensors.
+class How(NamedTuple):
+    """What one call of the function needs besides tensors.
 
     Attributes:
-        rotation: a name in ROTATIONS, not of kind "output".
-        scale: s of the formula.
-        top_k, selection, norm_topk_prob: see routing.route; not read where weights are given.
+        spec: of the layer; its rotation is not of kind "output", and its routing is read only if
+            no weights are given.
         dtype: type of the products with A, B and the vector gate; gates, routing and rotation are
             computed in at least float32.
         keep_scale: what kept inputs are multiplied by under dropout, 1 / (1 - p).
     """
 
-    rotation: str
-    scale: float
-    top_k: int = 1
-    selection: str = "top_k"
-    norm_topk_prob: bool = True
-    dtype: torch.dtype = torch.float32
+    spec: Spec
+    dtype: torch.dtype
     keep_scale: float = 1.0
 
 
@@ -56,7 +50,7 @@ class Parts(NamedTuple):
     center_ER: Tensor | None
 
 
-class Kept(NamedTuple):
+class Saved(NamedTuple):
     """What the backward pass needs besides the parts that are not the base's output.
 
     Attributes:
@@ -90,15 +84,13 @@ class Gradients(NamedTuple):
     center_ER: Tensor | None
 
 
-def dropped(x_TD: Tensor, keep_TD: Tensor | None, settings: Settings) -> Tensor:
+def dropped(x_TD: Tensor, keep_TD: Tensor | None, how: How) -> Tensor:
     """Return x after dropout, in the type of the products."""
-    x_TD = x_TD.to(settings.dtype)
-    return x_TD if keep_TD is None else x_TD * keep_TD * settings.keep_scale
+    x_TD = x_TD.to(how.dtype)
+    return x_TD if keep_TD is None else x_TD * keep_TD * how.keep_scale
 
 
-def _read(
-    settings: Settings, parts: Parts
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+def _read(how: How, parts: Parts) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Return z, logits [E, T], vector and angle, all in at least float32.
 
     A and the router are one product where types and dropout allow, vector and angle gate another;
@@ -107,22 +99,22 @@ def _read(
     x_TD, A, router = parts.x_TD, parts.A_ERD, parts.router_ED
     vector_EVD, angle_EMD = parts.vector_EVD, parts.angle_EMD
     wide_dtype = torch.promote_types(A.dtype, torch.float32)
-    together = parts.keep_TD is None and settings.dtype == wide_dtype
+    together = parts.keep_TD is None and how.dtype == wide_dtype
     reads_wide = together or router is not None or angle_EMD is not None
     wide_TD = x_TD.to(wide_dtype) if reads_wide else x_TD  # one copy for all
-    dropped_TD = dropped(wide_TD if settings.dtype == wide_dtype else x_TD, parts.keep_TD, settings)
+    dropped_TD = dropped(wide_TD if how.dtype == wide_dtype else x_TD, parts.keep_TD, how)
     logits = vector = angle = None
     if together and router is not None:
         z, logits = _products(x_TD=wide_TD, weights=[A, router.unsqueeze(1)])
     else:
-        z = at_least_float32(project(dropped_TD, A.to(settings.dtype)))
+        z = at_least_float32(project(dropped_TD, A.to(how.dtype)))
         if router is not None:
             logits = project(wide_TD, router.to(wide_dtype).unsqueeze(1))
     if together and vector_EVD is not None and angle_EMD is not None:
         vector, angle = _products(x_TD=wide_TD, weights=[vector_EVD, angle_EMD])
     else:
         if vector_EVD is not None:
-            vector = at_least_float32(project(dropped_TD, vector_EVD.to(settings.dtype)))
+            vector = at_least_float32(project(dropped_TD, vector_EVD.to(how.dtype)))
         if angle_EMD is not None:
             angle = project(wide_TD, angle_EMD.to(wide_dtype))
     return z, None if logits is None else logits.squeeze(1), vector, angle
@@ -140,28 +132,16 @@ def _products(x_TD: Tensor, weights: list[Tensor]) -> list[Tensor]:
     ]
 
 
-def add_product(base_TO: Tensor | None, m_TN: Tensor, B_NO: Tensor, scale: float = 1.0) -> Tensor:
-    """Return base + scale m B; where types allow the product adds to the base as it goes."""
-    dtype = B_NO.dtype
-    if base_TO is None or torch.promote_types(base_TO.dtype, dtype) != dtype:
-        y_TO = m_TN @ B_NO
-        y_TO = y_TO if scale == 1 else scale * y_TO
-        return y_TO if base_TO is None else base_TO + y_TO
-    if base_TO.dtype == dtype:
-        return torch.addmm(base_TO, m_TN, B_NO, alpha=scale)
-    return base_TO.to(dtype).addmm_(m_TN, B_NO, alpha=scale)
-
-
-def forward(settings: Settings, parts: Parts) -> tuple[Tensor, Tensor | None, Kept]:
+def forward(how: How, parts: Parts) -> tuple[Tensor, Tensor | None, Saved]:
     """Return y [T, O] (the base's output added), the logits [T, E] or None, and what to keep."""
-    z_ERT, logits_ET, vector, angle = _read(settings, parts)
+    z_ERT, logits_ET, vector, angle = _read(how, parts)
     weight_KT = index_KT = probability_ET = None
     if logits_ET is not None:
         chosen = choose(
             logits_ET,
-            top_k=settings.top_k,
-            selection=settings.selection,
-            norm_topk_prob=settings.norm_topk_prob,
+            top_k=how.spec.top_k,
+            selection=how.spec.selection,
+            norm_topk_prob=how.spec.norm_topk_prob,
         )
         weight_KT, index_KT, probability_ET = chosen
         weight_ET = spread_chosen(weight_KT, index_KT, len(logits_ET))
@@ -170,40 +150,40 @@ def forward(settings: Settings, parts: Parts) -> tuple[Tensor, Tensor | None, Ke
     else:
         assert parts.weight_TE is not None
         weight_ET = parts.weight_TE.mT
-    rotate = ROTATIONS[settings.rotation].rotate
+    rotate = ROTATIONS[how.spec.rotation].rotate
     assert rotate is not None
     experts = parts.B_ERO.shape[0]
     gate = Gate(vector, angle, _wide(parts.center_ER))
     turned_ERT = rotate(z_ERT.expand(experts, -1, -1), gate)
-    m_ERT = (settings.scale * weight_ET).unsqueeze(1) * turned_ERT
-    m_TN, B_NO = m_ERT.to(settings.dtype).flatten(0, 1).mT, parts.B_ERO.flatten(0, 1)
-    y_TO = add_product(parts.base_TO, m_TN, B_NO.to(settings.dtype))
-    kept_angle = angle if vector is None else None
-    kept = Kept(z_ERT, vector, kept_angle, weight_KT, index_KT, probability_ET)
-    return y_TO, None if logits_ET is None else logits_ET.mT, kept
+    m_ERT = (how.spec.scale * weight_ET).unsqueeze(1) * turned_ERT
+    m_TN, B_NO = m_ERT.to(how.dtype).flatten(0, 1).mT, parts.B_ERO.flatten(0, 1)
+    y_TO = add_product(parts.base_TO, m_TN, B_NO.to(how.dtype))
+    saved_angle = angle if vector is None else None
+    saved = Saved(z_ERT, vector, saved_angle, weight_KT, index_KT, probability_ET)
+    return y_TO, None if logits_ET is None else logits_ET.mT, saved
 
 
 def _wide(center_ER: Tensor | None) -> Tensor | None:
     return None if center_ER is None else at_least_float32(center_ER)
 
 
-def _weights(parts: Parts, kept: Kept) -> Tensor:
+def _weights(parts: Parts, saved: Saved) -> Tensor:
     """Return all experts' weights [E, T]."""
-    if kept.weight_KT is not None:
-        return spread_chosen(kept.weight_KT, kept.index_KT, parts.B_ERO.shape[0])
+    if saved.weight_KT is not None:
+        return spread_chosen(saved.weight_KT, saved.index_KT, parts.B_ERO.shape[0])
     assert parts.weight_TE is not None
     return parts.weight_TE.mT
 
 
-def _gate_again(x_TD: Tensor, parts: Parts, kept: Kept) -> Gate:
+def _gate_again(x_TD: Tensor, parts: Parts, saved: Saved) -> Gate:
     """Return what the rotation read besides z; x in any type."""
-    angle = kept.angle_EMT
+    angle = saved.angle_EMT
     if angle is None and parts.angle_EMD is not None:
         wide_EMD = at_least_float32(parts.angle_EMD)
         angle = project(
             (x_TD if x_TD.dtype == wide_EMD.dtype else parts.x_TD).to(wide_EMD), wide_EMD
         )
-    return Gate(kept.vector_EVT, angle, _wide(parts.center_ER))
+    return Gate(saved.vector_EVT, angle, _wide(parts.center_ER))
 
 
 def _router_gradient(moved_ET: Tensor, p_ET: Tensor, dlogits_TE: Tensor | None) -> Tensor:
@@ -213,59 +193,59 @@ def _router_gradient(moved_ET: Tensor, p_ET: Tensor, dlogits_TE: Tensor | None) 
 
 
 def backward(
-    settings: Settings,
+    how: How,
     parts: Parts,
-    kept: Kept,
+    saved: Saved,
     dy_TO: Tensor | None,
     dlogits_TE: Tensor | None,
     *,
     needs_x: bool,
 ) -> Gradients:
     """Return the gradients of the parts, given those of y and of the logits; base_TO's is left."""
-    B_ERO, router, dtype = parts.B_ERO, parts.router_ED, settings.dtype
+    B_ERO, router, dtype = parts.B_ERO, parts.router_ED, how.dtype
     if dy_TO is None:
         dy_TO = parts.x_TD.new_zeros(parts.x_TD.shape[0], B_ERO.shape[-1])
     dy_TO, x_TD = dy_TO.to(dtype), parts.x_TD.to(dtype)
     dm_ERT = at_least_float32(project(dy_TO, B_ERO.to(dtype)))
-    weight_ET = _weights(parts, kept)
-    G_E1T = (settings.scale * weight_ET).unsqueeze(1)
-    z_ERT = kept.z_ERT.expand(B_ERO.shape[0], -1, -1)
-    found = adjoint(settings.rotation, z_ERT, _gate_again(x_TD, parts, kept), G_E1T, dm_ERT)
-    dB = (found.m_ERT.to(dtype).flatten(0, 1) @ dy_TO).view(B_ERO.shape).to(B_ERO.dtype)
+    weight_ET = _weights(parts, saved)
+    G_E1T = (how.spec.scale * weight_ET).unsqueeze(1)
+    z_ERT = saved.z_ERT.expand(B_ERO.shape[0], -1, -1)
+    gradient = adjoint(how.spec.rotation, z_ERT, _gate_again(x_TD, parts, saved), G_E1T, dm_ERT)
+    dB = (gradient.m_ERT.to(dtype).flatten(0, 1) @ dy_TO).view(B_ERO.shape).to(B_ERO.dtype)
     dweight = drouter_ET = dcenter = None
     if router is None:
-        dweight = settings.scale * found.weight_E1T.squeeze(1).mT
+        dweight = how.spec.scale * gradient.weight_E1T.squeeze(1).mT
     else:
-        p_ET = weight_ET if kept.probability_ET is None else kept.probability_ET
-        moved_ET = (G_E1T * found.weight_E1T).squeeze(1)
+        p_ET = weight_ET if saved.probability_ET is None else saved.probability_ET
+        moved_ET = (G_E1T * gradient.weight_E1T).squeeze(1)
         drouter_ET = _router_gradient(moved_ET, p_ET, dlogits_TE)
-    if parts.center_ER is not None and found.center_ER is not None:
-        dcenter = found.center_ER.to(parts.center_ER.dtype)
-    dx, dA, dvector, drouter, dangle = _linear(settings, parts, x_TD, found, drouter_ET, needs_x)
+    if parts.center_ER is not None and gradient.center_ER is not None:
+        dcenter = gradient.center_ER.to(parts.center_ER.dtype)
+    dx, dA, dvector, drouter, dangle = _linear(how, parts, x_TD, gradient, drouter_ET, needs_x)
     return Gradients(None, dx, None, dweight, drouter, dA, dB, dvector, dangle, dcenter)
 
 
 def _linear(
-    settings: Settings,
+    how: How,
     parts: Parts,
     x_TD: Tensor,
-    found: Adjoint,
+    gradient: Adjoint,
     drouter_ET: Tensor | None,
     needs_x: bool,
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of x, A, vector gate, router and angle gate: the maps that read x."""
     A_ERD, keep_TD = parts.A_ERD, parts.keep_TD
-    dz = found.z_ERT if len(A_ERD) == len(found.z_ERT) else found.z_ERT.sum(0)
-    reads_dropped = [(A_ERD, dz), (parts.vector_EVD, found.vector_EVT)]
-    reads_x = [(parts.router_ED, drouter_ET), (parts.angle_EMD, found.angle_EMT)]
+    dz = gradient.z_ERT if len(A_ERD) == len(gradient.z_ERT) else gradient.z_ERT.sum(0)
+    reads_dropped = [(A_ERD, dz), (parts.vector_EVD, gradient.vector_EVT)]
+    reads_x = [(parts.router_ED, drouter_ET), (parts.angle_EMD, gradient.angle_EMT)]
     if keep_TD is None:
         dx, grads = _into_x(x_TD, [*reads_dropped, *reads_x], needs_x)
     else:
-        dx, grads = _into_x(dropped(x_TD, keep_TD, settings), reads_dropped, needs_x)
+        dx, grads = _into_x(dropped(x_TD, keep_TD, how), reads_dropped, needs_x)
         straight, more = _into_x(x_TD, reads_x, needs_x)
         grads += more
         if dx is not None:
-            dx = dx * keep_TD * settings.keep_scale
+            dx = dx * keep_TD * how.keep_scale
             dx = dx if straight is None else dx + straight
     return (None if dx is None else dx.to(parts.x_TD.dtype), *grads)
 

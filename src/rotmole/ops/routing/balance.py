@@ -110,33 +110,36 @@ def balance_gradient(
     balance: float,
     z: float,
     mask_T: Tensor | None = None,
+    sequence_T: Tensor | None = None,
 ) -> BalanceGradient:
     """Compute load_balance_loss, router_z_loss and their gradient by hand, without autograd.
 
         dloss/dp_te = E f_ne / tokens =: c_te  (n the sequence of t)
         dloss/dlogits_t = p_t (c_t - <p_t, c_t>) + 2 z logsumexp(logits_t) p_t / tokens
 
-    It takes the selection that is already made, and sequences of one length that lie one after
-    the other, so that sums over a sequence are sums over an axis.
+    It takes the selection that is already made. Without `sequence_T` the sequences are of one
+    length and lie one after the other, so that sums over a sequence are sums over an axis.
 
     Args:
         logits_ET: [E, T] scores of a linear router in at least float32, tokens last.
         index_KT: [K, T] numbers of the chosen experts, of any integer type; None where all are.
-        sequences: N, which divides T; 1 for scope "micro_batch".
+        sequences: N, which divides T if there is no sequence_T; 1 for scope "micro_batch".
         balance, z: coefficients of the two losses.
         mask_T: [T] True (or 1) for tokens that count; None counts all.
+        sequence_T: [T] sequence number 0..N-1 of each token, such as of packed rows, or None.
 
     Returns:
         BalanceGradient; zeros where no token counts.
 
-    Source: derived by hand from the two functions, which are its slow twins.
+    Source: derived by hand from the two functions.
 
     >>> logits_ET, index_KT = torch.zeros(3, 2), torch.tensor([[0, 0]])
     >>> balance_gradient(logits_ET, index_KT, sequences=1, balance=1.0, z=0.0).logits_ET[:, 0]
     tensor([ 0.3333, -0.1667, -0.1667])
     """
-    experts, tokens = logits_ET.shape
-    each = (experts, sequences, tokens // max(sequences, 1))
+    tokens = logits_ET.shape[1]
+    spread = _Sequences(sequences, sequence_T)
+    experts = len(logits_ET)
     p_ET = torch.softmax(logits_ET, dim=0)
     lse_T = logits_ET.amax(0) - torch.log(p_ET.amax(0))  # the largest p is at least 1/E
     counted_ET, square_T = p_ET, lse_T.square()
@@ -145,12 +148,10 @@ def balance_gradient(
     if weight_T is not None:
         counted_ET, square_T, total = p_ET * weight_T, square_T * weight_T, weight_T.sum()
         lse_T = lse_T * weight_T
-    share_EN = _shares(index_KT, each, weight_T, like=p_ET)
+    share_EN = _shares(index_KT, spread, weight_T, like=p_ET)
     per_token = 1 / total.clamp(min=1)
-    counted_ENS = counted_ET.view(each)
-    loss = experts * (share_EN * counted_ENS.sum(-1)).sum() * per_token
-    pull_EN1 = (balance * experts * per_token * share_EN).unsqueeze(-1)
-    moved_ET = (counted_ENS * pull_EN1).view_as(p_ET)
+    loss = experts * (share_EN * spread.sums(counted_ET)).sum() * per_token
+    moved_ET = spread.scaled(counted_ET, balance * experts * per_token * share_EN)
     back_T = moved_ET.sum(0)
     if z:
         back_T = back_T - (2 * z * per_token) * lse_T
@@ -158,17 +159,41 @@ def balance_gradient(
     return BalanceGradient(grad_ET, loss, square_T.sum() * per_token, total)
 
 
+class _Sequences(NamedTuple):
+    """N sequences of tokens: of one length, one after the other, or numbered by sequence_T."""
+
+    number: int
+    number_T: Tensor | None
+
+    def sums(self, value_ET: Tensor) -> Tensor:
+        """Return [E, N], the sum over the tokens of each sequence."""
+        if self.number_T is None:
+            return value_ET.view(self._apart(value_ET)).sum(-1)
+        empty_EN = value_ET.new_zeros(len(value_ET), self.number)
+        return empty_EN.index_add(1, self.number_T, value_ET)
+
+    def scaled(self, value_ET: Tensor, factor_EN: Tensor) -> Tensor:
+        """Multiply every token's [E] by the factors of its sequence."""
+        if self.number_T is not None:
+            return value_ET * factor_EN[:, self.number_T]
+        value_ENS = value_ET.view(self._apart(value_ET))
+        return (value_ENS * factor_EN.unsqueeze(-1)).view_as(value_ET)
+
+    def _apart(self, value_ET: Tensor) -> tuple[int, int, int]:
+        experts, tokens = value_ET.shape
+        return experts, self.number, tokens // max(self.number, 1)
+
+
 def _shares(
-    index_KT: Tensor | None, each: tuple[int, int, int], weight_T: Tensor | None, like: Tensor
+    index_KT: Tensor | None, spread: _Sequences, weight_T: Tensor | None, like: Tensor
 ) -> Tensor:
     """Return [E, N], each expert's share of the choices made in each sequence."""
-    experts = each[0]
     if index_KT is None:
-        return like.new_full(each[:2], 1 / experts)
+        return like.new_full((len(like), spread.number), 1 / len(like))
     chosen_ET = torch.zeros_like(like).scatter_(0, index_KT.long(), 1.0)
     if weight_T is not None:
         chosen_ET = chosen_ET * weight_T
-    chosen_EN = chosen_ET.view(each).sum(-1)
+    chosen_EN = spread.sums(chosen_ET)
     return chosen_EN / chosen_EN.sum(0).clamp(min=1)
 
 

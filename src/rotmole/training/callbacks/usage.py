@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from rotmole.ops.routing.plain import Routing
-from rotmole.tuner.batch.losses import BalanceState, watch_masks
+from rotmole.ops.routing.route import select_by
+from rotmole.ops.spec import Spec
 from rotmole.tuner.experts.experts import Experts
+from rotmole.tuner.layer import RotMoleLayer
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +22,7 @@ PATIENCE = 3
 
 
 class UsageCallback(TrainerCallback):
-    """Count which experts the update's tokens chose; padding does not count.
+    """Count how often the update's tokens chose each expert; padding does not count.
 
     Adds to each training log, over the micro-batches of the update at hand:
         experts_unused: (layer, expert) pairs that no token chose, of all layers with a router.
@@ -29,15 +30,12 @@ class UsageCallback(TrainerCallback):
             all layers; 1/E when balanced.
     A layer whose K most chosen experts took 99 % of all choices in three log lines in a row
     is reported once, by a warning.
-
-    Source: our choice.
     """
 
     def __init__(self) -> None:
         self.chosen: dict[str, torch.Tensor] = {}
         self.top_k: dict[str, int] = {}
         self.streak: dict[str, int] = {}
-        self.masks: list[BalanceState] = []
         self.handles: list[Any] = []
         self.warned = False
         self.counting = True
@@ -46,33 +44,30 @@ class UsageCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Hook the experts that choose: more than one, not all of them."""
-        model = kwargs["model"]
-        for name, module in model.named_modules():
-            if isinstance(module, Experts) and module.scaling_gate.selection == "top_k":
-                self.handles.append(module.register_forward_hook(self._counter(name, module)))
-        if self.handles:
-            base = model.get_base_model() if hasattr(model, "get_base_model") else model
-            for mask, handles in watch_masks(base).values():
-                self.masks.append(mask)
-                self.handles += handles
+        for path, layer in kwargs["model"].named_modules():
+            if not isinstance(layer, RotMoleLayer):
+                continue
+            for adapter, experts in layer.rotmole_experts.items():
+                if isinstance(experts, Experts) and _chooses(experts.spec):
+                    name = f"{path}.rotmole_experts.{adapter}"
+                    self.handles.append(experts.register_forward_hook(self._counter(name, layer)))
 
-    def _counter(self, name: str, experts: Experts) -> Any:
-        def count(module: torch.nn.Module, args: Any, output: Any) -> None:
+    def _counter(self, name: str, layer: RotMoleLayer) -> Any:
+        def count(experts: Experts, args: Any, output: Any) -> None:
             routed = output[1] if isinstance(output, tuple) and len(output) == 2 else None
-            if not (self.counting and module.training) or routed is None:
+            if not (self.counting and experts.training) or routed is None:
                 return
-            if torch.compiler.is_compiling():
+            if torch.compiler.is_compiling() or layer.rotmole_stack.runs_again:
                 return
-            logits_TE, given, _ = routed
-            routing: Routing = experts.routing(logits_TE.detach()) if given is None else given
+            batch, spec = layer.rotmole_stack.batch(), experts.spec
+            routing = routed.routing
+            if routing is None:
+                routing = select_by(spec, routed.logits_TE.detach())
             chosen_TE = routing.selected_TE.detach()
-            if experts.top_k >= chosen_TE.shape[1]:
-                return
-            for mask in self.masks:
-                if mask.mask is not None and mask.mask.numel() == chosen_TE.shape[0]:
-                    chosen_TE = chosen_TE & mask.mask.reshape(-1, 1).to(chosen_TE.device).bool()
-                    break
-            self.top_k[name] = experts.top_k
+            layout = batch.layout(args[2].x)
+            if layout is not None and layout.tokens.mask_T is not None:
+                chosen_TE = chosen_TE & layout.tokens.mask_T[:, None]
+            self.top_k[name] = spec.top_k
             self.chosen[name] = self.chosen.get(name, 0) + chosen_TE.sum(0)
 
         return count
@@ -130,7 +125,11 @@ class UsageCallback(TrainerCallback):
         """Take the hooks away."""
         for handle in self.handles:
             handle.remove()
-        self.handles, self.masks = [], []
+        self.handles = []
+
+
+def _chooses(spec: Spec) -> bool:
+    return spec.selection == "top_k" and spec.top_k < spec.num_experts
 
 
 def usage_logs(counts: dict[str, list[int]]) -> dict[str, float]:

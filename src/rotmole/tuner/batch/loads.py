@@ -10,41 +10,48 @@ where a checkpointed forward pass runs twice. Nothing is counted inside torch.co
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from rotmole.tuner.batch.losses import BalanceState
-    from rotmole.tuner.experts.experts import Experts
+from rotmole.tuner.batch.batch import Stack
 
 
 class LoadCount:
-    """What one layer's experts were chosen for since the last update of the bias.
+    """How often one layer's experts were chosen since the last update of the bias.
+
+    Args:
+        rate: how far the bias moves in a step; 0: the layer has no bias.
 
     Attributes:
-        loads_E: [E] tokens that chose each expert, None where no backward pass ran.
+        loads_E: [E] tokens that chose each expert, None if no backward pass ran.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, rate: float = 0.0) -> None:
+        self.rate = rate
         self.loads_E: Tensor | None = None
         self.version = 0
         self.warned = False
 
-    def add(self, loads_E: Tensor, witness: Tensor, state: BalanceState) -> None:
-        """Count one micro-batch; warn once a stack if the weights moved and the bias did not."""
+    def add(self, loads_E: Tensor, weight: Tensor, stack: Stack) -> None:
+        """Count one micro-batch; warn once a stack if the weights moved and the bias did not.
+
+        Args:
+            loads_E: [E] tokens of the micro-batch that chose each expert.
+            weight: a parameter that every optimizer step changes.
+            stack: of the layer, which remembers that it has warned.
+        """
         if self.loads_E is None:
-            self.loads_E, self.version = loads_E, witness._version
+            self.loads_E, self.version = loads_E, weight._version
             return
         self.loads_E = self.loads_E + loads_E
-        if witness._version != self.version and not state.warned_of_bias:
-            state.warned_of_bias = True
-            warnings.warn(
+        if weight._version != self.version:
+            stack.warn_once(
+                "bias",
                 "router_bias_rate is on, but nobody moves the bias after an optimizer step: call "
                 "rotmole.update_router_bias(model) there, or add "
                 "rotmole.training.callbacks.BalanceCallback() to the trainer",
-                stacklevel=2,
             )
 
 
@@ -53,19 +60,14 @@ class _Count(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        output: Tensor,
-        loads_E: Tensor,
-        count: LoadCount,
-        witness: Tensor,
-        state: BalanceState,
+        ctx: Any, output: Tensor, loads_E: Tensor, count: LoadCount, weight: Tensor, stack: Stack
     ) -> Tensor:
-        ctx.loads_E, ctx.count, ctx.witness, ctx.state = loads_E, count, witness, state
+        ctx.loads_E, ctx.count, ctx.weight, ctx.stack = loads_E, count, weight, stack
         return output.view_as(output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.count.add(ctx.loads_E, ctx.witness, ctx.state)
+        ctx.count.add(ctx.loads_E, ctx.weight, ctx.stack)
         return grads[0], None, None, None, None
 
 
@@ -74,18 +76,18 @@ def count_loads(
     selected_TE: Tensor,
     mask_T: Tensor | None,
     count: LoadCount,
-    witness: nn.Parameter,
-    state: BalanceState,
+    weight: nn.Parameter,
+    stack: Stack,
 ) -> Tensor:
-    """Return `output`, made so that its backward pass counts who was chosen.
+    """Return `output`, made so that its backward pass counts how often each expert was chosen.
 
     Args:
         output: the layer's addition, any shape.
         selected_TE: [T, E] True where selected.
         mask_T: [T] True for tokens that count; None counts all.
         count: where to add.
-        witness: a parameter that every optimiser step changes.
-        state: of the stack, which remembers that it has warned.
+        weight: a parameter that every optimizer step changes.
+        stack: of the layer, which remembers that it has warned.
 
     Returns:
         A tensor equal to output.
@@ -95,15 +97,7 @@ def count_loads(
     chosen_TE = selected_TE.detach().float()
     if mask_T is not None:
         chosen_TE = chosen_TE * mask_T.to(chosen_TE.dtype)[:, None]
-    loads_E = chosen_TE.sum(0)
-    return _Count.apply(output, loads_E, count, witness, state)  # type: ignore[no-any-return, no-untyped-call] # torch's own types
-
-
-def _biased(model: nn.Module) -> list[Experts]:
-    found: list[Any] = [
-        m for m in model.modules() if isinstance(getattr(m, "loads", None), LoadCount)
-    ]
-    return [experts for experts in found if experts.router_bias is not None]
+    return _Count.apply(output, chosen_TE.sum(0), count, weight, stack)  # type: ignore[no-any-return, no-untyped-call] # torch's own types
 
 
 @torch.no_grad()
@@ -112,7 +106,7 @@ def update_router_bias(model: nn.Module) -> int:
 
         router_bias_e <- router_bias_e + router_bias_rate * sign(mean load - load_e)
 
-    Of several processes each must call it: loads are summed over them, so the bias stays the same
+    With several processes each must call it: loads are summed over them, so the bias stays the same
     everywhere. BalanceCallback does it for transformers' and TRL's trainers.
 
     Args:
@@ -123,11 +117,14 @@ def update_router_bias(model: nn.Module) -> int:
 
     Source: DeepSeek-V3 (arXiv 2412.19437, section 2.1.2); Wang et al. 2024 (2408.15664).
     """
-    layers = _biased(model)
-    if not layers:
+    modules: list[Any] = [m for m in model.modules() if hasattr(m, "router_bias")]
+    pairs: list[tuple[LoadCount, Tensor]] = [
+        (module.loads, module.router_bias) for module in modules if module.router_bias is not None
+    ]
+    if not pairs:
         return 0
-    first = layers[0].loads
-    if all(e.loads.loads_E is None for e in layers) and not first.warned:
+    first = pairs[0][0]
+    if all(count.loads_E is None for count, _ in pairs) and not first.warned:
         first.warned = True
         warnings.warn(
             "update_router_bias found no loads, so it moves no bias: they are counted in the "
@@ -135,19 +132,17 @@ def update_router_bias(model: nn.Module) -> int:
             stacklevel=2,
         )
     loads = [
-        torch.zeros_like(e.router_bias) if e.loads.loads_E is None else e.loads.loads_E  # type: ignore[arg-type] # of _biased
-        for e in layers
+        torch.zeros_like(bias_E) if count.loads_E is None else count.loads_E
+        for count, bias_E in pairs
     ]
-    flat = torch.cat([load.to(loads[0].device) for load in loads])
+    flat = torch.cat([load_E.to(loads[0].device) for load_E in loads])
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(flat)
     moved = 0
-    parts = torch.split(flat, [len(load) for load in loads])
-    for experts, load_E in zip(layers, parts, strict=True):
-        bias_E = experts.router_bias
-        assert bias_E is not None  # as _biased says
+    parts = torch.split(flat, [len(load_E) for load_E in loads])
+    for (count, bias_E), load_E in zip(pairs, parts, strict=True):
         step_E = torch.sign(load_E.mean() - load_E).to(bias_E)
-        bias_E.add_(step_E, alpha=experts.router_bias_rate)
+        bias_E.add_(step_E, alpha=count.rate)
         moved += bool(step_E.any())
-        experts.loads.loads_E = None
+        count.loads_E = None
     return moved

@@ -15,144 +15,140 @@ for each inner layer. With selection dense or top_p, K is E. The base layers run
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
 
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from rotmole.errors import ConfigError, ModelError
 from rotmole.ops.mixture.block import slot_additions, slot_experts, slot_mean, weigh_slots
 from rotmole.ops.mixture.dense import rotated
-from rotmole.ops.routing.plain import Routing
-from rotmole.tuner.experts.scaling import NO_TOKENS, Tokens
+from rotmole.ops.routing.route import route
+from rotmole.ops.routing.selection import Routed, Routing
+from rotmole.ops.spec import NO_TOKENS, Spec, Tokens, Weights
+from rotmole.tuner.batch.batch import Batch
+from rotmole.tuner.targets import linear_widths
 
 if TYPE_CHECKING:
-    from rotmole.tuner.config import RotMoleConfig
-    from rotmole.tuner.experts.experts import Experts
+    from rotmole.tuner.settings.settings import Settings
 
 
-@dataclass(eq=False)
-class BlockState:
-    """What the layers of one block share between its first and its last layer.
-
-    Attributes:
-        routing: of the block's input; None outside of a forward pass.
-        expert_TK: [T, K] which expert sits in each slot.
-        lead: the block input's shape but for its width.
-    """
-
-    routing: Routing | None = None
-    expert_TK: Tensor | None = None
-    lead: tuple[int, ...] = ()
-
-    def now(self) -> tuple[Routing, Tensor]:
-        """Return routing and slots of the pass at hand."""
-        if self.routing is None or self.expert_TK is None:
-            raise ModelError(
-                "a layer of a block-routed feed-forward block was called before the block's first "
-                "layer, or outside its block; such a block cannot have router_scope 'block'"
-            )
-        return self.routing, self.expert_TK
-
-
-@dataclass(eq=False)
+@dataclass(frozen=True)
 class BlockPart:
     """What one layer is in its block, for one adapter.
 
     Attributes:
-        state: shared by the layers of the block.
-        outer: whether it writes the block's output; the others read its input.
+        block: number of the block; its layers share it.
+        outer: whether the layer writes the block's output; the others read its input.
         leads: whether it is the first, which has the router.
     """
 
-    state: BlockState
+    block: int
     outer: bool
     leads: bool
 
-    def read(self, x: Tensor) -> Tensor:
+
+class BlockPass(NamedTuple):
+    """What the layers of one block share in one forward pass, from the first to the last.
+
+    Attributes:
+        routing: of the block's input.
+        expert_TK: [T, K] which expert sits in each slot.
+        lead: the block input's shape but for its width.
+    """
+
+    routing: Routing
+    expert_TK: Tensor
+    lead: tuple[int, ...]
+
+
+@dataclass
+class BlockCall:
+    """One call of a layer of a block-routed block.
+
+    Attributes:
+        part: what the layer is in its block.
+        batch: at hand; it holds the block's pass until the outer layer has run.
+        x: the layer's input.
+    """
+
+    part: BlockPart
+    batch: Batch
+    x: Tensor
+
+    def shared(self) -> BlockPass:
+        """Return the pass that the block's first layer began."""
+        block_pass: BlockPass | None = self.batch.blocks.get(self.part.block)
+        if block_pass is None:
+            raise ModelError(
+                "a layer of a block-routed feed-forward block was called before the block's first "
+                "layer, or outside its block; such a block cannot have router_scope 'block'"
+            )
+        return block_pass
+
+    def read(self) -> Tensor:
         """Return what the base layer reads: for the outer layer the weighted sum of the slots."""
-        if not self.outer:
-            return x
-        routing, expert_TK = self.state.now()
-        self._check(x, (expert_TK.shape[1], *self.state.lead))
-        slots = x.reshape(x.shape[0], -1, x.shape[-1])
-        return slot_mean(slots, routing.weight_TE, expert_TK).reshape(*x.shape[1:])
+        if not self.part.outer:
+            return self.x
+        routing, expert_TK, lead = self.shared()
+        self._check((expert_TK.shape[1], *lead))
+        slots = self.x.reshape(self.x.shape[0], -1, self.x.shape[-1])
+        return slot_mean(slots, routing.weight_TE, expert_TK).reshape(*self.x.shape[1:])
 
-    def lead(self, x: Tensor) -> tuple[int, ...]:
-        """Return the shape of the layer's addition to x but for its width."""
-        if self.outer:
-            return tuple(x.shape[1:-1])
-        _, expert_TK = self.state.now()
-        return (expert_TK.shape[1], *x.shape[:-1])
+    def lead(self) -> tuple[int, ...]:
+        """Return the shape of the layer's addition but for its width."""
+        if self.part.outer:
+            return tuple(self.x.shape[1:-1])
+        expert_TK = self.shared().expert_TK
+        return (expert_TK.shape[1], *self.x.shape[:-1])
 
-    def begin(self, x: Tensor) -> None:
-        """Note the shape of the block's input, or check it against the first layer's."""
-        if self.leads:
-            self.state.lead = tuple(x.shape[:-1])
-            return
-        self.state.now()
-        if not self.outer:
-            self._check(x, self.state.lead)
-
-    def _check(self, x: Tensor, lead: tuple[int, ...]) -> None:
-        if tuple(x.shape[:-1]) != lead:
+    def _check(self, lead: tuple[int, ...]) -> None:
+        if tuple(self.x.shape[:-1]) != lead:
             raise ModelError(
                 f"a layer of a block-routed feed-forward block got an input of shape "
-                f"{tuple(x.shape)}, but its block's wiring asks for {(*lead, x.shape[-1])}; such a "
-                "block cannot have router_scope 'block'"
+                f"{tuple(self.x.shape)}, but its block's wiring asks for "
+                f"{(*lead, self.x.shape[-1])}; such a block cannot have router_scope 'block'"
             )
 
     def add(
-        self, experts: Experts, x_TD: Tensor, dropped_TD: Tensor, tokens: Tokens = NO_TOKENS
-    ) -> tuple[Tensor, tuple[Tensor, Routing] | None]:
-        """Return the layer's addition, [K, T, O] or for the outer layer [T, O], as Experts does.
+        self,
+        spec: Spec,
+        weights: Weights,
+        x_TD: Tensor,
+        dropped_TD: Tensor,
+        tokens: Tokens = NO_TOKENS,
+        *,
+        training: bool = False,
+    ) -> tuple[Tensor, Routed | None]:
+        """Return the layer's addition, [K, T, O] or for the outer layer [T, O].
 
         Args:
-            experts: of the layer.
+            spec, weights: of the layer.
             x_TD: [T, D] the layer's input; the outer layer's is [K T, D], slot by slot.
             dropped_TD: the same after dropout.
             tokens: what the router knows of the tokens.
+            training: whether the router's input is jittered.
         """
-        state, routed = self.state, None
-        if self.leads:
-            routed = experts.route(x_TD, tokens)
-            assert routed is not None  # a part has more than one expert
-            gate = experts.scaling_gate
-            slots = gate.top_k if gate.selection == "top_k" else gate.experts
-            state.routing = routed[1]
-            state.expert_TK = slot_experts(routed[1].selected_TE, slots)
-        routing, expert_TK = state.now()
-        A_ERD, B_ERO = experts.expert_A, experts.expert_B
-        _, turned = rotated(
-            x_TD,
-            dropped_TD,
-            A_ERD,
-            B_ERO,
-            experts.gates(),
-            rotation=experts.rotation,
-            rotation_input=experts.rotation_input,
-            rotation_metric=experts.rotation_metric,
-        )
-        scale = experts.scale
-        if not self.outer:
-            return slot_additions(turned, expert_TK, B_ERO, scale=scale), routed
-        state.routing = state.expert_TK = None  # the block ends here; keep no graph alive
+        routed = None
+        if self.part.leads:
+            logits_TE, routing = route(spec, x_TD, weights, tokens=tokens, training=training)
+            routed = Routed(logits_TE, routing)
+            slots = spec.top_k if spec.selection == "top_k" else spec.num_experts
+            expert_TK = slot_experts(routing.selected_TE, slots)
+            lead = tuple(self.x.shape[:-1])
+            self.batch.blocks[self.part.block] = BlockPass(routing, expert_TK, lead)
+        routing, expert_TK, lead = self.shared()
+        if not self.part.outer:
+            self._check(lead)
+        _, turned = rotated(spec, x_TD, dropped_TD, weights)
+        if not self.part.outer:
+            return slot_additions(turned, expert_TK, weights.B_ERO, scale=spec.scale), routed
+        del self.batch.blocks[self.part.block]  # the block ends here; keep no graph alive
         tokens_T, slots = expert_TK.shape
         turned = turned.reshape(slots, tokens_T, *turned.shape[1:])
-        return weigh_slots(turned, routing.weight_TE, expert_TK, B_ERO, scale=scale), None
-
-
-def _widths(module: nn.Module) -> tuple[int, int] | None:
-    """Return (in, out) of a linear layer, adapted or not; None for any other module."""
-    layer: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    if isinstance(layer, Conv1D):
-        return int(layer.weight.shape[0]), int(layer.weight.shape[1])
-    if hasattr(layer, "in_features") and hasattr(layer, "out_features"):
-        return int(layer.in_features), int(layer.out_features)
-    return None
+        weight_TE, scale = routing.weight_TE, spec.scale
+        return weigh_slots(turned, weight_TE, expert_TK, weights.B_ERO, scale=scale), None
 
 
 def find_block(module: nn.Module) -> tuple[list[str], str] | None:
@@ -166,10 +162,10 @@ def find_block(module: nn.Module) -> tuple[list[str], str] | None:
     """
     linear: dict[str, tuple[int, int]] = {}
     for name, child in module.named_children():
-        widths = _widths(child)
+        widths = linear_widths(child)
         if widths is not None:
             linear[name] = widths
-        elif any(_widths(part) is not None for part in child.modules()):
+        elif any(linear_widths(part) is not None for part in child.modules()):
             return None  # linear layers further down: more than one block
     if len(linear) not in (2, 3):
         return None
@@ -182,39 +178,32 @@ def find_block(module: nn.Module) -> tuple[list[str], str] | None:
     return None
 
 
-def block_part(parent: nn.Module, name: str, adapter_name: str) -> BlockPart | None:
-    """Return what a layer is in its block, None where it is in none.
+def block_part(parent: nn.Module, name: str) -> BlockPart | None:
+    """Return what a layer is in its block, None if it is in none.
 
     Args:
         parent: the module that holds the layer.
         name: the layer's name in it.
-        adapter_name: for which adapter; layers of one block share a state per adapter.
     """
-    found = find_block(parent)
-    if found is None:
+    names = find_block(parent)
+    if names is None:
         return None
-    inner, outer = found
-    parts = [
-        getattr(child, "rotmole_blocks", {}).get(adapter_name)
-        for child in parent.children()
-        if child is not getattr(parent, name)
-    ]
-    state = next((part.state for part in parts if part is not None), None)
-    return BlockPart(state or BlockState(), outer=name == outer, leads=name == inner[0])
+    inner, outer = names
+    return BlockPart(id(parent), outer=name == outer, leads=name == inner[0])
 
 
-def plain_outside(config: RotMoleConfig, own: RotMoleConfig, name: str) -> None:
+def plain_outside(settings: Settings, module: Settings, name: str) -> Settings:
     """Give a module outside of all blocks one expert, unless num_experts_pattern names it.
 
     Args:
-        config: the adapter's settings.
-        own: the module's, which are changed.
+        settings: the adapter's.
+        module: the module's, all patterns applied.
         name: path of the module.
     """
-    pattern = config.num_experts_pattern
-    named = isinstance(pattern, dict) and get_pattern_key(list(pattern), name) in pattern
-    if not named:
-        own.num_experts = own.top_k = 1
+    pattern = settings.num_experts_pattern
+    if isinstance(pattern, dict) and get_pattern_key(list(pattern), name) in pattern:
+        return module
+    return replace(module, num_experts=1, top_k=1)
 
 
 def check_blocks(model: nn.Module, adapter_name: str) -> None:
@@ -230,10 +219,10 @@ def check_blocks(model: nn.Module, adapter_name: str) -> None:
     """
     whole = 0
     for path, module in model.named_modules():
-        found = find_block(module)
-        if found is None:
+        block = find_block(module)
+        if block is None:
             continue
-        names = [*found[0], found[1]]
+        names = [*block[0], block[1]]
         layers = [getattr(module, name) for name in names]
         parts = [getattr(layer, "rotmole_blocks", {}).get(adapter_name) for layer in layers]
         if not any(parts):
@@ -245,7 +234,7 @@ def check_blocks(model: nn.Module, adapter_name: str) -> None:
                 f"{', '.join(missing)} of {path!r} has no experts; add it to target_modules "
                 "(and check num_experts_pattern)"
             )
-        counts = {layer.experts(adapter_name).num_experts for layer in layers}
+        counts = {layer.experts(adapter_name).spec.num_experts for layer in layers}
         if len(counts) > 1:
             raise ConfigError(
                 f"router_scope is 'block', but the layers of {path!r} have {sorted(counts)} "

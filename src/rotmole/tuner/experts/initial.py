@@ -21,7 +21,7 @@ INITS = (True, False, "gaussian", "svd")
 
 
 @torch.no_grad()
-def draw(experts: Experts, init_weights: bool | str) -> None:
+def draw(experts: Experts, init_weights: bool | str, A_density: float = 1.0) -> None:
     """Draw all parameters; but for False the output starts at the base model's.
 
     A, vector gates: Kaiming uniform (a = sqrt 5) of each expert, that is uniform in +-1/sqrt(D); A
@@ -33,10 +33,11 @@ def draw(experts: Experts, init_weights: bool | str) -> None:
     Args:
         experts: the parameters of one layer; those named `residual_*` become 0.
         init_weights: a value of INITS; "svd" draws as True does, see `take_segments`.
+        A_density: share of each row's entries of A that are not zero.
     """
     zero: tuple[str, ...] = ()
     if init_weights:
-        zero = ("expert_B", "router_mix", *ROTATIONS[experts.rotation].zero)
+        zero = ("expert_B", "router_mix", *ROTATIONS[experts.spec.rotation].zero)
     for name, parameter in experts.named_parameters():
         if name in zero or name.startswith("residual_"):
             nn.init.zeros_(parameter)
@@ -51,8 +52,8 @@ def draw(experts: Experts, init_weights: bool | str) -> None:
             elif name == "router_threshold_bias":
                 fan_in = experts.expert_A.shape[-1]
             nn.init.uniform_(parameter, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
-    if experts.A_density < 1:
-        mask_ERD = sparse_mask(_three(experts.expert_A), experts.A_density)
+    if A_density < 1:
+        mask_ERD = sparse_mask(_three(experts.expert_A), A_density)
         experts.expert_A.mul_(mask_ERD.to(experts.expert_A.device))
 
 
@@ -94,7 +95,7 @@ def take_segments(experts: Experts, base_layer: nn.Module) -> None:
     weight: Tensor = dequantize_module_weight(base_layer if plain else copy.deepcopy(base_layer))
     if isinstance(base_layer, Conv1D):
         weight = weight.T
-    A_ERD, B_ERO = svd_segments(weight, number, rank, experts.scale)
+    A_ERD, B_ERO = svd_segments(weight, number, rank, experts.spec.scale)
     for name, value in (("A", A_ERD), ("B", B_ERO)):
         getattr(experts, f"expert_{name}").copy_(value)
         getattr(experts, f"residual_{name}").copy_(value)

@@ -1,14 +1,16 @@
-"""How a layer's mixture is computed: one formula, four ways, chosen by shape and settings.
+"""How a layer's mixture is computed: one formula, a table of ways, the first that fits.
 
+block    layers of a feed-forward block that has one router (blocks.py, ops/mixture/block.py)
 packed   few tokens without gradients, as in cached decoding (decoding.py, ops/mixture/packed.py)
 grouped  many experts, of which each token uses few (ops/mixture/grouped.py)
 fused    everything else that acts in rank space (ops/mixture/fused.py)
-slow     rotations across experts, learned metrics, the sqrt-gate (ops/mixture/dense.py)
+dense    rotations across experts, learned metrics, the sqrt-gate (ops/mixture/dense.py)
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,25 +18,136 @@ from torch import Tensor, nn
 from rotmole.ops.mixture.dense import mixture
 from rotmole.ops.mixture.fused import can_fuse, fused_mixture
 from rotmole.ops.mixture.grouped import grouped_mixture, prefers_grouped
-from rotmole.ops.mixture.passes import Settings
-from rotmole.ops.routing.plain import Routed, Routing
-from rotmole.tuner.experts.decoding import Decoding, decoded, may_pack
-from rotmole.tuner.experts.scaling import NO_TOKENS, Tokens
+from rotmole.ops.mixture.passes import How
+from rotmole.ops.routing.route import route
+from rotmole.ops.routing.selection import Routed
+from rotmole.ops.spec import NO_TOKENS, Spec, Tokens, Weights
+from rotmole.tuner.experts.blocks import BlockCall
+from rotmole.tuner.experts.decoding import Decoding, may_pack
+from rotmole.tuner.experts.experts import Experts
 
-if TYPE_CHECKING:
-    from rotmole.tuner.experts.experts import Experts
+Added = tuple[Tensor, Routed | None]
 
 
-def compute_dtype(x: Tensor, weight: Tensor, as_input: bool) -> torch.dtype:
+class Call(NamedTuple):
+    """One call of one layer.
+
+    Attributes:
+        x: [..., D] layer input as the model gave it.
+        x_TD: [T, D] the same, flattened.
+        dropout: the adapter's nn.Dropout, or nn.Identity.
+        tokens: what the router knows of the tokens besides x.
+        base_TO: [T, O] W x, which the fused and packed way add to as they go; None leaves it out.
+        decoding: given if every row is one new token of a sequence.
+        block: given if the layer belongs to a block-routed block.
+    """
+
+    x: Tensor
+    x_TD: Tensor
+    dropout: nn.Module
+    tokens: Tokens = NO_TOKENS
+    base_TO: Tensor | None = None
+    decoding: Decoding | None = None
+    block: BlockCall | None = None
+
+
+class Way(NamedTuple):
+    """One row of the table of ways.
+
+    Attributes:
+        name: as in this file's first lines.
+        fits: (spec) -> whether it can compute such a layer.
+        takes: (experts, call) -> whether it is to compute this call of one.
+        add: (experts, call) -> (W x + the addition, or the addition alone without base_TO [T, O],
+            what the router said or None).
+    """
+
+    name: str
+    fits: Callable[[Spec], bool]
+    takes: Callable[[Experts, Call], bool]
+    add: Callable[[Experts, Call], Added]
+
+
+def compute_dtype(x: Tensor, weight: Tensor, spec: Spec) -> torch.dtype:
     """Return the type of the products with A and B: autocast's, the input's or the weight's."""
     kind = x.device.type
     if kind != "meta" and torch.is_autocast_enabled(kind) and weight.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
-    return x.dtype if as_input else weight.dtype
+    return x.dtype if spec.compute_dtype == "input" else weight.dtype
 
 
-def _kept(x_TD: Tensor, dropout: nn.Module) -> tuple[Tensor | None, float]:
-    """Draw which inputs dropout keeps, and what it multiplies them by; (None, 1) where all."""
+def _in_rank_space(spec: Spec) -> bool:
+    fuses = can_fuse(spec.rotation, spec.rotation_input, spec.rotation_metric)
+    return fuses and not spec.router_sqrt_gate
+
+
+def _routes_inside(spec: Spec) -> bool:
+    """Whether the fused function can do the routing itself."""
+    return spec.num_experts > 1 and spec.has_plain_gate
+
+
+def _is_grouped(spec: Spec) -> bool:
+    able = spec.selection == "top_k" and spec.num_experts > 1 and not spec.share_A
+    if not (able and _in_rank_space(spec)) or spec.dispatch == "fused":
+        return False
+    return spec.dispatch == "grouped" or prefers_grouped(spec.num_experts, spec.top_k)
+
+
+def _packs(spec: Spec) -> bool:
+    return _routes_inside(spec) and _in_rank_space(spec) and not _is_grouped(spec)
+
+
+def _added(delta_TO: Tensor, call: Call) -> Tensor:
+    return delta_TO if call.base_TO is None else call.base_TO + delta_TO
+
+
+def _by_block(experts: Experts, call: Call) -> Added:
+    assert call.block is not None
+    x_TD = call.x_TD.to(experts.expert_A.dtype)
+    return call.block.add(
+        experts.spec,
+        experts.weights(),
+        x_TD,
+        call.dropout(x_TD),
+        call.tokens,
+        training=experts.training,
+    )
+
+
+def _by_packs(experts: Experts, call: Call) -> Added:
+    assert call.decoding is not None
+    dtype = compute_dtype(call.x_TD, experts.expert_A, experts.spec)
+    return call.decoding.add(experts, call.x_TD, dtype, call.base_TO), None
+
+
+def _routed(experts: Experts, call: Call, weights: Weights) -> Routed | None:
+    if not experts.has_router:
+        return None
+    logits_TE, routing = route(
+        experts.spec, call.x_TD, weights, tokens=call.tokens, training=experts.training
+    )
+    return Routed(logits_TE, routing)
+
+
+def _by_groups(experts: Experts, call: Call) -> Added:
+    spec, weights = experts.spec, experts.weights()
+    dtype = compute_dtype(call.x_TD, experts.expert_A, spec)
+    routed = _routed(experts, call, weights)
+    assert routed is not None
+    assert routed.routing is not None
+    delta_TO = grouped_mixture(
+        spec,
+        call.x_TD,
+        call.dropout(call.x_TD.to(dtype)),
+        weights.cast(dtype),
+        routed.routing.weight_TE,
+        routed.routing.selected_TE,
+    )
+    return _added(delta_TO, call), routed
+
+
+def _dropout_mask(x_TD: Tensor, dropout: nn.Module) -> tuple[Tensor | None, float]:
+    """Draw the inputs that dropout keeps, and what it multiplies them by; (None, 1) for all."""
     p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
     if p == 0:
         return None, 1.0
@@ -42,146 +155,87 @@ def _kept(x_TD: Tensor, dropout: nn.Module) -> tuple[Tensor | None, float]:
     return keep_TD, 1 / (1 - p)
 
 
-def _wants_groups(experts: Experts) -> bool:
-    gate = experts.scaling_gate
-    if gate.selection != "top_k" or experts.num_experts == 1 or experts.expert_A.shape[0] == 1:
-        return False
-    if experts.dispatch == "auto":
-        few = prefers_grouped(gate.experts, gate.top_k)
-        return few and not torch.compiler.is_compiling()
-    return experts.dispatch == "grouped"
-
-
-def _fuses(experts: Experts) -> bool:
-    return can_fuse(experts.rotation, experts.rotation_input, experts.rotation_metric)
-
-
-def _settings(experts: Experts, dtype: torch.dtype, keep_scale: float = 1.0) -> Settings:
-    gate = experts.scaling_gate
-    return Settings(
-        experts.rotation,
-        experts.scale,
-        top_k=gate.top_k,
-        selection=gate.selection,
-        norm_topk_prob=gate.norm_topk_prob,
-        dtype=dtype,
-        keep_scale=keep_scale,
+def _fused(experts: Experts, call: Call) -> Added:
+    spec, weights, x_TD = experts.spec, experts.weights(), call.x_TD
+    keep_TD, keep_scale = _dropout_mask(x_TD, call.dropout)
+    how = How(spec, compute_dtype(x_TD, experts.expert_A, spec), keep_scale)
+    if _routes_inside(spec):
+        y_TO, logits_TE, index_KT = fused_mixture(
+            how, x_TD, weights, keep_TD=keep_TD, base_TO=call.base_TO
+        )
+        assert logits_TE is not None
+        return y_TO, Routed(logits_TE, None, index_KT)
+    routed = _routed(experts, call, weights)
+    weight_TE = x_TD.new_ones(x_TD.shape[0], 1)
+    if routed is not None and routed.routing is not None:
+        weight_TE = routed.routing.weight_TE
+    y_TO, _, _ = fused_mixture(
+        how, x_TD, weights, weight_TE=weight_TE, keep_TD=keep_TD, base_TO=call.base_TO
     )
+    return y_TO, routed
 
 
-def _trains(experts: Experts) -> bool:
-    """Whether any weight learns; with frozen experts the gates alone may."""
-    return any(w is not None and w.requires_grad for w in experts._parameters.values())
+def _dense(experts: Experts, call: Call) -> Added:
+    spec, weights = experts.spec, experts.weights()
+    dtype = compute_dtype(call.x_TD, experts.expert_A, spec)
+    routed = _routed(experts, call, weights)
+    weight_TE = call.x_TD.new_ones(call.x_TD.shape[0], 1)
+    selected_TE = None
+    if routed is not None and routed.routing is not None:
+        weight_TE, selected_TE = routed.routing.weight_TE, routed.routing.selected_TE
+    x_TD = call.x_TD.to(dtype)
+    delta_TO = mixture(spec, x_TD, call.dropout(x_TD), weights.cast(dtype), weight_TE, selected_TE)
+    return _added(delta_TO, call), routed
 
 
-def _decodes(experts: Experts, x_TD: Tensor, dropout: nn.Module) -> bool:
-    """Whether one new token a row goes by packed weights."""
-    if dropout.training or not may_pack(experts, x_TD):
-        return False
-    packs = experts.packs
-    if packs.fits is None:
-        plain = experts.routes_inside and not experts.sqrt_gate
-        packs.fits = plain and _fuses(experts) and not _wants_groups(experts)
-    return packs.fits
+def _always(experts: Experts, call: Call) -> bool:
+    return True
 
 
-def add(
-    experts: Experts,
-    x_TD: Tensor,
-    dropout: nn.Module,
-    tokens: Tokens = NO_TOKENS,
-    *,
-    decoding: Decoding | None = None,
-    base_TO: Tensor | None = None,
-) -> tuple[Tensor, Routed | None]:
+WAYS = (
+    Way("block", lambda spec: True, lambda experts, call: call.block is not None, _by_block),
+    Way("packed", _packs, may_pack, _by_packs),
+    Way(
+        "grouped", _is_grouped,
+        lambda experts, call: experts.spec.dispatch == "grouped"
+        or not torch.compiler.is_compiling(),
+        _by_groups,
+    ),
+    Way("fused", _in_rank_space, _always, _fused),
+    Way("dense", lambda spec: True, _always, _dense),
+)  # fmt: skip
+
+
+def ways_for(spec: Spec) -> tuple[Way, ...]:
+    """Return the ways that can compute a layer, in the order in which they are asked."""
+    return tuple(way for way in WAYS if way.fits(spec))
+
+
+def add(experts: Experts, ways: tuple[Way, ...], call: Call) -> Added:
     """Return what an adapter adds to W x, or its sum with W x, and what its router said.
 
     Args:
         experts: the adapter's parameters in the layer.
-        x_TD: [T, D] layer input.
-        dropout: the adapter's nn.Dropout, or nn.Identity.
-        tokens: what the router knows of the tokens besides x.
-        decoding: given where every row is one new token of a sequence.
-        base_TO: [T, O] W x, which the fused and packed way add to as they go; None leaves it out.
+        ways: from `ways_for`.
+        call: the layer's input and what is known of it.
 
     Returns:
-        ([T, O], what the router said or None without a router).
+        ([T, O], what the router said or None without a router); in a block-routed block [K, T, O]
+        for its inner layers.
     """
-    dtype = compute_dtype(x_TD, experts.expert_A, experts.computes_in_input_dtype)
-    if decoding is not None and _decodes(experts, x_TD, dropout):
-        settings = experts.packs.settings.get(dtype)
-        if settings is None:
-            settings = experts.packs.settings[dtype] = _settings(experts, dtype)
-        return decoded(experts, x_TD, settings, decoding, base_TO), None
-    fuses = _fuses(experts)
-    if not fuses or experts.sqrt_gate or _wants_groups(experts):
-        way = _slow if not fuses or experts.sqrt_gate else _grouped
-        delta_TO, found = way(experts, x_TD, dropout, dtype, tokens)
-        total_TO = delta_TO if base_TO is None else base_TO + delta_TO
-        return total_TO, None if found is None else Routed(*found)
-    keep_TD, keep_scale = _kept(x_TD, dropout)
-    settings = _settings(experts, dtype, keep_scale)
-    arguments = (settings, x_TD, experts.expert_A, experts.expert_B, experts.gates())
-    if experts.routes_inside:
-        if torch.is_grad_enabled() and _trains(experts):
-            experts.packs.note_training()
-        y_TO, logits_TE, index_KT = fused_mixture(
-            *arguments, router_ED=experts.router_weight, keep_TD=keep_TD, base_TO=base_TO
-        )
-        assert logits_TE is not None
-        return y_TO, Routed(logits_TE, None, index_KT)
-    found = experts.route(x_TD, tokens)
-    weight_TE = x_TD.new_ones(x_TD.shape[0], 1) if found is None else found[1].weight_TE
-    y_TO, _, _ = fused_mixture(*arguments, weight_TE=weight_TE, keep_TD=keep_TD, base_TO=base_TO)
-    return y_TO, None if found is None else Routed(*found)
+    way = next(way for way in ways if way.takes(experts, call))
+    start = experts.residual()
+    if start is None or call.block is not None:
+        return way.add(experts, call)
+    delta_TO, routed = way.add(experts, call._replace(base_TO=None))
+    # first the difference: the addition alone may be 0
+    delta_TO = delta_TO - _start_addition(experts.spec, start, call.x_TD)
+    return _added(delta_TO, call), routed
 
 
-def _grouped(
-    experts: Experts, x_TD: Tensor, dropout: nn.Module, dtype: torch.dtype, tokens: Tokens
-) -> tuple[Tensor, tuple[Tensor, Routing] | None]:
-    routed = experts.route(x_TD, tokens)
-    assert routed is not None
-    gates = experts.gates()
-    if "rotation_vector" in gates:
-        gates["rotation_vector"] = gates["rotation_vector"].to(dtype)
-    delta_TO = grouped_mixture(
-        x_TD,
-        dropout(x_TD.to(dtype)),
-        routed[1].weight_TE,
-        routed[1].selected_TE,
-        experts.expert_A.to(dtype),
-        experts.expert_B.to(dtype),
-        gates,
-        top_k=experts.scaling_gate.top_k,
-        rotation=experts.rotation,
-        scale=experts.scale,
-    )
-    return delta_TO, routed
-
-
-def _slow(
-    experts: Experts, x_TD: Tensor, dropout: nn.Module, dtype: torch.dtype, tokens: Tokens
-) -> tuple[Tensor, tuple[Tensor, Routing] | None]:
-    routed = experts.route(x_TD, tokens)
-    weight_TE = x_TD.new_ones(x_TD.shape[0], 1) if routed is None else routed[1].weight_TE
-    selected_TE = weight_TE != 0 if routed is None else routed[1].selected_TE
-    gates = experts.gates()
-    if "rotation_vector" in gates:
-        gates["rotation_vector"] = gates["rotation_vector"].to(dtype)
-    x_TD = x_TD.to(dtype)
-    delta_TO = mixture(
-        x_TD,
-        dropout(x_TD),
-        weight_TE,
-        experts.expert_A.to(dtype),
-        experts.expert_B.to(dtype),
-        gates,
-        rotation=experts.rotation,
-        scale=experts.scale,
-        selected_TE=selected_TE,
-        rotation_input=experts.rotation_input,
-        rotation_metric=experts.rotation_metric,
-        radar_normalize=experts.radar_normalize,
-        sqrt_gate=experts.sqrt_gate,
-    )
-    return delta_TO, routed
+def _start_addition(spec: Spec, start: Weights, x_TD: Tensor) -> Tensor:
+    """Return what balanced gates would have added at the start: (s / E) sum_e B0_e^T A0_e x."""
+    x_TD = x_TD.to(start.A_ERD.dtype)
+    even_TE = x_TD.new_full((x_TD.shape[0], spec.num_experts), 1 / spec.num_experts)
+    plain = Spec(num_experts=spec.num_experts, scale=spec.scale)
+    return mixture(plain, x_TD, x_TD, start, even_TE)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import fields, make_dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from peft.utils.other import get_pattern_key
 from torch import nn
@@ -55,7 +55,16 @@ def value_for(
     return default if part is None else pattern[part]
 
 
-def module_config(config: RotMoleConfig, model: nn.Module, name: str) -> RotMoleConfig:
+def plain_settings(config: Any) -> Any:  # shim until Settings is there
+    """Return a plain copy."""
+    if type(config).__name__ == "Settings":
+        return config
+    names = [entry.name for entry in fields(config)]
+    kind = make_dataclass("Settings", names)
+    return kind(**{name: getattr(config, name) for name in names})
+
+
+def module_settings(config: RotMoleConfig, model: nn.Module, name: str) -> Any:
     """Return the settings of one module: r, lora_alpha, num_experts and top_k after all patterns.
 
     Args:
@@ -69,18 +78,19 @@ def module_config(config: RotMoleConfig, model: nn.Module, name: str) -> RotMole
     Raises:
         ConfigError: the module would have fewer experts than a token is to use.
     """
-    own = copy.copy(config)  # not dataclasses.replace, which would check and warn for each module
-    own.r = value_for(config.rank_pattern, config.r, model, name)
     key = get_pattern_key(list(config.alpha_pattern), name)
-    own.lora_alpha = config.alpha_pattern.get(key, config.lora_alpha)
-    own.num_experts = value_for(config.num_experts_pattern, config.num_experts, model, name)
     assert config.top_k is not None
-    own.top_k = value_for(config.top_k_pattern, config.top_k, model, name)
-    if own.num_experts == 1:
-        own.top_k = 1
-    if own.top_k > own.num_experts:
+    experts = value_for(config.num_experts_pattern, config.num_experts, model, name)
+    top_k = 1 if experts == 1 else value_for(config.top_k_pattern, config.top_k, model, name)
+    if top_k > experts:
         raise ConfigError(
-            f"module {name!r} has {own.num_experts} experts by num_experts_pattern, but a token is "
-            f"to use {own.top_k}; lower top_k, or set top_k_pattern"
+            f"module {name!r} has {experts} experts by num_experts_pattern, but a token is "
+            f"to use {top_k}; lower top_k, or set top_k_pattern"
         )
-    return own
+    return replace(
+        plain_settings(config),
+        r=value_for(config.rank_pattern, config.r, model, name),
+        lora_alpha=config.alpha_pattern.get(key, config.lora_alpha),
+        num_experts=experts,
+        top_k=top_k,
+    )

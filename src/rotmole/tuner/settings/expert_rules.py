@@ -11,12 +11,7 @@ from rotmole.tuner.experts.initial import INITS
 if TYPE_CHECKING:
     from rotmole.tuner.config import RotMoleConfig
 
-FROZEN = {
-    "none": frozenset[str](),
-    "A": frozenset({"expert_A"}),
-    "AB": frozenset({"expert_A", "expert_B"}),
-}
-"""Which parameters the setting `frozen` keeps from being trained."""
+FROZEN = ("none", "A", "AB")
 
 
 def expert_problems(config: RotMoleConfig) -> Iterator[str]:

@@ -1,0 +1,54 @@
+"""The matrix products that every way to compute the mixture is made of."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rotmole.ops.precision import at_least_float32
+
+
+def project(x_TD: Tensor, weight_EMD: Tensor) -> Tensor:
+    """Apply every expert's [M, D] matrix to every token: [E, M, T], tokens last.
+
+    One product for all experts, which writes its small result with tokens last.
+
+    >>> project(torch.ones(5, 3), torch.ones(2, 4, 3)).shape
+    torch.Size([2, 4, 5])
+    """
+    experts, rows = weight_EMD.shape[:2]
+    return (weight_EMD.flatten(0, 1) @ x_TD.mT).view(experts, rows, x_TD.shape[0])
+
+
+def activations(dropped_TD: Tensor, A_ERD: Tensor, experts: int) -> Tensor:
+    """Return z = A_e drop(x) [E, R, T] in at least float32; an A that all share is multiplied once.
+
+    >>> activations(torch.ones(5, 3), torch.ones(1, 4, 3), 2).shape
+    torch.Size([2, 4, 5])
+    """
+    return at_least_float32(project(dropped_TD, A_ERD)).expand(experts, -1, -1)
+
+
+def combine(weighted_ERT: Tensor, B_ERO: Tensor) -> Tensor:
+    """Send weighted activations through all experts' B at once: [T, O] in the type of B.
+
+    >>> combine(torch.ones(2, 4, 5), torch.ones(2, 4, 6)).shape
+    torch.Size([5, 6])
+    """
+    return weighted_ERT.to(B_ERO.dtype).flatten(0, 1).mT @ B_ERO.flatten(0, 1)
+
+
+def add_product(base_TO: Tensor | None, m_TN: Tensor, B_NO: Tensor, scale: float = 1.0) -> Tensor:
+    """Return base + scale m B; if the types allow, the product adds to the base as it goes.
+
+    >>> add_product(torch.ones(5, 6), torch.ones(5, 4), torch.ones(4, 6), 2.0)[0, 0]
+    tensor(9.)
+    """
+    dtype = B_NO.dtype
+    if base_TO is None or torch.promote_types(base_TO.dtype, dtype) != dtype:
+        y_TO = m_TN @ B_NO
+        y_TO = y_TO if scale == 1 else scale * y_TO
+        return y_TO if base_TO is None else base_TO + y_TO
+    if base_TO.dtype == dtype:
+        return torch.addmm(base_TO, m_TN, B_NO, alpha=scale)
+    return base_TO.to(dtype).addmm_(m_TN, B_NO, alpha=scale)

@@ -1,0 +1,107 @@
+"""The vocabulary of every way to compute a layer: one Spec, one Weights, one Tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What one adapted layer computes, but for its tensors; made once, when the layer is made.
+
+        y = W x + scale * sum_{e in S(x)} g_e(x) * R_e(x)[A_e drop(x)] B_e
+
+    All fields but `scale` are settings of RotMoleConfig, under the same names and with the same
+    meaning; docs/reference.md describes them.
+
+    Attributes:
+        scale: s, lora_alpha / r (rsLoRA: lora_alpha / sqrt(r); GOAT: its closed form).
+    """
+
+    num_experts: int = 1
+    scale: float = 1.0
+    top_k: int = 1
+    router: str = "linear"
+    router_dim: int | None = None
+    router_temperature: float | None = None
+    router_jitter: float = 0.0
+    router_seed: int = 0
+    router_bias_rate: float = 0.0
+    scoring: str = "softmax"
+    selection: str = "top_k"
+    top_p: float = 0.5
+    norm_topk_prob: bool = True
+    rotation: str = "none"
+    rotation_input: str = "x"
+    rotation_metric: str = "rank"
+    rotation_planes: int | None = None
+    radar_rank: int | None = None
+    radar_normalize: bool = True
+    router_sqrt_gate: bool = False
+    share_A: bool = False
+    dispatch: str = "auto"
+    compute_dtype: str = "adapter"
+
+    @property
+    def has_plain_gate(self) -> bool:
+        """Whether the scaling gate is softmax over a linear router, by top_k or dense."""
+        usual = (self.router, self.scoring, self.router_jitter) == ("linear", "softmax", 0.0)
+        usual = usual and self.router_bias_rate == 0
+        return usual and self.router_temperature is None and self.selection in ("top_k", "dense")
+
+
+class Weights(NamedTuple):
+    """The tensors of one layer.
+
+    Attributes:
+        A_ERD: [E, R, D] input factors, or [1, R, D]: one for all experts.
+        B_ERO: [E, R, O] output factors.
+        gates: rotation-gate parameters by name, as in rotation.table.gate_shapes.
+        router: scaling-gate parameters by name, as in routing.routers.gate_shapes; {} without one.
+        bias_E: [E] added to the scores for the selection alone; None without one.
+    """
+
+    A_ERD: Tensor
+    B_ERO: Tensor
+    gates: Mapping[str, Tensor] = {}
+    router: Mapping[str, Tensor] = {}
+    bias_E: Tensor | None = None
+
+    def cast(self, dtype: torch.dtype) -> Weights:
+        """Return the same weights with A, B and the vector gate in the type of the products."""
+        gates = dict(self.gates)
+        if "rotation_vector" in gates:
+            gates["rotation_vector"] = gates["rotation_vector"].to(dtype)
+        return self._replace(A_ERD=self.A_ERD.to(dtype), B_ERO=self.B_ERO.to(dtype), gates=gates)
+
+
+class Tokens(NamedTuple):
+    """What is known of the T tokens of a layer's input apart from the input itself.
+
+    Attributes:
+        ids_T: [T] token ids, None if they are unknown.
+        mask_T: [T] True for tokens that are no padding; None: all.
+        sequence_T: [T] number of each token's sequence, 0..N-1; None: the tokens are N sequences
+            of T/N tokens, one after the other.
+        sequences: N.
+    """
+
+    ids_T: Tensor | None = None
+    mask_T: Tensor | None = None
+    sequence_T: Tensor | None = None
+    sequences: int = 1
+
+    def numbers(self, count: int, device: torch.device) -> Tensor:
+        """Return sequence_T, spelt out, for `count` tokens."""
+        if self.sequence_T is not None:
+            return self.sequence_T
+        each_N = torch.arange(self.sequences, device=device)
+        return each_N.repeat_interleave(count // max(self.sequences, 1))
+
+
+NO_TOKENS = Tokens()
