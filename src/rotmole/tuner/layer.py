@@ -48,7 +48,7 @@ class RotMoleLayer(BaseTunerLayer):  # type: ignore[misc] # peft ships no types
         self.rotmole_ways: dict[str, tuple[Way, ...]] = {}
         self.rotmole_stack = Stack()
         self.rotmole_state = BalanceState()
-        self.rotmole_path = ""
+        self.rotmole_path = self.rotmole_block = ""
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         widths = linear_widths(base_layer)
@@ -132,7 +132,7 @@ class RotMoleLayer(BaseTunerLayer):  # type: ignore[misc] # peft ships no types
         In a block-routed block the inner layers return [K, ..., O], the outer takes [K, ..., D].
         """
         experts, stack = self.experts(adapter_name), self.rotmole_stack
-        batch = stack.batch() if block is None else block.batch
+        batch = self._batch() if block is None else block.batch
         call = Call(
             x,
             x.reshape(-1, self.in_features),
@@ -149,6 +149,9 @@ class RotMoleLayer(BaseTunerLayer):  # type: ignore[misc] # peft ships no types
         if routed is None or not torch.is_grad_enabled():
             return result
         return self._balanced(result, x, routed, experts, batch)
+
+    def _batch(self) -> Batch:
+        return self.rotmole_stack.batch(self.rotmole_block)
 
     def _balanced(
         self, result: Tensor, x: Tensor, routed: Routed, experts: Experts, batch: Batch
@@ -202,7 +205,7 @@ class Linear(nn.Module, RotMoleLayer):
             return plain
         active = [name for name in self.active_adapters if name in self.rotmole_experts]  # type: ignore[union-attr] # hidden by nn.Module
         part = self.block_part(active)
-        block = None if part is None else BlockCall(part, self.rotmole_stack.batch(), x)
+        block = None if part is None else BlockCall(part, self._batch(), x)
         read = x if block is None else block.read()
         result: Tensor = self.base_layer(read, *args, **kwargs)
         dtype = result.dtype

@@ -183,6 +183,7 @@ class RotMoleModel(BaseTuner):  # type: ignore[misc] # peft ships no types
         states = _states(model)
         for name, layer in layers.items():
             layer.rotmole_stack, layer.rotmole_path = watch.of(name), name
+            layer.rotmole_block = watch.block_of(name)
             part = max((path for path in states if is_inside(name, path)), key=len)
             layer.rotmole_state = watch.states.setdefault(part, states[part])
         self._weigh_losses(config, list(routed.values()), adapter_name)

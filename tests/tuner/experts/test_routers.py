@@ -323,6 +323,5 @@ def test_expert_choice_refuses_inputs_whose_padding_it_cannot_tell() -> None:
     model = _far(tiny.bert(), CHOICE, **BERT)
     _logits(model, tiny.tokens(2, 7), attention_mask=torch.ones(2, 7))
     layer = model.base_model.model.bert.encoder.layer[0].attention.self.query
-    for shape in ((14, 32), (2, 5, 32)):
-        with pytest.raises(ModelError, match="cannot tell its sequences and padding"):
-            layer(torch.zeros(*shape, dtype=torch.float64))
+    with pytest.raises(ModelError, match="cannot tell its sequences and padding"):
+        layer(torch.zeros(14, 32, dtype=torch.float64))

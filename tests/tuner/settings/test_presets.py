@@ -155,7 +155,7 @@ SAYS: dict[str, Callable[[Experts], bool]] = {
     "lora": lambda e: e.spec.num_experts == 1 and not e.gate_names,
     "hydralora": lambda e: len(e.expert_A) == 1 and len(e.expert_B) == 4,
     "mola": lambda e: e.spec.num_experts in (2, 6),
-    "switch": lambda e: e.top_k == 1,
+    "switch": lambda e: e.spec.top_k == 1,
     "goat": lambda e: e.spec.scale == pytest.approx((3 * 32 / 2) ** 0.5),
     "flylora": lambda e: not e.expert_A.requires_grad and e.expert_A.shape == (32, 1, 32),
     "mixlora": lambda e: e.spec.num_experts in (1, 8),

@@ -57,8 +57,8 @@ class UsageCallback(TrainerCallback):
             routed = output[1] if isinstance(output, tuple) and len(output) == 2 else None
             if not (self.counting and experts.training) or routed is None:
                 return
-            if torch.compiler.is_compiling() or layer.rotmole_stack.runs_again:
-                return
+            if torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1:
+                return  # the second run of a checkpointed block
             batch, spec = layer.rotmole_stack.batch(), experts.spec
             routing = routed.routing
             if routing is None:

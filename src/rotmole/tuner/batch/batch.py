@@ -5,8 +5,8 @@ vision tower. A hook makes a Batch when a stack is called and another one drops 
 ends. It belongs to that call and that thread, so several threads, several forward passes before one
 backward pass, and stacks with other tokens never see each other's padding.
 
-A checkpointed block runs again in the backward pass, after its stack has returned. The hooks on the
-blocks recognise the arguments of such a run and give it the Batch of its own forward pass, which
+A checkpointed block runs again in the backward pass, after its stack has returned. Hooks on its
+children recognise the arguments of such a run and give it the Batch of its own forward pass, which
 the graph of the stack's output keeps alive.
 
 Layers map the rows of their input to the batch by its structure: [N, S, D], flattened [N S, D] or
@@ -23,6 +23,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -118,6 +119,8 @@ class Batch:
         if self.encoder is not None and _is_same(x, self.encoder[0]):
             return self.encoder[1].layout(x)
         key = tuple(x.shape[:-1])
+        if torch.compiler.is_compiling():
+            return self._layout(x)
         if key not in self.layouts:
             self.layouts[key] = self._layout(x)
         return self.layouts[key]
@@ -163,7 +166,7 @@ class _Local(threading.local):
 
     batch: Batch | None = None
     outside: Batch | None = None
-    again: nn.Module | None = None  # the block that runs again in a backward pass
+    again: tuple[int, str, Batch] | None = None  # backward pass, block that runs again, its batch
 
 
 class Stack:
@@ -182,14 +185,17 @@ class Stack:
 
     def _forget(self) -> None:
         self.local = _Local()
-        self.traced: Batch | None = None  # in place of local.batch, which cannot be traced
+        # in place of local.batch and local.outside, which cannot be set while tracing
+        self.traced: Batch | None = None
+        self.outside = Batch(is_outside=True, walks_tokens=True)
         self.waiting: deque[weakref.ref[Batch]] = deque(maxlen=REMEMBERED)
+        self.first: dict[str, weakref.ref[nn.Module]] = {}  # the child that a block calls first
         # key-value cache of a generation -> what its decoding layers have packed
         self.packs: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles keep what is built and none of a call."""
-        calls = ("local", "traced", "waiting", "packs")
+        calls = ("local", "traced", "outside", "waiting", "packs", "first")
         return {name: value for name, value in self.__dict__.items() if name not in calls}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -202,23 +208,23 @@ class Stack:
             return self.traced
         return self.local.batch
 
-    def batch(self) -> Batch:
-        """Return the batch of the call at hand; outside of a call one that knows nothing."""
+    def batch(self, block: str = "") -> Batch:
+        """Return the batch of the call at hand; outside of a call one that knows nothing.
+
+        Args:
+            block: path of the block in which the layer lies, for its second run in a backward pass.
+        """
         batch = self.current()
         if batch is not None:
             return batch
         if torch.compiler.is_compiling():
-            return Batch()
+            return self.outside
+        again = self.local.again
+        if again is not None and again[:2] == (torch._C._current_graph_task_id(), block):
+            return again[2]
         if self.local.outside is None:
-            self.local.outside = Batch(is_outside=True)
+            self.local.outside = Batch(is_outside=True, walks_tokens=True)
         return self.local.outside
-
-    @property
-    def runs_again(self) -> bool:
-        """Whether a backward pass computes a checkpointed block again, in this thread."""
-        if self.local.again is not None:
-            return True
-        return self.local.batch is None and torch._C._current_graph_task_id() != -1
 
     def set(self, batch: Batch | None) -> None:
         """Make a batch the one at hand in this thread."""
@@ -260,25 +266,30 @@ class Stack:
                 metadata[f"rotmole {id(self)}"] = batch
         self.waiting.append(weakref.ref(batch))
 
-    def enter_block(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """Forward pre-hook of a block, which checkpointing may run again in a backward pass."""
+    def enter(self, block: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Forward pre-hook of a block's children: recognise a second run by its arguments.
+
+        A checkpointed block runs its forward again with the arguments of the first time. Hooks on
+        the block itself may not run then, those on its children do.
+        """
         if torch.compiler.is_compiling() or not module.training:
             return
+        batch = self.local.batch
+        task = torch._C._current_graph_task_id()
+        if batch is None and task == -1:
+            return
         storages = {t.data_ptr() for t in _tensors((args, kwargs)) if not t.is_meta}
-        batch = self.current()
         if batch is not None:
             batch.calls |= storages
+            self.first.setdefault(block, weakref.ref(module))
             return
         waiting = [batch for batch in (ref() for ref in self.waiting) if batch is not None]
         fits = [(len(storages & batch.calls), number) for number, batch in enumerate(waiting)]
         common, newest = max(fits, default=(0, 0))
         if common:
-            self.local.batch, self.local.again = waiting[newest], module
-
-    def leave_block(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Forward hook of a block."""
-        if not torch.compiler.is_compiling() and self.local.again is module:
-            self.local.batch = self.local.again = None
+            self.local.again = (task, block, waiting[newest])
+        elif block in self.first and self.first[block]() is module:  # the block begins, unknown
+            self.local.again = None
 
 
 def read_batch(
@@ -442,11 +453,13 @@ class Watch:
             if block in self.blocks or block == path:
                 continue
             self.blocks.add(block)
-            module, stack = model.get_submodule(block), self.of(block)
-            self.handles += [
-                module.register_forward_pre_hook(stack.enter_block, with_kwargs=True),
-                module.register_forward_hook(stack.leave_block, always_call=True),
-            ]
+            enter = partial(self.of(block).enter, block)
+            for child in model.get_submodule(block).children():
+                self.handles.append(child.register_forward_pre_hook(enter, with_kwargs=True))
+
+    def block_of(self, path: str) -> str:
+        """Return the path of the hooked block around a module, "" if there is none."""
+        return next((block for block in self.blocks if path.startswith(f"{block}.")), "")
 
     def of(self, path: str) -> Stack:
         """Return the innermost stack around a module."""

@@ -36,12 +36,14 @@ class _Group:
 
     Attributes:
         followers: the other layers.
+        awaited: those for which the layer has computed in this step and that did not come yet.
         pack: of the layer, then of its followers; None before the first use.
         key: versions and addresses of the weights that are packed.
     """
 
     def __init__(self) -> None:
         self.followers: list[Experts] = []
+        self.awaited: set[Experts] = set()
         self.packed: tuple[tuple[object, ...], Pack] | None = None
 
     def pack(self, layers: Sequence[Experts], dtype: torch.dtype) -> Pack:
@@ -130,17 +132,18 @@ class Decoding:
             return self._compute([layer], x_TD, dtype)[0]
         last: _Read | None = self.batch.last_read
         if last is not None and layer is not last.leader and last.is_of(x, spec, dtype):
+            group = self._group(last.leader)
+            group.awaited.discard(layer)
             result = last.ahead.pop(layer, None)
             if result is None:  # it reads the same and is not known yet
-                followers = self._group(last.leader).followers
-                if layer not in followers and _shapes(layer) == _shapes(last.leader):
-                    followers.append(layer)
+                if layer not in group.followers and _shapes(layer) == _shapes(last.leader):
+                    group.followers.append(layer)
                 return self._compute([layer], x_TD, dtype)[0]
             return result
-        if last is not None and last.ahead:  # those did not come
-            group = self._group(last.leader)
-            group.followers = [one for one in group.followers if one not in last.ahead]
-        followers = [f for f in self._group(layer).followers if _fits(f, layer, x_TD)]
+        group = self._group(layer)
+        group.followers = [one for one in group.followers if one not in group.awaited]
+        followers = [one for one in group.followers if _fits(one, layer, x_TD)]
+        group.awaited = set(followers)
         first, *others = self._compute([layer, *followers], x_TD, dtype)
         ahead = dict(zip(followers, others, strict=True))
         for follower in ahead:

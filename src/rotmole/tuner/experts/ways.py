@@ -188,22 +188,29 @@ def _dense(experts: Experts, call: Call) -> Added:
     return _added(delta_TO, call), routed
 
 
-def _always(experts: Experts, call: Call) -> bool:
+def _any_layer(spec: Spec) -> bool:
     return True
 
 
+def _any_call(experts: Experts, call: Call) -> bool:
+    return True
+
+
+def _is_in_block(experts: Experts, call: Call) -> bool:
+    return call.block is not None
+
+
+def _may_group(experts: Experts, call: Call) -> bool:
+    return experts.spec.dispatch == "grouped" or not torch.compiler.is_compiling()
+
+
 WAYS = (
-    Way("block", lambda spec: True, lambda experts, call: call.block is not None, _by_block),
+    Way("block", _any_layer, _is_in_block, _by_block),
     Way("packed", _packs, may_pack, _by_packs),
-    Way(
-        "grouped", _is_grouped,
-        lambda experts, call: experts.spec.dispatch == "grouped"
-        or not torch.compiler.is_compiling(),
-        _by_groups,
-    ),
-    Way("fused", _in_rank_space, _always, _fused),
-    Way("dense", lambda spec: True, _always, _dense),
-)  # fmt: skip
+    Way("grouped", _is_grouped, _may_group, _by_groups),
+    Way("fused", _in_rank_space, _any_call, _fused),
+    Way("dense", _any_layer, _any_call, _dense),
+)
 
 
 def ways_for(spec: Spec) -> tuple[Way, ...]:
