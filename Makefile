@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM ?= false
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help audit fuzz setup demo test test-all conformance matrix mutation lint types imports docs bench bench-one bench-check bench-parity clean
+.PHONY: help audit fuzz setup demo test test-all conformance matrix mutation lint types imports docs pages bench bench-one bench-check bench-parity clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +56,11 @@ imports: setup  ## the rule that imports only point to the left of the pipeline
 
 docs: setup  ## run every code block of README and docs
 	$(TEST_ENV) $(BIN)/python -m pytest -q tests/docs
+
+pages: setup  ## write what is generated: docs/files.md, the demo's table in README.md, the picture
+	$(BIN)/python docs/scripts/files.py
+	$(BIN)/python docs/scripts/demo_table.py
+	$(BIN)/python docs/scripts/turn.py
 
 # FULL=--full measures every case, in two hours, and its rows stay when a shorter run follows; ORIGINALS=folder adds other systems' layers
 # (benchmarks/originals.py names them)
