@@ -2,7 +2,7 @@
 
     python docs/scripts/demo_table.py [--new runs/demo/demo.json] [--readme FILE]
 
---new first replaces the committed figures by those of a demo that has just run, without its answers.
+--new first replaces the committed figures by those of a demo that has just run.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What `make pages` writes is what is committed: the list of files, the demo's table, the picture."""
+"""What `make pages` writes is what is committed: list of files, table of the demo, picture."""
 
 from __future__ import annotations
 
