@@ -43,7 +43,9 @@ def test_a_version_out_of_range(monkeypatch, capsys):
     real = module.version
     monkeypatch.setattr(module, "version", lambda name: "0.1" if name == "peft" else real(name))
     assert main(["doctor"]) == 2
-    assert "wrong: peft 0.1 is outside >=0.20: pip install 'peft>=0.20'." in capsys.readouterr().out
+    assert (
+        "problem: peft 0.1 is outside >=0.20: pip install 'peft>=0.20'." in capsys.readouterr().out
+    )
 
 
 def test_a_missing_extra_is_no_fault_but_named(monkeypatch, capsys):
