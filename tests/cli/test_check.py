@@ -51,7 +51,7 @@ def test_what_it_shows(folder, tmp_path, capsys):
     path = run_file(tmp_path / "run.yaml", folder)
     assert main(["check", path]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert lines[0] == [path, "is", "right."]
+    assert lines[0] == [path, "has", "no", "mistakes."]
     assert ["modules", "2", "x", "q_proj", "[32", "->", "32]"] in lines
     assert ["modules", "2", "x", "v_proj", "[32", "->", "16]"] in lines
     experts = 2 * 2 * 4 * (32 + 32 + 32 + 16)  # layers, experts, rank, widths

@@ -36,7 +36,7 @@ def test_it_lists_versions_ranges_devices_and_caches(tmp_path, monkeypatch, caps
     assert lines[[line[:1] for line in lines].index(["threads"])][:2] == ["threads", "1"]
     packages = [line[0] for line in lines if line[2:] and line[2][0] == ">"]
     assert len(packages) == len(set(packages))
-    assert lines[-1] == ["nothing", "is", "wrong."]
+    assert lines[-1] == ["no", "problems", "found."]
 
 
 def test_a_version_out_of_range(monkeypatch, capsys):
