@@ -72,7 +72,7 @@ def draw(path: Path) -> None:
         side = "left" if x > -0.1 else "right"
         right.text(1.07 * x, 1.07 * y, f"token {number}", fontsize=13, ha=side, color=RED)
     settings = {"svg.hashsalt": "turn", "svg.fonttype": "path", "font.family": "DejaVu Sans"}
-    with mpl.rc_context(settings):  # type: ignore[arg-type]
+    with mpl.rc_context(settings):
         figure.savefig(path, metadata={"Date": None, "Creator": None})
 
 

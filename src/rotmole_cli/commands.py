@@ -185,7 +185,8 @@ def generate(
     prompt: Annotated[
         str | None,
         typer.Argument(
-            help="The prompt. Without it, prompts are read from --file or stdin, one per line."
+            metavar="PROMPT",
+            help="The prompt. Without it, prompts are read from --file or stdin, one per line.",
         ),
     ] = None,
     file: Annotated[
