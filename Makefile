@@ -1,4 +1,4 @@
-# Each target sets itself up: `make demo` and `make test` work on a fresh machine.
+# Each target first sets up .venv: `make demo` and `make test` work on a fresh machine.
 PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM ?= false
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help audit fuzz setup demo test test-all conformance matrix mutation lint types imports docs bench bench-one bench-check bench-parity clean
+.PHONY: help audit fuzz setup demo test test-all conformance matrix mutation lint types imports docs pages bench bench-one bench-check bench-parity clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,45 +23,50 @@ setup: .venv/.complete  ## make .venv with everything the project needs (honours
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-demo: setup  ## train RotMoLE and its scalar twin on SmolLM2-135M and compare (under 5 minutes on two cores)
+demo: setup  ## train RotMoLE and MoE-LoRA on SmolLM2-135M and compare them (under 5 minutes on two cores)
 	$(BIN)/rotmole demo --yes
 
 test: setup  ## run the tests (two processes, one torch thread each)
 	@command -v g++ >/dev/null || { echo "missing: g++, which torch.compile's tests need (Debian: apt-get install g++)"; exit 1; }
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal -q
 
-test-all: setup  ## the tests and the heavy lanes
+test-all: setup  ## run all tests, the heavy ones included
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal -q -m ""
 
 conformance: setup  ## run PEFT's own tests against rotmole (fetches PEFT's source distribution)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[conformance]'
 	$(TEST_ENV) $(BIN)/python tests/conformance/run.py
 
-matrix: setup  ## the tests with the oldest and with the newest host libraries, each in its own environment
+matrix: setup  ## run the tests with the oldest and with the newest versions of peft, transformers and others
 	$(TEST_ENV) $(BIN)/python tests/matrix.py
 
-mutation: setup  ## change the source and count what the tests notice (an hour at most; goes on where it stopped)
+mutation: setup  ## change the source and count the changes that the tests notice (an hour at most; continues where it stopped)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[mutation]'
 	$(BIN)/python tests/mutation/run.py --seconds 1500
 
-lint: setup  ## ruff: format and rules
+lint: setup  ## check formatting and rules with ruff
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
-types: setup  ## mypy, strict on ops, tuner, optim and config
+types: setup  ## check types with mypy, strict on ops, tuner, optim and config
 	$(BIN)/mypy
 
-imports: setup  ## the rule that imports only point to the left of the pipeline
+imports: setup  ## check that imports only point to the left of the pipeline
 	$(BIN)/lint-imports
 
 docs: setup  ## run every code block of README and docs
 	$(TEST_ENV) $(BIN)/python -m pytest -q tests/docs
 
-# FULL=--full measures every case, in two hours, and its rows stay when a shorter run follows; ORIGINALS=folder adds other systems' layers
-# (benchmarks/originals.py names them)
+pages: setup  ## write what is generated: docs/files.md, the demo's table in README.md, the picture
+	$(BIN)/python docs/scripts/files.py
+	$(BIN)/python docs/scripts/demo_table.py
+	$(BIN)/python docs/scripts/turn.py
+
+# FULL=--full measures every case, in two hours; a shorter run later keeps the rows of those it does not measure.
+# ORIGINALS=folder adds the layers of other systems, which benchmarks/originals.py names.
 QUESTIONS := layer peers step decode experts operations startup
 FULL_QUESTIONS := sharing
-bench: setup  ## time and memory beside LoRA and others into benchmarks/results (a quarter of an hour; keep the machine quiet)
+bench: setup  ## measure time and memory against LoRA and others into benchmarks/results (a quarter of an hour on a quiet machine)
 	@for q in $(QUESTIONS) $(if $(FULL),$(FULL_QUESTIONS)); do $(MAKE) --no-print-directory bench-one Q=$$q INTO=benchmarks/results || exit 1; done
 	$(BIN)/python benchmarks/plot.py
 	$(BIN)/python benchmarks/targets.py
@@ -70,18 +75,18 @@ bench-one:
 	@echo "== $(Q)"
 	@$(BIN)/python -W ignore benchmarks/$(Q).py $(FULL) $(if $(filter peers,$(Q)),$(if $(ORIGINALS),--originals $(ORIGINALS))) --csv $(INTO)/$(Q).csv
 
-bench-check: setup  ## measure again and compare the ratios, not the seconds, with the committed results
+bench-check: setup  ## measure again and compare the ratios with the committed ones
 	@for q in $(QUESTIONS) $(if $(FULL),$(FULL_QUESTIONS)); do $(MAKE) --no-print-directory bench-one Q=$$q INTO=.cache/bench || exit 1; done
 	$(BIN)/python benchmarks/check.py --new .cache/bench
 
-bench-parity: setup  ## agreement with lm-eval on DATA=folder
+bench-parity: setup  ## compare eval's figures with lm-eval's on DATA=folder
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[eval]'
 	$(BIN)/python benchmarks/eval_parity.py --data "$(DATA)"
 
-fuzz: setup  ## random bytes for every input a stranger may write, a minute each (SECONDS_EACH=60)
+fuzz: setup  ## feed random bytes to everything that rotmole reads, a minute each (SECONDS_EACH=60)
 	$(TEST_ENV) $(BIN)/python -W ignore tests/fuzz.py $(or $(SECONDS_EACH),60)
 
-audit: setup  ## do the packages fit together, and are there advisories about them (needs the network)
+audit: setup  ## check that the packages fit together and have no known vulnerabilities (needs the network)
 	$(BIN)/python -m pip check
 	@$(BIN)/python -m pip_audit --version >/dev/null 2>&1 || $(BIN)/python -m pip install --quiet --disable-pip-version-check pip-audit || { echo "pip-audit cannot be installed here: no advisory was looked up"; exit 1; }
 	@mkdir -p .cache && $(BIN)/python -m pip list --local --exclude-editable --format freeze --disable-pip-version-check > .cache/audit.txt

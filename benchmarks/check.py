@@ -2,10 +2,10 @@
 
     python benchmarks/check.py --new FOLDER [--old benchmarks/results] [--allow 0.10]
 
-A ratio counts as worse where its median left the committed 10-90 % range on the bad side and moved
-by more than --allow; memory and other exact figures where they moved by more than --allow. The
-status is 1 then. Where the baseline's own seconds moved by more than 30 %, the machine is not the
-same or not quiet: that is said, and decides nothing.
+A ratio is worse if its median left the committed 10-90 % range on the bad side and moved by more
+than --allow. Memory and other exact figures are worse if they moved by more than --allow. If
+anything is worse, the exit status is 1. If the baseline's own seconds moved by more than 30 %, the
+machine is another one or not quiet: a line says so, and the exit status does not change.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """What the timing scripts share: alternated measurements, ratios with their spread, and the CSV.
 
-Machines are shared and drift, so two things are only ever compared inside one round: every round
-runs each of them once, in turns forwards and backwards, and each round gives one ratio. Reported
-are the median of the rounds' ratios and their 10-90 % range; seconds are kept beside them to say
-whether the machine was the same.
+Machines are shared and drift, so two things are compared only within one round. A round runs each
+of them once and gives one ratio; the order alternates from round to round. The result is the
+median of the rounds' ratios and their 10-90 % range. Seconds are stored too, to show whether the
+machine was the same.
 """
 
 from __future__ import annotations

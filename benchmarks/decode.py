@@ -3,9 +3,9 @@
     python benchmarks/decode.py [--quick] [--csv FILE]
 
 SmolLM2-135M's architecture with random weights (bfloat16 where the machine is fast at it), adapters
-on q,k,v,o, a prompt of 32 tokens, then 64 tokens one by one. Both models decode in step, so that
-each token is one round: the same cache length, one after the other. The ratio is of tokens per
-second: above 1 is faster.
+on q,k,v,o, a prompt of 32 tokens, then 64 tokens one by one. Both models decode token by token in
+turns, so each token is one round with the same cache length. The ratio is that of tokens per
+second: above 1, ours is faster.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@
 
 FOLDER holds validation.jsonl with the columns question, choices (a list) and answer (an index).
 Both score the same rows with the same model object; the harness reads them through a local YAML
-task, so no hub is needed. Names: choice_accuracy is its acc; choice_accuracy_norm is its
-acc_bytes (log-likelihood per UTF-8 byte); its acc_norm divides by characters instead, which is
-the same where a choice is ASCII.
+task, so no hub is needed. Our choice_accuracy is the harness's acc, and our choice_accuracy_norm is
+its acc_bytes (log-likelihood per UTF-8 byte). Its acc_norm divides by characters instead, which
+is the same if a choice is ASCII.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""What do more experts cost, and from where on is it faster to compute the chosen ones alone?
+"""What do more experts cost, and when is it faster to compute only the selected ones?
 
     python benchmarks/experts.py [--quick] [--csv FILE]
 
-One layer with base, R = 4, K = 2. First E = 4 to 1024 as `dispatch: auto` computes them, the ratio
-being to E = 4; then some E with K = 2 and 8 in both ways, grouped against fused. The rule in
-ops/grouped.prefers_grouped comes from the second table.
+One layer with its base, R = 4, K = 2. The first table has E = 4 to 1024 as `dispatch: auto`
+computes them; its ratios are relative to E = 4. The second has some E with K = 2 and 8, the grouped
+way relative to the fused one. The rule in ops/mixture/grouped.py comes from the second table.
 """
 
 from __future__ import annotations

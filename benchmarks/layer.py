@@ -2,12 +2,12 @@
 
     python benchmarks/layer.py [--full] [--quick] [--csv FILE]
 
-The baseline is unchanged PEFT LoRA with as many trainable parameters (gates counted), and beside it
-stand five lines of plain torch. The layer sits inside a network: x wants a gradient. Three figures:
-the step with the frozen base layer; the same with the base's own step subtracted; and the step
-around a base layer that costs nothing, which is less noisy than a difference. Where the machine has
-no fast products in bfloat16, of those cases only float32 adapters around a free base are measured,
-and with --full the smallest with its base all the same, a second for each step.
+The baseline is unchanged PEFT LoRA with as many trainable parameters (gates counted); LoRA in five
+lines of plain torch is measured too. x requires a gradient, as inside a network. There are three
+figures: the step with the frozen base layer, the same with the base's own step subtracted, and the
+step around a base layer that costs nothing, which is less noisy than a difference. On a machine
+without fast bfloat16 products, the bfloat16 cases are only float32 adapters around a free base and,
+with --full, the smallest layer with its base, which takes a second for each step.
 """
 
 from __future__ import annotations

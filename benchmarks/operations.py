@@ -2,10 +2,11 @@
 
     python benchmarks/operations.py [--quick] [--csv FILE]
 
-torch's profiler, which makes every operation dearer than it is: what it says is in which operations
-the time lies, not how much it is. Cases: the adapter path of a layer around a free base, forward
-and backward, at many and at few tokens; a compiled layer with its base; one decoded token of
-SmolLM2-135M's architecture; and many experts, of which only the chosen are computed, beside four.
+torch's profiler measures, which slows every operation down: it shows which operations take the
+time, not how much time they take. Cases: the adapter path of a layer around a free base, forward
+and backward, with many and with few tokens; a compiled layer with its base; one decoded token of
+SmolLM2-135M's architecture; and many experts, of which only the selected ones are computed, next to
+four experts.
 """
 
 from __future__ import annotations

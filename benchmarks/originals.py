@@ -1,10 +1,10 @@
-"""Layers of other systems out of their own files, unmodified, at named commits.
+"""Layers of other systems, loaded from their own unmodified files at named commits.
 
-Nothing of theirs is kept here: `peers.py --originals DIR` reads checkouts, DIR/<name of the
-repository>, at run time. A file whose package imports too much is loaded with empty packages in
-place of its __init__ files. Each function returns the layer around a base layer, with our weights
-copied into it, and the weights [T, E] it gives its experts for a given x where its routing is not
-one of ours.
+This repository contains none of their files: `peers.py --originals DIR` reads checkouts, DIR/<name
+of the repository>, at run time. If the package of a file imports too much, the file is loaded with
+empty packages instead of its __init__ files. Each function returns the layer around a base layer,
+with our weights copied into it. If its routing is not one of ours, it also returns the weights
+[T, E] that the layer gives its experts for a given x.
 """
 
 from __future__ import annotations

@@ -3,10 +3,11 @@
     python benchmarks/peers.py [--originals DIR] [--quick] [--csv FILE]
 
 Their files are read unmodified from checkouts at the commits that originals.py names (DIR/AdaMoLE,
-DIR/GOAT-PEFT, DIR/HydraLoRA, DIR/MoELoRA_Riemannian); a missing one is skipped with a line. PEFT's
-Arrow needs none. Experts, rank, selected experts, weights and inputs are ours; outputs are
-compared first, and a difference ends the run. AdaMoLE selects by a threshold, HydraLoRA uses every
-expert and Arrow scores otherwise, so their outputs are compared with ours under their weights.
+DIR/GOAT-PEFT, DIR/HydraLoRA, DIR/MoELoRA_Riemannian); a missing one is skipped with a message.
+PEFT's Arrow needs no checkout. Number of experts, rank, selected experts, weights and inputs equal
+ours. Outputs are compared first, and a difference ends the run. AdaMoLE selects by a threshold,
+HydraLoRA uses every expert and Arrow scores in another way, so their outputs are compared with what
+our layer computes from their expert weights.
 """
 
 from __future__ import annotations

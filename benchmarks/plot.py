@@ -1,4 +1,4 @@
-"""One plot a question: every ratio with its 10-90 % range, as SVG beside the CSV.
+"""One plot for each question: every ratio with its 10-90 % range, as SVG next to the CSV.
 
 python benchmarks/plot.py [--results FOLDER]
 """

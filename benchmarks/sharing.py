@@ -2,11 +2,11 @@
 
     python benchmarks/sharing.py [--quick] [--csv FILE]
 
-The adapters of q, k and v read one x. Three layers multiply it with three stacks of rows, and send
-three gradients to it; sharing would make one product of each three. Both are timed here as they
-would stand in an attention block of SmolLM2-135M (576 to 576, 192 and 192; 4 x 128 tokens,
-x in the model's type, float32 adapters), beside a whole training step of a model of such blocks.
-What sharing could save at best is their difference as a share of the step.
+The adapters of q, k and v read the same x. Three layers make three products with it and return
+three gradients; sharing would make one product instead of three. This script times both ways with
+the sizes of an attention block of SmolLM2-135M (576 to 576, 192 and 192; 4 x 128 tokens, x in the
+model's type, float32 adapters), and a whole training step of a model of such blocks. The difference
+as a share of the step is the most that sharing could save.
 """
 
 from __future__ import annotations

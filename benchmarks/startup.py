@@ -1,4 +1,4 @@
-"""How long until something happens? Seconds of fresh processes, warm page cache.
+"""How long does rotmole take to start? Seconds of fresh processes, with a warm page cache.
 
     python benchmarks/startup.py [--quick] [--csv FILE]
 

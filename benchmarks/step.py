@@ -3,9 +3,9 @@
     python benchmarks/step.py [--full] [--quick] [--csv FILE]
 
 SmolLM2-135M's architecture with random weights (neither time nor memory depends on their values),
-batch 4 x 128, bfloat16 base with float32 adapters (a float32 base where the machine has no fast
-products in bfloat16), forward, backward, AdamW. Peak memory is the
-largest resident memory of a fresh process that makes a small step and a whole one, median of three.
+batch 4 x 128, bfloat16 base with float32 adapters (on a machine without fast bfloat16 products, a
+float32 base), forward, backward, AdamW. Peak memory is the largest resident memory of a fresh
+process that makes a small step and then a whole one, median of three.
 """
 
 from __future__ import annotations

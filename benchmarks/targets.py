@@ -2,8 +2,8 @@
 
     python benchmarks/targets.py [--results FOLDER] [--document FILE]
 
-A target covers many rows of the CSV files; the one that is worst stands for it. Without a row it
-says "not measured". Each table replaces what stands between its two marker comments.
+A target covers many rows of the CSV files, and its line shows the worst row. A target without a row
+is "not measured". Each table replaces the text between its two marker comments.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What the parity scripts share: loading a file of an original alone, and the table of differences.
+"""What the parity scripts share: loading one file of an original, and the table of differences.
 
-Each script takes the path of an original's checkout, copies weights into its layer and ours and
-prints the largest difference of outputs, every gradient and the balance loss. Nothing of the
-originals is kept here: their files are read from the checkout at run time.
+An original is another system's own code. Each script takes the path of its checkout, copies weights
+into its layer and ours, and prints the largest difference of outputs, of every gradient and of the
+balance loss. This repository contains no file of an original: they are read at run time.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""Memory of each process in training, measured beside docs/scale.md's formula. Start it with
+"""Memory of each process in training, next to the formula of docs/scale.md. Start it with
 
     torchrun --standalone --nproc-per-node 2 benchmarks/ranks/memory.py [--fsdp] [--offload]
 
-Each process prints what it held before the model came and, above that, at rest after the last
-update, at most during it, and at most ever, loading included; beside it what the formula says:
-weights W, adapter A, activations as `rotmole check` traces them (gradients included there). On a
-CPU; Linux only, which alone lets a peak be forgotten and freed memory be given back.
+Each process prints the memory that it held before the model was loaded. Above that, it prints the
+memory at rest after the last update, the peak of that update, and the peak of the whole process,
+loading included. Next to them it prints what the formula says: weights W, adapter A, and the
+activations as `rotmole check` traces them (gradients included). It needs a CPU and Linux, because
+only Linux can reset a peak and return freed memory.
 """
 
 from __future__ import annotations

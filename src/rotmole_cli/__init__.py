@@ -1,7 +1,7 @@
-"""Console entry point of rotmole: imports nothing heavy, so that help and version answer at once.
+"""The entry point of the command line; it imports nothing heavy, so --help answers at once.
 
-The verbs are declared in commands.py; what they do lives in rotmole/cli/, whose import brings PEFT
-and so happens only when a verb runs. For the same reason this is a second top-level package.
+commands.py declares the commands. What they do lives in rotmole/cli/, whose import brings PEFT and
+therefore happens only when a command runs. For the same reason this is a second top-level package.
 """
 
 from __future__ import annotations
@@ -13,13 +13,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        arguments: the words after ``rotmole``; None takes them from the process.
+        arguments: the words after ``rotmole``; None takes those of the process.
 
     Returns:
         The exit code: 0 done, 1 unexpected, 2 bad input, 3 not finite, 4 storage, 130 Ctrl-C,
         143 SIGTERM.
-
-    Source: our choice.
     """
     import sys
 

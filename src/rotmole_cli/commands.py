@@ -1,4 +1,4 @@
-"""The verbs of the command line: names, options, help; each imports its work when it runs."""
+"""The commands of the command line: names, options, help. Each imports its work when it runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ app = typer.Typer(
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Settings over the file: training.max_steps=20"),
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="Settings that replace those of the run file, such as training.max_steps=20.",
+    ),
 ]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file.")]
 Target = Annotated[
@@ -28,7 +31,8 @@ Target = Annotated[
 Trust = Annotated[
     bool,
     typer.Option(
-        "--trust-remote-code", help="Run Python code that came with the base model; read it first."
+        "--trust-remote-code",
+        help="Allow Python code that comes with the base model to run. Read that code first.",
     ),
 ]
 
@@ -45,21 +49,28 @@ def _show_version(value: bool) -> None:
 def root(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+        ),
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; any verb.")] = False,
+    debug: Annotated[
+        bool,
+        typer.Option("--debug", help="Show the traceback of an error; works with every command."),
+    ] = False,
 ) -> None:
     """Train, evaluate and use mixtures of LoRA experts gated by scaling and rotation."""
 
 
 @app.command()
 def init(
-    path: Annotated[Path, typer.Argument(help="The run file to write.")] = Path("run.yaml"),
+    path: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file to write.")] = Path(
+        "run.yaml"
+    ),
     template: Annotated[
-        str, typer.Option("--template", "-t", help="One of the names that --list shows.")
+        str, typer.Option("--template", "-t", help="The template; --list shows all.")
     ] = "quickstart",
-    force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
-    show: Annotated[bool, typer.Option("--list", help="List the templates and stop.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
+    show: Annotated[bool, typer.Option("--list", help="List the templates and exit.")] = False,
 ) -> int:
     """Write a run file to start from."""
     from rotmole_cli.init import init as work
@@ -69,7 +80,7 @@ def init(
 
 @app.command()
 def check(run: RunPath, overrides: Overrides = None, trust_remote_code: Trust = False) -> int:
-    """Find every mistake in a run file; show what it will cost."""
+    """Check a run file: report every mistake at once, or show sizes and memory."""
     from rotmole.cli.check import check as work
 
     return work(run, overrides or [], trust_remote_code=trust_remote_code)
@@ -79,15 +90,18 @@ def check(run: RunPath, overrides: Overrides = None, trust_remote_code: Trust = 
 def methods(
     run: Annotated[
         Path | None,
-        typer.Argument(metavar="[RUN.yaml]", help="A run file: its model, modules and rank."),
+        typer.Argument(
+            metavar="RUN.yaml",
+            help="A run file that gives the model, the target modules and the rank.",
+        ),
     ] = None,
     overrides: Overrides = None,
     model: Annotated[
-        str | None, typer.Option("--model", help="A model, where there is no run file.")
+        str | None, typer.Option("--model", help="A model to use if no run file is given.")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON in place of a table.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> int:
-    """List the presets: what each would train and cost in a model."""
+    """List the presets and what each would train and cost in a model."""
     from rotmole.cli.methods import methods as work
 
     return work(run, overrides or [], model, json)
@@ -102,22 +116,26 @@ def train(
         typer.Option(
             "--resume",
             metavar="auto|PATH",
-            help="Go on from the newest complete checkpoint (auto) or from a folder.",
+            help="Continue from the newest complete checkpoint (auto) or from a given one.",
         ),
     ] = None,
     weights_only: Annotated[
         bool,
-        typer.Option("--weights-only", help="Resume with a fresh optimizer, if its state is lost."),
+        typer.Option(
+            "--weights-only",
+            help="Resume the weights with a new optimizer, for example if its state is lost.",
+        ),
     ] = False,
     allow_change: Annotated[
         bool,
         typer.Option(
-            "--allow-change", help="Resume with other settings, data, versions or processes."
+            "--allow-change",
+            help="Resume although settings, data, versions or the number of processes changed.",
         ),
     ] = False,
     trust_remote_code: Trust = False,
 ) -> int:
-    """Train an adapter as a run file says."""
+    """Train the adapter that a run file describes."""
     from rotmole.cli.train import train as work
 
     return work(
@@ -135,16 +153,25 @@ def evaluate(
     target: Target,
     overrides: Overrides = None,
     config: Annotated[
-        Path | None, typer.Option("--config", help="Run file, for an adapter folder.")
+        Path | None,
+        typer.Option(
+            "--config", help="The run file to take data from if TARGET is an adapter folder."
+        ),
     ] = None,
-    split: Annotated[str | None, typer.Option("--split", help="train, validation or test.")] = None,
+    split: Annotated[
+        str | None,
+        typer.Option("--split", help="train, validation or test. [default: as in the run file]"),
+    ] = None,
     limit: Annotated[
-        int | None, typer.Option("--limit", min=1, help="Rows per task and group.")
+        int | None,
+        typer.Option(
+            "--limit", min=1, help="Score at most this many rows for each task and group."
+        ),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON in place of a table.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     trust_remote_code: Trust = False,
 ) -> int:
-    """Score a run or an adapter, before beside after."""
+    """Score a model on the run's tasks, with and without the adapter."""
     from rotmole.cli.eval import evaluate as work
 
     return work(
@@ -157,16 +184,30 @@ def generate(
     target: Target,
     prompt: Annotated[
         str | None,
-        typer.Argument(help="The prompt; without it --file or stdin is read, one prompt a line."),
+        typer.Argument(
+            metavar="PROMPT",
+            help="The prompt. Without it, prompts are read from --file or stdin, one per line.",
+        ),
     ] = None,
     file: Annotated[
-        Path | None, typer.Option("--file", "-f", help="Read prompts from a file, one a line.")
+        Path | None, typer.Option("--file", "-f", help="A file with one prompt per line.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus of sampling.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of sampling.")] = 0,
-    stream: Annotated[bool, typer.Option(help="Print tokens as they come.")] = True,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="The most tokens an answer may have.")
+    ] = 128,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy decoding.")
+    ] = 0.0,
+    top_p: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="Sample from the most likely tokens that hold this probability; 1 takes all.",
+        ),
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of sampling.")] = 0,
+    stream: Annotated[bool, typer.Option(help="Print tokens as they are generated.")] = True,
     trust_remote_code: Trust = False,
 ) -> int:
     """Generate text with a trained adapter."""
@@ -181,10 +222,10 @@ def generate(
 @app.command()
 def doctor(
     adapter: Annotated[
-        Path | None, typer.Argument(help="An adapter folder to examine as well.")
+        Path | None, typer.Argument(metavar="ADAPTER", help="An adapter folder to check as well.")
     ] = None,
 ) -> int:
-    """Examine this installation, or an adapter folder."""
+    """Check this installation and, if given, an adapter folder."""
     from rotmole.cli.doctor import doctor as work
 
     return work(adapter)
@@ -192,17 +233,23 @@ def doctor(
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option("--output", help="Run folder.")] = Path("runs/demo"),
+    output: Annotated[
+        Path, typer.Option("--output", help="The folder for both runs and the figures.")
+    ] = Path("runs/demo"),
     steps: Annotated[
-        int | None, typer.Option("--steps", min=1, help="Updates of each adapter, else 45.")
+        int | None,
+        typer.Option("--steps", min=1, help="Training updates of each adapter. [default: 45]"),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of everything.")] = 0,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before starting.")] = False,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, help="Random seed of data, initial weights and order.")
+    ] = 0,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Start without asking.")] = False,
 ) -> int:
-    """Compare RotMoLE with its scalar-gated twin in minutes."""
+    """Train RotMoLE and MoE-LoRA on a small model and compare them, in minutes."""
     if not yes and _at_terminal():
         typer.confirm(
-            "This downloads a 93 MB model once and trains for minutes. Go on?", abort=True
+            "This downloads a model of 93 MB once and trains for a few minutes. Continue?",
+            abort=True,
         )
     _import_beside("rotmole.cli.demo.worker")
     from rotmole.cli.demo.command import demo as work
@@ -211,7 +258,7 @@ def demo(
 
 
 def _import_beside(module: str) -> None:
-    """Let the process that the demo's workers fork from import while this one imports too."""
+    """Start the process that the demo's workers fork from, to import while this one imports."""
     import multiprocessing
     from multiprocessing import forkserver
 

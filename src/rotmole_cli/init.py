@@ -1,4 +1,4 @@
-"""``rotmole init``: write a run file from a template; runs without importing the library."""
+"""``rotmole init``: write a run file from a template, without importing rotmole."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 class InitError(Exception):
-    """The file cannot be written; exit_code says whose fault it is (2 input, 4 storage)."""
+    """The file cannot be written; exit_code is 2 for bad input and 4 for the disk."""
 
     def __init__(self, message: str, exit_code: int = 2) -> None:
         super().__init__(message)
@@ -22,9 +22,8 @@ def templates() -> dict[str, Path]:
 
     Returns:
         Name -> file, run files first, each kind in alphabetical order.
-
-    Source: our choice; the package is located, not imported, which would bring PEFT.
     """
+    # the package is located, not imported: importing it would bring PEFT
     spec = find_spec("rotmole")
     folders = list(spec.submodule_search_locations or []) if spec else []
     kinds = ("config/templates", "config/launch")
@@ -38,39 +37,39 @@ def init(path: Path, template: str, *, force: bool = False, show: bool = False) 
     """Write a template to a file.
 
     Args:
-        path: the file to write.
-        template: the template's name.
+        path: the file to write; in a folder, ``run.yaml``.
+        template: a name that `templates` returns.
         force: overwrite an existing file.
-        show: list the templates in place of writing.
+        show: list the templates instead of writing one.
 
     Returns:
         Exit code 0.
 
     Raises:
         InitError: there is no such template, the file exists, or the disk refuses.
-
-    Source: our choice.
     """
-    known = templates()
+    files = templates()
     if show:
-        for name, file in known.items():
+        for name, file in files.items():
             first = file.read_text(encoding="utf-8").splitlines()[0]
             print(f"{name:<18}{first.lstrip('# ')}")
         return 0
-    if template not in known:
-        near = difflib.get_close_matches(template, known, n=1)
+    if template not in files:
+        near = difflib.get_close_matches(template, files, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise InitError(f"--template: {template!r} is not one of {', '.join(known)}{hint}")
+        raise InitError(f"--template: {template!r} is not one of {', '.join(files)}{hint}")
     if path.is_dir():
         path = path / "run.yaml"
-    launches = known[template].parent.name == "launch"
+    launches = files[template].parent.name == "launch"
     if launches and path.name == "run.yaml":
         path = path.with_name(f"{template}.yaml")
-    text = known[template].read_text(encoding="utf-8")
+    text = files[template].read_text(encoding="utf-8")
     try:
         _write(path, text, force)
     except FileExistsError:
-        raise InitError(f"{path} exists already; give another name, or --force.") from None
+        raise InitError(
+            f"{path} exists already; give another name, or --force to overwrite it."
+        ) from None
     except OSError as error:
         raise InitError(f"cannot write {path}: {error.strerror}.", 4) from error
     print(f"wrote {path} (template {template})")

@@ -1,4 +1,4 @@
-"""Run a command; turn whatever it raises into one sentence on stderr and an exit code."""
+"""Run a command and turn any error into one sentence on stderr and an exit code."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from rotmole_cli.commands import app
 
 _STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 INTERRUPTED, TERMINATED = 130, 143
-SHARED = ("train", "eval")  # a launcher's processes share their work
+SHARED = ("train", "eval")  # commands whose work a launcher's processes share
 
 
 class Terminated(BaseException):
-    """SIGTERM arrived outside training, which handles it itself."""
+    """SIGTERM arrived outside of training; training handles the signal itself."""
 
 
 def run(words: Sequence[str]) -> int:
@@ -35,13 +35,12 @@ def run(words: Sequence[str]) -> int:
         words: the words after ``rotmole``; ``--debug`` may stand anywhere before ``--``.
 
     Returns:
-        The exit code; 0 at once in a launcher's further processes, if the command is for one alone.
-
-    Source: our choice.
+        The exit code. If the command runs in one process only, a launcher's other processes
+        return 0 at once.
     """
     words, debug = _take_debug(list(words))
     if _rank() and not set(words[:1]) & set(SHARED):
-        return 0  # the first process does it
+        return 0  # the first process runs the command
     with warnings.catch_warnings(), _sigterm_raises():
         _prepare(debug)
         try:
@@ -70,27 +69,30 @@ def _sigterm_raises() -> Iterator[None]:
 
 def _take_debug(words: list[str]) -> tuple[list[str], bool]:
     end = words.index("--") if "--" in words else len(words)
-    kept = [word for word in words[:end] if word != "--debug"]
-    return kept + words[end:], len(kept) < end
+    others = [word for word in words[:end] if word != "--debug"]
+    return others + words[end:], len(others) < end
 
 
 def _prepare(debug: bool) -> None:
-    """Set what belongs to a process, which only the program may do, never the library."""
+    """Set what holds for the whole process: the program may do that, the library may not."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    if hasattr(sys.stdout, "reconfigure"):  # a terminal that cannot show a letter shows its code
+    if hasattr(
+        sys.stdout, "reconfigure"
+    ):  # show a letter's code if the terminal cannot show the letter
         sys.stdout.reconfigure(errors="backslashreplace")
     if not debug:
-        # bitsandbytes says at every product in 8 bits that it computes in float16, and which faster
+        # bitsandbytes reports at every 8-bit product that it computes in float16, and which faster
         # kernels it looked for
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-        # torchao names every kernel of other devices that it cannot load, and torch its register
+        # torchao lists every kernel of other devices that it cannot load; torch reports its own
+        # registrations
         logging.getLogger("torchao").setLevel(logging.ERROR)
         logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
         warnings.simplefilter("ignore")
-        if not _rank():  # of a launcher's processes the first one warns
+        if not _rank():  # only the first of a launcher's processes shows warnings
             warnings.filterwarnings("default", category=UserWarning)
         warnings.showwarning = _show_warning
 
@@ -131,7 +133,7 @@ def _explain(error: BaseException, debug: bool) -> int:  # noqa: PLR0911 - one r
     if _is_usage(error):  # a wrong option or verb: the parser's own message
         error.show()
         return 2
-    if isinstance(error, BrokenPipeError):  # the reader, such as head, has had enough
+    if isinstance(error, BrokenPipeError):  # the reader, such as head, closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     text, code = _sentence(error, debug)
@@ -143,7 +145,7 @@ def _explain(error: BaseException, debug: bool) -> int:  # noqa: PLR0911 - one r
 def _is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    text = str(error).lower()  # torch's allocator of CPU memory has no class of error of its own
+    text = str(error).lower()  # torch's CPU allocator raises a plain RuntimeError
     return isinstance(error, RuntimeError) and (
         "can't allocate memory" in text or "out of memory" in text
     )
@@ -160,12 +162,12 @@ def _sentence(error: BaseException, debug: bool) -> tuple[str, int]:
             "out of memory; lower training.per_device_train_batch_size (and raise "
             "gradient_accumulation_steps) or training.max_length, set "
             "training.activation_checkpointing: true, or load the base with model.quantization; "
-            "in eval lower evaluation.batch_size. `rotmole check` estimates what a run needs.",
+            "for eval lower evaluation.batch_size. `rotmole check` estimates what a run needs.",
             1,
         )
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         return f"the name {str(error.filename)[:40]!r}... is too long for a file; shorten it.", 2
     if isinstance(error, OSError) and error.errno in _STORAGE:
-        return f"the disk refused: {error}.", 4
+        return f"a file operation failed: {error}.", 4
     hint = "" if debug else " Run it again with --debug for the traceback."
     return f"unexpected {type(error).__name__}: {error}.{hint}", 1

@@ -51,7 +51,7 @@ def test_what_it_shows(folder, tmp_path, capsys):
     path = run_file(tmp_path / "run.yaml", folder)
     assert main(["check", path]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert lines[0] == [path, "is", "right."]
+    assert lines[0] == [path, "has", "no", "mistakes."]
     assert ["modules", "2", "x", "q_proj", "[32", "->", "32]"] in lines
     assert ["modules", "2", "x", "v_proj", "[32", "->", "16]"] in lines
     experts = 2 * 2 * 4 * (32 + 32 + 32 + 16)  # layers, experts, rank, widths
@@ -119,7 +119,7 @@ def test_every_template_passes(template, folder, tmp_path, monkeypatch, capsys):
             overrides.append(f"data.tasks.{name}.limit={json.dumps({'train': 5, 'validation': 2})}")
     assert main(["check", str(template), *overrides]) == 0, capsys.readouterr().err
     shown = capsys.readouterr().out
-    assert f"{template} is right." in shown
+    assert f"{template} has no mistakes." in shown
     assert "note: training needs" not in shown  # all packages are installed here
 
 
@@ -134,7 +134,7 @@ def test_a_package_that_only_training_needs_is_named(
     assert main(["check", path, f"model.quantization={kind}"]) == 0
     shown = capsys.readouterr().out
     assert f"note: training needs {package}, not installed here: pip install" in shown
-    assert f"{path} is right." in shown
+    assert f"{path} has no mistakes." in shown
 
 
 RUNS = {

@@ -36,14 +36,16 @@ def test_it_lists_versions_ranges_devices_and_caches(tmp_path, monkeypatch, caps
     assert lines[[line[:1] for line in lines].index(["threads"])][:2] == ["threads", "1"]
     packages = [line[0] for line in lines if line[2:] and line[2][0] == ">"]
     assert len(packages) == len(set(packages))
-    assert lines[-1] == ["nothing", "is", "wrong."]
+    assert lines[-1] == ["no", "problems", "found."]
 
 
 def test_a_version_out_of_range(monkeypatch, capsys):
     real = module.version
     monkeypatch.setattr(module, "version", lambda name: "0.1" if name == "peft" else real(name))
     assert main(["doctor"]) == 2
-    assert "wrong: peft 0.1 is outside >=0.20: pip install 'peft>=0.20'." in capsys.readouterr().out
+    assert (
+        "problem: peft 0.1 is outside >=0.20: pip install 'peft>=0.20'." in capsys.readouterr().out
+    )
 
 
 def test_a_missing_extra_is_no_fault_but_named(monkeypatch, capsys):

@@ -41,9 +41,9 @@ def doctor(adapter: Path | None = None) -> int:
         problems += _adapter(adapter)
     print()
     for problem in problems:
-        print(f"wrong: {problem}")
+        print(f"problem: {problem}")
     if not problems:
-        print("nothing is wrong.")
+        print("no problems found.")
     return 2 if problems else 0
 
 

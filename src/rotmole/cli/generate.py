@@ -96,7 +96,7 @@ def read_prompts(prompt: str | None, file: Path | None) -> list[str]:
         raise InputError(f"{name} cannot be read: {error.strerror}.") from error
     prompts = [line for line in text.splitlines() if line.strip()]
     if not prompts:
-        raise InputError(f"{name} holds no prompt; write one a line.")
+        raise InputError(f"{name} holds no prompt; write one per line.")
     return prompts
 
 

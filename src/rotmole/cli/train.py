@@ -64,7 +64,7 @@ def train(
         saved = f"after update {result.steps}; a checkpoint is saved."
         print(f"stopped {saved if result.steps else 'before the first update.'}")
         words = ["rotmole", "train", str(path), *overrides, "--resume", "auto"]
-        print(f"go on with: {shlex.join(words)}")
+        print(f"continue with: {shlex.join(words)}")
     elif speaks:
         _summary(result)
     return 0 if result.interrupted is None else 128 + result.interrupted
@@ -79,8 +79,8 @@ def _header(built: Any) -> None:
     modules = Counter(n.rpartition(".")[2] for n in built.model.base_model.targeted_module_names)
     trainable, total = built.model.get_nb_trainable_parameters()
     print(f"model       {built.base.name}" + (f" ({built.base.note})" if built.base.note else ""))
-    print("adapts      " + ", ".join(f"{name} x {count}" for name, count in modules.items()))
-    print(f"trains      {trainable:,} parameters of {total:,}, gates included")
+    print("modules     " + ", ".join(f"{name} x {count}" for name, count in modules.items()))
+    print(f"parameters  {trainable:,} trainable of {total:,}, gates included")
     for split, tasks in built.examples.items():
         if tasks:
             counts = ", ".join(f"{task} {len(rows):,}" for task, rows in tasks.items())

@@ -257,7 +257,9 @@ def show(report: Report, outcomes: dict[str, Outcome], seconds: float) -> None:
         f"experts that no token of the last logged update chose: {', '.join(unused)} (their rows "
         "are few, and no balance loss is on: adapter.router_aux_loss_coef)"
     )
-    print("RotMoLE's rotation gates are on top: the two have not the same number of parameters.\n")
+    print(
+        "RotMoLE has rotation gates in addition, so the two have different numbers of parameters.\n"
+    )
     show_generations(report)
     print("\nOne seed decides nothing: with another seed the two adapters may change places.")
 
