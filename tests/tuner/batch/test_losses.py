@@ -216,7 +216,8 @@ def test_encoder_and_decoder_use_their_own_masks() -> None:
         input_ids=ids, attention_mask=encoder, labels=ids, decoder_attention_mask=decoder
     ).loss.backward()
     assert [int(state.sums[3]) for state in balance_states(model)] == [
-        layers * int(mask.sum()) for layers, mask in ((2, encoder), (4, decoder))  # the decoder has cross-attention too
+        layers * int(mask.sum())
+        for layers, mask in ((2, encoder), (4, decoder))  # the decoder has cross-attention too
     ]
 
 

@@ -350,7 +350,9 @@ def _read_surroundings(batch: Batch, given: Mapping[str, Any], outer: Batch | No
     if batch.cache is None and outer is not None:
         batch.cache = outer.cache
     states = given.get("encoder_hidden_states")
-    if isinstance(states, Tensor) and states.dim() == 3:
+    if outer is not None and outer.encoder is not None and outer.encoder[0] is states:
+        batch.encoder = outer.encoder
+    elif isinstance(states, Tensor) and states.dim() == 3:
         of_states = Batch(shape=(states.shape[0], states.shape[1]), tasks=batch.tasks)
         mask = given.get("encoder_attention_mask")
         if mask is not None:
@@ -429,10 +431,15 @@ class Watch:
             model: the base model.
             paths: of the adapted layers in it.
         """
+        lists: list[str] = []
         for path, module in model.named_modules():
-            inside = path == "" or any(name.startswith(f"{path}.") for name in paths)
-            names = tuple(inspect.signature(module.forward).parameters) if inside else ()
-            if not inside or path in self.stacks or not (path == "" or _is_stack(module, names)):
+            if isinstance(module, nn.ModuleList):
+                lists.append(f"{path}.")
+            if path in self.stacks or not any(_lies_in(name, path) for name in paths):
+                continue
+            names = tuple(inspect.signature(module.forward).parameters)
+            in_list = path.startswith(tuple(lists))  # a layer of a stack, not a stack
+            if path and not _is_stack(module, names, in_list):
                 continue
             outer = None if path == "" else self.of(path.rpartition(".")[0])
             stack = self.stacks[path] = Stack(names, outer)
@@ -463,7 +470,7 @@ class Watch:
 
     def of(self, path: str) -> Stack:
         """Return the innermost stack around a module."""
-        names = [n for n in self.stacks if n in ("", path) or path.startswith(f"{n}.")]
+        names = [name for name in self.stacks if name == path or _lies_in(path, name)]
         return self.stacks[max(names, key=len)]
 
     def remove(self) -> None:
@@ -473,9 +480,13 @@ class Watch:
         self.stacks, self.blocks, self.handles = {}, set(), []
 
 
-def _is_stack(module: nn.Module, names: tuple[str, ...]) -> bool:
+def _lies_in(path: str, part: str) -> bool:
+    return part == "" or path.startswith(f"{part}.")
+
+
+def _is_stack(module: nn.Module, names: tuple[str, ...], in_list: bool) -> bool:
     """Whether a module walks a set of tokens of its own: a model, or the holder of its layers."""
     if isinstance(module, PreTrainedModel):
         return True
     holds_layers = any(isinstance(child, nn.ModuleList) for child in module.children())
-    return holds_layers and not isinstance(module, nn.ModuleList) and bool(SPEAKING & set(names))
+    return holds_layers and not in_list and bool(SPEAKING & set(names))
