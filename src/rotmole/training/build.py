@@ -21,6 +21,7 @@ from rotmole.models.load import LoadedModel, load_model
 from rotmole.training.callbacks.balance import BiasCallback
 from rotmole.training.callbacks.metrics import JsonLinesCallback
 from rotmole.training.callbacks.usage import UsageCallback
+from rotmole.training.checkpoints.checkpoints import Checkpoints
 from rotmole.training.folder.layout import METRICS
 from rotmole.training.trainer import RotMoleTrainer
 from rotmole.tuner.config import RotMoleConfig
@@ -53,6 +54,7 @@ def build(
     callbacks: Sequence[TrainerCallback] = (),
     say: Callable[[str], None] | None = None,
     trust_remote_code: bool = False,
+    checkpoints: Checkpoints | None = None,
 ) -> Built:
     """Wire a run: model, adapter, data, trainer.
 
@@ -61,14 +63,10 @@ def build(
         callbacks: beside those of every run (metric lines, use of the experts).
         say: told before slow steps.
         trust_remote_code: let transformers run code that came with the model.
-
-    Returns:
-        The parts.
+        checkpoints: of the run; None begins anew.
 
     Raises:
         InputError: model, adapter, data or training settings do not work together.
-
-    Source: our choice.
     """
     say = say or (lambda text: None)
     say(f"loading {run.model.name}")
@@ -76,7 +74,7 @@ def build(
     say("loading data")
     examples = all_examples(run, base.tokenizer)
     model = add_adapter(run, base.model)
-    trainer = build_trainer(run, model, base.tokenizer, examples, callbacks)
+    trainer = build_trainer(run, model, base.tokenizer, examples, callbacks, checkpoints)
     return Built(run, base, model, examples, trainer)
 
 
@@ -92,8 +90,6 @@ def all_examples(run: RunFile, tokenizer: Any) -> dict[Split, dict[str, list[Exa
 
     Raises:
         DataError: no task has a row to train on.
-
-    Source: our choice.
     """
     found = {s: load_examples(run.data, s, seed=run.seed, tokenizer=tokenizer) for s in SPLITS}
     if not any(found["train"].values()):
@@ -113,8 +109,6 @@ def add_adapter(run: RunFile, base: Any) -> PeftModel:
 
     Raises:
         ConfigError: the settings contradict each other or do not fit the model.
-
-    Source: our choice.
     """
     set_seed(run.seed)
     config = RotMoleConfig(task_type="CAUSAL_LM", **run.adapter)
@@ -127,23 +121,20 @@ def build_trainer(
     tokenizer: Any,
     examples: Mapping[Split, Mapping[str, list[Example]]],
     callbacks: Sequence[TrainerCallback] = (),
+    checkpoints: Checkpoints | None = None,
 ) -> RotMoleTrainer:
-    """Wire the trainer.
+    """Wire the trainer; transformers' own progress and printing are off.
 
     Args:
-        run: the run.
+        run: a checked run file.
         model: base with adapter.
         tokenizer: the model's.
         examples: from `all_examples`.
-        callbacks: beside those of every run.
-
-    Returns:
-        The trainer; transformers' own progress and printing are off.
+        callbacks: besides those of every run.
+        checkpoints: of the run; None begins anew.
 
     Raises:
         ConfigError, DataError: settings or rows that cannot be trained on.
-
-    Source: our choice.
     """
     validation = {task: rows for task, rows in examples["validation"].items() if rows}
     arguments = training_arguments(run, validated=bool(validation))
@@ -152,6 +143,7 @@ def build_trainer(
     groups = task_groups(run.data, model.peft_config[model.active_adapter])
     trainer = RotMoleTrainer(
         optimizer_section=run.optimizer,
+        checkpoints=checkpoints,
         model=model,
         args=arguments,
         train_dataset=tokenised(train, tokenizer, length, groups),
@@ -186,8 +178,6 @@ def training_arguments(run: RunFile, *, validated: bool) -> SFTConfig:
 
     Raises:
         ConfigError: a setting that only TRL's own trainer knows.
-
-    Source: our choice.
     """
     values = sft_arguments(run) | {"disable_tqdm": True}
     values.setdefault("include_num_input_tokens_seen", "non_padding")
@@ -239,8 +229,6 @@ def task_groups(data: DataSection, config: RotMoleConfig) -> dict[str, int]:
 
     Returns:
         task -> group; empty where the loss is off.
-
-    Source: our choice.
     """
     if not config.router_task_loss_coef:
         return {}
@@ -270,8 +258,6 @@ def tokenised(
 
     Raises:
         DataError: a row is too long or has nothing to learn.
-
-    Source: our choice.
     """
     encoded = encode_all(rows, tokenizer, max_length=max_length)
     ids: list[dict[str, Any]] = [{"id": row.id} for row in rows]

@@ -9,7 +9,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
-from peft import get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 
 from rotmole.config.load import sft_arguments
 from rotmole.config.schema import RunFile
@@ -34,9 +34,10 @@ _SHAPES = {
 """Settings that decide which tensors there are; `check_tensors` finds what others change."""
 _STATE = ("training.optim", "training.optim_args", "optimizer.name")
 """Settings that the state of another optimizer cannot follow."""
-_SCHEDULE = ("training.learning_rate", "training.lr_scheduler", "optimizer.")
 _KEEPS_RATES = ("reduce_lr_on_plateau", "greedy")
-"""Schedules whose state holds the rates, and the beginnings of the settings they are made from."""
+"""Schedules whose state holds the rates."""
+_SCHEDULE = ("training.learning_rate", "training.lr_scheduler", "optimizer.")
+"""Beginnings of the settings that such a schedule is made from."""
 
 _NOT_THE_ADAPTERS = (
     "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision",
@@ -79,8 +80,6 @@ def facts_of(run: RunFile) -> dict[str, Any]:
         Dotted name -> plain value: settings of adapter, model, training, optimizer and mixture,
         seed, number of processes, versions. Where files lie is not among them, nor what is only
         written, logged or evaluated.
-
-    Source: our choice.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they were shown when the run file was read
@@ -118,8 +117,6 @@ def loaded_facts(fingerprint: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
 
     Returns:
         Dotted name -> plain value.
-
-    Source: our choice.
     """
     rows = {
         f"rows of {task}": f"{entry['rows']} rows, sha256 {entry['sha256'][:12]}"
@@ -146,17 +143,17 @@ def check_changes(
         InputError: tensors would have other shapes; something else differs and `allow` is off; or
             the optimizer's state does not fit and `weights_only` is off.
 
-    Source: our choice. More or fewer updates are a reason to resume, so they are only told.
+    More or fewer updates are a reason to resume, so they are only reported.
     """
     content = read_seal(checkpoint)
     saved = content.get("facts", {}) if isinstance(content, dict) else {}
     late = all(name.startswith(_LOADED) for name in now)
-    gone = [name for name in saved if name not in now and name.startswith(_LOADED) == late]
+    removed = [name for name in saved if name not in now and name.startswith(_LOADED) == late]
     # an older checkpoint holds no setting that was left to its default
-    known = [name for name in now if name in saved or _ORDER in saved]
+    comparable = [name for name in now if name in saved or _ORDER in saved]
     changes = [
         Change(name, saved.get(name), now.get(name))
-        for name in (*known, *gone)
+        for name in (*comparable, *removed)
         if saved.get(name) != now.get(name)
     ]
     shapes = [change for change in changes if change.name in _SHAPES]
@@ -180,64 +177,59 @@ def check_changes(
     return [str(change) for change in changes]
 
 
-def check_tensors(trainer: Any, checkpoint: Path) -> None:
+def check_tensors(model: PeftModel, checkpoint: Path) -> None:
     """Compare the tensors that a run would save with those that a checkpoint holds.
 
     Args:
-        trainer: a RotMoleTrainer that has not trained yet; under DeepSpeed, whose parameters may
-            be in parts, nothing is compared.
+        model: that has not trained yet.
         checkpoint: a complete checkpoint.
 
     Raises:
         InputError: the adapter's tensors have other names or shapes; nothing was loaded.
-
-    Source: our choice; settings that no list of names knows end here.
     """
-    if trainer.is_deepspeed_enabled or not (checkpoint / WEIGHTS).is_file():
+    if not (checkpoint / WEIGHTS).is_file():
         return
-    state = get_peft_model_state_dict(trainer.model, save_embedding_layers=False)
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
     needed = {name: tuple(value.shape) for name, value in state.items()}
     stored = {name: entry.shape for name, entry in read_header(checkpoint / WEIGHTS).items()}
-    found = [
+    problems = [
         f"{name} is {needed.get(name, 'gone')}, the checkpoint has {stored.get(name, 'none')}"
         for name in sorted(needed | {name: () for name in stored if EXPERTS in f".{name}"})
         if needed.get(name) != stored.get(name)
     ]
-    if found:
-        more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
+    if problems:
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise InputError(
             f"cannot go on from {str(checkpoint)!r} with tensors of other shapes: "
-            f"{'; '.join(found[:3])}{more}. Use the settings of the checkpoint, or another "
+            f"{'; '.join(problems[:3])}{more}. Use the settings of the checkpoint, or another "
             "output_dir."
         )
 
 
-def check_storage(trainer: Any, checkpoint: Path, *, weights_only: bool) -> None:
-    """Compare how a checkpoint is stored with what this run's engine reads.
+def check_engine(checkpoint: Path, engine: str, *, weights_only: bool) -> bool:
+    """Compare the engine that wrote a checkpoint with this run's.
+
+    Each engine of transformers and accelerate reads its own files alone.
 
     Args:
-        trainer: a RotMoleTrainer; with `weights_only` another engine's weights are loaded here.
         checkpoint: a complete checkpoint.
+        engine: this run's, from sharding.engine_of.
         weights_only: the optimizer's state is not needed.
 
-    Raises:
-        InputError: this engine cannot read what the other one wrote.
+    Returns:
+        Whether the engine can read the checkpoint; if not, its weights have to be loaded by PEFT.
 
-    Source: our choice; each engine of transformers and accelerate reads its own files alone.
+    Raises:
+        InputError: it cannot, and the optimizer's state is needed.
     """
-    saved, now = storage_of(checkpoint), trainer.storage()
-    if saved == now:
-        return
-    if "DeepSpeed" in now or not weights_only:
-        advice = "" if "DeepSpeed" in now else (
-            ", or add --weights-only to go on from its weights with a fresh optimizer"
-        )  # fmt: skip
+    writer = storage_of(checkpoint)
+    if writer != engine and not weights_only:
         raise InputError(
-            f"{str(checkpoint)!r} was written by {saved}, which {now} cannot read; start the run "
-            f"as it was started then{advice}."
+            f"{str(checkpoint)!r} was written by {writer}, which {engine} cannot read; start the "
+            "run as it was started then, or add --weights-only to go on from its weights with a "
+            "fresh optimizer."
         )
-    trainer.model.load_adapter(str(checkpoint), trainer.model.active_adapter, is_trainable=True)
-    trainer.loaded = checkpoint
+    return writer == engine
 
 
 def _join(changes: list[Change]) -> str:

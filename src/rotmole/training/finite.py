@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from transformers import Trainer
 
 from rotmole.processes import highest
 
@@ -64,12 +65,10 @@ def find_fault(
 
     Returns:
         The first fault, or None; while all is well the device is asked once.
-
-    Source: our choice.
     """
     losses = [loss.detach().float() for _, loss in batches]
-    found = gradients_of(model) if gradients else {}
-    norm = torch.nn.utils.get_total_norm(list(found.values())) if found else None
+    by_name = gradients_of(model) if gradients else {}
+    norm = torch.nn.utils.get_total_norm(list(by_name.values())) if by_name else None
     watched = losses if norm is None else [*losses, norm.float().to(losses[0].device)]
     if bool(torch.stack(watched).isfinite().all()):
         return None
@@ -78,43 +77,42 @@ def find_fault(
             layer = first_nonfinite(model, batches[index][0]) if look_again else None
             return Fault("loss", str(loss.item()), layer, index)
     assert norm is not None  # nothing else was watched
-    return Fault("gradient", str(norm.item()), first_gradient(found), None)
+    return Fault("gradient", str(norm.item()), first_gradient(by_name), None)
 
 
-def agreed_fault(trainer: Any, batches: Sequence[tuple[Mapping[str, Any], Tensor]]) -> Fault | None:
+def agreed_fault(
+    trainer: Trainer, batches: Sequence[tuple[Mapping[str, Any], Tensor]]
+) -> Fault | None:
     """Find the fault of an update in whichever process it is; every process must call this.
 
     Under fp16 the gradient scaler skips an update that overflows and lowers its scale, which is
     no fault; at a scale below 1 it is one, for then scaling is not why.
 
     Args:
-        trainer: a RotMoleTrainer after the update's last backward pass.
+        trainer: after the update's last backward pass.
         batches: (inputs, loss) of this process's micro-batches.
 
     Returns:
         The same fault in every process, losses before gradients; None where all is finite.
-
-    Source: our choice.
     """
     scaler = trainer.accelerator.scaler
-    found = find_fault(
+    fault = find_fault(
         trainer.model,
         batches,
         gradients=scaler is None or scaler.get_scale() < 1,
         look_again=not trainer.is_fsdp_enabled,  # there a forward pass needs every process
     )
-    if not highest(int(found is not None), trainer.args.device):
+    if not highest(int(fault is not None), trainer.args.device):
         return None
-    mine = [] if found is None else [replace(found, process=trainer.args.process_index)]
+    mine = [] if fault is None else [replace(fault, process=trainer.args.process_index)]
     every = gather_object(mine) if trainer.args.world_size > 1 else mine
     return min(every, key=lambda fault: (fault.kind != "loss", fault.process))
 
 
 def gradients_of(model: nn.Module) -> dict[str, Tensor]:
     """Return the gradients that are there, by parameter; of sharded ones this process's part."""
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {name: grad.to_local() if hasattr(grad, "to_local") else grad
-            for name, grad in found.items()}  # fmt: skip
+    named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
+    return {name: g.to_local() if hasattr(g, "to_local") else g for name, g in named}
 
 
 def first_gradient(gradients: Mapping[str, Tensor]) -> str | None:
@@ -124,9 +122,7 @@ def first_gradient(gradients: Mapping[str, Tensor]) -> str | None:
         gradients: by parameter, in the model's order.
 
     Returns:
-        The parameter's name; where each gradient is finite but their norm is not, the largest's.
-
-    Source: our choice.
+        The parameter's name; if each gradient is finite but their norm is not, the largest's.
     """
     for name, grad in reversed(gradients.items()):
         if not grad.isfinite().all():
@@ -143,16 +139,14 @@ def first_nonfinite(model: nn.Module, inputs: Mapping[str, Any]) -> str | None:
 
     Returns:
         The module's path, None where every output is finite.
-
-    Source: our choice.
     """
-    found: list[str] = []
+    faulty: list[str] = []
 
     def watch(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             first = output[0] if isinstance(output, tuple) else output
-            if not found and isinstance(first, Tensor) and not first.isfinite().all():
-                found.append(name)
+            if not faulty and isinstance(first, Tensor) and not first.isfinite().all():
+                faulty.append(name)
 
         return hook
 
@@ -163,4 +157,4 @@ def first_nonfinite(model: nn.Module, inputs: Mapping[str, Any]) -> str | None:
     finally:
         for handle in handles:
             handle.remove()
-    return found[0] if found else None
+    return faulty[0] if faulty else None

@@ -24,13 +24,15 @@ from rotmole.training.callbacks.progress import ProgressCallback
 from rotmole.training.callbacks.stop import StopOnSignal
 from rotmole.training.changes import (
     check_changes,
-    check_storage,
+    check_engine,
     check_tensors,
     facts_of,
     loaded_facts,
 )
-from rotmole.training.checkpoints.saving import check_space, find_best, prepare_resume
-from rotmole.training.checkpoints.seal import find_resume, prune, step_of
+from rotmole.training.checkpoints.checkpoints import Checkpoints, validation_is_missing
+from rotmole.training.checkpoints.find import find_resume
+from rotmole.training.checkpoints.seal import step_of
+from rotmole.training.folder.card import model_card
 from rotmole.training.folder.layout import (
     MANIFEST,
     METRICS,
@@ -40,9 +42,10 @@ from rotmole.training.folder.layout import (
     save_adapter,
 )
 from rotmole.training.folder.lock import run_lock
-from rotmole.training.folder.manifest import earlier_resumes, final_metrics, manifest, model_card
+from rotmole.training.folder.manifest import earlier_resumes, final_metrics, manifest
 from rotmole.training.folder.plots import loss_svg
-from rotmole.training.sharding import adapter_state
+from rotmole.training.sharding import adapter_state, engine_of
+from rotmole.training.trainer import RotMoleTrainer
 from rotmole.training.validation import ValidationCut
 
 logger = logging.getLogger(__name__)
@@ -112,27 +115,26 @@ def train(
         NonFiniteError: a loss or gradient was not finite; the weights and checkpoints are as they
             were before that update, failure.json says where.
         StorageError: the disk refused.
-
-    Source: our choice.
     """
     run_dir, stop = Path(run.output_dir), StopOnSignal(say, cuts_validation=True)
     bars = [ProgressCallback()] if progress else []
     with run_lock(run_dir) if is_main_process() else nullcontext():
-        origin = find_origin(run, resume, weights_only=weights_only, allow_change=allow_change)
-        if origin.checkpoint is not None:
-            (say or logger.info)(f"going on from {origin.checkpoint}")
+        checkpoints = find_origin(run, resume, weights_only=weights_only, allow_change=allow_change)
+        if checkpoints.origin is not None:
+            (say or logger.info)(f"going on from {checkpoints.origin}")
         built = build(
             run,
             callbacks=[stop, *bars, *callbacks],
             say=say,
             trust_remote_code=trust_remote_code,
+            checkpoints=checkpoints,
         )
-        prepare_folder(built, origin)
+        prepare_folder(built)
         if prepare is not None and is_main_process():
             prepare(built)
         started = time.perf_counter()
         try:
-            _fit(built, stop, origin.checkpoint)
+            _fit(built, stop)
         finally:
             for bar in bars:
                 bar.close()
@@ -140,116 +142,102 @@ def train(
         return finish(result) if result.interrupted is None else result
 
 
-@dataclass
-class Origin:
-    """Where a run begins.
-
-    Attributes:
-        checkpoint: to go on from, None at a start.
-        facts: what decides the run's numbers; those of model and data follow when they are loaded.
-        changes: against the run that the checkpoint is of, in words.
-        weights_only: take no more than the weights.
-        allow_change: changes are wanted.
-    """
-
-    checkpoint: Path | None
-    facts: dict[str, Any]
-    changes: list[str]
-    weights_only: bool
-    allow_change: bool
-
-
 def find_origin(
     run: RunFile, resume: str | None, *, weights_only: bool, allow_change: bool
-) -> Origin:
+) -> Checkpoints:
     """Find where a run begins, and refuse what cannot be, before anything is loaded.
 
     Args:
         run, resume, weights_only, allow_change: as of `train`.
 
-    Returns:
-        The beginning.
-
     Raises:
         InputError: there is no such checkpoint, it is of another run, or the folder is in use.
-
-    Source: our choice.
     """
     run_dir = Path(run.output_dir)
-    checkpoint = find_resume(run_dir, resume, weights_only=weights_only)
-    if checkpoint is None:
+    origin = find_resume(run_dir, resume, weights_only=weights_only)
+    if origin is None:
         check_free(run_dir)
     facts = facts_of(run)
     changes = []
-    if checkpoint is not None:
-        changes = check_changes(checkpoint, facts, allow=allow_change, weights_only=weights_only)
-    return Origin(checkpoint, facts, changes, weights_only, allow_change)
+    if origin is not None:
+        changes = check_changes(origin, facts, allow=allow_change, weights_only=weights_only)
+    return Checkpoints(
+        run_dir,
+        origin,
+        facts,
+        changes,
+        weights_only=weights_only,
+        allow_change=allow_change,
+    )
 
 
-def prepare_folder(built: Built, origin: Origin) -> None:
-    """Compare the loaded parts with the checkpoint, check the disk, clear up, write the papers.
+def prepare_folder(built: Built) -> None:
+    """Compare the loaded parts with the checkpoint, check the disk, clear up, describe the run.
+
+    The files of an earlier run stay until its successor is ready to train.
 
     Args:
-        built: the parts of the run.
-        origin: where it begins.
+        built: the parts of the run; its trainer's checkpoints say where it begins.
 
     Raises:
         InputError: data or number format are not the checkpoint's.
         StorageError: the disk refuses, or is too small for the run.
-
-    Source: our choice; an earlier run's files stay until its successor is ready to train.
     """
-    run_dir, trainer = Path(built.run.output_dir), built.trainer
+    trainer, checkpoints = built.trainer, built.trainer.checkpoints
+    run_dir, origin = checkpoints.run_dir, checkpoints.origin
     same_everywhere("model.dtype", built.base.model.dtype)
     fingerprint = data_fingerprint(built.run.data, built.examples)
     facts = loaded_facts(fingerprint, built.base.model.dtype)
-    changes = origin.changes
-    if origin.checkpoint is not None:
-        changes = changes + check_changes(origin.checkpoint, facts, allow=origin.allow_change)
-        check_tensors(trainer, origin.checkpoint)
-        check_storage(trainer, origin.checkpoint, weights_only=origin.weights_only)
-        prepare_resume(trainer, origin.checkpoint)
-    trainer.facts, trainer.weights_only = origin.facts | facts, origin.weights_only
+    if origin is not None:
+        checkpoints.changes += check_changes(origin, facts, allow=checkpoints.allow_change)
+        check_tensors(built.model, origin)
+        weights_only = checkpoints.weights_only
+        if not check_engine(origin, engine_of(trainer), weights_only=weights_only):
+            built.model.load_adapter(str(origin), built.model.active_adapter, is_trainable=True)
+            checkpoints.weights_loaded = True
+        checkpoints.resume(trainer)
+    checkpoints.facts |= facts
     if is_main_process():
-        check_space(run_dir, trainer)
+        checkpoints.check_space(trainer)
         with storage_errors(run_dir):
             (run_dir / UNFINISHED).touch()
-        clear(run_dir, resuming=origin.checkpoint is not None)
-        write_papers(built, fingerprint, origin.checkpoint, changes)
+        clear(run_dir, resuming=origin is not None)
+        describe_run(built, fingerprint)
 
 
-def _fit(built: Built, stop: StopOnSignal, checkpoint: Path | None) -> None:
+def _fit(built: Built, stop: StopOnSignal) -> None:
+    trainer, origin = built.trainer, built.trainer.checkpoints.origin
     try:
         with stop.listening(), suppress(ValidationCut):
-            if checkpoint is not None and _nothing_left(built, checkpoint):
+            if origin is not None and _nothing_left(trainer, origin):
                 return
-            built.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            trainer.train(resume_from_checkpoint=str(origin) if origin else None)
     except NonFiniteError as error:
         if is_main_process():
-            built.trainer.write_failure(error)
+            trainer.write_failure(error)
         raise
 
 
-def _nothing_left(built: Built, checkpoint: Path) -> bool:
+def _nothing_left(trainer: RotMoleTrainer, origin: Path) -> bool:
     """Load a checkpoint after the last update; the Trainer would make one more before it looks."""
-    trainer, state = built.trainer, TrainerState.load_from_json(checkpoint / "trainer_state.json")
+    state = TrainerState.load_from_json(str(origin / "trainer_state.json"))
     last = trainer.args.max_steps
     if last <= 0:
         same = trainer.args.num_train_epochs <= state.num_train_epochs
         last = state.max_steps if same else state.global_step + 1
     if state.global_step < last:
         return False
-    trainer.state = state
-    find_best(trainer, checkpoint)
-    if trainer.owed:
-        trainer._load_from_checkpoint(str(checkpoint))
+    trainer.state, checkpoints = state, trainer.checkpoints
+    checkpoints.restore_best(trainer)
+    if validation_is_missing(trainer.args, state):
+        trainer._load_from_checkpoint(str(origin))
         trainer._evaluate(None, None, skip_scheduler=True)
     best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
-    logger.warning("nothing is left to do: %s is at update %d", checkpoint, state.global_step)
-    trainer._load_from_checkpoint(best or str(checkpoint))
-    own = checkpoint.parent.resolve() == Path(trainer.args.output_dir).resolve()
-    if own and is_main_process():  # it may have died before older ones went
-        prune(checkpoint.parent, trainer.keep, checkpoint, state.best_model_checkpoint)
+    logger.warning("nothing is left to do: %s is at update %d", origin, state.global_step)
+    trainer._load_from_checkpoint(best or str(origin))
+    same_run = origin.parent.resolve() == checkpoints.run_dir.resolve()
+    if same_run and is_main_process():  # it may have died before older ones were removed
+        checkpoints.prune(origin, state.best_model_checkpoint)
     return True
 
 
@@ -257,13 +245,13 @@ def _result(built: Built, stop: StopOnSignal, seconds: float) -> TrainResult:
     trainer, run_dir = built.trainer, Path(built.run.output_dir)
     state = trainer.state
     best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
-    made = step_of(Path(best)) if best else state.global_step
-    stopped = state.global_step < state.max_steps or trainer.owed
+    step = step_of(Path(best)) if best else state.global_step
+    stopped = state.global_step < state.max_steps or validation_is_missing(trainer.args, state)
     return TrainResult(
         run_dir=run_dir,
         adapter_dir=None,
         steps=state.global_step,
-        metrics=final_metrics(read_metrics(run_dir / METRICS), made),
+        metrics=final_metrics(read_metrics(run_dir / METRICS), step),
         seconds=seconds,
         trainable_parameters=built.model.get_nb_trainable_parameters()[0],
         interrupted=stop.agreed if stopped else None,
@@ -272,35 +260,27 @@ def _result(built: Built, stop: StopOnSignal, seconds: float) -> TrainResult:
     )
 
 
-def write_papers(
-    built: Built,
-    fingerprint: dict[str, Any],
-    checkpoint: Path | None = None,
-    changes: Sequence[str] = (),
-) -> None:
+def describe_run(built: Built, fingerprint: dict[str, Any]) -> None:
     """Write run.yaml and manifest.json before the first update.
 
     Args:
         built: the parts of the run.
         fingerprint: of its data.
-        checkpoint: that it goes on from.
-        changes: against the run that the checkpoint is of.
 
     Raises:
         StorageError: the disk refused.
-
-    Source: our choice.
     """
-    run_dir = Path(built.run.output_dir)
+    checkpoints = built.trainer.checkpoints
+    run_dir, origin = checkpoints.run_dir, checkpoints.origin
     trainable, total = built.model.get_nb_trainable_parameters()
     adapter = {
         "trainable_parameters": trainable,
         "all_parameters": total,
         "adapted_modules": len(built.model.base_model.targeted_module_names),
     }
-    resumes = earlier_resumes(run_dir / MANIFEST) if checkpoint else []
-    if checkpoint:
-        resumes.append({"from": checkpoint.name, "changes": list(changes)})
+    resumes = earlier_resumes(run_dir / MANIFEST) if origin else []
+    if origin:
+        resumes.append({"from": origin.name, "changes": list(checkpoints.changes)})
     atomic_write_text(run_dir / "run.yaml", resolved_yaml(built.run))
     atomic_write_text(run_dir / MANIFEST, manifest(built.run, fingerprint, adapter, resumes))
 
@@ -318,15 +298,11 @@ def finish(result: TrainResult) -> TrainResult:
 
     Raises:
         StorageError: the disk refused.
-
-    Source: our choice.
     """
     run, base, trainer = result.built.run, result.built.base, result.built.trainer
     state = None
     if trainer.is_fsdp_enabled:
         state = adapter_state(trainer.model, trainer.args.device)
-    elif trainer.is_deepspeed_enabled:  # ZeRO-3 holds parts as well, and puts them together itself
-        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if not is_main_process():
         return result
     rows = read_metrics(result.run_dir / METRICS)

@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Trainer
+
+from rotmole.training.checkpoints.seal import UNSHARDED
 
 
 def whole(value: Tensor, device: torch.device) -> Tensor:
@@ -17,8 +20,6 @@ def whole(value: Tensor, device: torch.device) -> Tensor:
 
     Returns:
         The whole tensor; a sharded one lands on the CPU.
-
-    Source: our choice.
 
     >>> whole(torch.zeros(2, 3), torch.device("cpu")).shape
     torch.Size([2, 3])
@@ -39,8 +40,6 @@ def adapter_state(model: nn.Module, device: torch.device) -> dict[str, Tensor]:
 
     Returns:
         State-dict key -> whole tensor, the keys that PEFT's save_pretrained looks for.
-
-    Source: our choice.
     """
     trained = {name for name, value in model.named_parameters() if value.requires_grad}
     prefix: str = model.base_model.prefix  # type: ignore[union-attr, assignment] # PEFT's tuner
@@ -48,35 +47,36 @@ def adapter_state(model: nn.Module, device: torch.device) -> dict[str, Tensor]:
     return {k: whole(v, device) for k, v in state.items() if k in trained or prefix in k}
 
 
-def sharding_works(use_cpu: bool, fsdp: Any) -> None:
-    """Let accelerate shard on CPUs too, where it would go on unsharded without a word.
+def allow_sharding_on_cpus() -> None:
+    """Let accelerate shard on CPUs too, which it would go on without, and without a word.
 
-    accelerate looks for FSDP settings only where processes are on GPUs. On CPUs (tests, mostly)
+    accelerate 1.15 looks for FSDP settings only if processes are on GPUs. On CPUs (tests, mostly)
     their kind is renamed before it looks; the process group stays gloo.
-
-    Args:
-        use_cpu: training runs on CPUs.
-        fsdp: FSDP is asked for.
-
-    Source: accelerate 1.15, AcceleratorState.
     """
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
 
     state = PartialState()
-    if use_cpu and fsdp and state.distributed_type is DistributedType.MULTI_CPU:
+    if state.distributed_type is DistributedType.MULTI_CPU:
         state.distributed_type = DistributedType.MULTI_GPU
 
 
-def unpin(plugin: Any) -> None:
-    """Let offloaded shards rest in ordinary memory, where training runs on CPUs.
+def engine_of(trainer: Trainer) -> str:
+    """Say how a trainer's engine stores a checkpoint: a key of seal.STORAGE, or UNSHARDED."""
+    if not trainer.is_fsdp_enabled:
+        return UNSHARDED
+    whole_states = trainer.accelerator.state.fsdp_plugin.state_dict_type.name == "FULL_STATE_DICT"
+    return "FSDP with whole states" if whole_states else "FSDP with shards"
 
-    FSDP2's CPU offload asks for pinned memory, which torch gives only where there is a card.
+
+def unpin(plugin: Any) -> None:
+    """Let offloaded shards rest in ordinary memory, if training runs on CPUs.
+
+    FSDP2's CPU offload (torch 2.13) asks for pinned memory, which torch gives only if there is a
+    GPU.
 
     Args:
         plugin: accelerate's FSDP plugin; None, or one without offload, is left alone.
-
-    Source: torch 2.13, CPUOffloadPolicy.
     """
     from torch.distributed.fsdp import CPUOffloadPolicy
 

@@ -43,8 +43,6 @@ def save_start(model: nn.Module, path: Path) -> None:
 
     Raises:
         StorageError: the disk refused.
-
-    Source: our choice.
     """
     tensors = {name: value.detach().contiguous() for name, value in shared_parameters(model)}
     atomic_write_bytes(path, save(tensors))
@@ -60,8 +58,6 @@ def load_start(model: nn.Module, path: Path) -> None:
 
     Raises:
         AdapterError: names or shapes differ.
-
-    Source: our choice.
     """
     found = load_file(path)
     own = dict(shared_parameters(model))
@@ -84,8 +80,6 @@ def start_digest(model: nn.Module) -> str:
 
     Returns:
         Hexadecimal digest over names and float32 values.
-
-    Source: our choice.
     """
     digest = hashlib.sha256()
     for name, parameter in shared_parameters(model):

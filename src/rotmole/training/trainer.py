@@ -8,6 +8,7 @@ SmolLM2-135M). SFTConfig's names are kept for the settings.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -25,46 +26,63 @@ from rotmole.models.memory import peak_rss_bytes
 from rotmole.optim import RiemannianAdamW, RiemannianSGD, parameter_groups
 from rotmole.optim.riemannian import DELTA
 from rotmole.training.callbacks.balance import balance_logs
-from rotmole.training.checkpoints.saving import (
-    forward_schedule,
-    own_rates,
-    seal_again,
-    usable_best,
-    whole_checkpoint,
-)
-from rotmole.training.checkpoints.seal import UNSHARDED
+from rotmole.training.checkpoints.checkpoints import Checkpoints
+from rotmole.training.checkpoints.rates import forward_schedule, keep_rates
+from rotmole.training.checkpoints.seal import faults
 from rotmole.training.finite import Fault, agreed_fault
+from rotmole.training.folder.layout import METRICS
 from rotmole.training.order import EpochSampler
-from rotmole.training.sharding import adapter_state, sharding_works, unpin
+from rotmole.training.sharding import adapter_state, allow_sharding_on_cpus, unpin
 from rotmole.training.validation import IGNORED, ValidatingTrainer
 from rotmole.tuner.batch.losses import balance_states
+
+logger = logging.getLogger(__name__)
 
 
 class RotMoleTrainer(ValidatingTrainer):
     """Trainer of a causal language model on rows that are already token ids.
 
+    It overrides these private methods of Trainer, as it has no public place for them:
+    `_get_train_sampler` (the order is ours), `_save_checkpoint` (sealed and pruned by us),
+    `_load_best_model` (a damaged one is not loaded), `_load_from_checkpoint` (another engine's
+    weights are there already), `_load_optimizer_and_scheduler`, `_load_scaler`, `_load_rng_state`
+    (left out with --weights-only); and, in validation.py, `_evaluate` and
+    `_determine_best_metric` (a validation that is cut short).
+
     Args:
         optimizer_section: learning rates by role.
+        checkpoints: those of the run; None begins anew in args.output_dir.
         kwargs: as Trainer's; eval_dataset may be {task: rows}.
+
+    Raises:
+        ConfigError: the process was launched with DeepSpeed.
     """
 
-    def __init__(self, *, optimizer_section: OptimizerSection, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        optimizer_section: OptimizerSection,
+        checkpoints: Checkpoints | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         self.optimizer_section = optimizer_section
-        self.keep, self.args.save_total_limit = self.args.save_total_limit, None  # we prune
-        self.facts: dict[str, Any] = {}
-        self.weights_only = False
-        self.loaded: Path | None = None  # a checkpoint whose weights are in the model already
-        self.sealed: tuple[int, int] | None = None  # the last checkpoint's update, the last logged
-        self.summed_from = 0
+        self.checkpoints = checkpoints or Checkpoints(Path(self.args.output_dir))
+        self.checkpoints.keep = self.args.save_total_limit
+        self.args.save_total_limit = None  # Checkpoints prunes
         self.micro_batches: list[tuple[dict[str, Any], torch.Tensor]] = []
         self.fault: Fault | None = None
         self.update_tokens: torch.Tensor | None = None
 
     def create_accelerator_and_postprocess(self) -> None:
-        """As Trainer's; FSDP that is asked for happens on CPUs too."""
-        asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-        sharding_works(self.args.use_cpu, self.args.fsdp or asked)
+        """As Trainer's; FSDP that is asked for happens on CPUs too, DeepSpeed is refused."""
+        if self.args.deepspeed or _is_set("ACCELERATE_USE_DEEPSPEED"):
+            raise ConfigError(
+                "the run was launched with DeepSpeed, which is not supported; launch it with FSDP2 "
+                "(docs/scale.md) or as ordinary processes (torchrun)."
+            )
+        if self.args.use_cpu and (self.args.fsdp or _is_set("ACCELERATE_USE_FSDP")):
+            allow_sharding_on_cpus()
         super().create_accelerator_and_postprocess()
         if self.args.use_cpu:
             unpin(getattr(self.accelerator.state, "fsdp_plugin", None))
@@ -81,12 +99,12 @@ class RotMoleTrainer(ValidatingTrainer):
         A batch without a learnt token has loss 0. Models that cannot leave positions out, and
         label smoothing, go Trainer's own way.
         """
-        if not self.can_skip_positions or self.label_smoother is not None:
+        if not self.keeps_logits or self.label_smoother is not None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = inputs["labels"]
-        rest = {name: value for name, value in inputs.items() if name != "labels"}
+        others = {name: value for name, value in inputs.items() if name != "labels"}
         learnt = (labels[:, 1:] != IGNORED).any(0).nonzero()[:, 0]
-        outputs = model(**rest, logits_to_keep=learnt, use_cache=False)
+        outputs = model(**others, logits_to_keep=learnt, use_cache=False)
         targets = labels[:, learnt + 1].flatten()
         logits = outputs.logits.flatten(0, 1).float()
         total = cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
@@ -201,48 +219,40 @@ class RotMoleTrainer(ValidatingTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         now = self.state.global_step, self._globalstep_last_logged
-        if self.sealed == now:  # all the same: what can be new is that validation was cut
-            seal_again(self, Path(self.args.output_dir, f"checkpoint-{now[0]}"))
+        if self.checkpoints.last_saved == now:  # the same update, such as at the end of an epoch
             return
-        with whole_checkpoint(self):
+        with self.checkpoints.save(self, Path(self.args.output_dir, METRICS)):
             super()._save_checkpoint(model, trial)
-        self.sealed = now
-
-    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        self.sealed = None  # of an earlier try, whose weights were others
-        return super()._inner_training_loop(*args, **kwargs)
 
     def _load_best_model(self) -> None:
-        if usable_best(self):
+        best = self.state.best_model_checkpoint
+        problems = faults(Path(best))
+        if problems:
+            message = "the best checkpoint, %s, is damaged (%s); the last weights are the result"
+            logger.warning(message, best, "; ".join(problems))
+            self.state.best_model_checkpoint = None
+        else:
             super()._load_best_model()
-
-    def storage(self) -> str:
-        """Say how this run's engine stores a checkpoint: a key of STORAGE, or UNSHARDED."""
-        if self.is_deepspeed_enabled:
-            return "DeepSpeed"
-        if not self.is_fsdp_enabled:
-            return UNSHARDED
-        whole = self.accelerator.state.fsdp_plugin.state_dict_type.name == "FULL_STATE_DICT"
-        return "FSDP with whole states" if whole else "FSDP with shards"
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
     ) -> None:
-        if self.loaded is None or Path(resume_from_checkpoint) != self.loaded:
+        checkpoints = self.checkpoints
+        if not checkpoints.weights_loaded or Path(resume_from_checkpoint) != checkpoints.origin:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and self.weights_only:
-            forward_schedule(self)
+        if checkpoint is not None and self.checkpoints.weights_only:
+            forward_schedule(self.lr_scheduler, self.state.global_step)
         elif checkpoint is not None:
-            with own_rates(self.optimizer, self.lr_scheduler):
+            with keep_rates(self.optimizer, self.lr_scheduler):
                 super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
-        super()._load_scaler(None if self.weights_only else checkpoint)
+        super()._load_scaler(None if self.checkpoints.weights_only else checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        super()._load_rng_state(None if self.weights_only else checkpoint)
+        super()._load_rng_state(None if self.checkpoints.weights_only else checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the adapter, whole; of a sharded model the base is not put together for it."""
@@ -258,7 +268,9 @@ class RotMoleTrainer(ValidatingTrainer):
         if "loss" in logs:
             logs.update(balance_logs(self.model, self.accelerator.reduce))
         if "train_loss" in logs:
-            summed = max(self.state.global_step - self.summed_from, 1)  # before a resume too
+            summed = max(
+                self.state.global_step - self.checkpoints.summed_from, 1
+            )  # before a resume too
             logs["train_loss"] = self._total_loss_scalar / summed
             logs["peak_memory_bytes"] = peak_memory_bytes()
             seen = self.state.num_input_tokens_seen
@@ -266,6 +278,10 @@ class RotMoleTrainer(ValidatingTrainer):
             logs["num_input_tokens_seen"] = seen
             logs["train_tokens_per_second"] = since / max(logs.get("train_runtime", 0.0), 1e-9)
         super().log(logs, start_time)
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() == "true"
 
 
 def groups_of(
@@ -277,11 +293,6 @@ def groups_of(
         model: the model.
         section: `optimizer:` of the run file.
         args: the trainer's arguments (learning_rate, weight_decay).
-
-    Returns:
-        Groups of an optimiser.
-
-    Source: our choice.
     """
     rates = section.model_dump(exclude={"name", "riemannian_delta"})
     return parameter_groups(model, lr=args.learning_rate, weight_decay=args.weight_decay, **rates)
@@ -299,8 +310,6 @@ def riemannian_optimizer(
 
     Returns:
         The optimiser over groups by role.
-
-    Source: our choice.
     """
     groups = groups_of(model, section, args)
     delta = DELTA if section.riemannian_delta is None else section.riemannian_delta

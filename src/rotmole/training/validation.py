@@ -1,8 +1,7 @@
-"""Validation by task; a signal cuts it short, and the resumed run makes up for it."""
+"""Validation by task; a signal cuts it short, and the resumed run makes it again."""
 
 from __future__ import annotations
 
-import inspect
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from transformers import Trainer
 from transformers.trainer_utils import EvalPrediction, speed_metrics
+
+from rotmole.models.load import keeps_logits
 
 IGNORED = -100
 
@@ -27,14 +28,13 @@ class ValidatingTrainer(Trainer):
         kwargs: as Trainer's; eval_dataset may be {task: rows}.
 
     Attributes:
-        owed: the validation of the last update was cut short.
+        keeps_logits: whether the model's forward takes `logits_to_keep`.
     """
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(compute_metrics=_mean_of_tokens, **kwargs)
-        self.owed = False
         base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        self.can_skip_positions = "logits_to_keep" in inspect.signature(base.forward).parameters
+        self.keeps_logits = keeps_logits(base)
 
     def prediction_step(
         self,
@@ -50,13 +50,13 @@ class ValidatingTrainer(Trainer):
         """
         inputs = self._prepare_inputs(inputs)
         labels = inputs["labels"]
-        rest = {name: value for name, value in inputs.items() if name != "labels"}
+        others = {name: value for name, value in inputs.items() if name != "labels"}
         learnt = (labels[:, 1:] != IGNORED).any(0).nonzero()[:, 0]
         with torch.no_grad(), self.compute_loss_context_manager():
-            if self.can_skip_positions:
-                logits = model(**rest, logits_to_keep=learnt, use_cache=False).logits
+            if self.keeps_logits:
+                logits = model(**others, logits_to_keep=learnt, use_cache=False).logits
             else:
-                logits = model(**rest).logits[:, learnt]
+                logits = model(**others).logits[:, learnt]
         targets = labels[:, learnt + 1]
         loss = cross_entropy(
             logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="none"
@@ -105,29 +105,32 @@ class ValidatingTrainer(Trainer):
     def _evaluate(
         self, trial: Any, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False
     ) -> dict[str, float]:
-        """Validate; if that is cut short, save and stop. What a checkpoint owes comes first."""
-        owed, self.owed = self.owed, False
+        """Validate; if that is cut short by a signal, save and stop.
+
+        At the start of a resumed run (skip_scheduler) it is the validation that was cut short: it
+        then counts as if it had been made after its update.
+        """
+        late = skip_scheduler and self.state.global_step > 0
         try:
-            metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler and not owed)
+            metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler and not late)
         except ValidationCut:
-            self.owed = True
-            if skip_scheduler:  # before the first update: the disk has all there is
+            if skip_scheduler:  # nothing was trained since the checkpoint
                 raise
             self.control.should_save = self.control.should_training_stop = True
             self.control.should_evaluate = False  # not once more at the end of the loop
             return {}
-        if owed and self._determine_best_metric(metrics, trial):
+        if late and self._determine_best_metric(metrics, trial):
             step = self.state.global_step
             self.state.best_model_checkpoint = str(Path(self.args.output_dir, f"checkpoint-{step}"))
         return metrics
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """Note the best; only weights that are kept can be it."""
+        """Note the best; only weights that are saved can be it."""
         if not metrics:
             return True
         checkpoint = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
-        kept = self.control.should_save or checkpoint.is_dir()
-        if not kept and self.args.save_strategy != "best":
+        is_saved = self.control.should_save or checkpoint.is_dir()
+        if not is_saved and self.args.save_strategy != "best":
             return False
         return super()._determine_best_metric(metrics, trial)
 

@@ -23,8 +23,6 @@ def micro_batches(args: TrainingArguments, state: TrainerState, dataloader: Any)
 
     Returns:
         Number of micro-batches, at least 1.
-
-    Source: our choice.
     """
     accumulation = max(args.gradient_accumulation_steps, 1)
     try:
@@ -48,8 +46,6 @@ def balance_logs(
     Returns:
         router_aux_loss and router_z_loss, each a mean over layers and tokens, in so far as they
         were computed.
-
-    Source: our choice.
     """
     sums: dict[str, list[float]] = {}
     for balance in balance_states(model):

@@ -65,8 +65,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
     Returns:
         One dictionary a log, in order.
-
-    Source: our choice.
     """
     if not path.exists():
         return []

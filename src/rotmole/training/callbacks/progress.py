@@ -76,8 +76,6 @@ def describe(logs: dict[str, Any]) -> str:
 
     Returns:
         Such as "loss 1.2345  774 tokens/s", "" where nothing is worth a line.
-
-    Source: our choice.
     """
     parts = []
     for name, text in (

@@ -10,7 +10,8 @@ from typing import Any
 
 from rotmole.errors import InputError
 from rotmole.files import storage_errors, sync
-from rotmole.training.checkpoints.seal import checkpoints, is_half_written, is_sealed
+from rotmole.training.checkpoints.find import checkpoints
+from rotmole.training.checkpoints.seal import is_half_written, is_sealed
 
 logger = logging.getLogger(__name__)
 
@@ -31,19 +32,17 @@ def check_free(run_dir: Path) -> None:
 
     Raises:
         InputError: saying what lies there and what to do.
-
-    Source: our choice.
     """
-    kept = [path for path in checkpoints(run_dir) if not is_half_written(path)]
-    if kept and not is_finished(run_dir):
-        whole = [path.name for path in kept if is_sealed(path)]
-        advice = f"add --resume auto to go on from {whole[-1]}, " if whole else ""
+    folders = [path for path in checkpoints(run_dir) if not is_half_written(path)]
+    if folders and not is_finished(run_dir):
+        complete = [path.name for path in folders if is_sealed(path)]
+        advice = f"add --resume auto to go on from {complete[-1]}, " if complete else ""
         raise InputError(
             f"output_dir {str(run_dir)!r} holds an unfinished run with "
-            f"{f'checkpoint {whole[-1]}' if whole else 'no complete checkpoint'}; {advice}"
+            f"{f'checkpoint {complete[-1]}' if complete else 'no complete checkpoint'}; {advice}"
             "choose another output_dir, or delete the folder to start anew."
         )
-    if kept and not (run_dir / MANIFEST).is_file():
+    if folders and not (run_dir / MANIFEST).is_file():
         raise InputError(
             f"output_dir {str(run_dir)!r} holds checkpoints that are not rotmole's; choose another."
         )
@@ -51,8 +50,8 @@ def check_free(run_dir: Path) -> None:
         foreign = [name for name in (ADAPTER, *_PRODUCTS) if (run_dir / name).exists()]
         if foreign:
             raise InputError(
-                f"output_dir {str(run_dir)!r} holds {', '.join(foreign)}, which a run replaces "
-                "and which no run of rotmole wrote; choose another output_dir."
+                f"output_dir {str(run_dir)!r} holds {', '.join(foreign)}, which a run would "
+                "replace and which no run of rotmole wrote; choose another output_dir."
             )
 
 
@@ -62,20 +61,18 @@ def is_finished(run_dir: Path) -> bool:
 
 
 def clear(run_dir: Path, *, resuming: bool) -> None:
-    """Remove what an earlier run left: all of it where `check_free` let a new one start.
+    """Remove what an earlier run left: all of it if `check_free` let a new one start.
 
     Args:
         run_dir: the run folder.
-        resuming: the run goes on, so only the mark of its failure goes, and what a crash left.
+        resuming: the run goes on, so only failure.json is removed, and what a crash left.
 
     Raises:
         StorageError: the folder cannot be written.
-
-    Source: our choice.
     """
     with storage_errors(run_dir):
-        for left in (*run_dir.glob(f".{ADAPTER}-*"), *run_dir.glob(".*.tmp")):
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        for remains in (*run_dir.glob(f".{ADAPTER}-*"), *run_dir.glob(".*.tmp")):
+            shutil.rmtree(remains) if remains.is_dir() else remains.unlink()
         if resuming:
             (run_dir / "failure.json").unlink(missing_ok=True)
             return
@@ -101,8 +98,6 @@ def save_adapter(model: Any, run_dir: Path, state: dict[str, Any] | None = None)
 
     Raises:
         StorageError: the disk refused; an older adapter is untouched.
-
-    Source: our choice.
     """
     target = run_dir / ADAPTER
     mark = secrets.token_hex(4)

@@ -1,4 +1,4 @@
-"""The papers of a run: manifest.json, and the adapter's model card."""
+"""manifest.json: what has to be known to repeat a run; and the figures of its result."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ import torch
 
 from rotmole import __version__
 from rotmole.config.schema import RunFile
-from rotmole.models.builtin import built_in_named
 
 PACKAGES = (
     "torch",
@@ -38,13 +37,13 @@ _FIGURES = (
 
 def versions() -> dict[str, str]:
     """Return the versions of rotmole, Python and the packages a run depends on."""
-    found = {"rotmole": __version__, "python": platform.python_version()}
+    versions = {"rotmole": __version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def machine() -> dict[str, Any]:
@@ -67,8 +66,6 @@ def git_commit(folder: Path | None = None) -> str | None:
 
     Returns:
         The hash, followed by "+changes" where tracked files differ; None outside a repository.
-
-    Source: our choice.
     """
     try:
         commit = _git("rev-parse", "HEAD", folder=folder)
@@ -93,8 +90,6 @@ def earlier_resumes(path: Path) -> list[dict[str, Any]]:
 
     Returns:
         {"from": checkpoint, "changes": [...]} for each time, in order.
-
-    Source: our choice.
     """
     try:
         resumes = json.loads(path.read_text(encoding="utf-8")).get("resumes", [])
@@ -119,8 +114,6 @@ def manifest(
 
     Returns:
         JSON text.
-
-    Source: our choice.
     """
     content = {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -136,68 +129,6 @@ def manifest(
     return json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n"
 
 
-def model_card(run: RunFile, note: str | None, figures: Mapping[str, Any]) -> str:
-    """Write the adapter's README: how to load it, what it is, the run's figures.
-
-    Args:
-        run: the run.
-        note: a line about the base model that belongs beside every figure, or None.
-        figures: name -> value, in order.
-
-    Returns:
-        Markdown that starts with the import without which PEFT does not know the adapter.
-
-    Source: our choice.
-    """
-    settings = ", ".join(f"{key} {value}" for key, value in run.adapter.items()) or "defaults"
-    rows = "\n".join(f"| {name} | {_figure(value)} |" for name, value in figures.items())
-    return f"""```python
-import rotmole
-{_loading_code(run)}
-```
-
-`import rotmole` registers the method with PEFT; without it PEFT cannot read this adapter.
-
-# RotMoLE adapter for {run.model.name}
-
-A mixture of low-rank experts gated by scaling and rotation. Settings: {settings}.
-Trained on: {", ".join(run.data.tasks)}. Seed {run.seed}; rotmole {__version__}.
-{f"Base model: {note}." if note else ""}
-
-| figure | value |
-|---|---|
-{rows}
-
-One seed decides nothing: another seed may give figures that differ by more than two methods do.
-"""
-
-
-def _loading_code(run: RunFile) -> str:
-    name = run.model.name
-    folder = str(Path(run.output_dir, "adapter"))
-    if built_in_named(name) or name.lower().endswith(".gguf"):  # transformers alone cannot
-        return (
-            "from peft import PeftModel\n"
-            "from rotmole.config.schema import ModelSection\n"
-            "from rotmole.models.load import load_model\n\n"
-            f"base = load_model(ModelSection(name={name!r}))\n"
-            f"model, tokenizer = PeftModel.from_pretrained(base.model, {folder!r}), base.tokenizer"
-        )
-    return (
-        "from peft import PeftModel\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({name!r})\n"
-        f"base = AutoModelForCausalLM.from_pretrained({name!r})\n"
-        f"model = PeftModel.from_pretrained(base, {folder!r})"
-    )
-
-
-def _figure(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
-
-
 def final_metrics(rows: Sequence[dict[str, Any]], step: int) -> dict[str, Any]:
     """Pick a run's figures from its log: those of the weights that are its result.
 
@@ -208,16 +139,14 @@ def final_metrics(rows: Sequence[dict[str, Any]], step: int) -> dict[str, Any]:
     Returns:
         train_loss, train_tokens_per_second, peak_memory_bytes, num_input_tokens_seen, and, where
         there was validation by then, every eval loss of the last one and the step it was made at.
-
-    Source: our choice.
     """
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for row in rows:
         if "train_loss" in row:
-            found |= {name: row[name] for name in _FIGURES if name in row}
+            figures |= {name: row[name] for name in _FIGURES if name in row}
     validated = [r for r in rows if r.get("eval_loss") is not None and r["step"] <= step]
     if validated:
         row = max(validated, key=lambda row: row["step"])
-        found |= {name: value for name, value in row.items() if name.endswith("_loss")}
-        found["eval_step"] = row["step"]
-    return found
+        figures |= {name: value for name, value in row.items() if name.endswith("_loss")}
+        figures["eval_step"] = row["step"]
+    return figures

@@ -16,8 +16,6 @@ def loss_svg(rows: Sequence[Mapping[str, Any]], title: str) -> str:
 
     Returns:
         SVG text: training loss, validation loss of all rows, and, thin, of each task.
-
-    Source: our choice; no state of matplotlib is touched.
     """
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
