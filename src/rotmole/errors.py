@@ -15,7 +15,8 @@ with 1 and advice; docs/failures.md lists what leads to which error.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 
 
 class RotMoleError(Exception):
@@ -71,3 +72,37 @@ class StorageError(RotMoleError, OSError):
     """The disk refused: full, read-only or missing."""
 
     exit_code = 4
+
+
+def did_you_mean(word: object, known: Iterable[str], *, cutoff: float = 0.7) -> str:
+    """Suggest the known word that is nearest to what the user wrote.
+
+    Args:
+        word: what the user wrote.
+        known: the words that exist.
+        cutoff: how alike two words must be, from 0 to 1.
+
+    Returns:
+        "; did you mean 'x'?", or the empty string if no word is near.
+
+    >>> did_you_mean("rotaton", ["rotation", "router"])
+    "; did you mean 'rotation'?"
+    """
+    nearest = difflib.get_close_matches(str(word), list(known), n=1, cutoff=cutoff)
+    return f"; did you mean {nearest[0]!r}?" if nearest else ""
+
+
+def one_of(name: str, value: object, allowed: Iterable[str]) -> str:
+    """Say that a setting's value is not one of the allowed words, and which word is nearest.
+
+    Args:
+        name: the setting's full name.
+        value: what the user wrote.
+        allowed: the allowed words; of more than twelve the first ten are listed.
+
+    >>> one_of("split", "trian", ["train", "test"])
+    "split is 'trian'; it must be one of train, test; did you mean 'train'?"
+    """
+    words = list(allowed)
+    listed = [*words[:10], "..."] if len(words) > 12 else words
+    return f"{name} is {value!r}; it must be one of {', '.join(listed)}{did_you_mean(value, words)}"

@@ -8,12 +8,11 @@ where a setting differs from the authors' code and why, stand in docs/family.md.
 from __future__ import annotations
 
 import copy
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rotmole.errors import ConfigError
+from rotmole.errors import ConfigError, one_of
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,5 @@ def preset_fields(name: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
     {'num_experts': 1, 'rotation': 'none', 'r': 4}
     """
     if name not in PRESETS:
-        near = difflib.get_close_matches(str(name), PRESETS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"preset is {name!r}; it must be one of {', '.join(PRESETS)}{hint}")
+        raise ConfigError(one_of("preset", name, PRESETS))
     return copy.deepcopy(dict(PRESETS[name].fields)) | dict(overrides)

@@ -15,9 +15,9 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from rotmole.errors import AdapterError
+from rotmole.tuner.targets import linear_widths
 
 _INSIDE_AN_ADAPTER = frozenset(
     {"base_layer", "rotmole_experts", "rotmole_dropout", "modules_to_save", "token_adapter"}
@@ -71,12 +71,8 @@ def _own_modules(body: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _shape(module: nn.Module) -> str:
     if isinstance(module, nn.Embedding):
         return f"embedding of {module.embedding_dim}"
-    if isinstance(module, Conv1D):
-        return f"{module.weight.shape[0]} -> {module.weight.shape[1]}"
-    widths = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    if not all(isinstance(width, int) for width in widths):
-        return ""
-    return f"{widths[0]} -> {widths[1]}"
+    widths = linear_widths(module)
+    return "" if widths is None else f"{widths[0]} -> {widths[1]}"
 
 
 def _digest(weight: Tensor | None) -> str | None:
@@ -85,6 +81,22 @@ def _digest(weight: Tensor | None) -> str | None:
         return None
     values = weight.detach().to(torch.bfloat16).cpu().contiguous().view(torch.int16)
     return "sha256:" + hashlib.sha256(values.numpy().astype("<i2").tobytes()).hexdigest()
+
+
+def fingerprint_problems(saved: Any) -> list[str]:
+    """Say why a saved fingerprint cannot be one; None is right."""
+    if saved is None:
+        return []
+    rule = "it must hold architecture (text), shapes (names to text) and final_norm (text or null)"
+    if not isinstance(saved, dict) or saved.keys() != {"architecture", "shapes", "final_norm"}:
+        return [f"base_fingerprint is {saved!r}; {rule}"]
+    shapes = saved["shapes"]
+    words = [saved["architecture"], saved["final_norm"] or ""]
+    if isinstance(shapes, dict):
+        words += [*shapes, *shapes.values()]
+    if not isinstance(shapes, dict) or not all(isinstance(word, str) for word in words):
+        return [f"base_fingerprint is {saved!r}; {rule}"]
+    return []
 
 
 def compare_bases(

@@ -6,15 +6,13 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from rotmole.errors import AdapterError
-
-if TYPE_CHECKING:
-    from rotmole.tuner.config import RotMoleConfig
+from rotmole.tuner.settings.settings import Settings
 
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
@@ -94,11 +92,11 @@ def _expected_size(file: Path) -> int | None:
             return None
 
 
-def header_problems(config: RotMoleConfig, header: Mapping[str, Entry]) -> list[str]:
+def header_problems(settings: Settings, header: Mapping[str, Entry]) -> list[str]:
     """Compare a file's header with the configuration beside it; no model is needed.
 
     Args:
-        config: the adapter's configuration.
+        settings: the adapter's settings.
         header: from `read_header`.
 
     Returns:
@@ -115,25 +113,25 @@ def header_problems(config: RotMoleConfig, header: Mapping[str, Entry]) -> list[
     if not factors:
         return [*problems, "it holds no tensor expert_B, so it is no adapter of this method"]
     allowed = {
-        "num_experts": _values(config, "num_experts"),
-        "r": _values(config, "r", "rank_pattern"),
+        "num_experts": _values(settings, "num_experts"),
+        "r": _values(settings, "r", "rank_pattern"),
     }
-    if config.router_scope == "block":  # modules outside of feed-forward blocks have one
+    if settings.router_scope == "block":  # modules outside of feed-forward blocks have one
         allowed["num_experts"].add(1)
-    for axis, (setting, values) in enumerate(allowed.items()):
+    for axis, (name, values) in enumerate(allowed.items()):
         odd = {shape[axis] if len(shape) == 3 else shape for shape in factors.values()} - values
         if odd:
             rule = " or ".join(str(value) for value in sorted(values))
             had = ", ".join(str(value) for value in sorted(odd, key=str))
-            problems.append(f"{setting} is {rule} in adapter_config.json, the weights have {had}")
+            problems.append(f"{name} is {rule} in adapter_config.json, the weights have {had}")
     return problems
 
 
-def _values(config: RotMoleConfig, name: str, pattern: str = "") -> set[Any]:
+def _values(settings: Settings, name: str, pattern: str = "") -> set[Any]:
     """Return the values that a count has, its exceptions by module or depth included."""
-    exceptions = getattr(config, pattern or f"{name}_pattern", None) or {}
+    exceptions = getattr(settings, pattern or f"{name}_pattern", None) or {}
     listed = exceptions.values() if isinstance(exceptions, dict) else exceptions
-    return {getattr(config, name), *listed}
+    return {getattr(settings, name), *listed}
 
 
 def value_problems(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[str]:
