@@ -2,52 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import enum
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Union, get_args, get_origin
 
 import yaml
 from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Suggest the nearest known word.
-
-    Args:
-        word: what the user wrote.
-        known: the words that exist.
-
-    Returns:
-        ``; did you mean 'x'?`` or the empty string.
-
-    Source: our choice.
-
-    >>> did_you_mean("rotaton", ["rotation", "router"])
-    "; did you mean 'rotation'?"
-    """
-    close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.7)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def one_of(word: str, words: Sequence[str]) -> str:
-    """List the words that are allowed, and the nearest.
-
-    Args:
-        word: what the user wrote.
-        words: what is allowed; of many only the first ten are listed.
-
-    Returns:
-        Words that follow "is not".
-
-    Source: our choice.
-
-    >>> one_of("trian", ["train", "test"])
-    "one of train, test; did you mean 'train'?"
-    """
-    shown = [*words[:10], "..."] if len(words) > 12 else words
-    return f"one of {', '.join(shown)}{did_you_mean(word, words)}"
+from rotmole.errors import did_you_mean, one_of
 
 
 def check_fields(
@@ -101,7 +64,7 @@ def convert(value: Any, hint: Any, name: str) -> tuple[Any, str]:
     """
     words = _enum_words(hint)
     if words and isinstance(value, str) and value not in words:
-        return value, f"{name}: {value!r} is not {one_of(value, words)}"
+        return value, one_of(name, value, words)
     if isinstance(value, bool) and not _accepts(hint, bool):
         return value, f"{name}: {value!r} is not {describe(hint)}."
     try:

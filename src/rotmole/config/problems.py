@@ -7,7 +7,8 @@ from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 
-from rotmole.config.fields import as_list, describe, did_you_mean, one_of
+from rotmole.config.fields import as_list, describe
+from rotmole.errors import did_you_mean, one_of
 
 Location = tuple[int | str, ...]
 
@@ -63,8 +64,8 @@ def _sentence(
         return f"{name}: there is no such setting{hint or '; there are ' + ', '.join(fields)}"
     is_key = bool(error["loc"]) and error["loc"][-1] == "[key]"
     if is_key or kind == "literal_error":
-        word, words = str(place[-1] if is_key else value), _words(context)
-        return f"{name}: {word!r} is not {one_of(word, words)}"
+        subject = f"a key of {name.rpartition('.')[0]}" if is_key else name
+        return one_of(subject, place[-1] if is_key else value, _words(context))
     bounds = {"greater_than": "above", "greater_than_equal": "at least", "less_than": "below"}
     if kind in bounds:
         limit = context.get("gt", context.get("ge", context.get("lt")))

@@ -8,9 +8,14 @@ This module imports neither torch nor peft.
 from __future__ import annotations
 
 import os
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr
+
+from rotmole.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rotmole.tuner.config import RotMoleConfig
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -167,3 +172,22 @@ class RunFile(Section):
     training: dict[str, Any] = Field(default_factory=dict)
     optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
+    _adapter_config: Any = PrivateAttr(default=None)
+    _config_settings: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    def set_adapter(self, settings: dict[str, Any], config: RotMoleConfig) -> None:
+        """Set the `adapter:` section and the configuration that was made of it."""
+        self.adapter = settings
+        self._config_settings, self._adapter_config = settings, config
+
+    @property
+    def adapter_config(self) -> RotMoleConfig:
+        """The adapter's configuration as it was checked; copy it before PEFT changes it.
+
+        Raises:
+            ConfigError: `load_run` did not check this run, or its adapter section changed since.
+        """
+        if self._adapter_config is None or self._config_settings != self.adapter:
+            raise ConfigError("the adapter section was not checked; read the run with load_run")
+        config: RotMoleConfig = self._adapter_config
+        return config

@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from typing import Any, cast, get_type_hints
 
-from rotmole.config.fields import check_fields, did_you_mean, one_of
+from rotmole.config.fields import check_fields
 from rotmole.config.schema import ModelSection, RunFile, TaskSection
+from rotmole.errors import did_you_mean, one_of
 
 _ROWS = "rows are rendered and tokenised by the data: section"
 _METRICS = "metrics come from `rotmole eval`"
@@ -172,7 +173,7 @@ def best_problems(training: Mapping[str, Any], tasks: Mapping[str, TaskSection])
     if metric is None or str(metric).removeprefix("eval_") in known:
         return []
     named = [f"eval_{name}" for name in known]
-    return [f"training.metric_for_best_model: {metric!r} must be {one_of(str(metric), named)}."]
+    return [one_of("training.metric_for_best_model", metric, named)]
 
 
 def sft_arguments(run: RunFile) -> dict[str, Any]:
