@@ -23,6 +23,7 @@ from rotmole.tuner.settings.ranges import (
     whole,
 )
 
+
 def _about(allowed: Range | None, text: str) -> dict[str, Any]:
     """Describe a field: its range and its meaning."""
     return {"help": text, "range": allowed}
