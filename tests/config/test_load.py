@@ -249,7 +249,7 @@ def test_overrides_that_make_no_sense(entry, words):
         (b"- 1\n- 2", "a run file is a mapping"),
         (b"", "output_dir is missing"),
         (b"a: \xff\xfe", "not UTF-8"),
-        (b"a: 1\na: 2", "stands twice"),
+        (b"a: 1\na: 2", "appears twice"),
     ],
 )
 def test_files_that_are_no_run_file(tmp_path, content, words):

@@ -22,12 +22,10 @@ def sentences(
         errors: what ``ValidationError.errors()`` returns.
         data: the mapping that was validated.
         model: the class it was validated against.
-        prefix: where in the run file `data` stands, such as ``data.``.
+        prefix: the place of `data` in the run file, such as ``data.``.
 
     Returns:
-        Sentences in the order of the errors, each setting once.
-
-    Source: our choice.
+        Sentences in the order of the errors; each setting has one.
     """
     seen: dict[Location, str] = {}
     for error in errors:
@@ -37,7 +35,7 @@ def sentences(
 
 
 def _place(error: Mapping[str, Any], data: Any) -> Location:
-    """Cut the names of union members, which pydantic appends, off the location."""
+    """Return the location without the names of union members, which pydantic appends."""
     place: list[int | str] = []
     for part in error["loc"]:
         if part == "[key]":
@@ -88,7 +86,7 @@ def _words(context: Mapping[str, Any]) -> list[str]:
 
 
 def _hint(model: type[BaseModel], place: Location) -> Any:
-    """Find the annotation at a place; None for a section."""
+    """Return the annotation at a place; None for a section."""
     hint: Any = model
     for part in place:
         section = _section(hint)
@@ -121,10 +119,10 @@ def _fields(model: type[BaseModel], place: Location) -> list[str]:
 def _help(model: type[BaseModel], place: Location) -> str:
     section: Any = model
     for part in place[:-1]:
-        known = _section(section)
-        section = known.model_fields[str(part)].annotation if known else get_args(section)[-1]
-    known = _section(section)
-    field = known.model_fields.get(str(place[-1])) if known else None
-    if field is None:
+        parent = _section(section)
+        section = parent.model_fields[str(part)].annotation if parent else get_args(section)[-1]
+    parent = _section(section)
+    field = parent.model_fields.get(str(place[-1])) if parent else None
+    if field is None or not field.description:
         return "it must be given"
-    return f"it is {field.description}" if field.description else "it must be given"
+    return f"it is {field.description}"

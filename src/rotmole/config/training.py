@@ -1,4 +1,4 @@
-"""The `training:` section: TRL SFTConfig's own names, our defaults, and what we refuse and why."""
+"""The `training:` section: names of TRL's SFTConfig, our defaults, and which names are refused."""
 
 from __future__ import annotations
 
@@ -107,20 +107,15 @@ DEFAULTS: dict[str, Any] = {
     "save_total_limit": 2,
     "report_to": "none",
 }
-"""Ours where they differ from TRL's, which suit large GPUs (bf16, checkpointing, length 1024).
+"""Defaults that replace TRL's, which suit large GPUs (bf16, checkpointing, length 1024).
 
-Every parameter of the adapter has a gradient in every update, so DDP need not look for others.
+Every parameter of the adapter has a gradient in every update, so DDP need not search for parameters
+without one.
 """
 
 
 def training_hints() -> dict[str, Any]:
-    """Give the name and type of every setting of trl.SFTConfig.
-
-    Returns:
-        Field name -> type.
-
-    Source: TRL.
-    """
+    """Return the type of every setting of trl.SFTConfig."""
     from trl import SFTConfig
 
     hints = {
@@ -128,15 +123,15 @@ def training_hints() -> dict[str, Any]:
         for name, hint in get_type_hints(SFTConfig).items()
         if name in SFTConfig.__dataclass_fields__
     }
-    for old, new in _RENAMED.items():  # a file may use either name with every transformers
+    for old, new in _RENAMED.items():  # either name works with every version of transformers
         hints[new] = hints[old] = hints[new] if new in hints else hints[old]
-    return hints | {"fsdp": bool | str | None}  # transformers' hint lacks the bool it asks for
+    return hints | {"fsdp": bool | str | None}  # transformers' hint lacks bool
 
 
 def check_training(
     values: Mapping[str, Any], model: ModelSection, has_validation: bool
 ) -> tuple[dict[str, Any], list[str]]:
-    """Check the `training:` section; collect every problem.
+    """Check the `training:` section, last of all by making an SFTConfig.
 
     Args:
         values: the section as parsed.
@@ -145,8 +140,6 @@ def check_training(
 
     Returns:
         The converted values and one sentence per problem.
-
-    Source: our choice; the last word is SFTConfig's own.
     """
     passed, problems = check_fields(values, training_hints(), REFUSED, "training")
     problems += _range_problems(passed)
@@ -157,23 +150,22 @@ def check_training(
 
 
 def best_problems(training: Mapping[str, Any], tasks: Mapping[str, TaskSection]) -> list[str]:
-    """Check that the figure by which the best checkpoint is chosen will be there.
+    """Check that validation computes the metric by which the best checkpoint is chosen.
+
+    Trainer would raise an error only at the first validation.
 
     Args:
         training: the checked section.
-        tasks: the valid tasks.
+        tasks: the tasks without a problem of their own.
 
     Returns:
-        A sentence where it will not.
-
-    Source: our choice; Trainer finds out at the first validation.
+        One sentence per problem.
     """
     metric = training.get("metric_for_best_model")
-    known = ["loss", *(f"{name}_loss" for name in tasks)]
-    if metric is None or str(metric).removeprefix("eval_") in known:
+    losses = ["loss", *(f"{name}_loss" for name in tasks)]
+    if metric is None or str(metric).removeprefix("eval_") in losses:
         return []
-    named = [f"eval_{name}" for name in known]
-    return [one_of("training.metric_for_best_model", metric, named)]
+    return [one_of("training.metric_for_best_model", metric, [f"eval_{name}" for name in losses])]
 
 
 def sft_arguments(run: RunFile) -> dict[str, Any]:
@@ -183,10 +175,8 @@ def sft_arguments(run: RunFile) -> dict[str, Any]:
         run: a run file that `load_run` has checked.
 
     Returns:
-        A plain dict that holds only arguments SFTConfig knows. Its eval_strategy is "steps" where
-        a task may have validation rows; the caller switches it off where none are found.
-
-    Source: our choice; TRL's own defaults (bf16, checkpointing, length 1024) do not suit a CPU.
+        Only arguments that SFTConfig knows. eval_strategy is "steps" if a task may have validation
+        rows; the caller switches it off if there are none.
     """
     validated = any(has_validation(task) for task in run.data.tasks.values())
     return arguments(run.training, run.output_dir, run.seed, run.model, validated)
@@ -195,23 +185,21 @@ def sft_arguments(run: RunFile) -> dict[str, Any]:
 def arguments(
     training: Mapping[str, Any], output_dir: str, seed: int, model: ModelSection, validated: bool
 ) -> dict[str, Any]:
-    """Merge defaults, the user's settings and what only rotmole may set.
+    """Merge defaults, the user's settings and the settings that only rotmole may make.
 
     Args:
         training: the checked section.
         output_dir: the run folder.
-        seed: the run's seed.
-        model: the `model:` section.
-        validated: whether any task has validation rows.
+        seed: of the run.
+        model: the `model:` section; device decides use_cpu.
+        validated: whether any task may have validation rows.
 
     Returns:
         Keyword arguments for SFTConfig.
-
-    Source: our choice.
     """
     from trl import SFTConfig
 
-    known = SFTConfig.__dataclass_fields__
+    names = SFTConfig.__dataclass_fields__
     user = {_RENAMED.get(k, k): v for k, v in training.items()}
     merged = DEFAULTS | ({"eval_strategy": "steps", "eval_steps": 0.2} if validated else {}) | user
     if merged.get("save_strategy") != "steps":
@@ -231,23 +219,18 @@ def arguments(
         "dataset_kwargs": {"skip_prepare_dataset": True},
     }
     merged.setdefault("dataloader_pin_memory", not cpu)
-    if "activation_checkpointing" not in known:  # older transformers know the older names only
+    if "activation_checkpointing" not in names:  # older transformers
         older = {new: old for old, new in _RENAMED.items()}
         merged = {older.get(k, k): v for k, v in merged.items()}
-    return {k: v for k, v in merged.items() if k in known}
+    return {k: v for k, v in merged.items() if k in names}
 
 
 def has_validation(task: TaskSection) -> bool:
-    """Tell whether a task has rows to validate on.
-
-    Args:
-        task: the task's section.
+    """Tell whether a task may have validation rows.
 
     Returns:
-        True for locale tasks, for a carved fraction, where a validation split is named, and for
-        sets of a hub, which may bring one.
-
-    Source: our choice.
+        True for locale tasks, with a validation_fraction, with validation files, and for datasets
+        of the hub, which may have a validation split.
     """
     return (
         task.source in ("locale", "hub")
@@ -257,13 +240,7 @@ def has_validation(task: TaskSection) -> bool:
 
 
 def warn_without_effect(training: Mapping[str, Any]) -> None:
-    """Warn by name of settings that another setting makes idle.
-
-    Args:
-        training: the checked section.
-
-    Source: our choice.
-    """
+    """Warn of settings of the checked section that have no effect because of another one."""
     idle = []
     if training.get("max_steps", -1) > 0 and "num_train_epochs" in training:
         idle.append(("num_train_epochs", "max_steps is set"))
@@ -333,8 +310,8 @@ def _pair_problems(values: Mapping[str, Any], model: ModelSection, validated: bo
 
 def _report_problem(report: str) -> list[str]:
     packages = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
-    known = ["none", "all", *packages, "trackio", "comet_ml", "clearml", "swanlab", "dvclive"]
-    if report not in known and (hint := did_you_mean(report, known)):
+    trackers = ["none", "all", *packages, "trackio", "comet_ml", "clearml", "swanlab", "dvclive"]
+    if report not in trackers and (hint := did_you_mean(report, trackers)):
         return [f"training.report_to: {report!r} is not known{hint}"]
     package = packages.get(report)
     if package and find_spec(package) is None:
@@ -343,7 +320,7 @@ def _report_problem(report: str) -> list[str]:
 
 
 def _library_problems(merged: dict[str, Any]) -> list[str]:
-    """Let SFTConfig itself look, without letting it claim a device for the whole process."""
+    """Make an SFTConfig for its own checks, without letting it choose the process's device."""
     import torch
     from trl import SFTConfig
 

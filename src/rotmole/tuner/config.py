@@ -25,7 +25,7 @@ REQUIRED = (
     "base_model_name_or_path", "r", "lora_alpha", "num_experts", "top_k", "selection",
     "norm_topk_prob", "rotation", "target_modules", "format_version",
 )  # fmt: skip
-"""Keys of a saved configuration without which a default would change the outputs silently."""
+"""Keys that a saved configuration must have, because their defaults could change the outputs."""
 
 # An unknown key in a saved configuration changes the outputs if its first word is one of these;
 # PEFT's own future keys do not.
@@ -89,7 +89,7 @@ class RotMoleConfig(Settings, PeftConfig):  # type: ignore[misc] # peft ships no
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> RotMoleConfig:
-        """Make the configuration of a published method; docs/family.md says what each is.
+        """Make the configuration of a published method; docs/family.md describes the methods.
 
             RotMoleConfig.preset("goat", r=4, task_type="CAUSAL_LM")
 
@@ -98,7 +98,7 @@ class RotMoleConfig(Settings, PeftConfig):  # type: ignore[misc] # peft ships no
                 "loramoe" (2312.09979), "mola" (2402.08562), "mixlora" (2404.15159), "adamole"
                 (2405.00361), "goat" (2502.16894), "switch" (2101.03961), "top_p" (2403.07652),
                 "radargate" (2505.23184), "rotmole" (2605.25565) or "flylora" (2510.08396).
-            overrides: further settings, which win over the preset's.
+            overrides: further settings, which replace the preset's.
 
         Raises:
             ConfigError: no such preset, or settings that do not fit.
@@ -114,12 +114,14 @@ class RotMoleConfig(Settings, PeftConfig):  # type: ignore[misc] # peft ships no
                 left to PEFT, which warns about them.
         """
         if kwargs.get("peft_type", "ROTMOLE") != "ROTMOLE":
-            return kwargs  # another method's file: PEFT makes that method's configuration of it
+            return (
+                kwargs  # another method's file, from which PEFT makes that method's configuration
+            )
         absent = [key for key in REQUIRED if key not in kwargs]
         if absent and "peft_type" in kwargs:
             raise AdapterError(
-                f"adapter_config.json: {', '.join(absent)} missing; without them the outputs could "
-                "change unseen, so save the adapter again or restore the file"
+                f"adapter_config.json: {', '.join(absent)} missing; their defaults could change "
+                "the outputs, so save the adapter again or restore the file"
             )
         names = {entry.name for entry in fields(cls)}
         problems = []
@@ -139,11 +141,11 @@ class RotMoleConfig(Settings, PeftConfig):  # type: ignore[misc] # peft ships no
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> RotMoleConfig:
-        """Read a saved configuration; what lies beside it in a local folder is looked at as well.
+        """Read a saved configuration; in a local folder, check the header of the weights as well.
 
         Raises:
             AdapterError: a key that changes the outputs is missing or unknown, or the weights are
-                a pickle, damaged, of no float format, or of another rank or number of experts.
+                a pickle, damaged, not floating-point, or of another rank or number of experts.
             ConfigError: a value is wrong.
         """
         folder = Path(pretrained_model_name_or_path, subfolder or "")

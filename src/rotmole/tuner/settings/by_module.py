@@ -1,4 +1,4 @@
-"""Settings that differ from module to module: by a pattern of names, or by depth."""
+"""The settings of one module: patterns of names, and values by depth."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from rotmole.tuner.settings.settings import Settings
 
 
 def depth_share(model: nn.Module, name: str, parts: int) -> int | None:
-    """Tell in which of `parts` equal parts of the model's depth a module lies.
+    """Return in which of `parts` equal parts of the model's depth a module is.
 
     Args:
         model: the base model.
         name: path of the module.
-        parts: into how many parts the list of layers is cut.
+        parts: number of parts into which the list of layers is divided.
 
     Returns:
         0 to parts - 1; None for a module that is in no numbered list of layers.
@@ -34,17 +34,14 @@ def depth_share(model: nn.Module, name: str, parts: int) -> int | None:
 def value_for(
     pattern: Mapping[str, int] | Sequence[int], default: int, model: nn.Module, name: str
 ) -> int:
-    """Find a module's value.
+    """Return a module's value of a setting that has a pattern.
 
     Args:
         pattern: {pattern of names: value}, as PEFT's rank_pattern; or a list, one value for each
             equal part of the depth, the first for the layers next to the input.
-        default: what holds where nothing matches.
+        default: the value if nothing matches.
         model: the base model.
         name: path of the module.
-
-    Returns:
-        The value.
     """
     if isinstance(pattern, Mapping):
         return pattern.get(get_pattern_key(list(pattern), name), default)
