@@ -91,7 +91,7 @@ evaluation: {split: dev}
         "'foo' is not of the form key=value",
         "seed: -1 must be at least 0",
         "sed: there is no such setting; did you mean 'seed'?",
-        "output_dir is empty; it is the run folder",
+        "output_dir is empty: folder that the run writes to",
         "model.nme: there is no such setting; did you mean 'name'?",
         "model.dtype is 'bf16'; it must be one of auto, float32, bfloat16, float16",
         "adapter.rotaton: there is no such setting; did you mean 'rotation'?",
@@ -112,7 +112,7 @@ evaluation: {split: dev}
         "training.optim is 'adamw_troch'; it must be one of",
         "training.max_steps: 'two' is not a whole number",
         "training.bf16: 3 is not true or false",
-        "training.per_device_train_batch_size: 0 must be at least 1",
+        "training.per_device_train_batch_size is 0; it must be a whole number of at least 1",
         "evaluation.split is 'dev'; it must be one of train, validation, test",
     ]
     for words in expected:
@@ -143,11 +143,11 @@ def test_adapter_rules(override, words):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("training.learning_rate=-1", "must be 0 or above"),
-        ("training.learning_rate=.inf", "must be 0 or above"),
-        ("training.max_steps=0", "must be at least 1, or -1"),
+        ("training.learning_rate=-1", "must be a number of at least 0"),
+        ("training.learning_rate=.inf", "must be a number of at least 0"),
+        ("training.max_steps=0", "must be a whole number of at least 1, or -1"),
         ("training.adam_beta1=1", "below 1"),
-        ("training.num_train_epochs=0", "above 0"),
+        ("training.num_train_epochs=0", "a number above 0"),
         ("training.lr_scheduler_type=cosin", "did you mean 'cosine'"),
         ("training.eval_strategy=sometimes", "must be one of no, steps, epoch"),
         ("training.fp16=true", "needs a GPU"),

@@ -111,7 +111,8 @@ def describe(hint: Any) -> str:
         return " or ".join(dict.fromkeys(words))
     origin = get_origin(hint)
     if origin in (list, set, tuple) and get_args(hint):
-        return f"a list of {describe(get_args(hint)[0]).removeprefix('a ')}"
+        entry = describe(get_args(hint)[0])
+        return f"a list of {entry.removeprefix('a ')}{'s' if entry.endswith('number') else ''}"
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         return "one of " + ", ".join(str(member.value) for member in hint)
     if str(origin) == "typing.Literal":

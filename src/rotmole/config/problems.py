@@ -55,7 +55,7 @@ def _sentence(
     name = prefix + ".".join(str(part) for part in place)
     value, kind, context = error.get("input"), error["type"], error.get("ctx") or {}
     if kind == "missing":
-        return f"{name} is missing; {_help(model, place)}."
+        return f"{name} is missing{_meaning(model, place)}"
     if kind == "extra_forbidden":
         fields = _fields(model, place[:-1])
         hint = did_you_mean(str(place[-1]), fields)
@@ -69,7 +69,7 @@ def _sentence(
         limit = context.get("gt", context.get("ge", context.get("lt")))
         return f"{name}: {value!r} must be {bounds[kind]} {limit}."
     if kind in ("too_short", "string_too_short"):
-        return f"{name} is empty; {_help(model, place)}."
+        return f"{name} is empty{_meaning(model, place)}"
     return f"{name}: {value!r} is not {_wanted(_hint(model, place), place, value)}."
 
 
@@ -116,7 +116,8 @@ def _fields(model: type[BaseModel], place: Location) -> list[str]:
     return list(section.model_fields) if section else []
 
 
-def _help(model: type[BaseModel], place: Location) -> str:
+def _meaning(model: type[BaseModel], place: Location) -> str:
+    """Return what a setting means, as it follows its name; a period if it is not described."""
     section: Any = model
     for part in place[:-1]:
         parent = _section(section)
@@ -124,5 +125,5 @@ def _help(model: type[BaseModel], place: Location) -> str:
     parent = _section(section)
     field = parent.model_fields.get(str(place[-1])) if parent else None
     if field is None or not field.description:
-        return "it must be given"
-    return f"it is {field.description}"
+        return "."
+    return f": {field.description[0].lower()}{field.description[1:]}"

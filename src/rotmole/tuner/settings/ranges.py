@@ -76,7 +76,7 @@ def above(bound: float) -> Range:
 
 def share(*, zero: bool = False, one: bool = False) -> Range:
     """Allow numbers between 0 and 1; `zero` and `one` include the ends."""
-    low, high = "at least" if zero else "above", "at most" if one else "below"
+    low, high = "of at least" if zero else "above", "at most" if one else "below"
 
     def allows(value: Any) -> bool:
         inside = is_number(value) and 0 <= value <= 1

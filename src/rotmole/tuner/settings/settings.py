@@ -24,9 +24,9 @@ from rotmole.tuner.settings.ranges import (
 )
 
 
-def _about(allowed: Range | None, text: str) -> dict[str, Any]:
-    """Describe a field: its range and its meaning."""
-    return {"help": text, "range": allowed}
+def _about(allowed: Range | None, text: str, *, example: Any) -> dict[str, Any]:
+    """Describe a field: its range (None: PEFT checks it), its meaning, and a possible value."""
+    return {"help": text, "range": allowed, "example": example}
 
 
 _START = Range(
@@ -40,15 +40,17 @@ class Settings:
 
         y = W x + s * sum_{e in S(x)} g_e(x) * R_e(x)[ A_e drop(x) ] B_e
 
-    RotMoleConfig adds what PEFT needs. Each field holds its meaning ("help") and its range
-    ("range") in its metadata; docs/reference.md is generated from them.
+    RotMoleConfig adds what PEFT needs. The metadata of each field holds its meaning ("help"), its
+    range ("range") and an example; docs/reference.md is generated from them.
     """
 
-    r: int = field(default=8, metadata=_about(whole(1), "R, the rank of each expert."))
+    r: int = field(default=8, metadata=_about(whole(1), "R, the rank of each expert.", example=16))
     lora_alpha: float = field(
         default=16,
         metadata=_about(
-            above(0), "The scale is s = lora_alpha / r; with use_rslora, lora_alpha / sqrt(r)."
+            above(0),
+            "The scale is s = lora_alpha / r; with use_rslora, lora_alpha / sqrt(r).",
+            example=32,
         ),
     )
     lora_dropout: float = field(
@@ -56,10 +58,11 @@ class Settings:
         metadata=_about(
             share(zero=True),
             "Probability of dropping an input of A and of vector gates in training.",
+            example=0.05,
         ),
     )
     use_rslora: bool = field(
-        default=False, metadata=_about(flag(), "Scale by lora_alpha / sqrt(r).")
+        default=False, metadata=_about(flag(), "Scale by lora_alpha / sqrt(r).", example=True)
     )
     num_experts: int = field(
         default=4,
@@ -67,6 +70,7 @@ class Settings:
             whole(1),
             "E, the number of experts in each adapted layer. With 1 there is no router, and "
             "rotation none is LoRA itself.",
+            example=8,
         ),
     )
     top_k: int | None = field(
@@ -75,6 +79,7 @@ class Settings:
             or_null(whole(1)),
             "K, the number of experts that a token uses; null means 2, or 1 if every module has "
             "one expert.",
+            example=1,
         ),
     )
     router: str = field(
@@ -83,6 +88,7 @@ class Settings:
             choice(ROUTERS),
             "How experts are scored. hash reads the token's id, magnitude the length of A x; "
             "the others are learned. docs/method.md has the formulas.",
+            example="cosine",
         ),
     )
     router_dim: int | None = field(
@@ -91,12 +97,15 @@ class Settings:
             or_null(whole(1)),
             "Hidden width of the routers mlp, mlp_hadamard, cosine, attention and hybrid; null "
             "means 16.",
+            example=32,
         ),
     )
     router_temperature: float | None = field(
         default=None,
         metadata=_about(
-            or_null(above(0)), "Divides the router's scores; null means 1, for cosine 0.07."
+            or_null(above(0)),
+            "Divides the router's scores; null means 1, for cosine 0.07.",
+            example=0.5,
         ),
     )
     router_jitter: float = field(
@@ -105,21 +114,27 @@ class Settings:
             share(zero=True),
             "In training, each input of a router is multiplied by a random number, uniform "
             "between 1 - router_jitter and 1 + router_jitter.",
+            example=0.01,
         ),
     )
-    router_seed: int = field(default=0, metadata=_about(whole(0), "Seed of the router hash."))
+    router_seed: int = field(
+        default=0, metadata=_about(whole(0), "Seed of the router hash.", example=1)
+    )
     router_bias_rate: float = field(
         default=0.0,
         metadata=_about(
             at_least(0),
             "How far the balancing bias of each expert moves in an optimizer step. The bias is "
             "added to the scores for the selection only. With 0 there is no bias.",
+            example=0.001,
         ),
     )
     scoring: str = field(
         default="softmax",
         metadata=_about(
-            choice(SCORINGS), "How scores become weights; sigmoid needs selection top_k or dense."
+            choice(SCORINGS),
+            "How scores become weights; sigmoid needs selection top_k or dense.",
+            example="sigmoid",
         ),
     )
     selection: str = field(
@@ -130,11 +145,14 @@ class Settings:
             "(dense), the fewest experts whose probability reaches top_p (top_p), those above a "
             "learned threshold (threshold), or each expert takes its best tokens of a "
             "sequence, top_k experts a token on average (expert_choice; not for causal models).",
+            example="top_p",
         ),
     )
     top_p: float = field(
         default=0.5,
-        metadata=_about(share(one=True), "The probability that selection top_p must reach."),
+        metadata=_about(
+            share(one=True), "The probability that selection top_p must reach.", example=0.4
+        ),
     )
     norm_topk_prob: bool = field(
         default=True,
@@ -142,16 +160,23 @@ class Settings:
             flag(),
             "Whether the weights of the selected experts are divided by their sum; false leaves "
             "them as they are.",
+            example=False,
         ),
     )
     rotation: str = field(
         default="tangent",
-        metadata=_about(choice(ROTATIONS), "The rotation gate; docs/method.md has the formulas."),
+        metadata=_about(
+            choice(ROTATIONS),
+            "The rotation gate; docs/method.md has the formulas.",
+            example="givens",
+        ),
     )
     rotation_input: str = field(
         default="x",
         metadata=_about(
-            choice(("x", "z")), "What the vector gate of rotation bias reads: x, or z = A x."
+            choice(("x", "z")),
+            "What the vector gate of rotation bias reads: x, or z = A x.",
+            example="z",
         ),
     )
     rotation_metric: str = field(
@@ -160,12 +185,15 @@ class Settings:
             choice(("rank", "output")),
             "Which length the rotation keeps: that of z (rank), or that of the expert's output "
             "(output).",
+            example="output",
         ),
     )
     rotation_planes: int | None = field(
         default=None,
         metadata=_about(
-            or_null(whole(1)), "Number of planes that rotation givens turns; null means r / 2."
+            or_null(whole(1)),
+            "Number of planes that rotation givens turns; null means r / 2.",
+            example=2,
         ),
     )
     radar_rank: int | None = field(
@@ -174,11 +202,14 @@ class Settings:
             or_null(whole(1)),
             "Hidden width of rotation radar (null means 8) and of radar_pairs (null means "
             "angles that do not depend on the input).",
+            example=4,
         ),
     )
     radar_normalize: bool = field(
         default=True,
-        metadata=_about(flag(), "Whether radar's features are divided by their root mean square."),
+        metadata=_about(
+            flag(), "Whether radar's features are divided by their root mean square.", example=False
+        ),
     )
     router_aux_loss_coef: float = field(
         default=0.0,
@@ -186,6 +217,7 @@ class Settings:
             at_least(0),
             "Weight of the load-balance loss (1 when balanced), averaged over the adapted "
             "layers. It acts through the gradient and is not part of the reported loss.",
+            example=0.01,
         ),
     )
     router_aux_loss_scope: str = field(
@@ -194,6 +226,7 @@ class Settings:
             choice(("sequence", "micro_batch")),
             "Over which tokens the load-balance loss averages: a sequence (the loss does not "
             "depend on how a batch is split), or a micro-batch (it does).",
+            example="micro_batch",
         ),
     )
     router_z_loss_coef: float = field(
@@ -202,6 +235,7 @@ class Settings:
             at_least(0),
             "Weight of the router z-loss, averaged over the adapted layers; it is not part of "
             "the reported loss.",
+            example=0.001,
         ),
     )
     router_task_loss_coef: float = field(
@@ -210,6 +244,7 @@ class Settings:
             at_least(0),
             "Weight of LoRAMoE's localised loss, averaged over the adapted layers. Each batch "
             "must bring `task_id`: for each row one whole number, the group of the row's task.",
+            example=0.1,
         ),
     )
     router_task_offset: float = field(
@@ -218,6 +253,7 @@ class Settings:
             share(zero=True),
             "a of the localised loss: experts of a row's own group count 1 - a, other experts 1 "
             "+ a.",
+            example=0.2,
         ),
     )
     router_task_groups: int = field(
@@ -226,6 +262,7 @@ class Settings:
             whole(1),
             "Number of groups into which the localised loss splits the experts, evenly and in "
             "order.",
+            example=3,
         ),
     )
     router_sqrt_gate: bool = field(
@@ -234,6 +271,7 @@ class Settings:
             flag(),
             "Whether A, B and the rotation get the gradient of a mixture weighted by sqrt(g) in "
             "place of g (arXiv 2502.15828).",
+            example=True,
         ),
     )
     router_scope: str = field(
@@ -243,6 +281,7 @@ class Settings:
             "layer: each adapted layer has its own router. block (MixLoRA): each feed-forward "
             "block has one router, its experts adapt all layers of the block, and modules "
             "outside of such blocks have one expert.",
+            example="block",
         ),
     )
     dispatch: str = field(
@@ -252,6 +291,7 @@ class Settings:
             "How experts are computed: all in one product (fused), only the selected ones "
             "(grouped), or grouped from 12 experts for each selected one (auto; "
             "docs/performance.md). The blocks of router_scope block are always fused.",
+            example="grouped",
         ),
     )
     compute_dtype: str = field(
@@ -263,6 +303,7 @@ class Settings:
             "Autocast overrides both. Gates, routing and angles are computed in at least "
             "float32. The blocks of router_scope block compute as with adapter. "
             "docs/performance.md compares the two.",
+            example="input",
         ),
     )
     target_modules: list[str] | set[str] | str | None = field(
@@ -271,37 +312,52 @@ class Settings:
             modules(),
             "Modules to adapt: a list of names, a regular expression, or 'all-linear'; null "
             "means PEFT's choice for the model's architecture.",
+            example=["q_proj", "v_proj"],
         ),
     )
     exclude_modules: list[str] | set[str] | str | None = field(
         default=None,
         metadata=_about(
-            modules(), "Modules to leave out: a list of names or a regular expression."
+            modules(),
+            "Modules to leave out: a list of names or a regular expression.",
+            example=["lm_head"],
         ),
     )
     layers_to_transform: list[int] | int | None = field(
-        default=None, metadata=_about(None, "Indices of the layers to adapt; null means all.")
+        default=None,
+        metadata=_about(None, "Indices of the layers to adapt; null means all.", example=[0, 1]),
     )
     layers_pattern: list[str] | str | None = field(
         default=None,
-        metadata=_about(None, "Name of the model's list of layers, for layers_to_transform."),
+        metadata=_about(
+            None, "Name of the model's list of layers, for layers_to_transform.", example="layers"
+        ),
     )
     rank_pattern: dict[str, int] = field(
         default_factory=dict,
-        metadata=_about(by_module(whole(1)), "r of the modules whose names match a pattern."),
+        metadata=_about(
+            by_module(whole(1)),
+            "r of the modules whose names match a pattern.",
+            example={"q_proj": 16},
+        ),
     )
     alpha_pattern: dict[str, float] = field(
         default_factory=dict,
         metadata=_about(
-            by_module(above(0)), "lora_alpha of the modules whose names match a pattern."
+            by_module(above(0)),
+            "lora_alpha of the modules whose names match a pattern.",
+            example={"q_proj": 32},
         ),
     )
     modules_to_save: list[str] | None = field(
         default=None,
-        metadata=_about(None, "Further modules that are trained and saved as a whole."),
+        metadata=_about(
+            None, "Further modules that are trained and saved as a whole.", example=["embed_tokens"]
+        ),
     )
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
-        default=None, metadata=_about(None, "Token ids whose embeddings are trained.")
+        default=None,
+        metadata=_about(None, "Token ids whose embeddings are trained.", example=[0, 1]),
     )
     num_experts_pattern: dict[str, int] | list[int] = field(
         default_factory=dict,
@@ -309,6 +365,7 @@ class Settings:
             by_module(whole(1), or_by_depth=True),
             "num_experts of the modules whose names match a pattern, or by depth: MoLA is [2, "
             "4, 6, 8]. A module with one expert has no router.",
+            example=[2, 4, 6, 8],
         ),
     )
     top_k_pattern: dict[str, int] | list[int] = field(
@@ -316,6 +373,7 @@ class Settings:
         metadata=_about(
             by_module(whole(1), or_by_depth=True),
             "top_k of the modules whose names match a pattern, or by depth.",
+            example={"down_proj": 1},
         ),
     )
     share_A: bool = field(
@@ -324,6 +382,7 @@ class Settings:
             flag(),
             "Whether all experts share one A, of shape [1, R, D]; A x is computed once "
             "(HydraLoRA).",
+            example=True,
         ),
     )
     frozen: str = field(
@@ -332,6 +391,7 @@ class Settings:
             choice(("none", "A", "AB")),
             "Which factors keep their initial values. AB trains the gates only and is for "
             "experts imported with RotMoleModel.from_adapters.",
+            example="A",
         ),
     )
     A_density: float = field(
@@ -339,6 +399,7 @@ class Settings:
         metadata=_about(
             share(one=True),
             "Share of the entries in each row of a frozen A that are not zero (FlyLoRA: K / E).",
+            example=0.25,
         ),
     )
     goat_eta: float | None = field(
@@ -346,6 +407,7 @@ class Settings:
         metadata=_about(
             or_null(above(0)),
             "A number replaces the scale by GOAT's closed form, s = sqrt(3 goat_eta D / r).",
+            example=1.0,
         ),
     )
     init_weights: bool | str = field(
@@ -356,6 +418,7 @@ class Settings:
             "uniform, B zero, rotations at the identity). gaussian: the same with a normal A. "
             "svd (GOAT): experts start at segments of the base weight's SVD, and what balanced "
             "gates would add is subtracted. false: everything is random, for tests.",
+            example="gaussian",
         ),
     )
 
