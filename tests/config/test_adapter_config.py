@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import pytest
 import yaml
+from transformers import AutoModelForCausalLM
 
 from rotmole import ConfigError, RotMoleConfig
+from rotmole.models.preview import adapter_problems
+from rotmole.training.build import add_adapter
 from rotmole_cli import main
 from training_cases import run_file, settings, write_data, write_model
 
@@ -47,6 +51,24 @@ def test_a_run_makes_it_once_and_warns_once(
 def test_an_adapter_section_that_changed_after_the_check_is_refused(tmp_path: Path) -> None:
     run = run_file(tmp_path, tmp_path, tmp_path / "run")
     assert run.adapter_config.r == run.adapter["r"] == 4
-    changed = run.model_copy(update={"adapter": run.adapter | {"r": 6}})
+    copied = run.model_copy(update={"adapter": run.adapter | {"r": 6}})
     with pytest.raises(ConfigError, match="load_run"):
-        _ = changed.adapter_config
+        _ = copied.adapter_config
+    run.adapter["r"] = 6
+    with pytest.raises(ConfigError, match="load_run"):
+        _ = run.adapter_config
+
+
+def test_another_process_gets_the_configuration_with_the_run(tmp_path: Path) -> None:
+    run = run_file(tmp_path, tmp_path, tmp_path / "run")
+    assert pickle.loads(pickle.dumps(run)).adapter_config == run.adapter_config
+
+
+def test_what_training_does_to_its_configuration_leaves_that_of_the_run(tmp_path: Path) -> None:
+    run = run_file(write_model(tmp_path / "model"), tmp_path, tmp_path / "run")
+    before = run.adapter_config.to_dict()
+    base = AutoModelForCausalLM.from_pretrained(run.model.name)
+    model = add_adapter(run, base)
+    assert model.peft_config["default"].base_fingerprint is not None
+    assert adapter_problems(run.model, run.adapter_config) == []
+    assert run.adapter_config.to_dict() == before

@@ -7,6 +7,7 @@ docs/reference.md is generated from the descriptions and examples here.
 
 from __future__ import annotations
 
+import copy
 import os
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -312,7 +313,7 @@ class RunFile(Section):
     def set_adapter(self, settings: dict[str, Any], config: RotMoleConfig) -> None:
         """Set the `adapter:` section and the configuration that was made of it."""
         self.adapter = settings
-        self._config_settings, self._adapter_config = settings, config
+        self._config_settings, self._adapter_config = copy.deepcopy(settings), config
 
     @property
     def adapter_config(self) -> RotMoleConfig:
