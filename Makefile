@@ -57,8 +57,9 @@ imports: setup  ## check that imports only point to the left of the pipeline
 docs: setup  ## run every code block of README and docs
 	$(TEST_ENV) $(BIN)/python -m pytest -q tests/docs
 
-pages: setup  ## write what is generated: docs/files.md, the demo's table in README.md, the picture
+pages: setup  ## write what is generated: docs/files.md and reference.md, the demo's table in README.md, the picture
 	$(BIN)/python docs/scripts/files.py
+	$(BIN)/python docs/scripts/reference.py
 	$(BIN)/python docs/scripts/demo_table.py
 	$(BIN)/python docs/scripts/turn.py
 

@@ -111,7 +111,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         text = run_text(arguments, Path(name))
         run, watch = load_run(None, text=text), Watch()
-        model = preview(run.model, run.adapter, torch.float32)
+        model = preview(run.model, run.adapter_config, torch.float32)
         length = WORDS + 4
         guess = estimate_memory(
             model, batch=arguments.batch, length=length, settings=sft_arguments(run), process=0

@@ -1,21 +1,22 @@
-"""Every error that rotmole raises on purpose, and the exit code the command line gives it.
+"""Every error that rotmole raises on purpose, and the exit code of the command line for it.
 
     RotMoleError                      exit 1
-    ├── InputError (ValueError)       exit 2   bad input: said before work starts where it can be
+    ├── InputError (ValueError)       exit 2   bad input; raised before work starts if possible
     │   ├── ConfigError                        a run file or adapter configuration: every problem
     │   ├── DataError                          a data file: path, row number and snippet
     │   ├── ModelError                         a base model that cannot be loaded or adapted
     │   └── AdapterError                       an adapter folder that is broken or does not fit
     ├── NonFiniteError                exit 3   training stopped before a NaN reached the weights
-    └── StorageError (OSError)        exit 4   a disk that is full, read-only or gone
+    └── StorageError (OSError)        exit 4   a disk that is full, read-only or missing
 
-Interrupted runs exit with 130 (Ctrl-C) or 143 (SIGTERM) after saving. Running out of memory exits
-with 1 and advice; docs/failures.md lists what leads to which error.
+Interrupted runs exit with 130 (Ctrl-C) or 143 (SIGTERM) after saving. If memory runs out, the exit
+code is 1 and the message says what to change; docs/failures.md lists the causes of each error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 
 
 class RotMoleError(Exception):
@@ -34,8 +35,8 @@ class ConfigError(InputError):
     """One or more settings are wrong.
 
     Args:
-        problems: one sentence per wrong setting; all of them are shown at once.
-        where: what was being read, such as a file name.
+        problems: one sentence per wrong setting; the message lists all of them.
+        where: what was read, such as a file name.
     """
 
     def __init__(self, problems: Sequence[str] | str, where: str = "") -> None:
@@ -50,7 +51,7 @@ class ConfigError(InputError):
 
 
 class DataError(InputError):
-    """A data source is wrong: names the file, the row and a snippet."""
+    """A data source is wrong; the message has the file, the row and a part of its text."""
 
 
 class ModelError(InputError):
@@ -62,12 +63,46 @@ class AdapterError(InputError):
 
 
 class NonFiniteError(RotMoleError):
-    """Training met a NaN or an infinity and stopped before the update."""
+    """A loss or gradient is NaN or infinite; training stopped before the update."""
 
     exit_code = 3
 
 
 class StorageError(RotMoleError, OSError):
-    """The disk refused: full, read-only or missing."""
+    """The disk is full, read-only or missing."""
 
     exit_code = 4
+
+
+def did_you_mean(word: object, known: Iterable[str], *, cutoff: float = 0.7) -> str:
+    """Suggest the known word that is nearest to what the user wrote.
+
+    Args:
+        word: what the user wrote.
+        known: the words that exist.
+        cutoff: how alike two words must be, from 0 to 1.
+
+    Returns:
+        "; did you mean 'x'?", or the empty string if no word is near.
+
+    >>> did_you_mean("rotaton", ["rotation", "router"])
+    "; did you mean 'rotation'?"
+    """
+    nearest = difflib.get_close_matches(str(word), list(known), n=1, cutoff=cutoff)
+    return f"; did you mean {nearest[0]!r}?" if nearest else ""
+
+
+def one_of(name: str, value: object, allowed: Iterable[str]) -> str:
+    """Say that a setting's value is not one of the allowed words, and which word is nearest.
+
+    Args:
+        name: the setting's full name.
+        value: what the user wrote.
+        allowed: the allowed words; of more than twelve the first ten are listed.
+
+    >>> one_of("split", "trian", ["train", "test"])
+    "split is 'trian'; it must be one of train, test; did you mean 'train'?"
+    """
+    words = list(allowed)
+    listed = [*words[:10], "..."] if len(words) > 12 else words
+    return f"{name} is {value!r}; it must be one of {', '.join(listed)}{did_you_mean(value, words)}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
 from importlib.util import find_spec
@@ -55,9 +54,9 @@ def init(path: Path, template: str, *, force: bool = False, show: bool = False) 
             print(f"{name:<18}{first.lstrip('# ')}")
         return 0
     if template not in files:
-        near = difflib.get_close_matches(template, files, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise InitError(f"--template: {template!r} is not one of {', '.join(files)}{hint}")
+        from rotmole.errors import one_of  # importing rotmole takes seconds
+
+        raise InitError(one_of("--template", template, files))
     if path.is_dir():
         path = path / "run.yaml"
     launches = files[template].parent.name == "launch"

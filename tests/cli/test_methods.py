@@ -12,11 +12,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from rotmole import RotMoleConfig
 from rotmole.config.load import load_run
 from rotmole.models.preview import preview, trainable_by_role
 from rotmole.training.build import add_adapter
 from rotmole.training.callbacks.metrics import read_metrics
-from rotmole.tuner.settings.presets import PRESETS, preset_fields
+from rotmole.tuner.settings.presets import PRESETS
 from rotmole_cli import main
 from training_cases import settings, write_data, write_model
 
@@ -103,10 +104,11 @@ def test_the_table_has_every_preset_and_counts_lora_by_hand(
 def test_what_is_frozen_counts_in_no_role(run_yaml: Path) -> None:
     model = load_run(run_yaml).model
     sizes = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
-    fly = preset_fields("flylora", sizes | {"r": 1})
+    fly = RotMoleConfig.preset("flylora", **sizes | {"r": 1})
     roles = trainable_by_role(preview(model, fly, torch.float32))
     assert roles == {"expert": 2 * 32 * 48, "scaling_gate": 0, "rotation_gate": 0, "other": 0}
-    goat = trainable_by_role(preview(model, preset_fields("goat", sizes), torch.float32))
+    svd = RotMoleConfig.preset("goat", **sizes)
+    goat = trainable_by_role(preview(model, svd, torch.float32))
     assert (goat["expert"], goat["other"]) == (2 * 8 * 2 * (64 + 48), 0)
 
 

@@ -43,8 +43,8 @@ def test_scalars_mean_what_they_look_like(text, value):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("a: 1\nb: 2\na: 3", "line 3, column 1: the key 'a' stands twice"),
-        ("x: {r: 1, r: 2}", "the key 'r' stands twice"),
+        ("a: 1\nb: 2\na: 3", "line 3, column 1: the key 'a' appears twice"),
+        ("x: {r: 1, r: 2}", "the key 'r' appears twice"),
         ("a: [1, 2", "line 1"),
         ("a: !!python/object/apply:os.system [ls]", "constructor"),
         ("? [1]\n: 2", "plain word"),

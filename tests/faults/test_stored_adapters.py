@@ -376,7 +376,7 @@ def test_row_13_auto_mapping_to_a_foreign_module_is_ignored(
     said = command("generate", None, adapter, FRESH, "--max-new-tokens", 1)
     assert said.code == 0
     assert "auto_mapping names the module 'evil'" in said.error
-    with pytest.warns(UserWarning, match="'evil', which is not transformers'"):
+    with pytest.warns(UserWarning, match="'evil', which is not part of transformers"):
         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter))
     assert model.peft_config["default"].auto_mapping is None
     assert not (tmp_path / "it ran").exists()

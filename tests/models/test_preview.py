@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -22,10 +24,14 @@ def section(tmp_path_factory):
 ADAPTER = {"r": 4, "num_experts": 3, "rotation": "plane", "target_modules": ["q_proj", "up_proj"]}
 
 
+def config(adapter: dict[str, Any]) -> rotmole.RotMoleConfig:
+    return rotmole.RotMoleConfig(task_type="CAUSAL_LM", **adapter)
+
+
 @pytest.mark.parametrize("rotation", ["none", "tangent", "plane", "radar_pairs"])
 def test_the_counts_are_those_of_the_real_model(section, rotation):
     adapter = ADAPTER | {"rotation": rotation}
-    shown = preview(section, adapter, torch.float32)
+    shown = preview(section, config(adapter), torch.float32)
     real = get_peft_model(
         load_model(section).model, rotmole.RotMoleConfig(**adapter, task_type="CAUSAL_LM")
     )
@@ -37,7 +43,7 @@ def test_the_counts_are_those_of_the_real_model(section, rotation):
 
 
 def test_modules_to_save_are_counted(section):
-    shown = preview(section, ADAPTER | {"modules_to_save": ["norm"]}, torch.float32)
+    shown = preview(section, config(ADAPTER | {"modules_to_save": ["norm"]}), torch.float32)
     assert trainable_by_role(shown)["other"] == 5 * 32  # PEFT takes every name that ends so
 
 
@@ -54,18 +60,18 @@ def test_modules_to_save_are_counted(section):
     ],
 )
 def test_targets_that_do_not_fit(section, targets, words):
-    text = " ".join(adapter_problems(section, ADAPTER | {"target_modules": targets}))
+    text = " ".join(adapter_problems(section, config(ADAPTER | {"target_modules": targets})))
     for word in words:
         assert word in text
 
 
 @pytest.mark.parametrize("targets", [["q_proj"], "all-linear", None, r".*\.[qk]_proj"])
 def test_targets_that_fit(section, targets):
-    assert adapter_problems(section, ADAPTER | {"target_modules": targets}) == []
+    assert adapter_problems(section, config(ADAPTER | {"target_modules": targets})) == []
 
 
 def test_a_model_that_is_not_there():
-    (problem,) = adapter_problems(ModelSection(name="/no/such"), ADAPTER)
+    (problem,) = adapter_problems(ModelSection(name="/no/such"), config(ADAPTER))
     assert "no such folder" in problem
 
 
@@ -96,14 +102,14 @@ def test_the_trace_counts_what_autograd_really_keeps(section, rotation):
         rotmole.RotMoleConfig(**adapter, task_type="CAUSAL_LM"),
     )
     kept, _ = live_bytes(real, 4, 96)
-    shown = preview(section, adapter, torch.float32)
+    shown = preview(section, config(adapter), torch.float32)
     traced = traced_peak(shown, batch=4, length=96, checkpointing=False)
     assert kept <= traced <= 1.5 * kept  # the peak holds passing tensors and gradients as well
 
 
 def test_checkpointing_needs_less_and_more_tokens_need_more(section):
     def traced(batch, length, checkpointing=False):
-        shown = preview(section, ADAPTER, torch.float32)
+        shown = preview(section, config(ADAPTER), torch.float32)
         return traced_peak(shown, batch=batch, length=length, checkpointing=checkpointing)
 
     plain = traced(4, 96)
@@ -113,7 +119,7 @@ def test_checkpointing_needs_less_and_more_tokens_need_more(section):
 
 def test_the_parts_of_the_estimate(section):
     def estimate(quantization="none", **settings):
-        shown = preview(section, ADAPTER, torch.bfloat16)
+        shown = preview(section, config(ADAPTER), torch.bfloat16)
         return estimate_memory(
             shown,
             batch=2,
@@ -123,7 +129,7 @@ def test_the_parts_of_the_estimate(section):
             quantization=quantization,
         )
 
-    shown = preview(section, ADAPTER, torch.bfloat16)
+    shown = preview(section, config(ADAPTER), torch.bfloat16)
     trainable, total = shown.get_nb_trainable_parameters()
     plain = estimate(optim="adamw_torch")
     assert plain.weights == 2 * (total - trainable)

@@ -238,7 +238,7 @@ def test_going_on_with_another_adapter_is_refused_before_anything_is_written(
     with pytest.raises(RuntimeError, match="power cut"):
         train(run, progress=False, callbacks=[PowerCut(6)])
     written = (tmp_path / "cut" / "run.yaml").read_bytes()
-    other = run.model_copy(update={"adapter": run.adapter | {"r": 6}})
+    other = run_file(model_folder, data_folder, tmp_path / "cut", "adapter.r=6", max_steps=6)
     with pytest.raises(InputError, match="r is 6, the checkpoint has 4"):
         train(other, progress=False, resume="auto")
     assert (tmp_path / "cut" / "run.yaml").read_bytes() == written

@@ -86,7 +86,7 @@ def test_defaults() -> None:
     ("settings", "sentence"),
     [
         ({"top_k": 1}, "the scaling gate cannot learn"),
-        ({"rotation": "radar_pairs", "top_k": 1, "norm_topk_prob": False}, "has no pairs"),
+        ({"rotation": "radar_pairs", "top_k": 1, "norm_topk_prob": False}, "there are no pairs"),
         ({"rotation_planes": 2}, "rotation_planes=2 has no effect"),
         ({"radar_rank": 2}, "radar_rank=2 has no effect"),
         ({"num_experts": 1, "router_aux_loss_coef": 0.1}, "router_aux_loss_coef=0.1 has no effect"),
@@ -94,7 +94,7 @@ def test_defaults() -> None:
         ({"router_task_offset": 0.3}, "router_task_offset=0.3 has no effect"),
         ({"num_experts": 1, "router_sqrt_gate": True}, "router_sqrt_gate=True has no effect"),
         (BLOCK | {"dispatch": "grouped"}, "dispatch='grouped' has no effect"),
-        (BLOCK | {"compute_dtype": "input"}, "outside of feed-forward blocks only"),
+        (BLOCK | {"compute_dtype": "input"}, "only on modules outside of feed-forward blocks"),
     ],
 )
 def test_a_setting_without_effect_warns_by_name(settings: dict[str, object], sentence: str) -> None:

@@ -36,7 +36,7 @@ def test_registering_twice_changes_nothing() -> None:
 
 def test_a_peft_that_ships_the_method_itself_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(PeftType.ROTMOLE, "added_by")
-    with pytest.raises(RotMoleError, match="ships a method named ROTMOLE itself"):
+    with pytest.raises(RotMoleError, match="has a method named ROTMOLE of its own"):
         registration.add_member()
 
 

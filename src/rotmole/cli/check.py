@@ -43,7 +43,7 @@ def check(path: Path, overrides: Sequence[str], *, trust_remote_code: bool = Fal
         print(f"note: training needs {package}, not installed here: pip install 'rotmole[quant]'")
     device = choose_device(run.model)
     dtype = choose_dtype(run.model, device)
-    model = preview(run.model, run.adapter, dtype, trust_remote_code=trust_remote_code)
+    model = preview(run.model, run.adapter_config, dtype, trust_remote_code=trust_remote_code)
     print(f"{path} has no mistakes.")
     print(f"model       {run.model.name}, {str(dtype).removeprefix('torch.')} on {device.type}")
     built_in = built_in_named(run.model.name)

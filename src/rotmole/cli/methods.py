@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from rotmole.config.schema import ModelSection
 from rotmole.errors import ConfigError
 from rotmole.evaluation.render import plain_text, rich_table
 from rotmole.models.preview import flops_per_token, matched, preview, trainable_by_role
+from rotmole.tuner.config import RotMoleConfig
 from rotmole.tuner.settings.presets import PRESETS, preset_fields
 
 SHARED = ("r", "rank_pattern", "target_modules", "exclude_modules", "layers_to_transform",
@@ -50,13 +53,13 @@ def methods(path: Path | None, overrides: Sequence[str], name: str | None, as_js
     if path is not None:
         run = load_run(path, overrides)
         section, adapter = run.model, run.adapter
-        found.append(_row("this run", section, adapter) | {"about": str(path)})
+        found.append(_row("this run", section, lambda: run.adapter_config) | {"about": str(path)})
     else:
         section, adapter = ModelSection(**({"name": name} if name else {})), {}
     shared = {"target_modules": "all-linear"} | {k: adapter[k] for k in SHARED if k in adapter}
     for preset, entry in PRESETS.items():
-        fields = shared | preset_fields(preset, {})
-        row = _row(preset, section, fields)
+        fields = {"task_type": "CAUSAL_LM"} | shared | preset_fields(preset, {})
+        row = _row(preset, section, partial(RotMoleConfig, **fields))
         found.append(row | {"arxiv": entry.paper, "about": entry.about})
     if as_json:
         print(json.dumps({"model": section.name, "methods": found}, indent=2))
@@ -65,10 +68,13 @@ def methods(path: Path | None, overrides: Sequence[str], name: str | None, as_js
     return 0
 
 
-def _row(name: str, section: ModelSection, fields: Mapping[str, Any]) -> dict[str, Any]:
+def _row(name: str, section: ModelSection, make: Callable[[], RotMoleConfig]) -> dict[str, Any]:
     """Count one method; one that does not fit the model says why in place of its figures."""
     try:
-        model = preview(section, fields, torch.float32).eval()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the file's were shown; a preset's do not matter here
+            config = make()
+        model = preview(section, config, torch.float32).eval()
     except ValueError as error:  # PEFT's and ours
         return {"method": name, "problem": " ".join(str(error).split())}
     roles = trainable_by_role(model)

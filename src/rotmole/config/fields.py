@@ -1,53 +1,16 @@
-"""Check a section's keys and value types against the class that will receive them."""
+"""Check the keys of a section and the types of its values against the class that receives them."""
 
 from __future__ import annotations
 
-import difflib
 import enum
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Union, get_args, get_origin
 
 import yaml
 from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Suggest the nearest known word.
-
-    Args:
-        word: what the user wrote.
-        known: the words that exist.
-
-    Returns:
-        ``; did you mean 'x'?`` or the empty string.
-
-    Source: our choice.
-
-    >>> did_you_mean("rotaton", ["rotation", "router"])
-    "; did you mean 'rotation'?"
-    """
-    close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.7)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def one_of(word: str, words: Sequence[str]) -> str:
-    """List the words that are allowed, and the nearest.
-
-    Args:
-        word: what the user wrote.
-        words: what is allowed; of many only the first ten are listed.
-
-    Returns:
-        Words that follow "is not".
-
-    Source: our choice.
-
-    >>> one_of("trian", ["train", "test"])
-    "one of train, test; did you mean 'train'?"
-    """
-    shown = [*words[:10], "..."] if len(words) > 12 else words
-    return f"one of {', '.join(shown)}{did_you_mean(word, words)}"
+from rotmole.errors import did_you_mean, one_of
 
 
 def check_fields(
@@ -57,15 +20,13 @@ def check_fields(
 
     Args:
         values: the section as parsed from YAML.
-        hints: field name -> type of the class that will receive the values.
-        refused: field name -> why the user may not set it here.
+        hints: field name -> type, of the class that receives the values.
+        refused: field name -> why a run file may not set it.
         section: name of the section in messages.
 
     Returns:
-        The values that passed, converted ("1e-4" becomes a float where a float is due), and one
+        The values that passed, converted (if the type is a number, "1e-4" becomes one), and one
         sentence per problem.
-
-    Source: our choice.
     """
     passed: dict[str, Any] = {}
     problems: list[str] = []
@@ -87,26 +48,26 @@ def check_fields(
 
 
 def convert(value: Any, hint: Any, name: str) -> tuple[Any, str]:
-    """Convert one value to the type a field declares.
+    """Convert a value, as parsed from YAML, to the type of its field.
 
     Args:
         value: as parsed from YAML.
         hint: the field's type.
-        name: the setting's full name.
+        name: the setting's full name, for messages.
 
     Returns:
-        The converted value and the empty string, or the value and the problem.
-
-    Source: our choice.
+        The converted value and the empty string, or the value as it was and the problem.
     """
     words = _enum_words(hint)
     if words and isinstance(value, str) and value not in words:
-        return value, f"{name}: {value!r} is not {one_of(value, words)}"
+        return value, one_of(name, value, words)
     if isinstance(value, bool) and not _accepts(hint, bool):
         return value, f"{name}: {value!r} is not {describe(hint)}."
     try:
         adapter = TypeAdapter(hint)
-    except PydanticSchemaGenerationError:  # a type of another library: that library checks it
+    except (
+        PydanticSchemaGenerationError
+    ):  # a type that pydantic does not know; the library that has it checks it
         return value, ""
     try:
         return adapter.validate_python(value), ""
@@ -115,16 +76,10 @@ def convert(value: Any, hint: Any, name: str) -> tuple[Any, str]:
 
 
 def as_list(value: Any, hint: Any) -> str:
-    """Show how a lone value is written where a list is due.
-
-    Args:
-        value: what the user wrote.
-        hint: the field's type.
+    """Show how to write a single value if the field's type is a list.
 
     Returns:
-        ``; write [value]`` or the empty string.
-
-    Source: our choice.
+        "; write [value]", or the empty string.
 
     >>> as_list("de", list[str] | None)
     '; write [de]'
@@ -135,15 +90,7 @@ def as_list(value: Any, hint: Any) -> str:
 
 
 def describe(hint: Any) -> str:
-    """Name a type in words.
-
-    Args:
-        hint: a type annotation.
-
-    Returns:
-        Words that follow "is not".
-
-    Source: our choice.
+    """Name a type in words that can follow "is not".
 
     >>> describe(int | None), describe(list[str] | str)
     ('a whole number or null', 'a list of text or text')
@@ -164,7 +111,8 @@ def describe(hint: Any) -> str:
         return " or ".join(dict.fromkeys(words))
     origin = get_origin(hint)
     if origin in (list, set, tuple) and get_args(hint):
-        return f"a list of {describe(get_args(hint)[0]).removeprefix('a ')}"
+        entry = describe(get_args(hint)[0])
+        return f"a list of {entry.removeprefix('a ')}{'s' if entry.endswith('number') else ''}"
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         return "one of " + ", ".join(str(member.value) for member in hint)
     if str(origin) == "typing.Literal":

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from rotmole.config.fields import check_fields, one_of
+from rotmole.config.adapter import check_adapter
 from rotmole.config.problems import sentences
 from rotmole.config.schema import METRICS, DataSection, ModelSection, RunFile, TaskSection
 from rotmole.config.sections import optimizer_problems, task_group_problems
@@ -21,21 +22,12 @@ from rotmole.config.training import (
     warn_without_effect,
 )
 from rotmole.config.yaml_text import parse_yaml, write_yaml
-from rotmole.errors import ConfigError
+from rotmole.errors import ConfigError, one_of
+
+if TYPE_CHECKING:
+    from rotmole.tuner.config import RotMoleConfig
 
 __all__ = ["load_run", "resolved_yaml", "sft_arguments"]
-
-ADAPTER_REFUSED = {
-    "peft_type": "it is always ROTMOLE",
-    "task_type": "it is always CAUSAL_LM here",
-    "base_model_name_or_path": "write model.name",
-    "revision": "write model.revision",
-    "auto_mapping": "PEFT fills it in",
-    "peft_version": "PEFT fills it in",
-    "inference_mode": "training needs it off",
-    "format_version": "the library fills it in",
-    "base_fingerprint": "the library fills it in",
-}
 
 
 def load_run(
@@ -44,25 +36,24 @@ def load_run(
     text: str | None = None,
     *,
     data_problems: Callable[[DataSection], list[str]] | None = None,
-    model_problems: Callable[[ModelSection, Mapping[str, Any]], list[str]] | None = None,
+    model_problems: Callable[[ModelSection, RotMoleConfig], list[str]] | None = None,
 ) -> RunFile:
     """Read and check a run file; nothing of the model or the data is loaded.
 
     Args:
-        path: the YAML file; only a name in messages where `text` is given.
-        overrides: ``a.b=c`` settings laid over the file; c is read as YAML.
+        path: the YAML file; if `text` is given, only a name for messages.
+        overrides: ``a.b=c`` settings that replace the file's; c is read as YAML.
         text: the content, in place of reading `path`.
-        data_problems: looks further into the data section, such as at whether its files exist; its
-            findings are reported with all others.
-        model_problems: looks at how model and adapter sections fit; likewise.
+        data_problems: a further check of the data section, such as whether its files exist; its
+            problems are reported with all others.
+        model_problems: a further check of whether the adapter fits the model; likewise.
 
     Returns:
-        The run, with values under `adapter:` and `training:` converted to their fields' types.
+        The run, with values under `adapter:` and `training:` converted to their fields' types, and
+        with the adapter's configuration (`RunFile.adapter_config`).
 
     Raises:
-        ConfigError: holding one sentence per wrong setting, all of them.
-
-    Source: our choice.
+        ConfigError: holding one sentence for each wrong setting.
     """
     where = str(path) if path is not None else "run file"
     raw = parse_yaml(_read(path) if text is None else text, where) or {}
@@ -76,59 +67,69 @@ def load_run(
     except ValidationError as error:
         run = None
         problems += sentences(error.errors(), raw, RunFile)
-    adapter, training, found = _check_sections(raw, model_problems, schema_is_right=run is not None)
-    problems += found
-    problems += optimizer_problems(_section(raw, "optimizer"), training)
+    checked = _check_sections(raw, model_problems, schema_is_right=run is not None)
+    problems += checked.problems
+    problems += optimizer_problems(_section(raw, "optimizer"), checked.training)
     data = _valid_data(raw)
     if data is not None and data_problems is not None:
         problems += data_problems(data)
-    if problems or run is None:
+    if problems or run is None or checked.config is None:
         raise ConfigError([problem.rstrip(".") for problem in problems], where)
-    warn_without_effect(training)
-    _warn_idle_sections(run, adapter)
-    return run.model_copy(update={"adapter": adapter, "training": training})
+    warn_without_effect(checked.training)
+    _warn_idle_sections(run, checked.adapter)
+    run.training = checked.training
+    run.set_adapter(checked.adapter, checked.config)
+    return run
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """The sections whose keys belong to other classes, after checking.
+
+    Attributes:
+        adapter, training: the values that passed, converted.
+        config: made of `adapter`; None if it has a problem.
+        problems: one sentence each.
+    """
+
+    adapter: dict[str, Any]
+    training: dict[str, Any]
+    config: RotMoleConfig | None
+    problems: list[str]
 
 
 def _check_sections(
     raw: Mapping[str, Any],
-    model_problems: Callable[[ModelSection, Mapping[str, Any]], list[str]] | None,
+    model_problems: Callable[[ModelSection, RotMoleConfig], list[str]] | None,
     *,
     schema_is_right: bool,
-) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+) -> _Checked:
     """Check what the schema cannot know: the keys that belong to other classes, and metrics."""
-    adapter, problems = _check_adapter(_section(raw, "adapter"))
+    adapter, config, problems = check_adapter(_section(raw, "adapter"))
     tasks = _valid_tasks(raw)
     model = _valid_model(raw)
-    if model_problems is not None and model is not None and not problems:
-        problems += model_problems(model, adapter)
-    # a task that is wrong may have had validation rows, so their lack is said only of right files
+    if model_problems is not None and model is not None and config is not None:
+        problems += model_problems(model, config)
+    # a task with a wrong setting may have validation rows, so do not report that none has any
     validated = any(has_validation(task) for task in tasks.values()) or not schema_is_right
-    training, found = check_training(_section(raw, "training"), model or ModelSection(), validated)
-    problems += found
+    section = _section(raw, "training")
+    training, training_problems = check_training(section, model or ModelSection(), validated)
+    problems += training_problems
     problems += best_problems(training, tasks)
     problems += task_group_problems(tasks, adapter)
     for name, task in tasks.items():
         problems += _metric_problems(name, task)
-    return adapter, training, problems
+    return _Checked(adapter, training, config, problems)
 
 
 def resolved_yaml(run: RunFile) -> str:
-    """Write a run as YAML that `load_run` reads back to the same run, every default spelt out.
-
-    Args:
-        run: the run.
-
-    Returns:
-        YAML text.
-
-    Source: our choice.
-    """
+    """Write a run as YAML that `load_run` reads back to the same run, with every default."""
     return write_yaml(run.model_dump(mode="json"))
 
 
 def _read(path: str | Path | None) -> str:
     if path is None:
-        raise ConfigError("give a run file; `rotmole init` writes one to start from")
+        raise ConfigError("give a run file; `rotmole init` writes one")
     path = Path(path)
     try:
         return path.read_text(encoding="utf-8-sig")
@@ -136,7 +137,7 @@ def _read(path: str | Path | None) -> str:
         near = sorted(file.name for file in path.parent.glob("*.y*ml")) if path.parent else []
         hint = f" (there is {', '.join(near[:5])})" if near else ""
         raise ConfigError(
-            f"there is no such file{hint}; `rotmole init` writes one to start from.", str(path)
+            f"there is no such file{hint}; `rotmole init` writes a run file.", str(path)
         ) from None
     except IsADirectoryError:
         raise ConfigError("it is a folder; give the run file itself.", str(path)) from None
@@ -182,7 +183,7 @@ def _section(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _valid_tasks(raw: Mapping[str, Any]) -> dict[str, TaskSection]:
-    """Return the tasks that are right by themselves, so that one bad task hides no other."""
+    """Return the tasks without a problem, so that a wrong task does not hide another one."""
     tasks = _section(_section(raw, "data"), "tasks")
     valid = {}
     for name, task in tasks.items():
@@ -207,49 +208,16 @@ def _valid_data(raw: Mapping[str, Any]) -> DataSection | None:
         return None
 
 
-def _check_adapter(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    from rotmole.tuner.config import RotMoleConfig
-    from rotmole.tuner.settings.presets import PRESETS, preset_fields
-
-    names = RotMoleConfig.__dataclass_fields__
-    hints = {k: v for k, v in get_type_hints(RotMoleConfig).items() if k in names}
-    known = hints | {"preset": str}
-    passed, problems = check_fields(values, known, ADAPTER_REFUSED, "adapter")
-    preset = passed.pop("preset", None)
-    if preset in PRESETS:
-        passed = preset_fields(preset, passed)
-    elif preset is not None:
-        problems.append(f"adapter.preset: {preset!r} is not {one_of(preset, list(PRESETS))}")
-    if passed.get("frozen") == "AB" and passed.get("init_weights") != "svd":
-        problems.append(
-            "adapter.frozen: AB keeps B at zero here, so nothing would be trained; it is for "
-            "experts imported with RotMoleModel.from_adapters"
-        )
-    try:
-        with warnings.catch_warnings():
-            if problems:
-                warnings.simplefilter("ignore")
-            RotMoleConfig(task_type="CAUSAL_LM", **passed)
-    except ConfigError as error:
-        problems += [
-            f"adapter{'.' if problem.partition(' is ')[0] in hints else ': '}{problem}"
-            for problem in error.problems
-        ]
-    except (ValueError, TypeError) as error:  # PEFT's own rules
-        problems.append(f"adapter: {' '.join(str(error).split())}")
-    return passed, problems
-
-
 def _metric_problems(name: str, task: TaskSection) -> list[str]:
     return [
-        f"data.tasks.{name}.metrics: {metric!r} is not {one_of(metric, METRICS)}"
+        one_of(f"data.tasks.{name}.metrics", metric, METRICS)
         for metric in task.metrics or []
         if metric not in METRICS
     ]
 
 
 def _warn_idle_sections(run: RunFile, adapter: Mapping[str, Any]) -> None:
-    """Warn by name of settings that cannot act in this run."""
+    """Warn of settings that have no effect in this run."""
     idle = []
     grouped = [name for name, task in run.data.tasks.items() if task.task_group is not None]
     if grouped and not adapter.get("router_task_loss_coef"):

@@ -7,7 +7,8 @@ from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 
-from rotmole.config.fields import as_list, describe, did_you_mean, one_of
+from rotmole.config.fields import as_list, describe
+from rotmole.errors import did_you_mean, one_of
 
 Location = tuple[int | str, ...]
 
@@ -21,12 +22,10 @@ def sentences(
         errors: what ``ValidationError.errors()`` returns.
         data: the mapping that was validated.
         model: the class it was validated against.
-        prefix: where in the run file `data` stands, such as ``data.``.
+        prefix: the place of `data` in the run file, such as ``data.``.
 
     Returns:
-        Sentences in the order of the errors, each setting once.
-
-    Source: our choice.
+        Sentences in the order of the errors; each setting has one.
     """
     seen: dict[Location, str] = {}
     for error in errors:
@@ -36,7 +35,7 @@ def sentences(
 
 
 def _place(error: Mapping[str, Any], data: Any) -> Location:
-    """Cut the names of union members, which pydantic appends, off the location."""
+    """Return the location without the names of union members, which pydantic appends."""
     place: list[int | str] = []
     for part in error["loc"]:
         if part == "[key]":
@@ -56,21 +55,21 @@ def _sentence(
     name = prefix + ".".join(str(part) for part in place)
     value, kind, context = error.get("input"), error["type"], error.get("ctx") or {}
     if kind == "missing":
-        return f"{name} is missing; {_help(model, place)}."
+        return f"{name} is missing{_meaning(model, place)}"
     if kind == "extra_forbidden":
         fields = _fields(model, place[:-1])
         hint = did_you_mean(str(place[-1]), fields)
         return f"{name}: there is no such setting{hint or '; there are ' + ', '.join(fields)}"
     is_key = bool(error["loc"]) and error["loc"][-1] == "[key]"
     if is_key or kind == "literal_error":
-        word, words = str(place[-1] if is_key else value), _words(context)
-        return f"{name}: {word!r} is not {one_of(word, words)}"
+        subject = f"a key of {name.rpartition('.')[0]}" if is_key else name
+        return one_of(subject, place[-1] if is_key else value, _words(context))
     bounds = {"greater_than": "above", "greater_than_equal": "at least", "less_than": "below"}
     if kind in bounds:
         limit = context.get("gt", context.get("ge", context.get("lt")))
         return f"{name}: {value!r} must be {bounds[kind]} {limit}."
     if kind in ("too_short", "string_too_short"):
-        return f"{name} is empty; {_help(model, place)}."
+        return f"{name} is empty{_meaning(model, place)}"
     return f"{name}: {value!r} is not {_wanted(_hint(model, place), place, value)}."
 
 
@@ -87,7 +86,7 @@ def _words(context: Mapping[str, Any]) -> list[str]:
 
 
 def _hint(model: type[BaseModel], place: Location) -> Any:
-    """Find the annotation at a place; None for a section."""
+    """Return the annotation at a place; None for a section."""
     hint: Any = model
     for part in place:
         section = _section(hint)
@@ -117,13 +116,14 @@ def _fields(model: type[BaseModel], place: Location) -> list[str]:
     return list(section.model_fields) if section else []
 
 
-def _help(model: type[BaseModel], place: Location) -> str:
+def _meaning(model: type[BaseModel], place: Location) -> str:
+    """Return what a setting means, as it follows its name; a period if it is not described."""
     section: Any = model
     for part in place[:-1]:
-        known = _section(section)
-        section = known.model_fields[str(part)].annotation if known else get_args(section)[-1]
-    known = _section(section)
-    field = known.model_fields.get(str(place[-1])) if known else None
-    if field is None:
-        return "it must be given"
-    return f"it is {field.description}" if field.description else "it must be given"
+        parent = _section(section)
+        section = parent.model_fields[str(part)].annotation if parent else get_args(section)[-1]
+    parent = _section(section)
+    field = parent.model_fields.get(str(place[-1])) if parent else None
+    if field is None or not field.description:
+        return "."
+    return f": {field.description[0].lower()}{field.description[1:]}"

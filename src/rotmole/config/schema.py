@@ -1,16 +1,22 @@
 """The run file: one YAML file describes one run from data to adapter.
 
-Keys under `adapter:` are RotMoleConfig names verbatim, keys under `training:` are TRL SFTConfig
-names verbatim; both are checked against those classes in `load.py`, so nothing is learnt twice.
-This module imports neither torch nor peft.
+Keys under `adapter:` are names of RotMoleConfig, keys under `training:` are names of TRL's
+SFTConfig; `load.py` checks both against those classes. This module imports neither torch nor peft.
+docs/reference.md is generated from the descriptions and examples here.
 """
 
 from __future__ import annotations
 
+import copy
 import os
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr
+
+from rotmole.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rotmole.tuner.config import RotMoleConfig
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -33,137 +39,290 @@ class ModelSection(Section):
     name: str = Field(
         default="smollm2-135m",
         min_length=1,
-        description="built-in name (smollm2-135m), hub id, local folder, or a .gguf file",
+        description="Built-in name (smollm2-135m), hub id, local folder, or a .gguf file.",
+        examples=["models/llama"],
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",
-        description="auto: bfloat16 where a short probe finds it faster, else float32",
+        description="Number format of the base model's weights; auto takes bfloat16 if a short "
+        "measurement on the device finds it faster, else float32.",
+        examples=["bfloat16"],
     )
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
-    attn_implementation: str | None = None
-    revision: str | None = None
-    device_map: str | dict[str, Any] | None = None
+    device: Literal["auto", "cuda", "mps", "cpu"] = Field(
+        default="auto", description="Device; auto takes a GPU if there is one.", examples=["cpu"]
+    )
+    attn_implementation: str | None = Field(
+        default=None,
+        description="attn_implementation of transformers' from_pretrained; null leaves the choice "
+        "to transformers.",
+        examples=["sdpa"],
+    )
+    revision: str | None = Field(
+        default=None,
+        description="Branch, tag or commit of the model on the hub; null is its main branch.",
+        examples=["v1.0"],
+    )
+    device_map: str | dict[str, Any] | None = Field(
+        default=None,
+        description="device_map of transformers' from_pretrained; null means `device`.",
+        examples=["auto"],
+    )
     quantization: Literal["none", "bnb-8bit", "bnb-4bit-nf4", "torchao-int8"] = Field(
         default="none",
-        description="quantise the base while loading; the adapter stays in full precision",
+        description="Quantise the base model while it is loaded; the adapter is not quantised.",
+        examples=["bnb-4bit-nf4"],
     )
 
 
 class TaskSection(Section):
-    """One named task: where its rows come from and how a row becomes prompt and completion."""
+    """One task: the source of its rows, and how a row becomes a prompt and a completion."""
 
-    source: Literal["jsonl", "csv", "parquet", "hub", "locale"]
-    files: dict[Split, str | list[str]] = Field(
-        default_factory=dict, description="files of each split (jsonl, csv, parquet)"
+    source: Literal["jsonl", "csv", "parquet", "hub", "locale"] = Field(
+        description="File format of the rows; hub: a dataset of the hub; locale: generated from "
+        "the locale data of Babel and num2words.",
+        examples=["jsonl"],
     )
-    dataset: str | None = Field(default=None, description="datasets-hub id (source: hub)")
-    dataset_config: str | None = None
+    files: dict[Split, str | list[str]] = Field(
+        default_factory=dict,
+        description="Files of each split (sources jsonl, csv, parquet).",
+        examples=[{"train": "train.jsonl"}],
+    )
+    dataset: str | None = Field(
+        default=None, description="Dataset id (source hub).", examples=["org/name"]
+    )
+    dataset_config: str | None = Field(
+        default=None, description="Configuration of the dataset (source hub).", examples=["main"]
+    )
     splits: dict[Split, str] = Field(
-        default_factory=dict, description="our split -> the hub's split name"
+        default_factory=dict,
+        description="Split -> the dataset's name of that split (source hub).",
+        examples=[{"validation": "dev"}],
     )
     validation_fraction: float = Field(
         default=0.0,
         ge=0.0,
         lt=1.0,
-        description="carve this share of train into validation, by row hash",
+        description="Share of the train rows that is used for validation instead, chosen by a hash "
+        "of each row.",
+        examples=[0.1],
     )
     format: Literal[
         "prompt_completion", "messages", "text", "multiple_choice", "classification", "regression"
-    ] = "prompt_completion"
+    ] = Field(
+        default="prompt_completion",
+        description="How a row becomes a prompt and a completion.",
+        examples=["messages"],
+    )
     prompt: str = Field(
-        default="{prompt}", description="template; {column} is replaced by the row's value"
+        default="{prompt}",
+        description="Template of the prompt; {column} is replaced by the row's value.",
+        examples=["Question: {question}"],
     )
-    completion: str = Field(default="{completion}", description="template of the answer")
-    messages_column: str = "messages"
-    text_column: str = "text"
-    choices_column: str = "choices"
-    answer_column: str = Field(default="answer", description="index of the right choice")
-    label_column: str = "label"
+    completion: str = Field(
+        default="{completion}", description="Template of the answer.", examples=["{answer}"]
+    )
+    messages_column: str = Field(
+        default="messages",
+        description="Column of the list of messages (format messages).",
+        examples=["conversation"],
+    )
+    text_column: str = Field(
+        default="text", description="Column of the text (format text).", examples=["document"]
+    )
+    choices_column: str = Field(
+        default="choices",
+        description="Column of the list of answers (format multiple_choice).",
+        examples=["options"],
+    )
+    answer_column: str = Field(
+        default="answer",
+        description="Column of the index of the right answer (format multiple_choice).",
+        examples=["gold"],
+    )
+    label_column: str = Field(
+        default="label", description="Column of the label (format classification).", examples=["y"]
+    )
     labels: list[str] | None = Field(
-        default=None, description="label words by label index (classification); 0..5 for regression"
+        default=None,
+        description="Label words by label index (format classification); null with format "
+        "regression: 0 to 5.",
+        examples=[["negative", "positive"]],
     )
-    score_column: str = "score"
+    score_column: str = Field(
+        default="score",
+        description="Column of the number (format regression).",
+        examples=["rating"],
+    )
     group_column: str | None = Field(
-        default=None, description="column that splits the report, such as a language"
+        default=None,
+        description="Column whose values divide the report into groups, such as a language.",
+        examples=["language"],
     )
-    kind: str | None = Field(default=None, description="which locale task (source: locale)")
+    kind: str | None = Field(
+        default=None, description="Which locale task (source locale).", examples=["dates"]
+    )
     languages: list[str] | None = Field(
-        default=None, description="which languages (source: locale)"
+        default=None, description="Languages (source locale).", examples=[["de", "fr"]]
     )
-    loss_on: Literal["completion", "all"] = "completion"
+    loss_on: Literal["completion", "all"] = Field(
+        default="completion",
+        description="Tokens that count in the loss: the completion's, or all.",
+        examples=["all"],
+    )
     weight: float | None = Field(
-        default=None, gt=0, description="relative sampling weight of the task"
+        default=None,
+        gt=0,
+        description="Sampling weight of the task, relative to those of the others.",
+        examples=[2.0],
     )
     limit: dict[Split, int] = Field(
         default_factory=dict,
-        description="at most this many rows per group (locale: per language), seeded choice",
+        description="Largest number of rows in each group (source locale: in each language); the "
+        "seed decides which.",
+        examples=[{"test": 100}],
     )
     task_group: int | None = Field(
         default=None,
         ge=0,
-        description="which group of experts adapter.router_task_loss_coef favours for this task; "
-        "None: tasks take the groups in turn",
+        description="Group of experts that adapter.router_task_loss_coef prefers for this task; "
+        "null: the tasks take the groups in turn.",
+        examples=[1],
     )
     long_rows: Literal["error", "cut"] = Field(
         default="error",
-        description="a row longer than max_length: error, or cut the start of its prompt",
+        description="What happens to a row that is longer than training.max_length: an error, or "
+        "the start of its prompt is cut.",
+        examples=["cut"],
     )
-    metrics: list[str] | None = Field(default=None, description=f"any of {', '.join(METRICS)}")
+    metrics: list[str] | None = Field(
+        default=None,
+        description=f"Metrics of `rotmole eval`, any of {', '.join(METRICS)}; null means those of "
+        "the format.",
+        examples=[["exact_match", "chrf"]],
+    )
 
 
 class DataSection(Section):
-    """The mixture of named tasks."""
+    """The mixture of tasks."""
 
-    root: str = Field(default=".", description="folder that relative names in `files` start from")
-    tasks: dict[str, TaskSection] = Field(min_length=1)
+    root: str = Field(
+        default=".", description="Folder of the relative names in `files`.", examples=["data"]
+    )
+    tasks: dict[str, TaskSection] = Field(
+        min_length=1,
+        description="Task name -> its settings.",
+        examples=[{"sums": {"source": "jsonl", "files": {"train": "sums.jsonl"}}}],
+    )
     temperature: float | None = Field(
         default=None,
         gt=0,
-        description="task share ~ rows^(1/temperature); 1 keeps sizes, large is uniform; None uses "
-        "each row once (or the weights)",
+        description="The share of a task in an epoch is proportional to weight * rows^(1 / "
+        "temperature), weight 1 if it has none: 1 keeps the tasks' sizes, a large number makes "
+        "them equal. null uses each row once, or, if a task has a weight, shares by weight only.",
+        examples=[2.0],
     )
 
 
 class OptimizerSection(Section):
-    """The optimiser's metric, and learning rates by role; None follows training.learning_rate."""
+    """Riemannian optimizers, and learning rates by role; null means training.learning_rate."""
 
     name: Literal["riemannian_adamw", "riemannian_sgd"] | None = Field(
         default=None,
-        description="precondition the experts' gradients; None: training.optim decides",
+        description="Optimizer that preconditions the experts' gradients; null: training.optim.",
+        examples=["riemannian_adamw"],
     )
     riemannian_delta: float | None = Field(
-        default=None, gt=0, description="d of (B B^T + d I)^-1; None is 1e-6"
+        default=None,
+        gt=0,
+        description="d of the preconditioner (B B^T + d I)^-1; null means 1e-6.",
+        examples=[1e-4],
     )
-    scaling_gate_lr: float | None = Field(default=None, ge=0)
-    rotation_gate_lr: float | None = Field(default=None, ge=0)
+    scaling_gate_lr: float | None = Field(
+        default=None, ge=0, description="Learning rate of the scaling gates.", examples=[1e-3]
+    )
+    rotation_gate_lr: float | None = Field(
+        default=None, ge=0, description="Learning rate of the rotation gates.", examples=[1e-3]
+    )
     lora_plus_ratio: float | None = Field(
-        default=None, gt=0, description="lr of B over lr of A (LoRA+)"
+        default=None,
+        gt=0,
+        description="Learning rate of B divided by that of A (LoRA+); null means 1.",
+        examples=[16.0],
     )
 
 
 class EvaluationSection(Section):
     """What `rotmole eval` does after or without training."""
 
-    split: Split = "validation"
-    limit: int | None = Field(default=None, gt=0, description="rows per task and group")
-    max_new_tokens: int = Field(default=64, gt=0)
-    batch_size: int = Field(default=16, gt=0)
-    examples_in_prompt: int = Field(
-        default=0, ge=0, description="worked examples from train in the prompt"
+    split: Split = Field(
+        default="validation", description="Split that is scored.", examples=["test"]
     )
-    before: bool = Field(default=True, description="also score with the adapter disabled")
+    limit: int | None = Field(
+        default=None,
+        gt=0,
+        description="Largest number of rows of each task and group; null means all.",
+        examples=[200],
+    )
+    max_new_tokens: int = Field(
+        default=64, gt=0, description="Largest number of tokens of an answer.", examples=[16]
+    )
+    batch_size: int = Field(default=16, gt=0, description="Rows in a batch.", examples=[4])
+    examples_in_prompt: int = Field(
+        default=0,
+        ge=0,
+        description="Number of solved train rows at the start of each prompt.",
+        examples=[3],
+    )
+    before: bool = Field(
+        default=True,
+        description="Whether the base model without the adapter is scored too.",
+        examples=[False],
+    )
 
 
 class RunFile(Section):
     """One run."""
 
     output_dir: Annotated[str, AfterValidator(os.path.expanduser)] = Field(
-        min_length=1, description="the run folder"
+        min_length=1,
+        description="Folder that the run writes to; it is made if it does not exist.",
+        examples=["runs/1"],
     )
-    seed: int = Field(default=0, ge=0, lt=2**32)  # NumPy's limit
-    model: ModelSection = Field(default_factory=ModelSection)
-    adapter: dict[str, Any] = Field(default_factory=dict)
-    data: DataSection
-    training: dict[str, Any] = Field(default_factory=dict)
-    optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
-    evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
+    seed: int = Field(
+        default=0,
+        ge=0,
+        lt=2**32,  # NumPy's limit
+        description="Seed of initial weights, dropout, sampling and the order of rows.",
+        examples=[1],
+    )
+    model: ModelSection = Field(default_factory=ModelSection, description="The base model.")
+    adapter: dict[str, Any] = Field(default_factory=dict, description="Settings of RotMoleConfig.")
+    data: DataSection = Field(description="The tasks to train on, at least one.")
+    training: dict[str, Any] = Field(
+        default_factory=dict, description="Settings of TRL's SFTConfig."
+    )
+    optimizer: OptimizerSection = Field(
+        default_factory=OptimizerSection, description="Optimizer and learning rates by role."
+    )
+    evaluation: EvaluationSection = Field(
+        default_factory=EvaluationSection, description="Settings of `rotmole eval`."
+    )
+    _adapter_config: Any = PrivateAttr(default=None)
+    _config_settings: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    def set_adapter(self, settings: dict[str, Any], config: RotMoleConfig) -> None:
+        """Set the `adapter:` section and the configuration that was made of it."""
+        self.adapter = settings
+        self._config_settings, self._adapter_config = copy.deepcopy(settings), config
+
+    @property
+    def adapter_config(self) -> RotMoleConfig:
+        """The adapter's configuration as it was checked; copy it before PEFT changes it.
+
+        Raises:
+            ConfigError: `load_run` did not check this run, or its adapter section changed since.
+        """
+        if self._adapter_config is None or self._config_settings != self.adapter:
+            raise ConfigError("the adapter section was not checked; read the run with load_run")
+        config: RotMoleConfig = self._adapter_config
+        return config

@@ -1,4 +1,4 @@
-"""Sections of a run file beside each other: what does not go together, and why."""
+"""Rules between sections of a run file: which settings contradict each other."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rotmole.config.schema import TaskSection
 
 
 def optimizer_problems(section: Mapping[str, Any], training: Mapping[str, Any]) -> list[str]:
-    """Say what a Riemannian optimiser cannot work with.
+    """Say which settings a Riemannian optimizer cannot work with.
 
     Args:
         section: `optimizer:` as parsed.
@@ -17,8 +17,6 @@ def optimizer_problems(section: Mapping[str, Any], training: Mapping[str, Any]) 
 
     Returns:
         One sentence per problem.
-
-    Source: our choice.
     """
     name = section.get("name")
     if name is None:
@@ -40,13 +38,11 @@ def task_group_problems(tasks: Mapping[str, TaskSection], adapter: Mapping[str, 
     """Say which tasks name a group of experts that the adapter does not have.
 
     Args:
-        tasks: the tasks that are right by themselves.
+        tasks: the tasks without a problem of their own.
         adapter: the checked `adapter:` section.
 
     Returns:
         One sentence per problem.
-
-    Source: our choice.
     """
     groups = adapter.get("router_task_groups", 2)
     if not adapter.get("router_task_loss_coef") or not isinstance(groups, int):

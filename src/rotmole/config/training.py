@@ -1,15 +1,16 @@
-"""The `training:` section: TRL SFTConfig's own names, our defaults, and what we refuse and why."""
+"""The `training:` section: names of TRL's SFTConfig, our defaults, and which names are refused."""
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any, cast, get_type_hints
 
-from rotmole.config.fields import check_fields, did_you_mean, one_of
+from rotmole.config.fields import check_fields
 from rotmole.config.schema import ModelSection, RunFile, TaskSection
+from rotmole.errors import did_you_mean, one_of
+from rotmole.tuner.settings.ranges import Range, above, at_least, or_null, share, whole
 
 _ROWS = "rows are rendered and tokenised by the data: section"
 _METRICS = "metrics come from `rotmole eval`"
@@ -29,7 +30,7 @@ REFUSED: dict[str, str] = {
     "resume_from_checkpoint": "use rotmole train RUN.yaml --resume auto",
     "use_cpu": "write model.device: cpu",
     "model_init_kwargs": "the model: section says how the model is loaded",
-    "trust_remote_code": "a file may not switch on foreign code",
+    "trust_remote_code": "only the option --trust-remote-code lets code that came with a model run",
     "router_aux_loss_coef": "write it under adapter:",
     "packing": _PACKING,
     "packing_strategy": _PACKING,
@@ -61,29 +62,38 @@ REFUSED: dict[str, str] = {
     "hub_revision": _HUB,
     "loss_type": "the loss is the negative log-likelihood",
     "activation_offloading": "it is not tested with this method",
-    "save_only_model": "a checkpoint without the optimiser's state cannot be resumed from",
+    "save_only_model": "a checkpoint without the optimizer's state cannot be resumed from",
     "local_rank": "torchrun sets it",
     "deepspeed": "it is not tested with this method; use fsdp",
 }
 
-_AT_LEAST_ONE = (
-    "per_device_train_batch_size",
-    "per_device_eval_batch_size",
-    "gradient_accumulation_steps",
-    "max_length",
-    "save_total_limit",
-    "eval_accumulation_steps",
-)
-_ABOVE_ZERO = ("num_train_epochs", "logging_steps", "save_steps", "eval_steps", "adam_epsilon")
-_NOT_NEGATIVE = (
-    "learning_rate",
-    "weight_decay",
-    "max_grad_norm",
-    "warmup_steps",
-    "eval_delay",
-    "dataloader_num_workers",
-)
-_SHARES = ("adam_beta1", "adam_beta2", "label_smoothing_factor")
+RANGES: dict[str, Range] = {
+    "per_device_train_batch_size": whole(1),
+    "per_device_eval_batch_size": whole(1),
+    "gradient_accumulation_steps": whole(1),
+    "max_length": or_null(whole(1)),
+    "save_total_limit": or_null(whole(1)),
+    "eval_accumulation_steps": or_null(whole(1)),
+    "max_steps": Range(
+        "a whole number of at least 1, or -1 for no limit", lambda steps: steps == -1 or steps >= 1
+    ),
+    "num_train_epochs": above(0),
+    "logging_steps": above(0),
+    "save_steps": above(0),
+    "eval_steps": or_null(above(0)),
+    "adam_epsilon": above(0),
+    "learning_rate": at_least(0),
+    "weight_decay": at_least(0),
+    "max_grad_norm": or_null(at_least(0)),
+    "warmup_steps": or_null(at_least(0)),
+    "eval_delay": or_null(at_least(0)),
+    "dataloader_num_workers": whole(0),
+    "adam_beta1": share(zero=True),
+    "adam_beta2": share(zero=True),
+    "label_smoothing_factor": share(zero=True),
+}
+"""Ranges that SFTConfig does not check."""
+
 _RENAMED = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
@@ -98,7 +108,7 @@ DEFAULTS: dict[str, Any] = {
     "bf16": False,
     "fp16": False,
     "activation_checkpointing": False,
-    "ddp_find_unused_parameters": False,
+    "ddp_find_unused_parameters": False,  # every parameter has a gradient in every update
     "logging_steps": 10,
     "logging_first_step": True,
     "save_strategy": "steps",
@@ -106,20 +116,47 @@ DEFAULTS: dict[str, Any] = {
     "save_total_limit": 2,
     "report_to": "none",
 }
-"""Ours where they differ from TRL's, which suit large GPUs (bf16, checkpointing, length 1024).
+"""Defaults that replace TRL's, which suit large GPUs (bf16, checkpointing, length 1024)."""
 
-Every parameter of the adapter has a gradient in every update, so DDP need not look for others.
-"""
+ABOUT: dict[str, tuple[str, Any]] = {
+    "per_device_train_batch_size": ("Rows in a training batch of each device.", 4),
+    "per_device_eval_batch_size": ("Rows in a validation batch of each device.", 32),
+    "gradient_accumulation_steps": ("Batches in an optimizer update.", 4),
+    "learning_rate": ("Learning rate after warm-up; optimizer: has others by role.", 1e-3),
+    "num_train_epochs": ("Passes over the mixture; max_steps replaces it.", 3.0),
+    "max_steps": ("Number of optimizer updates.", 1000),
+    "max_length": ("Largest number of tokens in a row; data.tasks.NAME.long_rows.", 1024),
+    "warmup_steps": ("Updates over which the learning rate rises; below 1 a share of all.", 0.05),
+    "weight_decay": ("Weight decay of the optimizer.", 0.01),
+    "max_grad_norm": ("Norm that gradients are clipped to; 0: they are not clipped.", 1.0),
+    "adam_beta1": ("First beta of AdamW.", 0.9),
+    "adam_beta2": ("Second beta of AdamW.", 0.99),
+    "adam_epsilon": ("Epsilon of AdamW.", 1e-8),
+    "label_smoothing_factor": ("Label smoothing of the loss.", 0.1),
+    "bf16": ("Train under bfloat16 autocast.", True),
+    "fp16": ("Train under float16 autocast with a gradient scaler; needs a GPU.", True),
+    "activation_checkpointing": ("Compute activations again in the backward pass.", True),
+    "ddp_find_unused_parameters": ("DDP's search for parameters without a gradient.", True),
+    "dataloader_num_workers": ("Processes that prepare batches; 0: the training process.", 2),
+    "logging_steps": ("Updates between two lines of metrics.jsonl; below 1 a share of all.", 50),
+    "logging_first_step": ("Whether the first update is logged as well.", False),
+    "save_strategy": ("When checkpoints are saved: no, steps, epoch or best.", "epoch"),
+    "save_steps": ("Updates between two checkpoints; below 1 a share of all.", 500),
+    "save_total_limit": ("Number of checkpoints that are kept.", 1),
+    "eval_strategy": ("When validation runs: no, steps or epoch.", "epoch"),
+    "eval_steps": ("Updates between two validations; below 1 a share of all.", 500),
+    "eval_delay": ("Updates or epochs before the first validation.", 100),
+    "eval_accumulation_steps": ("Batches after which predictions move to the CPU.", 8),
+    "report_to": ("Trackers that get the metrics.", "tensorboard"),
+}
+"""Meaning and an example of each setting that has a default or a range here."""
+
+VALIDATION_DEFAULTS: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 0.2}
+"""Further defaults, if a task may have validation rows."""
 
 
 def training_hints() -> dict[str, Any]:
-    """Give the name and type of every setting of trl.SFTConfig.
-
-    Returns:
-        Field name -> type.
-
-    Source: TRL.
-    """
+    """Return the type of every setting of trl.SFTConfig."""
     from trl import SFTConfig
 
     hints = {
@@ -127,15 +164,15 @@ def training_hints() -> dict[str, Any]:
         for name, hint in get_type_hints(SFTConfig).items()
         if name in SFTConfig.__dataclass_fields__
     }
-    for old, new in _RENAMED.items():  # a file may use either name with every transformers
+    for old, new in _RENAMED.items():  # either name works with every version of transformers
         hints[new] = hints[old] = hints[new] if new in hints else hints[old]
-    return hints | {"fsdp": bool | str | None}  # transformers' hint lacks the bool it asks for
+    return hints | {"fsdp": bool | str | None}  # transformers' hint lacks bool
 
 
 def check_training(
     values: Mapping[str, Any], model: ModelSection, has_validation: bool
 ) -> tuple[dict[str, Any], list[str]]:
-    """Check the `training:` section; collect every problem.
+    """Check the `training:` section, last of all by making an SFTConfig.
 
     Args:
         values: the section as parsed.
@@ -144,8 +181,6 @@ def check_training(
 
     Returns:
         The converted values and one sentence per problem.
-
-    Source: our choice; the last word is SFTConfig's own.
     """
     passed, problems = check_fields(values, training_hints(), REFUSED, "training")
     problems += _range_problems(passed)
@@ -156,23 +191,22 @@ def check_training(
 
 
 def best_problems(training: Mapping[str, Any], tasks: Mapping[str, TaskSection]) -> list[str]:
-    """Check that the figure by which the best checkpoint is chosen will be there.
+    """Check that validation computes the metric by which the best checkpoint is chosen.
+
+    Trainer would raise an error only at the first validation.
 
     Args:
         training: the checked section.
-        tasks: the valid tasks.
+        tasks: the tasks without a problem of their own.
 
     Returns:
-        A sentence where it will not.
-
-    Source: our choice; Trainer finds out at the first validation.
+        One sentence per problem.
     """
     metric = training.get("metric_for_best_model")
-    known = ["loss", *(f"{name}_loss" for name in tasks)]
-    if metric is None or str(metric).removeprefix("eval_") in known:
+    losses = ["loss", *(f"{name}_loss" for name in tasks)]
+    if metric is None or str(metric).removeprefix("eval_") in losses:
         return []
-    named = [f"eval_{name}" for name in known]
-    return [f"training.metric_for_best_model: {metric!r} must be {one_of(str(metric), named)}."]
+    return [one_of("training.metric_for_best_model", metric, [f"eval_{name}" for name in losses])]
 
 
 def sft_arguments(run: RunFile) -> dict[str, Any]:
@@ -182,10 +216,8 @@ def sft_arguments(run: RunFile) -> dict[str, Any]:
         run: a run file that `load_run` has checked.
 
     Returns:
-        A plain dict that holds only arguments SFTConfig knows. Its eval_strategy is "steps" where
-        a task may have validation rows; the caller switches it off where none are found.
-
-    Source: our choice; TRL's own defaults (bf16, checkpointing, length 1024) do not suit a CPU.
+        Only arguments that SFTConfig knows. eval_strategy is "steps" if a task may have validation
+        rows; the caller switches it off if there are none.
     """
     validated = any(has_validation(task) for task in run.data.tasks.values())
     return arguments(run.training, run.output_dir, run.seed, run.model, validated)
@@ -194,25 +226,23 @@ def sft_arguments(run: RunFile) -> dict[str, Any]:
 def arguments(
     training: Mapping[str, Any], output_dir: str, seed: int, model: ModelSection, validated: bool
 ) -> dict[str, Any]:
-    """Merge defaults, the user's settings and what only rotmole may set.
+    """Merge defaults, the user's settings and the settings that only rotmole may make.
 
     Args:
         training: the checked section.
         output_dir: the run folder.
-        seed: the run's seed.
-        model: the `model:` section.
-        validated: whether any task has validation rows.
+        seed: of the run.
+        model: the `model:` section; device decides use_cpu.
+        validated: whether any task may have validation rows.
 
     Returns:
         Keyword arguments for SFTConfig.
-
-    Source: our choice.
     """
     from trl import SFTConfig
 
-    known = SFTConfig.__dataclass_fields__
+    names = SFTConfig.__dataclass_fields__
     user = {_RENAMED.get(k, k): v for k, v in training.items()}
-    merged = DEFAULTS | ({"eval_strategy": "steps", "eval_steps": 0.2} if validated else {}) | user
+    merged = DEFAULTS | (VALIDATION_DEFAULTS if validated else {}) | user
     if merged.get("save_strategy") != "steps":
         merged.pop("save_steps")
     if merged.get("eval_strategy", "no") != "steps":
@@ -230,23 +260,18 @@ def arguments(
         "dataset_kwargs": {"skip_prepare_dataset": True},
     }
     merged.setdefault("dataloader_pin_memory", not cpu)
-    if "activation_checkpointing" not in known:  # older transformers know the older names only
+    if "activation_checkpointing" not in names:  # older transformers
         older = {new: old for old, new in _RENAMED.items()}
         merged = {older.get(k, k): v for k, v in merged.items()}
-    return {k: v for k, v in merged.items() if k in known}
+    return {k: v for k, v in merged.items() if k in names}
 
 
 def has_validation(task: TaskSection) -> bool:
-    """Tell whether a task has rows to validate on.
-
-    Args:
-        task: the task's section.
+    """Tell whether a task may have validation rows.
 
     Returns:
-        True for locale tasks, for a carved fraction, where a validation split is named, and for
-        sets of a hub, which may bring one.
-
-    Source: our choice.
+        True for locale tasks, with a validation_fraction, with validation files, and for datasets
+        of the hub, which may have a validation split.
     """
     return (
         task.source in ("locale", "hub")
@@ -256,13 +281,7 @@ def has_validation(task: TaskSection) -> bool:
 
 
 def warn_without_effect(training: Mapping[str, Any]) -> None:
-    """Warn by name of settings that another setting makes idle.
-
-    Args:
-        training: the checked section.
-
-    Source: our choice.
-    """
+    """Warn of settings of the checked section that have no effect because of another one."""
     idle = []
     if training.get("max_steps", -1) > 0 and "num_train_epochs" in training:
         idle.append(("num_train_epochs", "max_steps is set"))
@@ -283,21 +302,10 @@ def _on_cpu(model: ModelSection) -> bool:
 
 
 def _range_problems(values: Mapping[str, Any]) -> list[str]:
-    rules: list[tuple[tuple[str, ...], Callable[[float], bool], str]] = [
-        (_AT_LEAST_ONE, lambda v: v >= 1, "at least 1"),
-        (_ABOVE_ZERO, lambda v: v > 0, "above 0"),
-        (_NOT_NEGATIVE, lambda v: v >= 0, "0 or above"),
-        (_SHARES, lambda v: 0 <= v < 1, "at least 0 and below 1"),
-    ]
-    problems = []
-    for names, rule, words in rules:
-        for name in names:
-            value = values.get(name)
-            if value is not None and not (math.isfinite(value) and rule(value)):
-                problems.append(f"training.{name}: {value} must be {words}.")
-    steps = values.get("max_steps", -1)
-    if steps != -1 and steps < 1:
-        problems.append(f"training.max_steps: {steps} must be at least 1, or -1 for no limit.")
+    problems: list[str] = []
+    for name, allowed in RANGES.items():
+        if values.get(name) is not None:
+            problems += allowed.problems(f"training.{name}", values[name])
     return problems
 
 
@@ -332,8 +340,8 @@ def _pair_problems(values: Mapping[str, Any], model: ModelSection, validated: bo
 
 def _report_problem(report: str) -> list[str]:
     packages = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
-    known = ["none", "all", *packages, "trackio", "comet_ml", "clearml", "swanlab", "dvclive"]
-    if report not in known and (hint := did_you_mean(report, known)):
+    trackers = ["none", "all", *packages, "trackio", "comet_ml", "clearml", "swanlab", "dvclive"]
+    if report not in trackers and (hint := did_you_mean(report, trackers)):
         return [f"training.report_to: {report!r} is not known{hint}"]
     package = packages.get(report)
     if package and find_spec(package) is None:
@@ -342,7 +350,7 @@ def _report_problem(report: str) -> list[str]:
 
 
 def _library_problems(merged: dict[str, Any]) -> list[str]:
-    """Let SFTConfig itself look, without letting it claim a device for the whole process."""
+    """Make an SFTConfig for its own checks, without letting it choose the process's device."""
     import torch
     from trl import SFTConfig
 

@@ -1,4 +1,4 @@
-"""YAML as people mean it: duplicate keys are errors, 1e-4 is a number, `no` is a word."""
+"""Read and write YAML: duplicate keys are errors, 1e-4 is a number, `no` is text."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class _Loader(yaml.SafeLoader):
                 )
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} stands twice in one place", key.start_mark
+                    None, None, f"the key {key.value!r} appears twice", key.start_mark
                 )
             seen.add(key.value)
         return super().construct_mapping(node, deep)
@@ -50,9 +50,9 @@ _rule("merge", r"^<<$", "<")
 
 
 class _Dumper(yaml.SafeDumper):
-    """SafeDumper that also quotes text which this reader would take for a number, such as 12e4.
+    """SafeDumper that quotes text which _Loader would read as a number, such as 12e4.
 
-    Text with one of Unicode's own line breaks is written with escapes: SafeDumper folds them.
+    Text with a line break of Unicode is written with escapes, because SafeDumper folds it.
     """
 
     def represent_str(self, data: str) -> yaml.ScalarNode:
@@ -70,15 +70,10 @@ for _first, _rules in _Loader.yaml_implicit_resolvers.items():
 def write_yaml(value: Any) -> str:
     """Write YAML text that `parse_yaml` reads back to the same value.
 
-    Text that YAML 1.1 or 1.2 would take for something else is quoted.
+    Text that YAML 1.1 or 1.2 would read as something else is quoted.
 
     Args:
         value: dicts, lists, strings, numbers, booleans and None; keys keep their order.
-
-    Returns:
-        The text, one setting a line.
-
-    Source: our choice.
 
     >>> write_yaml({"revision": "12e4", "rate": 1e-4})
     "revision: '12e4'\\nrate: 0.0001\\n"
@@ -89,19 +84,17 @@ def write_yaml(value: Any) -> str:
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """Parse YAML text.
+    """Parse YAML text by the core schema of YAML 1.2, except that duplicate keys are refused.
 
     Args:
-        text: the text.
-        where: its name in error messages.
+        text: YAML.
+        where: the text's name in error messages.
 
     Returns:
         Plain dicts, lists, strings, numbers, booleans and None.
 
     Raises:
         ConfigError: with line and column.
-
-    Source: YAML 1.2 core schema, but for duplicate keys, which are refused.
     """
     try:
         return yaml.load(text, Loader=_Loader)  # derived from SafeLoader

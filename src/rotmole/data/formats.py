@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from rotmole.config.fields import did_you_mean
 from rotmole.config.schema import TaskSection
 from rotmole.data.examples import Example
 from rotmole.data.sources import Row, check_columns, row_error
@@ -19,7 +18,7 @@ from rotmole.data.templates import (
     lettered,
     move_spaces,
 )
-from rotmole.errors import DataError, ModelError
+from rotmole.errors import DataError, ModelError, did_you_mean
 
 DEFAULT_COMPLETION = "{completion}"
 CHOICE_FIELDS = ("choice", "letter")  # of the completion template where there are choices

@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rotmole.config.fields import did_you_mean
 from rotmole.config.schema import DataSection, Split, TaskSection
 from rotmole.data.examples import Example
 from rotmole.data.formats import render
 from rotmole.data.locale import locale_problems, locale_rows, missing_libraries
 from rotmole.data.sources import Row, check_columns, read_file, read_hub
-from rotmole.errors import ConfigError
+from rotmole.errors import ConfigError, did_you_mean
 
 FILE_SOURCES = ("jsonl", "csv", "parquet")
 

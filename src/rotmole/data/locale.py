@@ -14,11 +14,10 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from rotmole.config.fields import did_you_mean
 from rotmole.config.schema import Split, TaskSection
 from rotmole.data.locale_kinds import KINDS
 from rotmole.data.sources import Row
-from rotmole.errors import ConfigError
+from rotmole.errors import ConfigError, did_you_mean
 
 POOL = 5000  # values of a kind, before the split
 LIBRARIES = {"babel": "Babel", "num2words": "num2words"}  # module -> distribution

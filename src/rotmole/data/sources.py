@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rotmole.config.fields import did_you_mean
-from rotmole.errors import ConfigError, DataError
+from rotmole.errors import ConfigError, DataError, did_you_mean
 
 SNIPPET_LENGTH = 100
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +13,7 @@ from peft import PeftModel
 
 from rotmole.config.schema import EvaluationSection
 from rotmole.data.examples import Example
-from rotmole.errors import ConfigError
+from rotmole.errors import ConfigError, did_you_mean
 from rotmole.evaluation import generation
 from rotmole.evaluation.few_shot import with_examples
 from rotmole.evaluation.metrics import METRICS, Answer, default_metrics
@@ -197,9 +196,8 @@ def _metric_problems(task: str, rows: Sequence[Example], names: Sequence[str]) -
     problems = []
     for name in names:
         if name not in METRICS:
-            near = difflib.get_close_matches(name, METRICS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(METRICS)}."
-            problems.append(f"task {task!r}: there is no metric {name!r}; {hint}")
+            hint = did_you_mean(name, METRICS) or f"; choose from {', '.join(METRICS)}."
+            problems.append(f"task {task!r}: there is no metric {name!r}{hint}")
             continue
         needs = METRICS[name].needs
         if needs in ("choices", "score") and not all(row.choices for row in rows):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 from rotmole.config.load import load_run
 from rotmole.config.schema import ModelSection, RunFile
 from rotmole.data import data_problems
-from rotmole.errors import AdapterError, ConfigError, InputError
+from rotmole.errors import AdapterError, ConfigError, InputError, did_you_mean
 from rotmole.models.adapter import CONFIG, check_adapter_folder
 from rotmole.models.load import LoadedModel, load_model
 from rotmole.training.folder.layout import ADAPTER, is_finished
@@ -140,9 +139,7 @@ def _unknown(path: Path) -> str:
     if path.is_dir():
         return f"{path} holds neither run.yaml nor {CONFIG}; {rule}."
     names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, names, n=1)
-    hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-    return f"there is no {path}{hint or f'; {rule}.'}"
+    return f"there is no {path}{did_you_mean(path.name, names) or f'; {rule}.'}"
 
 
 def load_target(

@@ -7,9 +7,9 @@ import warnings
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from rotmole.config.fields import convert, did_you_mean
-from rotmole.errors import AdapterError, ConfigError
-from rotmole.tuner.settings.config_rules import foreign_module
+from rotmole.config.fields import convert
+from rotmole.errors import AdapterError, ConfigError, did_you_mean
+from rotmole.tuner.config import foreign_module
 from rotmole.tuner.storage.weights import (
     WEIGHTS,
     header_problems,

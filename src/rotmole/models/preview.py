@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,9 +12,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
-from rotmole.config.fields import did_you_mean
 from rotmole.config.schema import ModelSection
-from rotmole.errors import RotMoleError
+from rotmole.errors import RotMoleError, did_you_mean
 from rotmole.models.load import empty_model
 from rotmole.tuner.batch.losses import balance_states
 from rotmole.tuner.config import RotMoleConfig
@@ -23,7 +22,7 @@ from rotmole.tuner.layer import RotMoleLayer
 
 def preview(
     section: ModelSection,
-    adapter: Mapping[str, Any],
+    config: RotMoleConfig,
     dtype: torch.dtype,
     *,
     trust_remote_code: bool = False,
@@ -32,7 +31,7 @@ def preview(
 
     Args:
         section: the run file's `model:` section.
-        adapter: the checked `adapter:` section.
+        config: the adapter's configuration; the model gets a copy.
         dtype: of the base model.
         trust_remote_code: let transformers run code that came with the model.
 
@@ -42,39 +41,35 @@ def preview(
     Raises:
         ModelError: the base model's configuration cannot be read.
         ValueError: the adapter does not fit the model.
-
-    Source: our choice.
     """
     base = empty_model(section, dtype, trust_remote_code=trust_remote_code)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the real run gives them
-        return get_peft_model(base, RotMoleConfig(task_type="CAUSAL_LM", **adapter))
+        warnings.simplefilter("ignore")  # the real run shows them
+        return get_peft_model(base, copy.deepcopy(config))
 
 
 def adapter_problems(
-    section: ModelSection, adapter: Mapping[str, Any], *, trust_remote_code: bool = False
+    section: ModelSection, config: RotMoleConfig, *, trust_remote_code: bool = False
 ) -> list[str]:
-    """Say what keeps the adapter from fitting the model; reads the model's configuration only.
+    """Say why the adapter does not fit the model; reads only the model's configuration.
 
     Args:
         section: the run file's `model:` section.
-        adapter: the checked `adapter:` section.
+        config: the adapter's configuration.
         trust_remote_code: let transformers run code that came with the model.
 
     Returns:
-        One sentence per problem: a model that cannot be found, targets that match nothing (each
-        one, with the nearest module names), modules of a type that cannot be adapted.
-
-    Source: our choice.
+        One sentence per problem: a model that cannot be found, each target that matches nothing
+        (with the nearest module names), modules of a type that cannot be adapted.
     """
     try:
         base = empty_model(section, trust_remote_code=trust_remote_code)
     except RotMoleError as error:
         return [str(error)]
-    if problems := _unmatched(base, adapter.get("target_modules")):
+    if problems := _unmatched(base, config.target_modules):
         return problems
     try:
-        model = preview(section, adapter, torch.float32, trust_remote_code=trust_remote_code)
+        model = preview(section, config, torch.float32, trust_remote_code=trust_remote_code)
     except (ValueError, TypeError) as error:  # PEFT's and ours
         return [f"adapter.target_modules: {' '.join(str(error).split())}"]
     if isinstance(model.get_base_model().get_output_embeddings(), RotMoleLayer):
@@ -88,13 +83,8 @@ def adapter_problems(
 def matched(model: Any) -> dict[tuple[str, int, int], int]:
     """Count the adapted modules.
 
-    Args:
-        model: the adapted model.
-
     Returns:
         (last part of the name, in_features, out_features) -> how many.
-
-    Source: our choice.
     """
     counts: dict[tuple[str, int, int], int] = {}
     for name, module in model.named_modules():
@@ -107,13 +97,8 @@ def matched(model: Any) -> dict[tuple[str, int, int], int]:
 def trainable_by_role(model: Any) -> dict[str, int]:
     """Count the trainable parameters by what they are for.
 
-    Args:
-        model: the adapted model.
-
     Returns:
         expert, scaling_gate, rotation_gate and other (modules_to_save and the like) -> count.
-
-    Source: our choice.
     """
     counts = {"expert": 0, "scaling_gate": 0, "rotation_gate": 0}
     for module in model.modules():
@@ -129,19 +114,17 @@ def trainable_by_role(model: Any) -> dict[str, int]:
 
 
 def flops_per_token(model: Any) -> int:
-    """Count what the adapter adds to one token's forward pass, as it is computed.
+    """Count the floating-point operations that the adapter adds to one token's forward pass.
 
-    Matrix products count 2 each multiplication, as torch.utils.flop_counter does; elementwise work
-    and small linear systems (rotation cayley) are not counted. A gate computes every expert's
-    activation, so experts that are not selected count as well.
+    Each multiplication of a matrix product counts 2, as in torch.utils.flop_counter; elementwise
+    operations and small linear systems (rotation cayley) are not counted. Experts that are not
+    selected count too, because the activation of every expert is computed.
 
     Args:
         model: the adapted model, on the meta device.
 
     Returns:
         Floating-point operations of all adapted layers together.
-
-    Source: our choice.
     """
     base = model.get_base_model()
     for state in balance_states(base):
@@ -173,8 +156,8 @@ def _forward_flops(module: nn.Module, width: int) -> int:
 
 
 def _unmatched(base: nn.Module, targets: Any) -> list[str]:
-    """Find the entries of a list that match nothing; PEFT only notices when all of them do."""
-    if not isinstance(targets, list):
+    """Say which names match no module; PEFT raises only if all of them match none."""
+    if not isinstance(targets, set):
         return []
     names = [name for name, _ in base.named_modules()]
     linear = sorted(
@@ -187,6 +170,6 @@ def _unmatched(base: nn.Module, targets: Any) -> list[str]:
     return [
         f"adapter.target_modules: {target!r} matches no module of this model"
         f"{did_you_mean(target, linear) or '; its linear modules are ' + ', '.join(linear)}"
-        for target in targets
+        for target in sorted(targets)
         if not any(name == target or name.endswith(f".{target}") for name in names)
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -98,21 +99,13 @@ def all_examples(run: RunFile, tokenizer: Any) -> dict[Split, dict[str, list[Exa
 
 
 def add_adapter(run: RunFile, base: Any) -> PeftModel:
-    """Put the run's adapter on a base model; the seed decides its initial weights.
-
-    Args:
-        run: the run; `adapter:` holds RotMoleConfig's settings.
-        base: the base model.
-
-    Returns:
-        The PeftModel.
+    """Put the run's adapter on a base model; run.seed decides its initial weights.
 
     Raises:
-        ConfigError: the settings contradict each other or do not fit the model.
+        ConfigError: the settings do not fit the model.
     """
     set_seed(run.seed)
-    config = RotMoleConfig(task_type="CAUSAL_LM", **run.adapter)
-    return get_peft_model(base, config)
+    return get_peft_model(base, copy.deepcopy(run.adapter_config))  # PEFT changes it
 
 
 def build_trainer(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass
 from pathlib import Path
@@ -17,7 +16,6 @@ from rotmole.errors import InputError
 from rotmole.processes import world_size
 from rotmole.training.checkpoints.seal import read_seal, storage_of
 from rotmole.training.folder.manifest import versions
-from rotmole.tuner.config import RotMoleConfig
 from rotmole.tuner.storage.weights import EXPERTS, WEIGHTS, read_header
 
 logger = logging.getLogger(__name__)
@@ -78,26 +76,24 @@ def facts_of(run: RunFile) -> dict[str, Any]:
 
     Returns:
         Dotted name -> plain value: settings of adapter, model, training, optimizer and mixture,
-        seed, number of processes, versions. Where files lie is not among them, nor what is only
-        written, logged or evaluated.
+        seed, number of processes, versions. Paths of files are left out, and settings that decide
+        only what is written, logged or evaluated.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # they were shown when the run file was read
-        adapter = RotMoleConfig(task_type="CAUSAL_LM", **run.adapter).to_dict()
+    adapter = run.adapter_config.to_dict()
     training = _defaults() | sft_arguments(run)
-    found: dict[str, Any] = {"seed": run.seed, "processes": world_size()}
-    found |= {f"adapter.{k}": v for k, v in adapter.items() if k not in _NOT_THE_ADAPTERS}
-    found |= {f"model.{name}": getattr(run.model, name) for name in _MODEL}
+    facts: dict[str, Any] = {"seed": run.seed, "processes": world_size()}
+    facts |= {f"adapter.{k}": v for k, v in adapter.items() if k not in _NOT_THE_ADAPTERS}
+    facts |= {f"model.{name}": getattr(run.model, name) for name in _MODEL}
     names = (*_TRAINING, *(name.partition(".")[2] for name in _LENGTH))
-    found |= {f"training.{name}": training.get(name) for name in names}
-    found |= {f"optimizer.{k}": v for k, v in run.optimizer.model_dump().items()}
-    found["data.temperature"] = run.data.temperature
-    found[_ORDER] = list(run.data.tasks)
+    facts |= {f"training.{name}": training.get(name) for name in names}
+    facts |= {f"optimizer.{k}": v for k, v in run.optimizer.model_dump().items()}
+    facts["data.temperature"] = run.data.temperature
+    facts[_ORDER] = list(run.data.tasks)
     for name, task in run.data.tasks.items():
-        found[f"data.tasks.{name}.weight"] = task.weight
-        found[f"data.tasks.{name}.task_group"] = task.task_group
-    found |= {f"version of {k}": v for k, v in versions().items() if k in _PACKAGES}
-    return {name: _plain(value) for name, value in found.items()}
+        facts[f"data.tasks.{name}.weight"] = task.weight
+        facts[f"data.tasks.{name}.task_group"] = task.task_group
+    facts |= {f"version of {k}": v for k, v in versions().items() if k in _PACKAGES}
+    return {name: _plain(value) for name, value in facts.items()}
 
 
 def _defaults() -> dict[str, Any]:

@@ -16,10 +16,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from rotmole.errors import AdapterError, ConfigError, ModelError
+from rotmole.errors import AdapterError, ConfigError, ModelError, one_of
 from rotmole.tuner.config import RotMoleConfig
 from rotmole.tuner.experts.experts import Experts
 from rotmole.tuner.layer import RotMoleLayer
+from rotmole.tuner.targets import linear_widths
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -30,21 +31,21 @@ READ = {
     "fan_in_fan_out", "init_lora_weights", "loftq_config", "eva_config", "corda_config",
     "lora_ga_config", "megatron_core", "runtime_config",
 }  # fmt: skip
-"""Keys of a LoRA configuration that are folded in, or do not change what was trained."""
+"""Keys of a LoRA configuration that are read, or that do not change what was trained."""
 
 REASONS = {
     "use_dora": "DoRA divides by the norm of the merged weight, which no expert can do by itself",
-    "bias": "trained biases are no low-rank experts",
-    "lora_bias": "a bias of B is no low-rank factor",
+    "bias": "trained biases are not low-rank experts",
+    "lora_bias": "a bias of B is not a low-rank factor",
     "modules_to_save": "whole trained modules cannot be mixed token by token",
     "trainable_token_indices": "trained embeddings cannot be mixed token by token",
-    "target_parameters": "parameters that are no linear layer have no place for experts",
+    "target_parameters": "only the weights of linear layers can have experts",
     "layer_replication": "it changes the base model",
 }
 DECIDED = {
     "num_experts_pattern", "alpha_pattern", "use_rslora", "goat_eta", "share_A", "A_density",
 }  # fmt: skip
-"""Further settings that the adapters decide."""
+"""Further settings that follow from the adapters and cannot be set."""
 
 CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -81,9 +82,9 @@ def from_adapters(
 ) -> PeftModel:
     """Make a mixture whose experts are trained PEFT LoRA adapters.
 
-    Expert e is adapter e: its alpha, rank and patterns are folded into B, ranks are padded to the
-    largest of a module, and a module that an adapter did not train is an expert that adds nothing
-    there. With one adapter the model computes what that adapter computes.
+    Expert e is adapter e. Its scale is multiplied into B; its rank is padded with zeros to the
+    largest rank of a module. In a module that an adapter did not train, its expert adds nothing.
+    With one adapter, the model computes what that adapter computes.
 
     Args:
         base: the model that the adapters were trained on.
@@ -94,17 +95,17 @@ def from_adapters(
             follow from the adapters and cannot be set.
 
     Returns:
-        An ordinary PeftModel; saving and loading need the original adapters no more.
+        An ordinary PeftModel; saving and loading it does not need the original adapters.
 
     Raises:
-        AdapterError: a folder is damaged, or holds what no expert can express (named).
+        AdapterError: a folder is damaged, or holds something that no expert can represent.
         ConfigError: settings that do not fit.
         ModelError: the base lacks a module, or its widths differ.
 
     Source: the idea of MoLE (arXiv 2404.13628) and X-LoRA (arXiv 2402.07148).
     """
     if trainable not in ("gates", "all"):
-        raise ConfigError(f"trainable is {trainable!r}; it must be 'gates' or 'all'")
+        raise ConfigError(one_of("trainable", trainable, ("gates", "all")))
     if isinstance(paths, (str, Path)) or not paths:
         raise ConfigError("paths must be a list of at least one adapter folder")
     if isinstance(base, PeftModel):
@@ -120,13 +121,7 @@ def from_adapters(
 
 
 def read_lora(path: str | Path) -> Lora:
-    """Read one LoRA adapter, safetensors only.
-
-    Args:
-        path: its folder.
-
-    Returns:
-        The adapter.
+    """Read the LoRA adapter in a folder; its weights must be safetensors.
 
     Raises:
         AdapterError: see `from_adapters`.
@@ -162,20 +157,20 @@ def _config_problems(config: Any) -> list[str]:
     if isinstance(init, str) and init.lower().startswith(CHANGES_THE_BASE):
         problems.append(f"init_lora_weights is {init!r} (it changed the base weights)")
     missing = [key for key in ("r", "lora_alpha") if not isinstance(config.get(key), (int, float))]
-    return problems + [f"{key} is missing or no number" for key in missing]
+    return problems + [f"{key} is missing or not a number" for key in missing]
 
 
 def _tensor_problems(tensors: Mapping[str, Tensor]) -> list[str]:
     problems = []
-    known = (".lora_A.weight", ".lora_B.weight")
+    factors = (".lora_A.weight", ".lora_B.weight")
     for key, value in tensors.items():
-        if not key.endswith(known):
-            problems.append(f"it holds {key}, which is no factor of a linear layer")
+        if not key.endswith(factors):
+            problems.append(f"it holds {key}, which is not a factor of a linear layer")
         elif not value.is_floating_point() or not bool(torch.isfinite(value).all()):
             problems.append(f"{key} is {value.dtype} or not finite")
         elif _partner(key) not in tensors:
             problems.append(f"{_partner(key)} is missing")
-        elif key.endswith(known[0]) and value.shape[0] != tensors[_partner(key)].shape[1]:
+        elif key.endswith(factors[0]) and value.shape[0] != tensors[_partner(key)].shape[1]:
             problems.append(f"{key} and its lora_B have different ranks")
     return problems[:5] or ([] if tensors else ["it holds no tensor"])
 
@@ -195,7 +190,7 @@ def _factors(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def _config(loras: Sequence[Lora], settings: Mapping[str, Any], trainable: str) -> RotMoleConfig:
-    """Return settings under which every adapter fits: largest ranks, all modules."""
+    """Return settings that every adapter fits: the largest ranks, all modules."""
     ranks: dict[str, int] = {}
     for lora in loras:
         for module, (A, _) in lora.factors.items():
@@ -206,7 +201,7 @@ def _config(loras: Sequence[Lora], settings: Mapping[str, Any], trainable: str) 
     followed: dict[str, Any] = {
         "num_experts": len(loras),
         "r": rank,
-        "rank_pattern": {module: own for module, own in ranks.items() if own != rank},
+        "rank_pattern": {module: other for module, other in ranks.items() if other != rank},
         "lora_alpha": loras[0].scale(first) * rank,
         "target_modules": sorted(ranks),
         "frozen": "AB" if trainable == "gates" else "none",
@@ -229,24 +224,27 @@ def _check_base(base: nn.Module, loras: Sequence[Lora]) -> None:
                     f"adapter {lora.path!r} adapts {name!r}, which this base model does not have; "
                     "give the base model that the adapter was trained on"
                 )
-            shape = getattr(getattr(modules[name], "weight", None), "shape", None)
-            # quantised weights are packed: their layer says its widths itself
-            inputs = getattr(modules[name], "in_features", None)
-            outputs = getattr(modules[name], "out_features", None)
-            found = {(inputs, outputs)} if inputs else {tuple(shape or ())}  # Conv1D: [D, O]
-            if (A.shape[1], B.shape[0]) not in found:
+            widths = linear_widths(modules[name])
+            if widths is None:
+                raise ModelError(
+                    f"adapter {lora.path!r} adapts {name!r}, which in this base model is a "
+                    f"{type(modules[name]).__name__}, not a linear layer; give the base model that "
+                    "the adapter was trained on"
+                )
+            if (A.shape[1], B.shape[0]) != widths:
                 raise ModelError(
                     f"adapter {lora.path!r} maps {A.shape[1]} features to {B.shape[0]} in "
-                    f"{name!r}; this base model's widths there are {found.pop()}"
+                    f"{name!r}; this base model's layer maps {widths[0]} to {widths[1]}. Give the "
+                    "base model that the adapter was trained on"
                 )
 
 
 @torch.no_grad()
 def _fill(experts: Experts, name: str, loras: Sequence[Lora], *, keep_drawn: bool) -> None:
-    """Copy every adapter's factors into its expert; what is padded adds nothing.
+    """Copy every adapter's factors into its expert; padded ranks add nothing, because B is 0 there.
 
-    Padded rows of A stay as drawn where experts are trained (with B = 0 there they can learn), and
-    are zero where they are not.
+    If experts are trained, padded rows of A keep their random start, so that they can learn;
+    otherwise they are zero.
     """
     if not keep_drawn:
         experts.expert_A.zero_()

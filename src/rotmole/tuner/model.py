@@ -25,7 +25,6 @@ from rotmole.tuner.experts.blocks import block_part, check_blocks, plain_outside
 from rotmole.tuner.experts.experts import Experts
 from rotmole.tuner.layer import Linear, RotMoleLayer
 from rotmole.tuner.settings.by_module import module_settings
-from rotmole.tuner.settings.expert_rules import is_routed
 from rotmole.tuner.storage.fingerprint import base_fingerprint, compare_bases
 from rotmole.tuner.storage.names import check_adapter_name
 from rotmole.tuner.storage.weights import check_state
@@ -165,7 +164,7 @@ class RotMoleModel(BaseTuner):  # type: ignore[misc] # peft ships no types
     def _watch(self, model: nn.Module, adapter_name: str) -> None:
         """Hook the stacks of the model, and share out the weights of the losses."""
         config = self.peft_config[adapter_name]
-        if config.router_scope == "block" and is_routed(config):
+        if config.router_scope == "block" and config.is_routed:
             check_blocks(model, adapter_name)
         modules = model.named_modules()
         layers = {name: module for name, module in modules if isinstance(module, RotMoleLayer)}

@@ -1,8 +1,8 @@
-"""Make PEFT know the method ROTMOLE: PEFT has no plug-in discovery, so a member is added.
+"""Register the method ROTMOLE with PEFT, which has no plug-ins: a member is added to its enum.
 
-Tested on peft 0.19.1 to 0.21.2 and Python 3.10 to 3.13; pickle, deepcopy, JSON and
-`PeftType("ROTMOLE")` behave as for PEFT's own members. Other ways (a str subclass or a bare string
-in PEFT's mappings) fail parts of PEFT's own test-suite.
+Tested with peft 0.19.1 to 0.21.2 and Python 3.10 to 3.13; pickle, deepcopy, JSON and
+`PeftType("ROTMOLE")` behave as with PEFT's own members. With a subclass of str, or a plain string
+in PEFT's mappings, parts of PEFT's test suite fail.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def add_member() -> None:
         if getattr(PeftType[NAME], "added_by", None) == "rotmole":
             return
         raise RotMoleError(
-            f"this version of peft ships a method named {NAME} itself; "
-            "use peft's own, or install a rotmole that was made for this peft"
+            f"this version of peft has a method named {NAME} of its own; use that one, or install "
+            "a version of rotmole that was made for this peft"
         )
     member = str.__new__(PeftType, NAME)
     member._name_ = NAME

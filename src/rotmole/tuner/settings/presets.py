@@ -1,19 +1,18 @@
-"""Presets: published mixtures of low-rank experts as named settings of one layer; data only.
+"""Presets: the settings of published mixtures of low-rank experts; data only.
 
-A preset holds what makes a method that method, and leaves what a comparison must hold equal to you:
-rank (but for FlyLoRA, whose experts have rank one), lora_alpha, dropout, modules. Equations, and
-where a setting differs from the authors' code and why, stand in docs/family.md.
+A preset holds the settings that define a method. Settings that a comparison must hold equal (rank,
+lora_alpha, dropout, modules) are left out; only FlyLoRA sets the rank, because its experts have
+rank one. docs/family.md has the equations, and every difference from the authors' code.
 """
 
 from __future__ import annotations
 
 import copy
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rotmole.errors import ConfigError
+from rotmole.errors import ConfigError, one_of
 
 
 @dataclass(frozen=True)
@@ -22,8 +21,8 @@ class Preset:
 
     Attributes:
         paper: arXiv number.
-        about: what it is, in one line.
-        fields: the settings of RotMoleConfig that make it.
+        about: one line.
+        fields: settings of RotMoleConfig.
     """
 
     paper: str
@@ -110,14 +109,11 @@ PRESETS: dict[str, Preset] = {
 
 
 def preset_fields(name: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a preset's settings with others laid over them.
+    """Return the settings of a preset, with `overrides` in place of those they name.
 
     Args:
         name: a key of PRESETS.
-        overrides: settings of RotMoleConfig; they win.
-
-    Returns:
-        Arguments of RotMoleConfig.
+        overrides: settings of RotMoleConfig.
 
     Raises:
         ConfigError: no preset of that name.
@@ -126,7 +122,5 @@ def preset_fields(name: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
     {'num_experts': 1, 'rotation': 'none', 'r': 4}
     """
     if name not in PRESETS:
-        near = difflib.get_close_matches(str(name), PRESETS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"preset is {name!r}; it must be one of {', '.join(PRESETS)}{hint}")
+        raise ConfigError(one_of("preset", name, PRESETS))
     return copy.deepcopy(dict(PRESETS[name].fields)) | dict(overrides)

@@ -1,6 +1,7 @@
-"""Which base model an adapter was made for: its architecture, its shapes, a hash of its last norm.
+"""The fingerprint of a base model: its architecture, its shapes, a hash of its last norm.
 
-Kept in the adapter's configuration, so that an adapter that is put on another model says so.
+An adapter's configuration holds that of the model it was made for, so that putting the adapter on
+another model is refused or warned of.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from rotmole.errors import AdapterError
+from rotmole.tuner.targets import linear_widths
 
 _INSIDE_AN_ADAPTER = frozenset(
     {"base_layer", "rotmole_experts", "rotmole_dropout", "modules_to_save", "token_adapter"}
@@ -25,7 +26,7 @@ _INSIDE_AN_ADAPTER = frozenset(
 
 
 def base_fingerprint(model: nn.Module) -> dict[str, Any]:
-    """Describe a base model by what stays the same in copies, other number formats, quantised.
+    """Describe a base model by what stays the same in copies, other number formats and quantised.
 
     Args:
         model: the base model, with or without adapters in it.
@@ -33,11 +34,9 @@ def base_fingerprint(model: nn.Module) -> dict[str, Any]:
     Returns:
         architecture: transformers' model_type, else the class's name; shapes: module name ->
         "count x inputs -> outputs", without heads of transformers models and without the rows of
-        embeddings, which users change; final_norm: SHA-256 of the last norm's weight in bfloat16
-        (rounded, so that the format a model is loaded in does not matter), None where there is no
-        norm or its weight is not here.
-
-    Source: our choice.
+        embeddings, which users change; final_norm: SHA-256 of the last norm's weight, rounded to
+        bfloat16 so that the format a model is loaded in does not matter, None if there is no norm
+        or its weight is not loaded.
     """
     kind = getattr(getattr(model, "config", None), "model_type", None)
     body = model.base_model if isinstance(model, PreTrainedModel) else model
@@ -51,8 +50,8 @@ def base_fingerprint(model: nn.Module) -> dict[str, Any]:
         if "norm" in type(module).__name__.lower() and isinstance(weight, Tensor):
             norm = weight
     shapes = {
-        name: ", ".join(f"{count} x {shape}" for shape, count in sorted(found.items()))
-        for name, found in counts.items()
+        name: ", ".join(f"{count} x {shape}" for shape, count in sorted(shape_counts.items()))
+        for name, shape_counts in counts.items()
     }
     architecture = kind if isinstance(kind, str) and kind else type(model).__name__
     return {"architecture": architecture, "shapes": shapes, "final_norm": _digest(norm)}
@@ -71,12 +70,8 @@ def _own_modules(body: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _shape(module: nn.Module) -> str:
     if isinstance(module, nn.Embedding):
         return f"embedding of {module.embedding_dim}"
-    if isinstance(module, Conv1D):
-        return f"{module.weight.shape[0]} -> {module.weight.shape[1]}"
-    widths = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    if not all(isinstance(width, int) for width in widths):
-        return ""
-    return f"{widths[0]} -> {widths[1]}"
+    widths = linear_widths(module)
+    return "" if widths is None else f"{widths[0]} -> {widths[1]}"
 
 
 def _digest(weight: Tensor | None) -> str | None:
@@ -87,38 +82,52 @@ def _digest(weight: Tensor | None) -> str | None:
     return "sha256:" + hashlib.sha256(values.numpy().astype("<i2").tobytes()).hexdigest()
 
 
+def fingerprint_problems(saved: Any) -> list[str]:
+    """Say why a saved fingerprint cannot be one; None is right."""
+    if saved is None:
+        return []
+    rule = "it must hold architecture (text), shapes (names to text) and final_norm (text or null)"
+    if not isinstance(saved, dict) or saved.keys() != {"architecture", "shapes", "final_norm"}:
+        return [f"base_fingerprint is {saved!r}; {rule}"]
+    shapes = saved["shapes"]
+    words = [saved["architecture"], saved["final_norm"] or ""]
+    if isinstance(shapes, dict):
+        words += [*shapes, *shapes.values()]
+    if not isinstance(shapes, dict) or not all(isinstance(word, str) for word in words):
+        return [f"base_fingerprint is {saved!r}; {rule}"]
+    return []
+
+
 def compare_bases(
-    saved: dict[str, Any], found: dict[str, Any], saved_name: str | None, found_name: str | None
+    saved: dict[str, Any], now: dict[str, Any], saved_name: str | None, now_name: str | None
 ) -> str | None:
-    """Compare the base an adapter was made for with the one it is put on.
+    """Compare the base model that an adapter was made for with the one it is put on.
 
     Args:
         saved: the fingerprint in the adapter's configuration.
-        found: the fingerprint of the model at hand.
-        saved_name, found_name: their names or paths.
+        now: the fingerprint of the model that the adapter is put on.
+        saved_name, now_name: their names or paths.
 
     Returns:
-        A warning that names both where only name or hash differ, else None.
+        A warning that names both models if only name or hash differ, else None.
 
     Raises:
-        AdapterError: the architecture or a shape that both have differs.
-
-    Source: our choice.
+        AdapterError: the architecture differs, or a shape of a module that both have.
     """
-    made_for = f"it was made for {saved_name!r}, this is {found_name!r}"
+    made_for = f"it was made for {saved_name!r}, this is {now_name!r}"
     advice = (
         "load the model it was made for (if you know better, take base_fingerprint out of "
         "adapter_config.json)"
     )
-    if saved.get("architecture") not in (None, found["architecture"]):
+    if saved.get("architecture") not in (None, now["architecture"]):
         raise AdapterError(
             f"the adapter belongs to a base model of architecture {saved['architecture']!r}, this "
-            f"one is {found['architecture']!r} ({made_for}); {advice}."
+            f"one is {now['architecture']!r} ({made_for}); {advice}."
         )
     differ = [
-        f"{name} is {found['shapes'][name]}, not {shape}"
+        f"{name} is {now['shapes'][name]}, not {shape}"
         for name, shape in (saved.get("shapes") or {}).items()
-        if found["shapes"].get(name, shape) != shape
+        if now["shapes"].get(name, shape) != shape
     ]
     if differ:
         more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
@@ -126,24 +135,24 @@ def compare_bases(
             f"the adapter belongs to a base model of other shapes: {'; '.join(differ[:3])}{more} "
             f"({made_for}); {advice}."
         )
-    return _notice(saved.get("final_norm"), found["final_norm"], saved_name, found_name)
+    return _notice(saved.get("final_norm"), now["final_norm"], saved_name, now_name)
 
 
 def _notice(
-    saved: str | None, found: str | None, saved_name: str | None, found_name: str | None
+    saved: str | None, now: str | None, saved_name: str | None, now_name: str | None
 ) -> str | None:
-    other_norm = bool(saved and found and saved != found)
-    other_name = bool(saved_name and found_name) and not _same_place(saved_name, found_name)
+    other_norm = bool(saved and now and saved != now)
+    other_name = bool(saved_name and now_name) and not _same_place(saved_name, now_name)
     if not other_norm and not other_name:
         return None
-    first, second = repr(saved_name), repr(found_name)
+    first, second = repr(saved_name), repr(now_name)
     if other_norm:
-        first, second = f"{first} (last norm {_short(saved)})", f"{second} ({_short(found)})"
+        first, second = f"{first} (last norm {_short(saved)})", f"{second} ({_short(now)})"
         judgement = "the weights differ, so the answers will not be those it was trained for"
-    elif saved and found:
+    elif saved and now:
         judgement = "the last norm is the same, so it is probably a copy"
     else:
-        judgement = "whether the weights are the same cannot be told"
+        judgement = "whether the weights are the same is not known"
     return f"the adapter was made for the base model {first} and is put on {second}; {judgement}"
 
 

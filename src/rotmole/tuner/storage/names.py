@@ -1,4 +1,4 @@
-"""Adapter names: PEFT writes a folder of that name, so a name must not lead anywhere else."""
+"""Adapter names: PEFT writes a folder of that name, so a name must be a plain folder name."""
 
 from __future__ import annotations
 
@@ -8,22 +8,19 @@ _LONGEST = 200
 
 
 def check_adapter_name(name: object) -> None:
-    """Refuse names that are no plain folder name.
+    """Refuse an adapter's name that is not a plain folder name.
 
-    Args:
-        name: what the user calls the adapter.
+    torch forbids the dot in names of modules; file systems forbid the other characters.
 
     Raises:
-        AdapterError: it is empty, a path, or holds characters that no file name may have.
-
-    Source: our choice; torch itself forbids the dot, file systems the rest.
+        AdapterError: it is empty, a path, or holds characters that a file name may not have.
     """
     rule = (
         "an adapter's name is one folder name: no slash, backslash, colon, dot or control "
         f"character, not blank at an end, at most {_LONGEST} bytes"
     )
     if not isinstance(name, str):
-        raise AdapterError(f"adapter name {name!r} is no text; {rule}.")
+        raise AdapterError(f"adapter name {name!r} is not text; {rule}.")
     encoded = name.encode("utf-8", "surrogatepass")
     plain = name.isprintable() and not set(name) & set('/\\:.*?"<>|')
     if not (plain and 0 < len(encoded) <= _LONGEST and name == name.strip()):

@@ -6,15 +6,13 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from rotmole.errors import AdapterError
-
-if TYPE_CHECKING:
-    from rotmole.tuner.config import RotMoleConfig
+from rotmole.tuner.settings.settings import Settings
 
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
@@ -34,13 +32,8 @@ class Entry(NamedTuple):
 def refuse_pickle(folder: Path) -> None:
     """Refuse a folder whose only weights are a pickle; the file is not opened.
 
-    Args:
-        folder: the adapter folder.
-
     Raises:
         AdapterError: there is adapter_model.bin and no adapter_model.safetensors.
-
-    Source: our choice.
     """
     if (folder / PICKLE).exists() and not (folder / WEIGHTS).is_file():
         raise AdapterError(
@@ -52,16 +45,11 @@ def refuse_pickle(folder: Path) -> None:
 def read_header(file: Path) -> dict[str, Entry]:
     """Read which tensors a safetensors file holds, without reading them.
 
-    Args:
-        file: the file.
-
     Returns:
         Name -> shape and number format.
 
     Raises:
-        AdapterError: naming path, size, expected size and what to do.
-
-    Source: our choice.
+        AdapterError: the file is damaged; names path, size and expected size.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -94,17 +82,15 @@ def _expected_size(file: Path) -> int | None:
             return None
 
 
-def header_problems(config: RotMoleConfig, header: Mapping[str, Entry]) -> list[str]:
+def header_problems(settings: Settings, header: Mapping[str, Entry]) -> list[str]:
     """Compare a file's header with the configuration beside it; no model is needed.
 
     Args:
-        config: the adapter's configuration.
+        settings: the adapter's settings.
         header: from `read_header`.
 
     Returns:
         One sentence per problem.
-
-    Source: our choice.
     """
     problems = [
         f"tensor {name!r} is stored as {entry.dtype}; weights are {', '.join(FLOATS.values())}"
@@ -113,39 +99,34 @@ def header_problems(config: RotMoleConfig, header: Mapping[str, Entry]) -> list[
     ]
     factors = {name: entry.shape for name, entry in header.items() if name.endswith("expert_B")}
     if not factors:
-        return [*problems, "it holds no tensor expert_B, so it is no adapter of this method"]
+        return [*problems, "it holds no tensor expert_B, so it is not an adapter of this method"]
     allowed = {
-        "num_experts": _values(config, "num_experts"),
-        "r": _values(config, "r", "rank_pattern"),
+        "num_experts": _values(settings, "num_experts"),
+        "r": _values(settings, "r", "rank_pattern"),
     }
-    if config.router_scope == "block":  # modules outside of feed-forward blocks have one
+    if settings.router_scope == "block":  # modules outside of feed-forward blocks have one
         allowed["num_experts"].add(1)
-    for axis, (setting, values) in enumerate(allowed.items()):
+    for axis, (name, values) in enumerate(allowed.items()):
         odd = {shape[axis] if len(shape) == 3 else shape for shape in factors.values()} - values
         if odd:
             rule = " or ".join(str(value) for value in sorted(values))
             had = ", ".join(str(value) for value in sorted(odd, key=str))
-            problems.append(f"{setting} is {rule} in adapter_config.json, the weights have {had}")
+            problems.append(f"{name} is {rule} in adapter_config.json, the weights have {had}")
     return problems
 
 
-def _values(config: RotMoleConfig, name: str, pattern: str = "") -> set[Any]:
+def _values(settings: Settings, name: str, pattern: str = "") -> set[Any]:
     """Return the values that a count has, its exceptions by module or depth included."""
-    exceptions = getattr(config, pattern or f"{name}_pattern", None) or {}
+    exceptions = getattr(settings, pattern or f"{name}_pattern", None) or {}
     listed = exceptions.values() if isinstance(exceptions, dict) else exceptions
-    return {getattr(config, name), *listed}
+    return {getattr(settings, name), *listed}
 
 
 def value_problems(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[str]:
     """Yield one sentence for each tensor that no layer may receive.
 
-    Args:
-        tensors: names and values.
-
     Returns:
         Sentences about number formats, NaN and Inf, with their count.
-
-    Source: our choice.
     """
     for name, tensor in tensors:
         kind = str(tensor.dtype).removeprefix("torch.")
@@ -158,19 +139,17 @@ def value_problems(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[str]:
 
 
 def check_state(
-    expected: Mapping[str, tuple[int, ...]], known: set[str], state: Mapping[str, Tensor]
+    expected: Mapping[str, tuple[int, ...]], names: set[str], state: Mapping[str, Tensor]
 ) -> None:
     """Check all tensors of one or more adapters before the first one is copied.
 
     Args:
         expected: names and shapes of the experts' tensors in the model.
-        known: names of all tensors of the model.
+        names: of all tensors of the model.
         state: what is about to be loaded; without a tensor of an adapter nothing is checked.
 
     Raises:
         AdapterError: tensors are missing, unknown, of other shapes or formats, or not finite.
-
-    Source: our choice.
     """
     ours = {name for name in state if EXPERTS in name}
     adapters = {_adapter_of(name) for name in ours & expected.keys()}
@@ -180,8 +159,8 @@ def check_state(
         n for n in expected if n not in state and (_adapter_of(n) in adapters or not adapters)
     ]
     whole_model = any(".base_layer." in name for name in state)
-    unknown = sorted((ours - expected.keys()) if whole_model else (state.keys() - known))
-    problems = [_counted(missing, "missing"), _counted(unknown, "unknown to this model")]
+    unknown = sorted((ours - expected.keys()) if whole_model else (state.keys() - names))
+    problems = [*_counted(missing, "missing"), *_counted(unknown, "unknown to this model")]
     present = {name: state[name] for name in sorted(ours & expected.keys())}
     problems += [
         f"tensor {name!r} has shape {tuple(tensor.shape)}, this model needs {expected[name]} "
@@ -189,14 +168,13 @@ def check_state(
         for name, tensor in present.items()
         if tuple(tensor.shape) != expected[name]
     ]
-    checked = present if whole_model else {name: state[name] for name in state.keys() & known}
+    checked = present if whole_model else {name: state[name] for name in state.keys() & names}
     problems += value_problems(sorted(checked.items()))
-    found = [problem for problem in problems if problem]
-    if found:
-        more = f"; and {len(found) - 4} more" if len(found) > 4 else ""
+    if problems:
+        more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise AdapterError(
             f"the stored adapter does not fit, and nothing of it was loaded: "
-            f"{'; '.join(found[:4])}{more}. Save it again, or load it on its own base model."
+            f"{'; '.join(problems[:4])}{more}. Save it again, or load it on its own base model."
         )
 
 
@@ -205,9 +183,8 @@ def _adapter_of(name: str) -> str:
     return re.split(re.escape(EXPERTS), name)[-1].partition(".")[0]
 
 
-def _counted(names: list[str], what: str) -> str:
-    """Say how many tensors, and which; more than eight are cut short."""
-    if not names:
-        return ""
-    shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-    return f"{len(names)} tensor{'s are' if len(names) > 1 else ' is'} {what}: {shown}"
+def _counted(names: list[str], what: str) -> Iterator[str]:
+    """Yield how many tensors there are, if any, and the names of the first eight."""
+    if names:
+        listed = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+        yield f"{len(names)} tensor{'s are' if len(names) > 1 else ' is'} {what}: {listed}"
