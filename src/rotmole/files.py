@@ -48,15 +48,9 @@ def atomic_write_bytes(path: str | Path, data: bytes) -> Path:
 
     Args:
         path: the file; its folder must exist.
-        data: the content.
-
-    Returns:
-        The path written.
 
     Raises:
         StorageError: the disk refused; the old file, if any, is untouched.
-
-    Source: our choice.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
@@ -80,15 +74,9 @@ def atomic_write_text(path: str | Path, text: str) -> Path:
 
     Args:
         path: the file; its folder must exist.
-        text: the content.
-
-    Returns:
-        The path written.
 
     Raises:
         StorageError: the disk refused; the old file, if any, is untouched.
-
-    Source: our choice.
     """
     return atomic_write_bytes(path, text.encode("utf-8"))
 
@@ -96,16 +84,8 @@ def atomic_write_text(path: str | Path, text: str) -> Path:
 def make_folder(path: str | Path) -> Path:
     """Create a folder and its parents if they are missing.
 
-    Args:
-        path: the folder.
-
-    Returns:
-        The folder.
-
     Raises:
         StorageError: it cannot be created.
-
-    Source: our choice.
     """
     path = Path(path)
     with storage_errors(path):

@@ -22,8 +22,6 @@ def tokenize_pair(tokenizer: Any, prompt: str, completion: str) -> tuple[list[in
     where the text (a chat template) already starts with it, and no end.
 
     Args:
-        tokenizer: a transformers tokenizer.
-        prompt: text before the answer.
         completion: the answer, with its leading space if it has one.
 
     Returns:
@@ -89,8 +87,6 @@ def encode(example: Example, tokenizer: Any, *, max_length: int) -> dict[str, An
     answer that does not fit is always an error.
 
     Args:
-        example: the rendered row.
-        tokenizer: the model's tokenizer.
         max_length: the most tokens of a row, the end included.
 
     Returns:

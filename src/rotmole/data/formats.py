@@ -32,9 +32,6 @@ def render(
     """Return the examples of one task.
 
     Args:
-        name: the task's name.
-        task: its section of the run file.
-        rows: rows of one split.
         tokenizer: needed for format messages, whose chat template renders the text.
 
     Raises:
@@ -143,9 +140,7 @@ def index_of(row: Row, column: str, words: Sequence[str], names: Sequence[str]) 
     """Return the index a row gives as a number, as digits, or as a name (letter or label word).
 
     Args:
-        row: the row.
         column: the column with the index, counted from 0.
-        words: the candidates.
         names: other ways to write index 0, 1, ...; letters for choices, words for labels.
     """
     value = row.columns[column]

@@ -28,8 +28,6 @@ def load_examples(
     A task that has no such split is left out, so the result may be empty.
 
     Args:
-        data: the data section of the run file.
-        split: train, validation or test.
         seed: of the choice under a limit (the carving of a validation set does not depend on it).
         tokenizer: the model's tokenizer; needed by tasks with format messages only.
 

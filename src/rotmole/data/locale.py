@@ -98,7 +98,6 @@ def locale_rows(task: TaskSection, split: Split, *, seed: int) -> list[Row]:
 
     Args:
         task: names the kind, the languages (None: all) and the limit.
-        split: train, validation or test.
         seed: of the choice and order of values.
 
     Raises:

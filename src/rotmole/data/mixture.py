@@ -24,7 +24,6 @@ def shares(examples: Mapping[str, Sequence[Example]], data: DataSection) -> dict
     either, each row is used once. The epoch is as long as all rows together.
 
     Args:
-        examples: rows by task.
         data: holds the weights and the temperature.
 
     Returns:
@@ -56,7 +55,6 @@ def mix(examples: Examples, data: DataSection, *, seed: int) -> list[Example]:
     smaller than the task, its other rows are not trained on.
 
     Args:
-        examples: rows by task.
         data: holds the weights and the temperature.
         seed: of the choice and the order.
     """

@@ -55,7 +55,6 @@ def read_file(path: Path, source: str) -> list[Row]:
     """Return the rows of one file.
 
     Args:
-        path: the file.
         source: "jsonl", "csv" or "parquet".
 
     Returns:

@@ -46,8 +46,6 @@ def evaluate(
 
     Args:
         model: a causal language model, or a PeftModel around one.
-        tokenizer: its tokenizer.
-        examples_by_task: rows by task.
         section: limit, batch size, answer length, worked examples, and whether to score before.
         metrics_by_task: names from METRICS; a task without an entry gets what its rows call for.
         demonstrations: training rows by task, needed where section.examples_in_prompt > 0.
@@ -61,8 +59,6 @@ def evaluate(
 
     Raises:
         ConfigError: a task without rows, or a metric that does not exist or does not fit its task.
-
-    Source: our choice.
     """
     run = partial(
         measure,
@@ -99,23 +95,12 @@ def measure(
     """Figures of one system: the model as it stands, on every row given.
 
     Args:
-        model: a causal language model.
-        tokenizer: its tokenizer.
-        examples_by_task: rows by task.
         section: batch size, answer length and worked examples.
-        metrics_by_task: as in `evaluate`.
-        demonstrations: as in `evaluate`.
         progress: told (what, done, total) as rows finish.
         seed: chooses worked examples and the bootstrap.
-        spread: as in `evaluate`.
 
     Returns:
         The system; put several beside each other with `compare`.
-
-    Raises:
-        ConfigError: as in `evaluate`.
-
-    Source: our choice.
     """
     metrics = task_metrics(examples_by_task, metrics_by_task or {})
     needs = {task: {str(METRICS[name].needs) for name in metrics[task]} for task in metrics}
@@ -140,14 +125,7 @@ def limit_rows(
     """At most `limit` rows per task and group: a seeded choice, in the rows' own order.
 
     Args:
-        examples_by_task: rows by task.
         limit: None keeps all.
-        seed: of the choice.
-
-    Returns:
-        Rows by task.
-
-    Source: our choice.
     """
     result = {}
     for task, rows in examples_by_task.items():
@@ -167,7 +145,6 @@ def task_metrics(
     """The metrics of each task, checked; every problem is told at once.
 
     Args:
-        examples_by_task: rows by task.
         wanted: names by task; None or no entry means what the rows call for.
 
     Returns:
@@ -175,8 +152,6 @@ def task_metrics(
 
     Raises:
         ConfigError: a task without rows, an unknown metric, or one whose rows lack what it needs.
-
-    Source: our choice.
     """
     result: dict[str, tuple[str, ...]] = {}
     problems: list[str] = []

@@ -23,18 +23,14 @@ def with_examples(
     task. The draw depends on the seed, the task and the row's id alone: every system sees the same.
 
     Args:
-        example: the row to be answered.
         demonstrations: training rows by task.
         count: how many; 0 returns the example as it is.
-        seed: of the draw.
 
     Returns:
         The same row with a longer prompt.
 
     Raises:
         ConfigError: the task has fewer training rows than that.
-
-    Source: our choice.
     """
     if count == 0:
         return example

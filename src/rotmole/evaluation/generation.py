@@ -24,11 +24,6 @@ def cut_answer(text: str, *, one_line: bool) -> str:
     Args:
         text: generated text, up to the end of sequence.
         one_line: the task's answers are single lines.
-
-    Returns:
-        The answer.
-
-    Source: our choice.
     """
     text = text.strip()
     return text.split("\n", 1)[0].strip() if one_line else text
@@ -41,14 +36,10 @@ def prompt_tokens(prompt: str, tokenizer: Any, *, window: int) -> list[int]:
     "Answer:" + " 7" with most vocabularies.
 
     Args:
-        prompt: the text.
-        tokenizer: the model's tokenizer.
         window: most tokens; a longer prompt loses its beginning.
 
     Returns:
         Token ids, at least one.
-
-    Source: our choice.
     """
     tokens, _ = tokenize_pair(tokenizer, prompt.rstrip(" "), "")
     if not tokens:
@@ -61,15 +52,11 @@ def end_tokens(model: Any, tokenizer: Any, ends: Sequence[str] = ()) -> list[int
     """Every token that ends a text: the model's own, the tokenizer's, and those of `ends`.
 
     Args:
-        model: a causal language model.
-        tokenizer: its tokenizer.
         ends: what a chat template writes after an answer where that is not the end of sequence;
             its special tokens count, or the whole of it where it is one token.
 
     Returns:
         Token ids, sorted.
-
-    Source: our choice.
     """
     own = getattr(model.generation_config, "eos_token_id", None)
     found = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id}
@@ -171,9 +158,7 @@ def answers(
     """Greedy answers to many prompts, in batches padded on the left.
 
     Args:
-        model: a causal language model.
         tokenizer: its tokenizer; its own padding side does not matter.
-        prompts: the texts to continue.
         max_new_tokens: longest answer in tokens.
         batch_size: prompts per batch.
         one_line: stop and cut after the first line that is not blank.
@@ -183,8 +168,6 @@ def answers(
 
     Returns:
         One cut answer per prompt, in order.
-
-    Source: our choice.
     """
     window = max(1, context_window(model) - max_new_tokens)
     rows = [prompt_tokens(prompt, tokenizer, window=window) for prompt in prompts]
@@ -231,9 +214,6 @@ def generate_text(
     """Continue one prompt; the same seed gives the same text, and no global state changes.
 
     Args:
-        model: a causal language model.
-        tokenizer: its tokenizer.
-        prompt: the text to continue.
         max_new_tokens: longest continuation in tokens.
         temperature: 0 is greedy; otherwise logits are divided by it before sampling.
         top_p: sample from the smallest set of tokens with at least this probability.
@@ -242,8 +222,6 @@ def generate_text(
 
     Returns:
         The continuation up to the end of sequence, uncut.
-
-    Source: our choice.
     """
     device = next(model.parameters()).device
     window = max(1, context_window(model) - max_new_tokens)

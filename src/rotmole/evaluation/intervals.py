@@ -20,12 +20,8 @@ def wilson(hits: int, n: int, *, confidence: float = 0.95) -> tuple[float, float
     """Wilson's score interval of a share hits/n.
 
     Args:
-        hits: rows that count.
         n: all rows, at least 1.
         confidence: 0 .. 1.
-
-    Returns:
-        Lower and upper end.
 
     Source: Wilson 1927, computed by scipy.
     """
@@ -66,9 +62,6 @@ def bootstrap(
         resamples: how many times rows are drawn with replacement.
         seed: of the drawing; the same seed gives the same interval.
 
-    Returns:
-        Lower and upper end.
-
     Source: Efron 1979, percentile form.
     """
     draws = _resamples(len(columns), resamples, seed)
@@ -94,10 +87,6 @@ def paired_difference(
         columns_second: [N, k] of the second system, the same rows in the same order.
         confidence: 0 .. 1.
         resamples: how many times rows are drawn with replacement.
-        seed: of the drawing.
-
-    Returns:
-        Lower and upper end.
 
     Raises:
         ValueError: the two have different numbers of rows.

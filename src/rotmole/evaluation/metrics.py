@@ -95,8 +95,6 @@ def expected_score(log_likelihoods: Sequence[float]) -> float:
 
     Returns:
         The expected value, 0 .. the number of words - 1.
-
-    Source: our choice.
     """
     from scipy.special import softmax
 
@@ -241,13 +239,8 @@ def default_metrics(examples: Sequence[Example]) -> tuple[str, ...]:
     Other choices: choice_accuracy, choice_accuracy_norm. No prompt (plain text): perplexity alone.
     Anything else: exact_match. Perplexity of the right answer always comes with it.
 
-    Args:
-        examples: the rows of one task.
-
     Returns:
         Names from METRICS.
-
-    Source: our choice.
     """
     if all(example.score is not None and example.choices for example in examples):
         return ("pearson", "spearman", "perplexity")

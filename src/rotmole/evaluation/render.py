@@ -18,11 +18,6 @@ def format_measure(metric: str, measure: Measure | None, *, signed: bool = False
         metric: its name, which sets the digits.
         measure: the figure; None gives "".
         signed: show a plus sign, as differences do.
-
-    Returns:
-        The text.
-
-    Source: our choice.
     """
     if measure is None:
         return ""
@@ -42,13 +37,10 @@ def rows(report: Report, *, metrics: Sequence[str] | None = None) -> list[list[s
     With exactly two systems the paired difference is the last column.
 
     Args:
-        report: the report.
         metrics: show these only.
 
     Returns:
         Equally long lists of text, the header first.
-
-    Source: our choice.
     """
     names = list(report.systems)
     paired = len(names) == 2
@@ -86,8 +78,6 @@ def plain_text(lines: Sequence[Sequence[str]]) -> str:
 
     Returns:
         The text, lines joined by line breaks.
-
-    Source: our choice.
     """
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     padded = (
@@ -102,12 +92,9 @@ def rich_table(lines: Sequence[Sequence[str]], *, title: str | None = None) -> A
 
     Args:
         lines: equally long lists of text, the header first.
-        title: above the table.
 
     Returns:
         A rich.table.Table.
-
-    Source: our choice.
     """
     from rich.table import Table
     from rich.text import Text
@@ -124,13 +111,8 @@ def rich_table(lines: Sequence[Sequence[str]], *, title: str | None = None) -> A
 def footnotes(report: Report) -> list[str]:
     """What a reader of the table has to know: intervals, cost, settings.
 
-    Args:
-        report: the report.
-
     Returns:
         Lines of text.
-
-    Source: our choice.
     """
     seconds = ", ".join(f"{name} {system.seconds:.1f} s" for name, system in report.systems.items())
     settings = ", ".join(

@@ -45,7 +45,6 @@ class System:
         overall: metrics that pool over tasks, over all rows of the tasks that have them.
         seconds: wall time of the answers.
         examples: the rows by task.
-        answers: their answers, in the same order.
         columns: (task, metric) -> [N, k], what `compare` resamples.
     """
 
@@ -73,18 +72,7 @@ class Report:
 
 
 def measure_columns(metric: str, columns: Columns, *, seed: int) -> Measure:
-    """A metric's figure and interval over [N, k] lines.
-
-    Args:
-        metric: name in METRICS.
-        columns: one line a row of data.
-        seed: of the bootstrap.
-
-    Returns:
-        The measure.
-
-    Source: our choice.
-    """
+    """A metric's figure and interval over [N, k] lines."""
     row = METRICS[metric]
     value, n = row.value(columns), len(columns)
     if row.proportion:
@@ -106,15 +94,7 @@ def summarise(
 
     Args:
         examples: rows by task, none empty.
-        answers: their answers, in the same order.
-        metrics: names by task.
         seconds: wall time of the answers.
-        seed: of the bootstrap.
-
-    Returns:
-        The system.
-
-    Source: our choice.
     """
     columns = {
         (task, metric): METRICS[metric].columns(rows, answers[task])
@@ -160,13 +140,8 @@ def compare(systems: Mapping[str, System], settings: Mapping[str, Any] | None = 
         systems: by name; all on the same rows in the same order.
         settings: noted in the report.
 
-    Returns:
-        The report.
-
     Raises:
         ValueError: two systems answered different rows.
-
-    Source: our choice.
     """
     first_name, *others = systems
     first = systems[first_name]
@@ -206,13 +181,10 @@ def to_json(report: Report, *, predictions: bool = False) -> dict[str, Any]:
     """The report as plain JSON values; figures that are not finite become null.
 
     Args:
-        report: the report.
         predictions: also every row's answer.
 
     Returns:
         A dictionary for json.dumps.
-
-    Source: our choice.
     """
     systems = {}
     for name, system in report.systems.items():
@@ -258,13 +230,8 @@ def _finite(figures: dict[str, Any]) -> dict[str, Any]:
 def prediction_rows(system: System) -> list[dict[str, Any]]:
     """Every row's answer as JSON values: task, group, id, and what was predicted.
 
-    Args:
-        system: one system.
-
     Returns:
         One dictionary per row.
-
-    Source: our choice.
     """
     return [
         _prediction(example, answer)

@@ -56,13 +56,8 @@ def evaluating(model: Any) -> Iterator[None]:
 def context_window(model: Any) -> int:
     """The longest text, in tokens, that the model has positions for.
 
-    Args:
-        model: a causal language model.
-
     Returns:
         The configured number of positions; without one, no limit.
-
-    Source: our choice.
     """
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else None
     for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
@@ -78,14 +73,10 @@ def scored_answers(
     """The tokens that training learns from: the right answers with their ends of sequence.
 
     Args:
-        examples: the rows.
-        tokenizer: the model's tokenizer.
         window: longest text in tokens; a longer one loses its beginning, never its answer's end.
 
     Returns:
         Per row the tokens and the positions that count.
-
-    Source: our choice.
     """
     result = []
     for row in encode_all(examples, tokenizer, max_length=_NO_LIMIT):
@@ -100,8 +91,6 @@ def scored_choices(
     """The tokens of choices after their prompts, without the end of sequence.
 
     Args:
-        pairs: prompt and choice.
-        tokenizer: the model's tokenizer.
         window: longest text in tokens; a longer one loses its beginning.
 
     Returns:
@@ -135,8 +124,6 @@ def log_likelihoods(
     attention mask; a causal model gives the same figures for every batch size.
 
     Args:
-        model: a causal language model.
-        texts: what to score.
         batch_size: sequences per forward pass.
         tick: called with the number of texts finished after each batch.
         spread: share the batches among the joined processes; each gets all figures.
@@ -146,8 +133,6 @@ def log_likelihoods(
 
     Raises:
         ModelError: the model gave NaN.
-
-    Source: our choice.
     """
     rows = _shared_rows(texts)
     rows.sort(key=lambda members: -_input_length(texts[members[0]]))

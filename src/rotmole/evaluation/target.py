@@ -49,19 +49,12 @@ def find_target(
     the base model it names.
 
     Args:
-        path: run file, run folder or adapter folder.
-        overrides: key=value settings over the run file.
         config: run file for an adapter folder; also takes the place of a run folder's own.
-
-    Returns:
-        The target.
 
     Raises:
         InputError: the path is none of these.
         ConfigError: the run file is wrong, or overrides were given without one.
         AdapterError: the adapter is missing or incomplete.
-
-    Source: our choice.
     """
     path = Path(path).expanduser()
     if path.is_file():
@@ -153,19 +146,12 @@ def load_target(
 ) -> LoadedModel:
     """Load the base model and put the adapter on it.
 
-    Args:
-        target: what to load.
-        say: told before slow steps.
-        trust_remote_code: let transformers run code that came with the model.
-
     Returns:
         The model (a PeftModel where there is an adapter) and its tokenizer, ready to answer.
 
     Raises:
         ModelError: the base model cannot be loaded.
         AdapterError: the adapter is broken or does not fit the model.
-
-    Source: our choice.
     """
     loaded = load_model(target.model, trust_remote_code=trust_remote_code, say=say)
     if target.adapter is not None:
@@ -179,15 +165,9 @@ def with_adapter(model: Any, folder: Path) -> Any:
 
     Args:
         model: the base model; it is changed in place.
-        folder: the adapter's folder.
-
-    Returns:
-        The PeftModel.
 
     Raises:
         AdapterError: the adapter is broken or does not fit the model.
-
-    Source: our choice.
     """
     from peft import PeftModel
     from torch import OutOfMemoryError

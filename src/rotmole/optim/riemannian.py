@@ -123,7 +123,6 @@ class RiemannianAdamW(torch.optim.AdamW):
     Args:
         params: parameters or groups, such as those of rotmole.parameter_groups.
         model: the model that owns the pairs.
-        delta: d.
         options: torch.optim.AdamW's own (lr, betas, eps, weight_decay ...).
 
     Raises:
