@@ -29,10 +29,10 @@ def storage_errors(path: str | Path) -> Iterator[None]:
     """Turn every OSError of the block into a StorageError that names the path and the fix.
 
     Args:
-        path: the file or folder the block writes.
+        path: the file or folder that the block writes.
 
     Raises:
-        StorageError: the disk is full, read-only, missing or otherwise refuses.
+        StorageError: the block raised an OSError, such as on a full or read-only disk.
     """
     try:
         yield
@@ -44,19 +44,13 @@ def storage_errors(path: str | Path) -> Iterator[None]:
 
 
 def atomic_write_bytes(path: str | Path, data: bytes) -> Path:
-    """Write a file all or nothing: temporary file in the same folder, fsync, rename.
+    """Write the whole file or nothing: temporary file in the same folder, fsync, rename.
 
     Args:
         path: the file; its folder must exist.
-        data: the content.
-
-    Returns:
-        The path written.
 
     Raises:
-        StorageError: the disk refused; the old file, if any, is untouched.
-
-    Source: our choice.
+        StorageError: the file cannot be written; an existing file is left as it was.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
@@ -76,36 +70,15 @@ def atomic_write_bytes(path: str | Path, data: bytes) -> Path:
 
 
 def atomic_write_text(path: str | Path, text: str) -> Path:
-    r"""Write UTF-8 text all or nothing; line ends stay as given (``\n``).
-
-    Args:
-        path: the file; its folder must exist.
-        text: the content.
-
-    Returns:
-        The path written.
-
-    Raises:
-        StorageError: the disk refused; the old file, if any, is untouched.
-
-    Source: our choice.
-    """
+    r"""Write UTF-8 text as `atomic_write_bytes` does; line ends stay as given (``\n``)."""
     return atomic_write_bytes(path, text.encode("utf-8"))
 
 
 def make_folder(path: str | Path) -> Path:
     """Create a folder and its parents if they are missing.
 
-    Args:
-        path: the folder.
-
-    Returns:
-        The folder.
-
     Raises:
-        StorageError: it cannot be created.
-
-    Source: our choice.
+        StorageError: the folder cannot be created.
     """
     path = Path(path)
     with storage_errors(path):
@@ -117,14 +90,15 @@ def make_folder(path: str | Path) -> Path:
 
 
 def sync(path: Path) -> None:
-    """Ask the disk to keep a file or a folder's entries, where the platform can."""
+    """Flush a file, or the entries of a folder, to the disk if the platform supports it."""
     if path.is_dir() and os.name == "nt":  # Windows cannot open folders
         return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network disks have no fsync
+        # some network file systems have no fsync
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
         os.close(handle)

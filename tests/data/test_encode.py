@@ -125,7 +125,7 @@ class TestLongRows:
         with pytest.raises(DataError, match=r"train\.jsonl: row 7: ") as caught:
             encode(row, tokenizer, max_length=16)
         message = str(caught.value)
-        assert f"{length} tokens, more than 16" in message
+        assert f"{length} tokens are more than training.max_length 16" in message
         assert "long_rows: cut" in message
         encode(row, tokenizer, max_length=length)
 

@@ -172,7 +172,7 @@ class TestMessages:
             ([], "must be a list of messages"),
             ("hello", "must be a list of messages"),
             ([{"role": "user"}], "message 1 .* must be an object"),
-            ([{"role": "user", "content": "q"}], "from 'user', it must be from 'assistant'"),
+            ([{"role": "user", "content": "q"}], "is 'user', it must be 'assistant'"),
             ([{"role": "assistant", "content": ""}], "answer is empty"),
         ],
     )

@@ -85,19 +85,19 @@ def test_all_problems_at_once(tmp_path):
     problems = data_problems(data)
     expected = [
         "data.tasks.a: source jsonl needs `files`",
-        "data.tasks.b: files.train: no file",
+        "data.tasks.b: files.train: there is no file",
         "data.tasks.b: files.test is empty",
         "data.tasks.c: source hub needs `dataset`",
         "data.tasks.d: kind 'unit' is not known",
         "data.tasks.d: files have no effect",
         "data.tasks.e: language 'da' is not available for numbers",
         "data.tasks.f: source locale needs `kind`",
-        "data.tasks.g: kind and languages belong to source locale",
-        "data.tasks.g: validation_fraction carves train",
+        "data.tasks.g: kind and languages have an effect with source locale only",
+        "data.tasks.g: validation_fraction takes rows from the train split",
         "data.tasks.g: limit.train is 0",
         "data.tasks.g: format classification needs `labels`",
         "data.tasks.h: labels have no effect with format prompt_completion",
-        "data.tasks.h: labels must differ",
+        "data.tasks.h: labels are x, x; each must be named once",
     ]
     assert len(problems) == len(expected)
     for problem, start in zip(problems, expected, strict=True):

@@ -154,7 +154,7 @@ def test_worked_examples_change_prompts_only_of_what_is_asked(model, tokenizer):
     assert without_time(shown)["systems"] != without_time(plain)["systems"]
     together = compare({"0": plain.systems["base"], "2": shown.systems["base"]})
     assert list(together.differences) == ["2"]
-    with pytest.raises(ConfigError, match="has 0 training rows"):
+    with pytest.raises(ConfigError, match="has only 0 training rows"):
         evaluate(model, tokenizer, tasks, section)
 
 

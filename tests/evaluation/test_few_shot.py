@@ -45,10 +45,10 @@ def test_a_small_group_borrows_from_the_task():
 
 
 def test_a_row_never_shows_its_own_answer():
-    with pytest.raises(ConfigError, match="has 0 training rows"):
+    with pytest.raises(ConfigError, match="has only 0 training rows"):
         with_examples(ROW, {"t": [ROW]}, count=1, seed=0)
 
 
 def test_too_few_rows_are_told():
-    with pytest.raises(ConfigError, match="examples_in_prompt is 9, but task 't' has 8"):
+    with pytest.raises(ConfigError, match="examples_in_prompt is 9, but task 't' has only 8"):
         with_examples(ROW, TRAIN, count=9, seed=0)

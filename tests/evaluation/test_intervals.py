@@ -58,7 +58,7 @@ def test_equal_systems_differ_by_exactly_nothing():
 
 
 def test_pairs_need_the_same_rows():
-    with pytest.raises(ValueError, match="same rows, got 3 and 4"):
+    with pytest.raises(ValueError, match="same rows, but one system has 3 and the other 4"):
         paired_difference(mean, np.zeros((3, 1)), np.zeros((4, 1)))
 
 

@@ -44,7 +44,7 @@ def test_a_stray_run_file_beside_an_adapter_is_not_its_own(place: Path) -> None:
     assert target.run is None
     assert target.model.name == str(place / "base")
     assert target.folder == place / "adapter"
-    with pytest.raises(ConfigError, match="lies in no run folder"):
+    with pytest.raises(ConfigError, match="is not in a run folder"):
         find_target(place / "adapter", overrides=["seed=3"])
 
 

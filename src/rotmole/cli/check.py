@@ -22,19 +22,9 @@ from rotmole.models.preview import adapter_problems, matched, preview, trainable
 def check(path: Path, overrides: Sequence[str], *, trust_remote_code: bool = False) -> int:
     """Check a run file and print modules, parameters, tokens and memory.
 
-    Args:
-        path: the run file.
-        overrides: ``a.b=c`` settings over it.
-        trust_remote_code: let transformers run code that came with the model.
-
-    Returns:
-        Exit code 0.
-
     Raises:
         ConfigError: holding every problem of the file, the data's files and the adapter's fit.
         InputError: the tokenizer or the data cannot be read.
-
-    Source: our choice.
     """
     fits = partial(adapter_problems, trust_remote_code=trust_remote_code)
     run = load_run(path, overrides, data_problems=data_problems, model_problems=fits)

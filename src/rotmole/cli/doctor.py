@@ -28,8 +28,6 @@ def doctor(adapter: Path | None = None) -> int:
 
     Returns:
         0 if all is well, 2 if something is missing or wrong.
-
-    Source: our choice.
     """
     problems = [*_packages(), *_registration()]
     _devices()

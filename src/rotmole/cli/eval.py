@@ -48,19 +48,9 @@ def evaluate(
     and the like, the processes share the batches, and the first one alone speaks and writes.
 
     Args:
-        target: run folder, run file or adapter folder.
-        overrides: key=value settings over the run file.
         config: run file for an adapter folder.
         split: train, validation or test; None takes evaluation.split.
         limit: rows per task and group; None takes evaluation.limit.
-        as_json: print JSON in place of the table.
-        trust_remote_code: let transformers run code that came with the model.
-
-    Returns:
-        0.
-
-    Raises:
-        RotMoleError: with the exit code of its class.
     """
     chosen = {"split": split, "limit": limit}
     given = [f"evaluation.{key}={value}" for key, value in chosen.items() if value is not None]

@@ -27,21 +27,12 @@ def generate(
     """Print the continuation of each prompt, as it stands in the prompt, without any template.
 
     Args:
-        target: run folder, run file or adapter folder.
         prompt: one prompt; None reads `file`, or standard input.
         file: prompts, one a line; blank lines are passed over.
         max_new_tokens: longest continuation in tokens.
         temperature: 0 is greedy.
         top_p: sample from the smallest set of tokens with at least this probability.
         seed: of the sampling; each prompt starts from it anew.
-        stream: print tokens as they come.
-        trust_remote_code: let transformers run code that came with the model.
-
-    Returns:
-        0.
-
-    Raises:
-        RotMoleError: with the exit code of its class.
     """
     prompts = read_prompts(prompt, file)
     if temperature == 0 and top_p < 1:

@@ -32,18 +32,11 @@ def methods(path: Path | None, overrides: Sequence[str], name: str | None, as_js
 
     Args:
         path: a run file; its model, modules and rank are used, and its own adapter comes first.
-        overrides: ``a.b=c`` settings over the run file.
         name: a model as in the run file's model.name, where there is no run file.
-        as_json: print JSON.
-
-    Returns:
-        Exit code 0.
 
     Raises:
         ConfigError: wrong settings.
         ModelError: the model's configuration cannot be read.
-
-    Source: our choice.
     """
     if path is not None and name is not None:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Sources, formats and mixtures of named tasks, and the offline locale tasks."""
+"""Data: sources, formats and mixtures of named tasks, and the offline locale tasks."""
 
 from rotmole.data.encode import Collator, encode, encode_all, tokenize_pair, tokenize_pairs
 from rotmole.data.examples import Example

@@ -10,24 +10,22 @@ import torch
 from rotmole.data.examples import Example
 from rotmole.errors import DataError, ModelError
 
-IGNORED = -100  # the label that torch's cross entropy leaves out
-BATCH = 1000  # texts of one tokenizer call
+IGNORED = -100  # the label that torch's cross entropy ignores
+BATCH = 1000  # texts in one tokenizer call
 
 
 def tokenize_pair(tokenizer: Any, prompt: str, completion: str) -> tuple[list[int], int]:
     """Tokenise prompt and completion as ONE text and find where the completion begins.
 
-    A token that covers the boundary belongs to the completion: the prompt alone would end in
-    other tokens. Special tokens are added as the tokenizer does it, but not a second beginning
-    where the text (a chat template) already starts with it, and no end.
+    A token across the boundary belongs to the completion, because the prompt alone would end in
+    other tokens. The tokenizer adds its special tokens, with two exceptions: no second beginning
+    of sequence if the text (from a chat template) starts with one, and no end of sequence.
 
     Args:
-        tokenizer: a transformers tokenizer.
-        prompt: text before the answer.
         completion: the answer, with its leading space if it has one.
 
     Returns:
-        The ids, and the index of the first id of the completion.
+        The ids, and the index of the completion's first id.
     """
     return tokenize_pairs(tokenizer, [(prompt, completion)])[0]
 
@@ -35,16 +33,16 @@ def tokenize_pair(tokenizer: Any, prompt: str, completion: str) -> tuple[list[in
 def tokenize_pairs(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], int]]:
     """Do what tokenize_pair does for many pairs, several times faster."""
     bos = tokenizer.bos_token
-    # adding special tokens is one switch for a whole call, so the two kinds of text go apart
-    plain = [i for i, (prompt, text) in enumerate(pairs) if bos and (prompt + text).startswith(bos)]
-    others = sorted(set(range(len(pairs))) - set(plain))
-    found: dict[int, tuple[list[int], int]] = {}
-    for indices, special in ((plain, False), (others, True)):
-        for begin in range(0, len(indices), BATCH):
-            part = indices[begin : begin + BATCH]
-            results = _tokenize(tokenizer, [pairs[i] for i in part], special)
-            found.update(zip(part, results, strict=True))
-    return [found[index] for index in range(len(pairs))]
+    # add_special_tokens holds for a whole call, so texts with and without BOS need two calls
+    begun = [i for i, (prompt, text) in enumerate(pairs) if bos and (prompt + text).startswith(bos)]
+    others = sorted(set(range(len(pairs))) - set(begun))
+    results: dict[int, tuple[list[int], int]] = {}
+    for indices, special in ((begun, False), (others, True)):
+        for start in range(0, len(indices), BATCH):
+            part = indices[start : start + BATCH]
+            tokenized = _tokenize(tokenizer, [pairs[i] for i in part], special)
+            results.update(zip(part, tokenized, strict=True))
+    return [results[index] for index in range(len(pairs))]
 
 
 def _tokenize(
@@ -64,9 +62,10 @@ def _tokenize(
         starts = [_common_prefix(*two) for two in zip(encoded["input_ids"], before, strict=True)]
     results = []
     for ids, start in zip(encoded["input_ids"], starts, strict=True):
-        ended = bool(ids) and ids[-1] == tokenizer.eos_token_id  # encode adds the one end there is
-        kept = list(ids[:-1]) if ended else list(ids)
-        results.append((kept, min(start, len(kept))))
+        # some tokenizers add an EOS; `encode` adds the end of the answer itself
+        ended = bool(ids) and ids[-1] == tokenizer.eos_token_id
+        tokens = list(ids[:-1]) if ended else list(ids)
+        results.append((tokens, min(start, len(tokens))))
     return results
 
 
@@ -81,23 +80,21 @@ def encode(example: Example, tokenizer: Any, *, max_length: int) -> dict[str, An
     """Return the ids and labels of one example.
 
         ids    = tokens(prompt + completion) + EOS
-        labels = -100 for the prompt's tokens, else the ids      (all ids where loss_on is "all")
+        labels = -100 for the prompt's tokens, else the ids      (all ids if loss_on is "all")
 
-    The end of the answer is `example.end` where a chat template has its own, else the
-    tokenizer's EOS, once. A row longer than `max_length` is an error unless its `long_rows` is
-    "cut": then the prompt loses its first tokens (a text without prompt loses its last); an
-    answer that does not fit is always an error.
+    EOS is `example.end` if the chat template has an end of its own, else the tokenizer's EOS. A
+    row longer than `max_length` is an error unless its `long_rows` is "cut": then the prompt
+    loses its first tokens (a text without prompt loses its last); an answer that does not fit is
+    always an error.
 
     Args:
-        example: the rendered row.
-        tokenizer: the model's tokenizer.
-        max_length: the most tokens of a row, the end included.
+        max_length: the maximum number of tokens, EOS included.
 
     Returns:
         input_ids, labels (lists of equal length), task, group.
 
     Raises:
-        DataError: the row is too long, or no token of it would be learnt; names the row.
+        DataError: the row is too long, or all its labels are masked; names the row.
         ModelError: the tokenizer has no end-of-sequence token.
     """
     pair = tokenize_pair(tokenizer, example.prompt, example.completion)
@@ -107,7 +104,7 @@ def encode(example: Example, tokenizer: Any, *, max_length: int) -> dict[str, An
 def encode_all(
     examples: Sequence[Example], tokenizer: Any, *, max_length: int
 ) -> list[dict[str, Any]]:
-    """Return what encode returns for each example, in order, several times faster."""
+    """Do what encode does for many examples, in order, several times faster."""
     pairs = tokenize_pairs(tokenizer, [(e.prompt, e.completion) for e in examples])
     return [
         _encoded(example, tokenizer, ids, start, max_length=max_length)
@@ -123,9 +120,9 @@ def _encoded(
         ids, start = _shorten(example, tokenizer, ids, start, max_length)
     learn_from = 0 if example.loss_on == "all" else start
     labels = [IGNORED] * learn_from + ids[learn_from:]
-    if all(label == IGNORED for label in labels[1:]):  # position 0 predicts nothing
+    if all(label == IGNORED for label in labels[1:]):  # nothing predicts the first token
         raise DataError(
-            f"{_where(example)}: all labels are masked, so nothing would be learnt from this row; "
+            f"{_where(example)}: all labels are masked, so nothing can be learned from this row; "
             "give it an answer"
         )
     return {"input_ids": ids, "labels": labels, "task": example.task, "group": example.group}
@@ -136,8 +133,8 @@ def _ending(tokenizer: Any, end: str) -> list[int]:
         return list(tokenizer(end, add_special_tokens=False)["input_ids"])
     if tokenizer.eos_token_id is None:
         raise ModelError(
-            "the model's tokenizer has no end-of-sequence token, so an answer could never end; "
-            "set tokenizer.eos_token"
+            "the model's tokenizer has no end-of-sequence token, so no answer could end; set "
+            "eos_token in its tokenizer_config.json"
         )
     return [tokenizer.eos_token_id]
 
@@ -146,7 +143,7 @@ def _shorten(
     example: Example, tokenizer: Any, ids: list[int], start: int, max_length: int
 ) -> tuple[list[int], int]:
     extra = len(ids) - max_length
-    first = int(ids[0] == tokenizer.bos_token_id)  # a beginning stays the beginning
+    first = int(ids[0] == tokenizer.bos_token_id)  # BOS stays in front of what is left
     if example.long_rows == "cut":
         if not example.prompt:
             return ids[:max_length], start
@@ -154,12 +151,15 @@ def _shorten(
             return ids[:first] + ids[first + extra :], start - extra
     answer = len(ids) - start
     advice = (
-        f"its answer alone has {answer}; raise training.max_length or shorten the row"
+        f"the answer alone has {answer}; raise training.max_length or shorten the row"
         if example.long_rows == "cut"
-        else f"{start} of the prompt and {answer} of the answer; raise training.max_length, "
+        else f"the prompt has {start} and the answer {answer}; raise training.max_length, "
         f"shorten the row, or set long_rows: cut for task '{example.task}'"
     )
-    raise DataError(f"{_where(example)}: {len(ids)} tokens, more than {max_length}: {advice}")
+    raise DataError(
+        f"{_where(example)}: {len(ids)} tokens are more than training.max_length {max_length}: "
+        f"{advice}"
+    )
 
 
 def _where(example: Example) -> str:
@@ -169,13 +169,13 @@ def _where(example: Example) -> str:
 class Collator:
     """Pads encoded rows on the right to one batch of tensors.
 
-    The attention mask comes from the rows' lengths, never from the padding id, because models
-    such as SmolLM2 pad with their EOS, which is a target. Columns that are no tensors (task,
-    group) stay out of the batch; an integer `task_id` stays in.
+    The attention mask comes from the rows' lengths and not from the padding id, because models
+    such as SmolLM2 pad with their EOS, which is also a label. The text columns task and group
+    are left out of the batch; an integer `task_id` is included.
 
     Args:
-        tokenizer: gives the padding id; EOS or 0 where it has none.
-        pad_to_multiple_of: round the length up to a multiple of this.
+        tokenizer: gives the padding id; its EOS, else 0, if it has none.
+        pad_to_multiple_of: the length is rounded up to a multiple of it.
     """
 
     def __init__(self, tokenizer: Any, pad_to_multiple_of: int | None = None) -> None:

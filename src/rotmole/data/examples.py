@@ -1,4 +1,4 @@
-"""The one record that data hands to training and evaluation."""
+"""The record of one row that the data room hands to training and evaluation."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from dataclasses import dataclass
 class Example:
     """One row of one task, already rendered to text.
 
-    The text is `prompt + completion`, tokenised as one; spaces at the end of a prompt template
-    are kept at the start of the completion, where byte-pair tokenizers expect them.
+    `prompt + completion` is tokenised as one text; spaces at the end of a prompt template are
+    moved to the start of the completion, where byte-pair tokenizers expect them.
 
     Attributes:
-        task: the task's name in the run file; kept to the end (batches, metrics, recording).
-        group: what the report splits a task by, such as a language; "" where a task has one group.
-        id: stable within task and split.
-        prompt: text before the answer ("" for format text).
-        completion: the right answer's text, without the end-of-sequence token.
-        loss_on: "completion" or "all"; which tokens training learns from.
-        choices: candidate completions for scoring by log-likelihood, () where there are none.
-        answer: index of the right choice, None where there is none.
-        score: target of a regression task (STS-B: 0..5), None elsewhere.
-        end: text that ends the answer in a chat template; "" means the tokenizer's own EOS.
+        task: the task's name in the run file.
+        group: what the report splits a task by, such as a language; "" if it is not split.
+        id: unique within task and split, the same in every run.
+        prompt: text before the answer ("" with format text).
+        completion: text of the correct answer, without the end-of-sequence token.
+        loss_on: "completion" or "all": the tokens that have labels.
+        choices: candidate completions that are scored by log-likelihood; () if there are none.
+        answer: index of the correct choice; None if there are no choices.
+        score: target of a regression task (STS-B: 0..5); None in other tasks.
+        end: text that ends the answer in a chat template; "" means the tokenizer's EOS.
         long_rows: "error", or "cut" to drop the start of a prompt that does not fit.
-        origin: where the row came from, such as "train.jsonl: row 7", for error messages.
+        origin: file and row, such as "train.jsonl: row 7", for error messages.
     """
 
     task: str

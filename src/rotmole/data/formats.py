@@ -21,7 +21,7 @@ from rotmole.data.templates import (
 from rotmole.errors import DataError, ModelError, did_you_mean
 
 DEFAULT_COMPLETION = "{completion}"
-CHOICE_FIELDS = ("choice", "letter")  # of the completion template where there are choices
+CHOICE_FIELDS = ("choice", "letter")  # of the completion template, in formats with choices
 SCORE_WORDS = ("0", "1", "2", "3", "4", "5")
 
 
@@ -31,14 +31,11 @@ def render(
     """Return the examples of one task.
 
     Args:
-        name: the task's name.
-        task: its section of the run file.
-        rows: rows of one split.
-        tokenizer: needed for format messages, whose chat template renders the text.
+        tokenizer: format messages needs it, because its chat template renders the text.
 
     Raises:
-        DataError: a row does not fit the format; names file, row and snippet.
-        ModelError: format messages with a tokenizer that has no chat template.
+        DataError: a row does not fit the format; names file and row.
+        ModelError: the format is messages and the tokenizer has no chat template.
     """
     check_columns(list(rows), used_columns(task))
     if task.format == "messages":
@@ -61,7 +58,7 @@ def render(
 
 
 def used_columns(task: TaskSection) -> list[str]:
-    """Return the columns that the format reads, in the order of first use."""
+    """Return the columns that the format reads, each once."""
     names: list[str] = []
     if task.format == "messages":
         names.append(task.messages_column)
@@ -83,7 +80,7 @@ def used_columns(task: TaskSection) -> list[str]:
 
 
 def choice_template(task: TaskSection) -> str:
-    """Return the template of one candidate answer: {choice} unless the run file says otherwise."""
+    """Return the template of one candidate answer: {choice} unless the run file sets one."""
     return "{choice}" if task.completion == DEFAULT_COMPLETION else task.completion
 
 
@@ -101,7 +98,7 @@ def _example(name: str, task: TaskSection, row: Row, parts: dict[str, Any]) -> E
 
 
 def _with_choices(task: TaskSection, row: Row) -> dict[str, Any]:
-    """Render multiple_choice, classification and regression: candidates, one of them right."""
+    """Render multiple_choice, classification and regression, which have candidate answers."""
     score = None
     if task.format == "multiple_choice":
         words = _choices(row, task.choices_column)
@@ -134,7 +131,7 @@ def _choices(row: Row, column: str) -> list[str]:
     if not isinstance(words, list) or len(words) < 2:
         raise row_error(row, f"column '{column}' must be a list of at least two choices")
     if not all(isinstance(word, str) and word.strip() for word in words):
-        raise row_error(row, f"column '{column}' must hold texts that are not empty")
+        raise row_error(row, f"column '{column}' must be a list of texts that are not empty")
     return words
 
 
@@ -142,10 +139,12 @@ def index_of(row: Row, column: str, words: Sequence[str], names: Sequence[str]) 
     """Return the index a row gives as a number, as digits, or as a name (letter or label word).
 
     Args:
-        row: the row.
-        column: the column with the index, counted from 0.
+        column: the column that gives the index, which counts from 0.
         words: the candidates.
-        names: other ways to write index 0, 1, ...; letters for choices, words for labels.
+        names: of index 0, 1, ...: letters for choices, words for labels.
+
+    Raises:
+        DataError: the value is none of these, or the index is out of range.
     """
     value = row.columns[column]
     if isinstance(value, float) and value.is_integer():
@@ -180,16 +179,18 @@ def _score(row: Row, column: str, top: int) -> float:
 def _string(row: Row, column: str) -> str:
     value = row.columns[column]
     if not isinstance(value, str):
-        raise row_error(row, f"column '{column}' must be text, it is {value!r}")
+        raise row_error(row, f"column '{column}' is {value!r}, it must be text")
     return value
 
 
 def _check_chat_template(name: str, tokenizer: Any) -> None:
     if tokenizer is None:
-        raise DataError(f"task '{name}': format messages needs the model's tokenizer to render")
+        raise DataError(
+            f"task '{name}': format messages needs the model's tokenizer; pass tokenizer="
+        )
     if not getattr(tokenizer, "chat_template", None):
         raise ModelError(
-            f"task '{name}': format messages needs a chat template, and the model's tokenizer has "
+            f"task '{name}': format messages needs a chat template, but the model's tokenizer has "
             "none; use an instruct model, or format prompt_completion"
         )
 
@@ -197,8 +198,8 @@ def _check_chat_template(name: str, tokenizer: Any) -> None:
 def _messages(task: TaskSection, row: Row, tokenizer: Any) -> dict[str, Any]:
     """Render a conversation; the answer is the last assistant message.
 
-    The template's own end of turn is the end of the answer. Where it holds the tokenizer's EOS,
-    `end` stays "" and encode adds that one EOS; another end of turn is kept as text in `end`.
+    The template's end of turn is the end of the answer. If it contains the tokenizer's EOS, `end`
+    is "" and encode adds the EOS; otherwise `end` is its text.
     """
     messages = _checked_messages(row, task.messages_column)
     full = tokenizer.apply_chat_template(messages, tokenize=False)
@@ -211,7 +212,7 @@ def _messages(task: TaskSection, row: Row, tokenizer: Any) -> dict[str, Any]:
         raise row_error(
             row,
             "the chat template does not render the last answer after the conversation before it, "
-            "so the answer's tokens cannot be told from the prompt's; use format prompt_completion",
+            "so prompt and answer cannot be separated; use format prompt_completion",
         )
     stop = start + len(answer)
     tail = full[stop:]
@@ -228,13 +229,12 @@ def _checked_messages(row: Row, column: str) -> list[dict[str, str]]:
         if not _is_message(message):
             raise row_error(
                 row,
-                f"message {number} of column '{column}' must be an object with the texts 'role' "
-                f"and 'content', it is {message!r}",
+                f"message {number} of column '{column}' is {message!r}, it must be an object with "
+                "the texts 'role' and 'content'",
             )
     if messages[-1]["role"] != "assistant":
-        raise row_error(
-            row, f"the last message is from '{messages[-1]['role']}', it must be from 'assistant'"
-        )
+        role = messages[-1]["role"]
+        raise row_error(row, f"the role of the last message is '{role}', it must be 'assistant'")
     if not messages[-1]["content"].strip():
         raise row_error(row, "the answer is empty, so there is nothing to learn from")
     return messages

@@ -24,20 +24,19 @@ def load_examples(
 ) -> dict[str, list[Example]]:
     """Return the examples of one split by task.
 
-    A task that has no such split is left out, so the result may be empty.
+    A task without that split is left out, so the result may be empty.
 
     Args:
-        data: the data section of the run file.
-        split: train, validation or test.
-        seed: of the choice under a limit (the carving of a validation set does not depend on it).
-        tokenizer: the model's tokenizer; needed by tasks with format messages only.
+        seed: of the choice under a limit; which rows `validation_fraction` takes does not depend
+            on it.
+        tokenizer: the model's tokenizer; only tasks with format messages need it.
 
     Returns:
         Task name -> rows, in the run file's order.
 
     Raises:
-        ConfigError: the section contradicts itself; holds every problem.
-        DataError: a file or row is wrong; names file, row and snippet.
+        ConfigError: the section has problems; lists all of them.
+        DataError: a file or row is wrong; names file and row.
     """
     problems = data_problems(data)
     if problems:
@@ -45,43 +44,63 @@ def load_examples(
     examples = {}
     for name, task in data.tasks.items():
         rows = task_rows(data, name, split, seed=seed)
-        if rows is not None:
-            examples[name] = render(name, _as_read(task), rows, tokenizer)
+        if rows is None:
+            continue
+        by_language = task.source == "locale" and task.group_column is None
+        grouped = task.model_copy(update={"group_column": "language"}) if by_language else task
+        examples[name] = render(name, grouped, rows, tokenizer)
     return examples
 
 
 def task_rows(data: DataSection, name: str, split: Split, *, seed: int) -> list[Row] | None:
-    """Return the rows of one task and split after carving and limits, None if it has none."""
+    """Return the rows of one task and split, within its limit; None if the split is missing."""
     task = data.tasks[name]
     if task.source == "locale":
         return locale_rows(task, split, seed=seed)
     rows = _source_rows(data, task, split)
-    if rows is None:
-        return None
-    return limited(rows, task, split, seed=f"{seed}|{name}|{split}")
+    limit = task.limit.get(split)
+    if rows is None or limit is None:
+        return rows
+    groups = [""] * len(rows)
+    if task.group_column:
+        check_columns(rows, [task.group_column])
+        groups = [str(row.columns[task.group_column]) for row in rows]
+    return [rows[i] for i in within_limit(groups, limit, seed=f"{seed}|{name}|{split}|")]
 
 
-def _as_read(task: TaskSection) -> TaskSection:
-    """Give locale rows their group."""
-    if task.source == "locale" and task.group_column is None:
-        return task.model_copy(update={"group_column": "language"})
-    return task
+def within_limit(groups: Sequence[str], limit: int | None, *, seed: str) -> list[int]:
+    """Return the indices of at most `limit` rows of each group: a seeded choice, ascending.
+
+    Args:
+        groups: the group of each row.
+        limit: the maximum number of rows of a group; None takes all rows.
+        seed: of the choice; the group's name is appended to it.
+    """
+    places: dict[str, list[int]] = {}
+    for index, group in enumerate(groups):
+        places.setdefault(group, []).append(index)
+    chosen: set[int] = set()
+    for group, indices in places.items():
+        count = len(indices) if limit is None else min(limit, len(indices))
+        chosen.update(random.Random(seed + group).sample(indices, count))
+    return sorted(chosen)
 
 
 def _source_rows(data: DataSection, task: TaskSection, split: Split) -> list[Row] | None:
+    """Read the rows of a split; `validation_fraction` divides the train split into two."""
     if not task.validation_fraction or split == "test":
         return _read(data, task, split)
     train = _read(data, task, "train")
     if train is None:
         return None
     wanted = split == "validation"
-    return [row for row in train if carved(row, task.validation_fraction) == wanted]
+    return [row for row in train if is_validation(row, task.validation_fraction) == wanted]
 
 
-def carved(row: Row, fraction: float) -> bool:
-    """Say whether a row goes to validation: by the hash of its content, whatever the seed.
+def is_validation(row: Row, fraction: float) -> bool:
+    """Return whether `validation_fraction` moves a row of the train split to validation.
 
-    Equal rows always land on the same side.
+    The hash of the row's content decides, so equal rows always go to the same split.
     """
     content = {name: value for name, value in row.columns.items() if name != "id"}
     text = json.dumps(content, sort_keys=True, ensure_ascii=False, default=str)
@@ -107,43 +126,25 @@ def _read(data: DataSection, task: TaskSection, split: Split) -> list[Row] | Non
 
 
 def file_names(task: TaskSection, split: Split) -> list[str]:
-    """Return the files of a split as a list."""
+    """Return the files of a split as a list, also if the run file names a single one."""
     files = task.files.get(split, [])
     return [files] if isinstance(files, str) else list(files)
 
 
 def resolve(data: DataSection, file: str) -> Path:
-    """Return the path of a file: relative names start from `data.root`, ~ is the home folder."""
+    """Return the path of a file: relative to `data.root`, with ~ as the home folder."""
     return Path(data.root).expanduser() / Path(file).expanduser()
 
 
-def limited(rows: Sequence[Row], task: TaskSection, split: Split, *, seed: str) -> list[Row]:
-    """Return at most `limit` rows of each group, a seeded choice in the order of the file."""
-    limit = task.limit.get(split)
-    if limit is None:
-        return list(rows)
-    if task.group_column:
-        check_columns(list(rows), [task.group_column])
-    groups: dict[str, list[int]] = {}
-    for index, row in enumerate(rows):
-        group = str(row.columns[task.group_column]) if task.group_column else ""
-        groups.setdefault(group, []).append(index)
-    kept: set[int] = set()
-    for group, indices in groups.items():
-        kept.update(random.Random(f"{seed}|{group}").sample(indices, min(limit, len(indices))))
-    return [rows[index] for index in sorted(kept)]
-
-
 def data_problems(data: DataSection) -> list[str]:
-    """Return everything that is wrong with the data section, without reading any row.
+    """Return everything that is wrong with the data section, one sentence each.
 
-    Cheap enough for `check`: it looks at settings, at whether files exist and whether the
-    libraries of a source are installed.
+    No row is read: settings are compared, and files and libraries are only looked for.
     """
     problems = []
     for name, task in data.tasks.items():
-        found = _source_problems(data, task) + _format_problems(task)
-        problems += [f"data.tasks.{name}: {problem}" for problem in found]
+        task_problems = _source_problems(data, task) + _format_problems(task)
+        problems += [f"data.tasks.{name}: {problem}" for problem in task_problems]
     return problems
 
 
@@ -154,15 +155,18 @@ def _source_problems(data: DataSection, task: TaskSection) -> list[str]:
         if task.files:
             problems.append("files have no effect with source locale; remove them")
     elif task.kind is not None or task.languages is not None:
-        problems.append(f"kind and languages belong to source locale, the source is {task.source}")
+        problems.append(
+            f"kind and languages have an effect with source locale only, but the source is "
+            f"{task.source}; remove them"
+        )
     if task.source == "hub" and not task.dataset:
         problems.append("source hub needs `dataset`, the id of the data set")
     if task.source in FILE_SOURCES:
         problems += _file_problems(data, task)
     if task.validation_fraction and (task.source == "locale" or "validation" in task.files):
         problems.append(
-            "validation_fraction carves train, but there is a validation split already; "
-            "remove one of the two"
+            "validation_fraction takes rows from the train split, but there is a validation split "
+            "already; remove one of the two"
         )
     problems += [
         f"limit.{split} is {limit}, it must be at least 1"
@@ -183,9 +187,13 @@ def _file_problems(data: DataSection, task: TaskSection) -> list[str]:
         for file in names:
             path = resolve(data, file)
             if not path.is_file():
-                near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-                hint = did_you_mean(path.name, near)
-                problems.append(f"files.{split}: no file {path} (data.root is {data.root}){hint}")
+                names_there = (
+                    [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+                )
+                hint = did_you_mean(path.name, names_there)
+                problems.append(
+                    f"files.{split}: there is no file {path} (data.root is {data.root}){hint}"
+                )
     return problems
 
 
@@ -194,11 +202,16 @@ def _format_problems(task: TaskSection) -> list[str]:
     if task.format == "classification":
         labels = task.labels or []
         if len(labels) < 2:
-            problems.append("format classification needs `labels`, at least two words by index")
+            problems.append(
+                "format classification needs `labels`: at least two words, in the order of their "
+                "index"
+            )
     elif task.labels is not None and task.format != "regression":
         problems.append(f"labels have no effect with format {task.format}; remove them")
     if task.labels and len(set(task.labels)) < len(task.labels):
-        problems.append(f"labels must differ, they are {', '.join(task.labels)}")
+        problems.append(f"labels are {', '.join(task.labels)}; each must be named once")
     if task.format == "regression" and task.labels is not None and len(task.labels) < 2:
-        problems.append("labels of format regression are the words for 0, 1, ...: at least two")
+        problems.append(
+            "labels of format regression are the words for 0, 1, ...; name at least two"
+        )
     return problems

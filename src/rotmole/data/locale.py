@@ -30,13 +30,13 @@ def locale_problems(kind: str | None, languages: Sequence[str] | None) -> list[s
     if kind not in KINDS:
         hint = did_you_mean(kind, KINDS)
         return [f"kind '{kind}' is not known, use one of {', '.join(KINDS)}{hint}"]
-    known = KINDS[kind].languages
+    available = KINDS[kind].languages
     if languages is not None and not languages:
         return ["languages is empty; name at least one or leave it out for all"]
     return [
-        f"language '{language}' is not available for {kind}, use any of {', '.join(known)}"
+        f"language '{language}' is not available for {kind}, use any of {', '.join(available)}"
         for language in languages or ()
-        if language not in known
+        if language not in available
     ]
 
 
@@ -46,11 +46,11 @@ def missing_libraries(kind: str | None) -> list[str]:
     return [
         f'source locale needs {LIBRARIES[module]}; install it with: pip install "rotmole[demo]"'
         for module in needed
-        if not _importable(module)
+        if not _is_importable(module)
     ]
 
 
-def _importable(module: str) -> bool:
+def _is_importable(module: str) -> bool:
     try:
         importlib.import_module(module)
     except ImportError:
@@ -70,7 +70,7 @@ def library_versions() -> dict[str, str]:
 
 
 def split_of(kind: str, value: str) -> Split:
-    """Return the split of a value: 80 % train, 10 % validation, 10 % test, by its hash."""
+    """Return the split that a value's hash gives it: 80 % train, 10 % validation, 10 % test."""
     digest = hashlib.sha256(f"{kind}|{value}".encode()).digest()
     tenth = int.from_bytes(digest[:8], "big") % 10
     if tenth < 8:
@@ -80,7 +80,7 @@ def split_of(kind: str, value: str) -> Split:
 
 @lru_cache(maxsize=64)
 def values(kind: str, split: Split) -> tuple[str, ...]:
-    """Return all values of a kind in a split: the same on every machine and for every seed."""
+    """Return all values of a kind in a split; they do not depend on the machine or the seed."""
     rng = random.Random(f"rotmole locale {kind}")
     pool: dict[str, None] = {}
     while len(pool) < POOL:
@@ -92,16 +92,15 @@ def locale_rows(task: TaskSection, split: Split, *, seed: int) -> list[Row]:
     """Return the rows of one locale task, the same number in every language.
 
     The columns of a row are prompt, completion, question, value, kind, language (code),
-    language_name and id. `limit` counts rows of each language; without it, every language has as
-    many as the language with the fewest items that could be made.
+    language_name and id. `limit` is the number of rows of each language; without it, every
+    language has as many rows as the language for which the fewest can be made.
 
     Args:
-        task: names the kind, the languages (None: all) and the limit.
-        split: train, validation or test.
+        task: its kind, languages (None means all) and limit are used.
         seed: of the choice and order of values.
 
     Raises:
-        ConfigError: kind or language unknown, or Babel or num2words not installed.
+        ConfigError: the kind or a language is unknown, or Babel or num2words is not installed.
     """
     problems = locale_problems(task.kind, task.languages) or missing_libraries(task.kind)
     if problems or task.kind is None:

@@ -1,8 +1,8 @@
 """What the locale tasks ask: for each kind its values, its prompt and its answer by Babel.
 
-A kind is data plus two functions. `value_at(random)` draws one value as text, the same for all
-languages; `ask(value, language)` gives the question and the answer, or None where the libraries
-have no faultless answer in that language (the item is then left out).
+A kind is a prompt, its languages and two functions. `draw(rng)` draws one value as text, the same
+for all languages; `ask(value, language)` returns the question and the answer, or None if the
+libraries give no correct answer in that language (the item is then left out).
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ LANGUAGES = (
     "el", "fi", "hu", "tr", "id", "ja", "ko", "zh",
 )  # fmt: skip
 
-# num2words languages whose words for 0..9999 were read through. Left out for faulty orthography:
+# num2words languages whose words for 0..9999 were reviewed. Left out for wrong spelling:
 # da ("ettusinde og et"), sv ("etttusen"), tr ("yüzbir" as one word), cs ("dvěstě" as one word),
 # hu (102 "százkét"), nl ("honderdéén", no space after "duizend"), no ("en hundre" for "ett
 # hundre"), vi ("hai nghìn lẻ hai mươi hai"), lv ("simtu viens"), sl and is (genders mixed),
-# en ("one thousand, two hundred and" against CLDR's American English), uk (ASCII apostrophe,
-# CLDR has U+2019). el and zh do not exist there.
+# en ("one thousand, two hundred and", while CLDR has American English), uk (ASCII apostrophe,
+# while CLDR has U+2019). num2words has no el and no zh.
 NUMBER_LANGUAGES = (
     "de", "fr", "es", "it", "pt", "ca", "ro", "pl", "ru", "fi", "id", "ja", "ko",
 )  # fmt: skip
@@ -48,13 +48,13 @@ CURRENCIES = (
     "TRY", "INR", "BRL", "MXN", "CNY", "ZAR", "UAH",
 )  # fmt: skip
 
-# True words of the language that English happens to spell alike: no fallback.
+# Words that are spelled as in English; they are correct and no fallback to English.
 COGNATES = {
     ("fr", "EUR"), ("es", "EUR"), ("pt", "EUR"), ("ca", "EUR"), ("fr", "duration-minute"),
 }  # fmt: skip
 
-# No name begins with a vowel or h: Spanish "y" and "o" would change before some of them, which
-# CLDR patterns as Babel applies them do not do.
+# No name begins with a vowel or h, because Spanish "y" and "o" change before some of them, which
+# Babel does not do.
 NAMES = (
     "Ben", "Bruno", "Carla", "Clara", "David", "Dora", "Felix", "Frida", "Greta", "Jan", "Karl",
     "Laura", "Lena", "Marta", "Max", "Nina", "Nora", "Paul", "Petra", "Robert", "Rosa", "Simon",
@@ -63,7 +63,7 @@ NAMES = (
 
 
 class Item(NamedTuple):
-    """A question and its one right answer."""
+    """A question and its only correct answer."""
 
     question: str
     answer: str
@@ -75,9 +75,9 @@ class Kind:
 
     Attributes:
         prompt: one line with {question} and {language}; ends in "->" and a space.
-        languages: the languages that have it.
-        draw: a random value as text.
-        ask: (value, language) -> Item, or None where the item must be left out.
+        languages: codes of the languages in which it can be asked.
+        draw: random generator -> a value as text.
+        ask: (value, language) -> Item, or None if the item must be left out.
     """
 
     prompt: str
@@ -87,7 +87,7 @@ class Kind:
 
 
 def clean(text: str) -> str:
-    """Return NFC with no-break spaces (U+00A0, U+202F) as plain spaces."""
+    """Return the text in NFC with no-break spaces (U+00A0, U+202F) replaced by spaces."""
     plain = text.replace("\u00a0", " ").replace("\u202f", " ")
     return unicodedata.normalize("NFC", plain)
 
@@ -102,7 +102,7 @@ def words_of(text: str) -> str:
 
 
 def fell_back(answer: str, keys: tuple[str, ...], english: str) -> bool:
-    """Say whether an answer shows a key of the library, or English, in place of words.
+    """Return whether an answer has no words, English words, or a key of the library for words.
 
     >>> fell_back("856,7 duration-day", ("duration-day",), "856.7 days")
     True
@@ -130,7 +130,7 @@ def _ask_unit(value: str, language: str) -> Item | None:
 
 
 def _draw_amount(rng: random.Random) -> str:
-    # below 1000: Babel ignores CLDR's rule that some languages do not group four digits
+    # below 1000, because Babel ignores CLDR's rule that some languages do not group four digits
     return f"{rng.randint(0, 999)}.{rng.randint(1, 99):02d} {rng.choice(CURRENCIES)}"
 
 
@@ -162,12 +162,12 @@ def _ask_date(value: str, language: str) -> Item | None:
 
 @lru_cache(maxsize=64)
 def _english_months(language: str) -> bool:
-    """Say whether a language's months are English's; single names, such as April, may agree."""
+    """Return whether Babel has English months for a language; some names, as April, may agree."""
     from babel.dates import get_month_names
 
-    own = get_month_names("wide", "format", language)
+    names = get_month_names("wide", "format", language)
     english = get_month_names("wide", "format", "en")
-    same = [month for month in range(1, 13) if own[month] == english[month]]
+    same = [month for month in range(1, 13) if names[month] == english[month]]
     return len(same) > 6
 
 
@@ -224,7 +224,7 @@ def _ask_number(value: str, language: str) -> Item | None:
     if language == "it" and number > 3 and words.endswith("tre"):
         return None  # num2words drops the accent of "centoventitré"
     if language == "pt" and number % 100 in (16, 17, 19):
-        return None  # European and Brazilian words differ, the rest of the tasks is Brazilian
+        return None  # European words; all other tasks are in Brazilian Portuguese
     return Item(value, words)
 
 

@@ -1,4 +1,4 @@
-"""The mixture of tasks: shares, one epoch's order, and the fingerprint of what was used."""
+"""The mixture of tasks: shares, the order of one epoch, and the fingerprint of the data."""
 
 from __future__ import annotations
 
@@ -18,19 +18,15 @@ Examples = dict[str, list[Example]]
 def shares(examples: Mapping[str, Sequence[Example]], data: DataSection) -> dict[str, int]:
     """Return how many rows each task gives to one epoch.
 
-        share_t ~ weight_t * rows_t^(1/temperature)       (weight 1 where none is given)
+        share_t ~ weight_t * rows_t^(1/temperature)       (weight_t is 1 if it is not given)
 
-    Without a temperature but with weights, share_t ~ weight_t: sizes do not count. Without
-    either, each row is used once. The epoch is as long as all rows together.
+    With weights but without a temperature, share_t ~ weight_t, whatever the number of rows.
+    Without both, each row is used once. The shares add up to the number of all rows.
 
     Args:
-        examples: rows by task.
-        data: holds the weights and the temperature.
+        data: its weights and temperature are used.
 
-    Returns:
-        Rows by task; they add up to the number of all rows.
-
-    Source: temperature as in multilingual pre-training (arXiv 1907.05019); weights our choice.
+    Source: temperature as in multilingual pre-training (arXiv 1907.05019).
     """
     sizes = {task: len(rows) for task, rows in examples.items() if rows}
     weights = {task: data.tasks[task].weight for task in sizes}
@@ -41,7 +37,7 @@ def shares(examples: Mapping[str, Sequence[Example]], data: DataSection) -> dict
     total, whole = sum(sizes.values()), sum(parts.values())
     exact = {task: total * part / whole for task, part in parts.items()}
     counts = {task: int(value) for task, value in exact.items()}
-    # largest remainders, so that the counts add up to the total
+    # rounding down leaves a few rows; they go to the largest remainders
     by_remainder = sorted(exact, key=lambda task: (counts[task] - exact[task], task))
     for task in by_remainder[: total - sum(counts.values())]:
         counts[task] += 1
@@ -49,29 +45,28 @@ def shares(examples: Mapping[str, Sequence[Example]], data: DataSection) -> dict
 
 
 def mix(examples: Examples, data: DataSection, *, seed: int) -> list[Example]:
-    """Return one epoch: every task's share of rows, shuffled.
+    """Return the rows of one epoch: every task's share, shuffled.
 
-    Within it a row comes again only after all rows of its task have come; the remainder of a share
-    is a seeded choice without repetition, and the same in every epoch: where a task's share is
-    smaller than the task, its other rows are not trained on.
+    A share of k rows from a task of n rows uses each row k // n times, and a seeded choice of
+    k % n rows once more. The choice is the same in every epoch, so if a share is smaller than its
+    task, the other rows are never trained on.
 
     Args:
-        examples: rows by task.
-        data: holds the weights and the temperature.
+        data: its weights and temperature are used.
         seed: of the choice and the order.
     """
     order: list[Example] = []
     for task, count in shares(examples, data).items():
         rows = examples[task]
-        whole, rest = divmod(count, len(rows))
-        order += rows * whole
-        order += random.Random(f"mix:{seed}:{task}").sample(rows, rest)
+        repeats, remainder = divmod(count, len(rows))
+        order += rows * repeats
+        order += random.Random(f"mix:{seed}:{task}").sample(rows, remainder)
     random.Random(f"mix:{seed}").shuffle(order)
     return order
 
 
 def fingerprint(examples: Mapping[str, Sequence[Example]]) -> str:
-    """Return the sha256 of what the examples hold, independent of where the files lie."""
+    """Return the sha256 of the examples' content; the paths of their files are left out."""
     digest = hashlib.sha256()
     for task in sorted(examples):
         for example in examples[task]:
@@ -85,10 +80,10 @@ def fingerprint(examples: Mapping[str, Sequence[Example]]) -> str:
 def data_fingerprint(data: DataSection, examples: Mapping[str, Examples]) -> dict[str, Any]:
     """Return what identifies the data of a run.
 
+    With source locale it includes the versions of Babel and num2words, whose tables are the data.
+
     Args:
-        data: the section of the run file; with source locale the versions of Babel and num2words
-            belong to the fingerprint, because their tables are the data.
-        examples: split -> task -> rows, as used.
+        examples: split -> task -> rows, within the limits.
 
     Returns:
         {"sha256": ..., "splits": {split: {task: {"rows": n, "sha256": ...}}}, "versions": {...}}.

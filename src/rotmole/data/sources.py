@@ -1,4 +1,4 @@
-"""Rows of jsonl, csv and parquet files and of datasets-hub sets; every error names file and row."""
+"""Rows of jsonl, csv and parquet files and of data sets on the hub; errors name file and row."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ SNIPPET_LENGTH = 100
 
 @dataclass(frozen=True)
 class Row:
-    """One row as read.
+    """One row of a source.
 
     Attributes:
-        source: the file or data set it came from.
-        number: counts from 1; in jsonl it is the line, in csv the row below the header.
+        source: the file or data set.
+        number: counts from 1: the line in jsonl, the row below the header in csv.
         columns: column name -> value.
     """
 
@@ -31,7 +31,7 @@ class Row:
 
     @property
     def origin(self) -> str:
-        """Where the row is, for messages."""
+        """Source and row number, for messages."""
         return f"{self.source}: row {self.number}"
 
 
@@ -46,19 +46,15 @@ def snippet(value: object) -> str:
 
 
 def row_error(row: Row, problem: str) -> DataError:
-    """Return the error that names the row, the problem and a snippet of the row."""
+    """Return a DataError with the row's origin, the problem and the start of the row."""
     return DataError(f"{row.origin}: {problem}; the row begins: {snippet(row.columns)}")
 
 
 def read_file(path: Path, source: str) -> list[Row]:
-    """Return the rows of one file.
+    """Return the rows of one file, at least one.
 
     Args:
-        path: the file.
         source: "jsonl", "csv" or "parquet".
-
-    Returns:
-        At least one row.
 
     Raises:
         DataError: the file is missing, empty, not UTF-8, or a row cannot be read.
@@ -74,22 +70,22 @@ def _bytes_of(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError:
-        here = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        hint = did_you_mean(path.name, here)
+        names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        hint = did_you_mean(path.name, names)
         raise DataError(f"{path}: no such file{hint}") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _utf8(path: Path, number: int, raw: bytes) -> str:
-    """Decode one row; a broken byte names the row and its neighbourhood."""
+    """Decode one row; the error shows the invalid byte and the bytes around it."""
     try:
         return raw.decode("utf-8-sig" if number <= 1 else "utf-8")
     except UnicodeDecodeError as error:
-        near = raw[max(0, error.start - 20) : error.start + 20]
+        around = raw[max(0, error.start - 20) : error.start + 20]
         raise DataError(
             f"{path}: row {number} is not UTF-8: byte 0x{raw[error.start]:02x} at position "
-            f"{error.start}, near {near!r}; save the file as UTF-8"
+            f"{error.start}, near {around!r}; save the file as UTF-8"
         ) from None
 
 
@@ -102,11 +98,13 @@ def read_jsonl(path: Path) -> list[Row]:
             continue
         try:
             columns = json.loads(line)
-        except (ValueError, RecursionError) as error:  # also numbers and nests without end
-            where = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-            said = getattr(error, "msg", None) or f"{error}"
+        # ValueError also for numbers with too many digits, RecursionError for too deep nesting
+        except (ValueError, RecursionError) as error:
+            column = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+            reason = getattr(error, "msg", None) or f"{error}"
             raise DataError(
-                f"{path}: row {number} is not JSON: {said}{where}; the row begins: {snippet(line)}"
+                f"{path}: row {number} is not JSON: {reason}{column}; "
+                f"the row begins: {snippet(line)}"
             ) from None
         if not isinstance(columns, dict):
             raise DataError(
@@ -123,9 +121,9 @@ def read_csv(path: Path) -> list[Row]:
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n")  # the header is line 0, so this is the row
+        number = raw[: error.start].count(b"\n")  # 0 is the header, so this is the row's number
         start = raw.rfind(b"\n", 0, error.start) + 1
-        text = _utf8(path, max(line, 0), raw[start : error.start + 20])
+        text = _utf8(path, number, raw[start : error.start + 20])
     if not text.strip():
         return []
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
@@ -136,9 +134,9 @@ def read_csv(path: Path) -> list[Row]:
         for number, values in enumerate((v for v in reader if v), start=1):
             if len(values) != len(header):
                 raise DataError(
-                    f"{path}: row {number} (line {reader.line_num}) has {len(values)} values, the "
-                    f"header has {len(header)} columns ({', '.join(header)}); quote values that "
-                    f"hold commas; the row begins: {snippet(','.join(values))}"
+                    f"{path}: row {number} (line {reader.line_num}) has {len(values)} values, but "
+                    f"the header has {len(header)} columns ({', '.join(header)}); quote values "
+                    f"that contain commas; the row begins: {snippet(','.join(values))}"
                 )
             rows.append(Row(str(path), number, dict(zip(header, values, strict=True))))
     except csv.Error as error:
@@ -179,13 +177,14 @@ def read_parquet(path: Path) -> list[Row]:
 
 
 def read_hub(dataset: str, config: str | None, split: str) -> list[Row] | None:
-    """Return the rows of one split of a datasets-hub set (or a local data-set folder).
+    """Return the rows of one split of a data set on the hub, or in a local data-set folder.
 
     Returns:
-        None if the set exists but has no such split.
+        None if the data set exists but has no such split.
 
     Raises:
-        DataError: the set cannot be loaded, such as without a connection.
+        ConfigError: the datasets library is not installed.
+        DataError: the data set cannot be loaded, such as without a connection.
     """
     try:
         import datasets
@@ -203,8 +202,8 @@ def read_hub(dataset: str, config: str | None, split: str) -> list[Row] | None:
         raise DataError(
             f"data set '{dataset}' could not be loaded from the datasets hub "
             f"({type(error).__name__}: {snippet(reason)}); without a connection, or with "
-            "HF_HUB_OFFLINE=1, only sets already in the local cache load: connect once, or use "
-            "source: jsonl with files"
+            "HF_HUB_OFFLINE=1, only data sets in the local cache can be loaded: connect once, or "
+            "use source: jsonl with files"
         ) from error
     name = f"{dataset}[{split}]"
     return [Row(name, number, dict(columns)) for number, columns in enumerate(table, start=1)]
@@ -219,7 +218,7 @@ def _json_type(value: object) -> str:
 
 
 def kind_of(value: object) -> str:
-    """Return the family of a value; one column must stay in one family."""
+    """Return the type of a value as messages name it, such as "number"."""
     if hasattr(value, "isoformat"):
         return "date"
     if isinstance(value, dict):
@@ -228,7 +227,7 @@ def kind_of(value: object) -> str:
 
 
 def check_columns(rows: list[Row], used: Iterable[str]) -> None:
-    """Check that every used column is there, filled and of one type in every row.
+    """Check that every row has every used column, not null and of one type.
 
     Raises:
         DataError: a column is missing or null, or its type changes; names the row.
@@ -239,14 +238,15 @@ def check_columns(rows: list[Row], used: Iterable[str]) -> None:
         for name in used:
             if name not in row.columns:
                 hint = did_you_mean(name, row.columns)
-                raise row_error(row, f"no column '{name}' (it has: {', '.join(row.columns)}){hint}")
+                columns = ", ".join(row.columns)
+                raise row_error(row, f"no column '{name}' (the row has: {columns}){hint}")
             kind = kind_of(row.columns[name])
             if kind == "null":
                 raise row_error(row, f"column '{name}' is null; fill it or remove the row")
-            known, number = first.setdefault(name, (kind, row.number))
-            if kind != known:
+            first_kind, number = first.setdefault(name, (kind, row.number))
+            if kind != first_kind:
                 raise row_error(
                     row,
-                    f"column '{name}' mixes types: a {kind} here, a {known} in row {number}; "
+                    f"column '{name}' mixes types: a {kind} here, a {first_kind} in row {number}; "
                     "use one type",
                 )

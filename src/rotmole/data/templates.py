@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from rotmole.data.sources import Row, row_error
 
-# A field is a word in braces; any other brace is text, so JSON examples can stand in a prompt.
+# A field is a word in braces; any other brace is text, so a prompt may contain JSON.
 FIELD = re.compile(r"\{\{|\}\}|\{([^\W\d][\w.-]*)\}")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -24,14 +24,17 @@ def fields(template: str) -> list[str]:
 def fill(template: str, row: Row, extra: dict[str, str] | None = None) -> str:
     """Return the template with every {column} replaced; {{ and }} stand for single braces.
 
-    Values are inserted as they are and never read as templates. Numbers are written as Python
-    writes them. A list becomes "a, b, c"; the choices of a multiple-choice row come through
-    `extra`, lettered.
+    Values are inserted as they are: braces in them are not fields. Numbers are written as Python
+    writes them; a list becomes "a, b, c".
 
     Args:
         template: text with {column} fields.
-        row: the row; its columns have been checked.
-        extra: fields that are not columns, such as the lettered choices.
+        row: a row that passed `check_columns`.
+        extra: text of fields that are not columns or are written differently, such as lettered
+            choices.
+
+    Raises:
+        DataError: a column is an object.
     """
 
     def value(match: re.Match[str]) -> str:
@@ -48,14 +51,17 @@ def fill(template: str, row: Row, extra: dict[str, str] | None = None) -> str:
 def _text(row: Row, name: str) -> str:
     value = row.columns[name]
     if isinstance(value, dict):
-        raise row_error(row, f"column '{name}' is an object and cannot stand in a template")
+        raise row_error(
+            row,
+            f"column '{name}' is an object, which a template cannot contain; use another column",
+        )
     if isinstance(value, list | tuple):
         return ", ".join(str(item) for item in value)
     return str(value)
 
 
 def lettered(choices: Sequence[str]) -> str:
-    """Return one choice a line, lettered.
+    """Return the choices one a line, each after its letter.
 
     >>> print(lettered(["bank", "library"]))
     A. bank
@@ -65,25 +71,25 @@ def lettered(choices: Sequence[str]) -> str:
 
 
 def letter_of(index: int) -> str:
-    """Return A, B, ..., Z for 0, 1, ..., 25, then the number itself counted from 1."""
+    """Return A, B, ..., Z for 0, 1, ..., 25, and "27", "28", ... for 26, 27, ..."""
     return LETTERS[index] if index < len(LETTERS) else str(index + 1)
 
 
 def move_spaces(prompt: str, completion: str) -> tuple[str, str]:
     """Move spaces at the end of the prompt to the start of the completion.
 
-    Byte-pair tokenizers join a space with the word after it; a prompt that ends in a space would
-    end in a token that never stands there in the whole text.
+    Byte-pair tokenizers join a space with the word after it, so the tokens of a prompt that ends
+    in a space are not the first tokens of the whole text.
 
     >>> move_spaces("Answer: ", "yes")
     ('Answer:', ' yes')
     """
-    kept = prompt.rstrip(" ")
-    return kept, prompt[len(kept) :] + completion
+    stripped = prompt.rstrip(" ")
+    return stripped, prompt[len(stripped) :] + completion
 
 
 def join_choice(prompt: str, choice: str) -> tuple[str, str]:
-    """Put one space between a prompt and a label word where the prompt ends without one.
+    """Put one space between a prompt and a choice unless there is white space already.
 
     >>> join_choice("Sentiment:", "good")
     ('Sentiment:', ' good')

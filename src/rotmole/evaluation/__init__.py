@@ -1,4 +1,4 @@
-"""Evaluation: answers of a model on named tasks, the metrics of those answers, and reports."""
+"""Evaluation: a model's answers on named tasks, the metrics of these answers, and reports."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""Evaluate a model on named tasks, before the adapter beside after it."""
+"""Evaluation of a model on named tasks, with and without its adapter."""
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -13,6 +12,7 @@ from peft import PeftModel
 
 from rotmole.config.schema import EvaluationSection
 from rotmole.data.examples import Example
+from rotmole.data.load import within_limit
 from rotmole.errors import ConfigError, did_you_mean
 from rotmole.evaluation import generation
 from rotmole.evaluation.few_shot import with_examples
@@ -41,27 +41,24 @@ def evaluate(
     seed: int = 0,
     spread: bool = False,
 ) -> Report:
-    """Figures of a model; with an adapter, before (adapter disabled) beside after.
+    """Measure a model; if it has an adapter, also with the adapter disabled.
 
     Args:
         model: a causal language model, or a PeftModel around one.
-        tokenizer: its tokenizer.
-        examples_by_task: rows by task.
-        section: limit, batch size, answer length, worked examples, and whether to score before.
-        metrics_by_task: names from METRICS; a task without an entry gets what its rows call for.
-        demonstrations: training rows by task, needed where section.examples_in_prompt > 0.
-        progress: told (what, done, total) as rows finish.
-        seed: chooses rows under the limit, worked examples, and the bootstrap.
+        section: limit, batch size, length of answers, examples in prompts, and whether to measure
+            "before".
+        metrics_by_task: names from METRICS; a task without an entry gets `default_metrics`.
+        demonstrations: training rows by task; required if section.examples_in_prompt > 0.
+        progress: called with (what, done, total) as rows finish.
+        seed: of the rows within the limit, the examples in prompts, and the bootstrap.
         spread: share the batches among the processes of the default process group, all of which
-            must call this; each gets the whole report, that of one process to the last bit.
+            must call this; each gets the whole report, equal to that of one process in every bit.
 
     Returns:
         A report with the systems "before" and "after", or "base" for a model without adapter.
 
     Raises:
-        ConfigError: a task without rows, or a metric that does not exist or does not fit its task.
-
-    Source: our choice.
+        ConfigError: a task has no rows, or a metric does not exist or does not fit its task.
     """
     run = partial(
         measure,
@@ -95,26 +92,13 @@ def measure(
     seed: int = 0,
     spread: bool = False,
 ) -> System:
-    """Figures of one system: the model as it stands, on every row given.
+    """Measure one system: the model as it is now, on all rows; for arguments see `evaluate`.
 
     Args:
-        model: a causal language model.
-        tokenizer: its tokenizer.
-        examples_by_task: rows by task.
-        section: batch size, answer length and worked examples.
-        metrics_by_task: as in `evaluate`.
-        demonstrations: as in `evaluate`.
-        progress: told (what, done, total) as rows finish.
-        seed: chooses worked examples and the bootstrap.
-        spread: as in `evaluate`.
+        section: batch size, length of answers, examples in prompts; its limit is not used.
 
     Returns:
-        The system; put several beside each other with `compare`.
-
-    Raises:
-        ConfigError: as in `evaluate`.
-
-    Source: our choice.
+        One system; `compare` makes a report of several.
     """
     metrics = task_metrics(examples_by_task, metrics_by_task or {})
     needs = {task: {str(METRICS[name].needs) for name in metrics[task]} for task in metrics}
@@ -126,9 +110,9 @@ def measure(
         for task, rows in examples_by_task.items()
     }
     started = time.perf_counter()
-    how: dict[str, Any] = {"needs": needs, "progress": progress, "spread": spread}
-    answers = _scored_answers(model, tokenizer, shown, batch_size=section.batch_size, **how)
-    _add_texts(answers, model, tokenizer, shown, section=section, **how)
+    options: dict[str, Any] = {"needs": needs, "progress": progress, "spread": spread}
+    answers = _scored_answers(model, tokenizer, shown, batch_size=section.batch_size, **options)
+    _add_texts(answers, model, tokenizer, shown, section=section, **options)
     seconds = time.perf_counter() - started
     return summarise(examples_by_task, answers, metrics, seconds=seconds, seed=seed)
 
@@ -136,57 +120,40 @@ def measure(
 def limit_rows(
     examples_by_task: Tasks, limit: int | None, *, seed: int
 ) -> dict[str, list[Example]]:
-    """At most `limit` rows per task and group: a seeded choice, in the rows' own order.
+    """Return at most `limit` rows per task and group: a seeded choice, in the order of the rows.
 
     Args:
-        examples_by_task: rows by task.
-        limit: None keeps all.
-        seed: of the choice.
-
-    Returns:
-        Rows by task.
-
-    Source: our choice.
+        limit: None returns all rows.
     """
     result = {}
     for task, rows in examples_by_task.items():
-        kept: set[int] = set()
-        for group in sorted({row.group for row in rows}):
-            places = [index for index, row in enumerate(rows) if row.group == group]
-            if limit is not None and len(places) > limit:
-                places = random.Random(f"{seed}/{task}/{group}").sample(places, limit)
-            kept.update(places)
-        result[task] = [row for index, row in enumerate(rows) if index in kept]
+        chosen = within_limit([row.group for row in rows], limit, seed=f"{seed}/{task}/")
+        result[task] = [rows[index] for index in chosen]
     return result
 
 
 def task_metrics(
     examples_by_task: Tasks, wanted: Mapping[str, Sequence[str] | None]
 ) -> dict[str, tuple[str, ...]]:
-    """The metrics of each task, checked; every problem is told at once.
+    """Return the names of each task's metrics after checking that its rows have what they need.
 
     Args:
-        examples_by_task: rows by task.
-        wanted: names by task; None or no entry means what the rows call for.
-
-    Returns:
-        Names from METRICS by task.
+        wanted: names by task; None or no entry means `default_metrics`.
 
     Raises:
-        ConfigError: a task without rows, an unknown metric, or one whose rows lack what it needs.
-
-    Source: our choice.
+        ConfigError: a task has no rows, or a metric does not exist or does not fit its task; lists
+            all problems.
     """
     result: dict[str, tuple[str, ...]] = {}
     problems: list[str] = []
     for task, rows in examples_by_task.items():
         if not rows:
-            problems.append(f"task {task!r} has no rows to evaluate; check its files or split.")
+            problems.append(f"task {task!r} has no rows to evaluate; check its files and split.")
             continue
         result[task] = tuple(wanted.get(task) or default_metrics(rows))
         problems.extend(_metric_problems(task, rows, result[task]))
     if not examples_by_task:
-        problems.append("there is no task to evaluate.")
+        problems.append("there is no task to evaluate; give at least one.")
     if problems:
         raise ConfigError(problems, where="evaluation")
     return result
@@ -201,11 +168,16 @@ def _metric_problems(task: str, rows: Sequence[Example], names: Sequence[str]) -
             continue
         needs = METRICS[name].needs
         if needs in ("choices", "score") and not all(row.choices for row in rows):
-            problems.append(f"task {task!r}: metric {name!r} needs choices, which its rows lack.")
+            lacking = "choices"
         elif needs == "choices" and any(row.answer is None for row in rows):
-            problems.append(f"task {task!r}: metric {name!r} needs the right choice's index.")
+            lacking = "the index of the correct choice"
         elif needs == "score" and any(row.score is None for row in rows):
-            problems.append(f"task {task!r}: metric {name!r} needs a score in every row.")
+            lacking = "a score"
+        else:
+            continue
+        problems.append(
+            f"task {task!r}: metric {name!r} needs {lacking} in every row; choose another metric."
+        )
     return problems
 
 
@@ -219,25 +191,25 @@ def _scored_answers(
     progress: Progress | None,
     spread: bool,
 ) -> dict[str, list[Answer]]:
-    """Answers with log-likelihoods and losses, all tasks in one pass over the model."""
+    """Return answers with log-likelihoods and losses, the rows of all tasks batched together."""
     window = context_window(model)
     compared = [t for t in shown if needs[t] & {"choices", "score"}]
     measured = [t for t in shown if "loss" in needs[t]]
     pairs = [(row.prompt, choice) for t in compared for row in shown[t] for choice in row.choices]
-    right = [row for t in measured for row in shown[t]]
+    measured_rows = [row for t in measured for row in shown[t]]
     texts = scored_choices(pairs, tokenizer, window=window)
-    texts += scored_answers(right, tokenizer, window=window)
+    texts += scored_answers(measured_rows, tokenizer, window=window)
     tick = _counter(progress, "likelihoods", len(texts))
     values = log_likelihoods(model, texts, batch_size=batch_size, tick=tick, spread=spread)
-    rest = iter(zip(values, texts, strict=True))
+    results = iter(zip(values, texts, strict=True))
     answers = {task: [Answer()] * len(rows) for task, rows in shown.items()}
     for task in compared:
         for index, row in enumerate(shown[task]):
-            found = tuple(next(rest)[0] for _ in row.choices)
-            answers[task][index] = replace(answers[task][index], log_likelihoods=found)
+            likelihoods = tuple(next(results)[0] for _ in row.choices)
+            answers[task][index] = replace(answers[task][index], log_likelihoods=likelihoods)
     for task in measured:
         for index in range(len(shown[task])):
-            value, text = next(rest)
+            value, text = next(results)
             loss = replace(answers[task][index], loss=-value, tokens=len(text.positions))
             answers[task][index] = loss
     return answers
@@ -254,7 +226,7 @@ def _add_texts(
     progress: Progress | None,
     spread: bool,
 ) -> None:
-    """Put generated text into the answers of tasks that need it."""
+    """Generate text for the tasks that need it and add it to their answers, in place."""
     for one_line in (True, False):
         places = [
             (task, index)

@@ -1,4 +1,4 @@
-"""Worked examples in the prompt, so that an untrained model is shown the form of an answer."""
+"""Worked examples in the prompt, which show an untrained model the form of an answer."""
 
 from __future__ import annotations
 
@@ -15,26 +15,19 @@ SEPARATOR = "\n\n"
 def with_examples(
     example: Example, demonstrations: Mapping[str, Sequence[Example]], *, count: int, seed: int
 ) -> Example:
-    """The example with worked examples of its task before its prompt.
+    """Return the row with worked examples of its task before its prompt.
 
     prompt = d_1.prompt d_1.completion SEPARATOR ... d_k.prompt d_k.completion SEPARATOR prompt
 
-    They come from the same group (language) where it has enough of them, else from the whole
-    task. The draw depends on the seed, the task and the row's id alone: every system sees the same.
+    They come from the same group (language) if it has enough rows, else from the whole task. The
+    choice depends on the seed, the task and the row's id alone, so it is the same for all systems.
 
     Args:
-        example: the row to be answered.
         demonstrations: training rows by task.
-        count: how many; 0 returns the example as it is.
-        seed: of the draw.
-
-    Returns:
-        The same row with a longer prompt.
+        count: number of worked examples; 0 returns the row as it is.
 
     Raises:
-        ConfigError: the task has fewer training rows than that.
-
-    Source: our choice.
+        ConfigError: the task has fewer than `count` training rows.
     """
     if count == 0:
         return example
@@ -43,8 +36,8 @@ def with_examples(
     pool = same if len(same) >= count else whole
     if len(pool) < count:
         raise ConfigError(
-            f"evaluation.examples_in_prompt is {count}, but task {example.task!r} has {len(pool)} "
-            "training rows to show; set it lower or give the task a train split."
+            f"evaluation.examples_in_prompt is {count}, but task {example.task!r} has only "
+            f"{len(pool)} training rows to show; set it lower or give the task more of them."
         )
     draw = random.Random(f"{seed}/{example.task}/{example.id}").sample(pool, count)
     shown = [row.prompt + row.completion for row in draw]

@@ -1,8 +1,8 @@
 """Greedy answers in batches, and sampled text.
 
-How an answer is cut, for every system alike: at the end-of-sequence token; and, where no right
-answer of the task holds a line break, after the first line that is not blank. An untrained model
-runs on after its answer; without the second rule it could score on no task at all.
+For every system, an answer ends at the end-of-sequence token and, if no correct answer of the task
+has a line break, after the first line that is not blank. The second rule is there because an
+untrained model continues after its answer and would otherwise never match.
 """
 
 from __future__ import annotations
@@ -14,41 +14,30 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from rotmole.data.encode import tokenize_pair
-from rotmole.evaluation.scoring import Tick, context_window, evaluating, keeps_logits
+from rotmole.evaluation.scoring import Tick, context_window, evaluating
+from rotmole.models.logits import accepts_logits_to_keep
 from rotmole.processes import over_batches
 
 
 def cut_answer(text: str, *, one_line: bool) -> str:
-    """Outer white space off; with one_line only the first line.
+    """Return the answer in a generated text: stripped, and with one_line only its first line.
 
     Args:
-        text: generated text, up to the end of sequence.
+        text: up to the end of sequence.
         one_line: the task's answers are single lines.
-
-    Returns:
-        The answer.
-
-    Source: our choice.
     """
     text = text.strip()
     return text.split("\n", 1)[0].strip() if one_line else text
 
 
 def prompt_tokens(prompt: str, tokenizer: Any, *, window: int) -> list[int]:
-    """Tokens of a prompt as they stand before an answer in training.
+    """Return a prompt's token ids, at least one, as they are before an answer in training.
 
-    Trailing spaces are left to the answer: tokenised as one text with it, "Answer: 7" becomes
-    "Answer:" + " 7" with most vocabularies.
+    Trailing spaces are removed because they belong to the answer: most vocabularies tokenise
+    "Answer: 7" as "Answer:" + " 7".
 
     Args:
-        prompt: the text.
-        tokenizer: the model's tokenizer.
-        window: most tokens; a longer prompt loses its beginning.
-
-    Returns:
-        Token ids, at least one.
-
-    Source: our choice.
+        window: the maximum number of tokens; a longer prompt loses its beginning.
     """
     tokens, _ = tokenize_pair(tokenizer, prompt.rstrip(" "), "")
     if not tokens:
@@ -58,33 +47,27 @@ def prompt_tokens(prompt: str, tokenizer: Any, *, window: int) -> list[int]:
 
 
 def end_tokens(model: Any, tokenizer: Any, ends: Sequence[str] = ()) -> list[int]:
-    """Every token that ends a text: the model's own, the tokenizer's, and those of `ends`.
+    """Return the sorted ids of all tokens that end a text: model's, tokenizer's and of `ends`.
 
     Args:
-        model: a causal language model.
-        tokenizer: its tokenizer.
-        ends: what a chat template writes after an answer where that is not the end of sequence;
-            its special tokens count, or the whole of it where it is one token.
-
-    Returns:
-        Token ids, sorted.
-
-    Source: our choice.
+        ends: texts that a chat template writes after an answer in place of the end of sequence;
+            their special tokens are used, or the only token if there is one.
     """
-    own = getattr(model.generation_config, "eos_token_id", None)
-    found = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id}
+    model_ends = getattr(model.generation_config, "eos_token_id", None)
+    stops = {*(model_ends if isinstance(model_ends, list) else [model_ends])}
+    stops.add(tokenizer.eos_token_id)
     for end in ends:
         tokens = tokenizer(end, add_special_tokens=False)["input_ids"]
-        found |= set(tokens) & set(tokenizer.all_special_ids)
-        found |= set(tokens) if len(tokens) == 1 else set()
-    return sorted(int(token) for token in found if token is not None)
+        stops |= set(tokens) & set(tokenizer.all_special_ids)
+        stops |= set(tokens) if len(tokens) == 1 else set()
+    return sorted(int(token) for token in stops if token is not None)
 
 
 class LineEnd(StoppingCriteria):
     """Stops a row at the first line break after something that is not blank."""
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
-        # A model's table may be larger than its tokenizer's.
+        # A model may embed more tokens than its tokenizer has.
         vocabulary = max(len(tokenizer), model.get_output_embeddings().weight.shape[0])
         device = next(model.parameters()).device
         pieces = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
@@ -95,7 +78,7 @@ class LineEnd(StoppingCriteria):
         self.prompt_length = 0
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-        """True for the rows of input_ids [B, T] that are finished."""
+        """Return [B], True for the rows of input_ids [B, T] that are finished."""
         new_BT = input_ids[:, self.prompt_length :]
         return self.breaks_V[new_BT[:, -1]] & self.filled_V[new_BT].any(dim=1)
 
@@ -108,7 +91,7 @@ def _configuration(
     temperature: float = 0.0,
     top_p: float = 1.0,
 ) -> GenerationConfig:
-    # All settings a model folder could bring along are named: greedy has to mean greedy.
+    # Every setting that a model's own generation_config.json could change is given here.
     pad = tokenizer.pad_token_id
     sampled = temperature > 0
     return GenerationConfig(
@@ -116,7 +99,7 @@ def _configuration(
         do_sample=sampled,
         temperature=temperature if sampled else 1.0,
         top_p=top_p if sampled else 1.0,
-        top_k=0 if sampled else 50,  # 50 is the default that says nothing for greedy
+        top_k=0 if sampled else 50,  # greedy: the default, about which transformers does not warn
         num_beams=1,
         repetition_penalty=1.0,
         no_repeat_ngram_size=0,
@@ -146,12 +129,12 @@ def _decode(tokens: Sequence[int], tokenizer: Any, ends: Sequence[int]) -> str:
 
 
 def _last_position(model: Any) -> dict[str, torch.Tensor]:
-    """Ask for the logits of the last position by its index.
+    """Return the argument that asks for the logits of the last position by its index.
 
-    generate() asks by a slice, which is not contiguous: torch then multiplies the rows of a batch
-    by one copy each of the whole vocabulary matrix (five seconds for 48 rows of SmolLM2-135M).
+    generate() asks by a slice, which is not contiguous: torch then multiplies each row of a batch
+    by its own copy of the vocabulary matrix (five seconds for 48 rows of SmolLM2-135M).
     """
-    if not keeps_logits(model):
+    if not accepts_logits_to_keep(model):
         return {}
     return {"logits_to_keep": torch.tensor([-1], device=model.device)}
 
@@ -168,23 +151,16 @@ def answers(
     tick: Tick | None = None,
     spread: bool = False,
 ) -> list[str]:
-    """Greedy answers to many prompts, in batches padded on the left.
+    """Return greedy answers to many prompts, in order; batches are padded on the left.
 
     Args:
-        model: a causal language model.
-        tokenizer: its tokenizer; its own padding side does not matter.
-        prompts: the texts to continue.
-        max_new_tokens: longest answer in tokens.
+        tokenizer: its padding side is not used.
+        max_new_tokens: the maximum length of an answer in tokens.
         batch_size: prompts per batch.
-        one_line: stop and cut after the first line that is not blank.
+        one_line: end after the first line that is not blank.
         ends: texts that end an answer besides the end of sequence; see `end_tokens`.
-        tick: called with the number of prompts finished after each batch.
+        tick: called after each batch with the number of prompts it finished.
         spread: share the batches among the joined processes; each gets all answers.
-
-    Returns:
-        One cut answer per prompt, in order.
-
-    Source: our choice.
     """
     window = max(1, context_window(model) - max_new_tokens)
     rows = [prompt_tokens(prompt, tokenizer, window=window) for prompt in prompts]
@@ -213,8 +189,8 @@ def answers(
 
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     with evaluating(model):
-        found = over_batches(batches, answer, done, spread=spread)
-    return [found[index] for index in range(len(rows))]
+        results = over_batches(batches, answer, done, spread=spread)
+    return [results[index] for index in range(len(rows))]
 
 
 def generate_text(
@@ -228,22 +204,16 @@ def generate_text(
     seed: int = 0,
     streamer: Any = None,
 ) -> str:
-    """Continue one prompt; the same seed gives the same text, and no global state changes.
+    """Return the continuation of one prompt up to the end of sequence.
+
+    The same seed gives the same text; torch's random state is restored afterwards.
 
     Args:
-        model: a causal language model.
-        tokenizer: its tokenizer.
-        prompt: the text to continue.
-        max_new_tokens: longest continuation in tokens.
+        max_new_tokens: the maximum length of the continuation in tokens.
         temperature: 0 is greedy; otherwise logits are divided by it before sampling.
         top_p: sample from the smallest set of tokens with at least this probability.
         seed: of the sampling.
-        streamer: an object with transformers' put and end, told of every token.
-
-    Returns:
-        The continuation up to the end of sequence, uncut.
-
-    Source: our choice.
+        streamer: a transformers streamer, which gets every token; None for none.
     """
     device = next(model.parameters()).device
     window = max(1, context_window(model) - max_new_tokens)

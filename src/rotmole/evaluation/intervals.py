@@ -1,6 +1,6 @@
-"""95 % intervals: Wilson's for shares of rows, a seeded bootstrap over rows for the rest.
+"""95 % intervals: Wilson's for shares of rows, a seeded bootstrap over rows for other metrics.
 
-They hold for the choice of rows only. They say nothing of how another training seed would do.
+They cover the choice of test rows only, not the variation between training seeds.
 """
 
 from __future__ import annotations
@@ -17,15 +17,11 @@ _BLOCK = 1 << 20  # rows drawn at a time
 
 
 def wilson(hits: int, n: int, *, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a share hits/n.
+    """Return the lower and upper end of Wilson's score interval of a share hits/n.
 
     Args:
-        hits: rows that count.
-        n: all rows, at least 1.
+        n: number of all rows, at least 1.
         confidence: 0 .. 1.
-
-    Returns:
-        Lower and upper end.
 
     Source: Wilson 1927, computed by scipy.
     """
@@ -36,7 +32,7 @@ def wilson(hits: int, n: int, *, confidence: float = 0.95) -> tuple[float, float
 
 
 def _resamples(n: int, resamples: int, seed: int) -> Iterator[Rows]:
-    """Rows drawn with replacement, in blocks [B, n] of bounded memory."""
+    """Draw rows with replacement, in blocks [B, n] of bounded memory."""
     generator = np.random.default_rng(seed)
     block = max(1, _BLOCK // max(1, n))
     for start in range(0, resamples, block):
@@ -57,17 +53,14 @@ def bootstrap(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of a figure over rows.
+    """Return the lower and upper end of a figure's percentile bootstrap interval over rows.
 
     Args:
         resampled: [N, k] numbers and rows [B, N] -> the figure of each resample, [B].
-        columns: [N, k], one line a row of data.
+        columns: [N, k], one line per row of data.
         confidence: 0 .. 1.
-        resamples: how many times rows are drawn with replacement.
-        seed: of the drawing; the same seed gives the same interval.
-
-    Returns:
-        Lower and upper end.
+        resamples: number of resamples.
+        seed: of the resamples.
 
     Source: Efron 1979, percentile form.
     """
@@ -84,30 +77,27 @@ def paired_difference(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Bootstrap interval of second minus first, two systems on the same rows.
+    """Return the bootstrap interval of second minus first, for two systems on the same rows.
 
-    Both systems are resampled with the same rows, so what is hard for both cancels.
+    Both systems are resampled with the same rows, so rows that are hard for both cancel out.
 
     Args:
         resampled: [N, k] numbers and rows [B, N] -> the figure of each resample, [B].
         columns_first: [N, k] of the first system.
         columns_second: [N, k] of the second system, the same rows in the same order.
         confidence: 0 .. 1.
-        resamples: how many times rows are drawn with replacement.
-        seed: of the drawing.
-
-    Returns:
-        Lower and upper end.
+        resamples: number of resamples.
+        seed: of the resamples.
 
     Raises:
-        ValueError: the two have different numbers of rows.
+        ValueError: the systems have different numbers of rows.
 
     Source: paired percentile bootstrap.
     """
     if len(columns_first) != len(columns_second):
         raise ValueError(
-            f"a paired comparison needs the same rows, got {len(columns_first)} and "
-            f"{len(columns_second)}"
+            f"a paired comparison needs the same rows, but one system has {len(columns_first)} and "
+            f"the other {len(columns_second)}"
         )
     differences = [
         resampled(columns_second, rows_BN) - resampled(columns_first, rows_BN)

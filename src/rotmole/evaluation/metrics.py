@@ -1,12 +1,12 @@
-"""Metrics: what a row's answer is worth, each from the library that defines it.
+"""Metrics, each computed by the library that defines it.
 
-Every metric is a row of the table METRICS. `columns` turns examples and answers into numbers, one
-line a row of data ([N, k]); `value` turns those lines into the figure. So one bootstrap over lines
-serves all of them, and two systems on the same rows can be compared line by line.
+Every metric is an entry of the table METRICS. `columns` turns examples and answers into numbers,
+one line per row of data ([N, k]); `value` turns all lines into the figure. So one bootstrap over
+lines works for every metric, and two systems on the same rows can be compared line by line.
 
-Degenerate input, decided once: constant predictions give matthews 0 (scikit-learn's rule), and
-pearson or spearman 0 where either side is constant or there are fewer than two rows (the
-libraries give NaN, which would hide that nothing was predicted).
+Degenerate input: constant predictions give matthews 0, as in scikit-learn. pearson and spearman
+are 0 if either side is constant or there are fewer than two rows; the libraries give NaN, which
+the report would show as a missing figure.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ Need = Literal["text", "choices", "score", "loss"]
 
 @dataclass(frozen=True)
 class Answer:
-    """What a system answered to one example; a field is None where no metric asked for it.
+    """A system's answer to one example; a field is None if no metric needs it.
 
     Attributes:
-        text: the generated answer, already cut.
+        text: the generated answer, after `cut_answer`.
         log_likelihoods: natural log-likelihood of each of the example's choices.
-        loss: negative log-likelihood of the right answer, summed over `tokens`, in nats.
-        tokens: how many tokens of the right answer were scored, end of sequence included.
+        loss: negative log-likelihood of the correct answer, summed over `tokens`, in nats.
+        tokens: number of scored tokens of the correct answer, end of sequence included.
     """
 
     text: str | None = None
@@ -45,17 +45,17 @@ class Answer:
 
 @dataclass(frozen=True)
 class Metric:
-    """One row of METRICS.
+    """One entry of METRICS.
 
     Attributes:
         needs: what must be computed for it: generated "text", log-likelihoods of the "choices",
-            choices with a "score", or the "loss" of the right answer.
+            choices with a "score", or the "loss" of the correct answer.
         columns: examples and answers -> [N, k] numbers.
         value: [N, k] numbers -> the figure, from the library.
         resampled: [N, k] numbers and rows [B, N] -> the figure of each of B resamples.
         proportion: the figure is a share of rows, so its interval is Wilson's.
         pooled: rows of different tasks may be pooled into one overall figure.
-        higher_is_better: the direction.
+        higher_is_better: False if a lower figure is better.
     """
 
     needs: Need
@@ -68,18 +68,17 @@ class Metric:
 
 
 def choose(log_likelihoods: Sequence[float], choices: Sequence[str], *, per_byte: bool) -> int:
-    """The most likely choice: argmax_c l_c, or argmax_c l_c / bytes_c.
+    """Return the index of the most likely choice: argmax_c l_c, or argmax_c l_c / bytes_c.
+
+    Of equal choices the first one is returned.
 
     Args:
         log_likelihoods: natural log-likelihood of each choice.
-        choices: the choices' texts; their length is that of the UTF-8 text without outer white
-            space, so that a template's leading space does not count.
-        per_byte: normalise by length.
+        choices: the choices' texts; bytes_c is the length of the stripped text in UTF-8, so a
+            template's leading space does not count.
+        per_byte: divide by bytes_c.
 
-    Returns:
-        The index; the first one of equals.
-
-    Source: the `acc` and `acc_bytes` of the language model evaluation harness.
+    Source: `acc` and `acc_bytes` of the language model evaluation harness.
     """
     scores = np.asarray(log_likelihoods, dtype=np.float64)
     if per_byte:
@@ -88,15 +87,10 @@ def choose(log_likelihoods: Sequence[float], choices: Sequence[str], *, per_byte
 
 
 def expected_score(log_likelihoods: Sequence[float]) -> float:
-    """Expected value over number words: sum_c p_c c, p = softmax of the log-likelihoods.
+    """Return the expected value over number words: sum_c p_c c, p = softmax(log_likelihoods).
 
     Args:
         log_likelihoods: natural log-likelihood of the words "0", "1", ..., in that order.
-
-    Returns:
-        The expected value, 0 .. the number of words - 1.
-
-    Source: our choice.
     """
     from scipy.special import softmax
 
@@ -114,7 +108,7 @@ def _per_row(score: Callable[[str, str], float]) -> Callable[..., Columns]:
 
 
 def _choices(examples: Sequence[Example], answers: Sequence[Answer], per_byte: bool) -> Columns:
-    """[N, 2]: right and chosen index."""
+    """Return [N, 2]: index of the correct and of the chosen choice."""
     pairs = zip(examples, answers, strict=True)
     return np.array(
         [
@@ -150,7 +144,7 @@ def _losses(examples: Sequence[Example], answers: Sequence[Answer]) -> Columns:
 
 
 def _chrf_counts(examples: Sequence[Example], answers: Sequence[Answer]) -> Columns:
-    # The same counts that sacrebleu's corpus_score and its own bootstrap add up.
+    # The counts that sacrebleu's corpus_score and its bootstrap add up.
     texts = [answer.text or "" for answer in answers]
     references = [[example.completion for example in examples]]
     counts = _chrf_scorer()._extract_corpus_statistics(texts, references)
@@ -173,7 +167,7 @@ def _matthews(columns: Columns) -> float:
 
     right, chosen = columns.astype(np.int64).T
     if len(np.unique(right)) < 2 or len(np.unique(chosen)) < 2:
-        return 0.0  # scikit-learn's value too, which for a single label also warns
+        return 0.0  # scikit-learn's value as well, but it warns if there is a single label
     return float(matthews_corrcoef(right, chosen))
 
 
@@ -235,19 +229,11 @@ METRICS: dict[str, Metric] = {
 
 
 def default_metrics(examples: Sequence[Example]) -> tuple[str, ...]:
-    """The metrics that a task's rows call for.
+    """Return the names of the metrics for a task that does not name any.
 
-    A score: pearson, spearman. The same choices in every row (label words): accuracy, macro_f1.
-    Other choices: choice_accuracy, choice_accuracy_norm. No prompt (plain text): perplexity alone.
-    Anything else: exact_match. Perplexity of the right answer always comes with it.
-
-    Args:
-        examples: the rows of one task.
-
-    Returns:
-        Names from METRICS.
-
-    Source: our choice.
+    Rows with a score: pearson, spearman. The same choices in every row (label words): accuracy,
+    macro_f1. Other choices: choice_accuracy, choice_accuracy_norm. No prompt (plain text): none of
+    these. All other rows: exact_match. Perplexity of the correct answer is always added.
     """
     if all(example.score is not None and example.choices for example in examples):
         return ("pearson", "spearman", "perplexity")

@@ -1,8 +1,9 @@
-"""A report as lines of text: a rich table on a terminal, plain columns elsewhere."""
+"""A report as a table: by rich on a terminal, otherwise plain columns."""
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,17 +13,12 @@ _DIGITS = {"chrf": 1, "perplexity": 2}
 
 
 def format_measure(metric: str, measure: Measure | None, *, signed: bool = False) -> str:
-    """A figure and its interval, such as "0.930 [0.905, 0.949]".
+    """Return a figure and its interval as text, such as "0.930 [0.905, 0.949]".
 
     Args:
-        metric: its name, which sets the digits.
-        measure: the figure; None gives "".
-        signed: show a plus sign, as differences do.
-
-    Returns:
-        The text.
-
-    Source: our choice.
+        metric: its name decides the number of digits.
+        measure: None gives "".
+        signed: put a sign before positive figures too, as for differences.
     """
     if measure is None:
         return ""
@@ -37,33 +33,27 @@ def format_measure(metric: str, measure: Measure | None, *, signed: bool = False
 
 
 def rows(report: Report, *, metrics: Sequence[str] | None = None) -> list[list[str]]:
-    """The report as a header and lines: task, group, metric, rows, one column per system.
+    """Return a report's table: the header, then lines of task, group, metric, rows and systems.
 
-    With exactly two systems the paired difference is the last column.
+    With exactly two systems the last column is their paired difference.
 
     Args:
-        report: the report.
-        metrics: show these only.
-
-    Returns:
-        Equally long lists of text, the header first.
-
-    Source: our choice.
+        metrics: names of the metrics to show; None shows all.
     """
     names = list(report.systems)
     paired = len(names) == 2
     lines = [["task", "group", "metric", "rows", *names, *(["difference"] if paired else [])]]
-    found = {name: _by_cell(report.systems[name].cells) for name in names}
+    cells = {name: _by_task_and_group(report.systems[name].cells) for name in names}
     for name in names:
         if len(report.systems[name].examples) > 1:
-            found[name]["", ""] = report.systems[name].overall
-    changes = _by_cell(report.differences[names[1]]) if paired else {}
-    for task, group in dict.fromkeys(key for name in names for key in found[name]):
-        here = [found[name].get((task, group), {}) for name in names]
-        for metric in dict.fromkeys(metric for cell in here for metric in cell):
+            cells[name]["", ""] = report.systems[name].overall
+    changes = _by_task_and_group(report.differences[names[1]]) if paired else {}
+    for task, group in dict.fromkeys(key for name in names for key in cells[name]):
+        by_system = [cells[name].get((task, group), {}) for name in names]
+        for metric in dict.fromkeys(metric for cell in by_system for metric in cell):
             if metrics is not None and metric not in metrics:
                 continue
-            measures = [cell.get(metric) for cell in here]
+            measures = [cell.get(metric) for cell in by_system]
             count = next(str(measure.n) for measure in measures if measure is not None)
             line = [task or "overall", group, metric, count]
             line += [format_measure(metric, measure) for measure in measures]
@@ -74,21 +64,24 @@ def rows(report: Report, *, metrics: Sequence[str] | None = None) -> list[list[s
     return lines
 
 
-def _by_cell(cells: Sequence[Cell]) -> dict[tuple[str, str], Mapping[str, Measure]]:
+def _by_task_and_group(cells: Sequence[Cell]) -> dict[tuple[str, str], Mapping[str, Measure]]:
     return {(cell.task, cell.group): cell.metrics for cell in cells}
 
 
+def print_table(lines: Sequence[Sequence[str]], *, title: str | None = None) -> None:
+    """Print lines of equal length, the header first, as a table with an optional title."""
+    if sys.stdout.isatty():
+        from rich.console import Console
+
+        Console().print(rich_table(lines, title=title))
+        return
+    if title is not None:
+        print(title)
+    print(plain_text(lines))
+
+
 def plain_text(lines: Sequence[Sequence[str]]) -> str:
-    """Columns padded with spaces, no line wider than its content.
-
-    Args:
-        lines: equally long lists of text, the header first.
-
-    Returns:
-        The text, lines joined by line breaks.
-
-    Source: our choice.
-    """
+    """Return lines of equal length, the header first, as columns padded with spaces."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     padded = (
         "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
@@ -98,17 +91,7 @@ def plain_text(lines: Sequence[Sequence[str]]) -> str:
 
 
 def rich_table(lines: Sequence[Sequence[str]], *, title: str | None = None) -> Any:
-    """The same lines as a table for a terminal.
-
-    Args:
-        lines: equally long lists of text, the header first.
-        title: above the table.
-
-    Returns:
-        A rich.table.Table.
-
-    Source: our choice.
-    """
+    """Return lines of equal length, the header first, as a rich.table.Table."""
     from rich.table import Table
     from rich.text import Text
 
@@ -116,28 +99,19 @@ def rich_table(lines: Sequence[Sequence[str]], *, title: str | None = None) -> A
     for name in lines[0]:
         table.add_column(name, justify="right" if name == "rows" else "left")
     for line in lines[1:]:
-        # Text, not markup: "[0.9, 0.95]" would be read as a style.
+        # Text, because rich would read "[0.9, 0.95]" in a string as a style.
         table.add_row(*(Text(text) for text in line), end_section=False)
     return table
 
 
 def footnotes(report: Report) -> list[str]:
-    """What a reader of the table has to know: intervals, cost, settings.
-
-    Args:
-        report: the report.
-
-    Returns:
-        Lines of text.
-
-    Source: our choice.
-    """
+    """Return lines below the table that explain intervals, time and settings."""
     seconds = ", ".join(f"{name} {system.seconds:.1f} s" for name, system in report.systems.items())
     settings = ", ".join(
         f"{key} {value}" for key, value in report.settings.items() if value is not None
     )
     return [
-        "[low, high]: 95 % interval over rows; another training seed may differ by more.",
+        "[low, high]: 95 % interval over test rows; another training seed may differ by more.",
         f"time: {seconds}",
         *([f"settings: {settings}"] if settings else []),
     ]

@@ -1,4 +1,4 @@
-"""From answers to figures: one system's figures, several systems side by side, and JSON."""
+"""From answers to figures: the figures of one system, reports of several systems, and JSON."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Measure:
-    """A figure with the ends of its 95 % interval, and the rows it rests on."""
+    """A figure with the ends of its 95 % interval and its number of rows."""
 
     value: float
     low: float
@@ -29,7 +29,7 @@ class Measure:
 
 @dataclass(frozen=True)
 class Cell:
-    """The figures of one task ("" is all tasks) and one of its groups ("" is all groups)."""
+    """The figures of one task ("" for all tasks) and one of its groups ("" for all groups)."""
 
     task: str
     group: str
@@ -38,15 +38,15 @@ class Cell:
 
 @dataclass(frozen=True)
 class System:
-    """One system on all tasks.
+    """The answers and figures of one system, such as a model with an adapter, on all tasks.
 
     Attributes:
-        cells: per task, each followed by its groups where it has more than one.
-        overall: metrics that pool over tasks, over all rows of the tasks that have them.
-        seconds: wall time of the answers.
-        examples: the rows by task.
-        answers: their answers, in the same order.
-        columns: (task, metric) -> [N, k], what `compare` resamples.
+        cells: of each task, followed by those of its groups if it has several.
+        overall: pooled metrics over the rows of all tasks that have them.
+        seconds: wall time of answering.
+        examples: rows by task.
+        answers: answers by task, in the order of the rows.
+        columns: (task, metric) -> [N, k], which `compare` resamples.
     """
 
     cells: tuple[Cell, ...]
@@ -59,12 +59,12 @@ class System:
 
 @dataclass(frozen=True)
 class Report:
-    """Systems side by side.
+    """The figures of several systems on the same rows.
 
     Attributes:
-        systems: by name, in order of presentation.
-        differences: name -> that system minus the first one, per task, group and overall ("").
-        settings: what was evaluated: split, limit, examples_in_prompt and the like.
+        systems: by name, in the order of the table's columns.
+        differences: name -> that system minus the first one, by task and group, then overall ("").
+        settings: of the evaluation, such as split, limit and examples_in_prompt.
     """
 
     systems: dict[str, System]
@@ -73,24 +73,13 @@ class Report:
 
 
 def measure_columns(metric: str, columns: Columns, *, seed: int) -> Measure:
-    """A metric's figure and interval over [N, k] lines.
-
-    Args:
-        metric: name in METRICS.
-        columns: one line a row of data.
-        seed: of the bootstrap.
-
-    Returns:
-        The measure.
-
-    Source: our choice.
-    """
-    row = METRICS[metric]
-    value, n = row.value(columns), len(columns)
-    if row.proportion:
+    """Return the figure and the interval of a metric over [N, k] lines."""
+    entry = METRICS[metric]
+    value, n = entry.value(columns), len(columns)
+    if entry.proportion:
         low, high = wilson(round(float(columns.sum())), n)
     else:
-        low, high = bootstrap(row.resampled, columns, seed=seed)
+        low, high = bootstrap(entry.resampled, columns, seed=seed)
     return Measure(value, low, high, n)
 
 
@@ -106,15 +95,7 @@ def summarise(
 
     Args:
         examples: rows by task, none empty.
-        answers: their answers, in the same order.
-        metrics: names by task.
         seconds: wall time of the answers.
-        seed: of the bootstrap.
-
-    Returns:
-        The system.
-
-    Source: our choice.
     """
     columns = {
         (task, metric): METRICS[metric].columns(rows, answers[task])
@@ -135,14 +116,14 @@ def summarise(
 def _parts(
     examples: Mapping[str, Sequence[Example]], columns: Mapping[tuple[str, str], Columns]
 ) -> Iterator[tuple[str, str, dict[str, Columns]]]:
-    """Each task with its columns by metric, followed by its groups where it has more than one."""
+    """Yield each task with its columns by metric, followed by its groups if it has several."""
     for task, rows in examples.items():
-        own = {metric: values for (name, metric), values in columns.items() if name == task}
-        yield task, "", own
+        by_metric = {metric: values for (name, metric), values in columns.items() if name == task}
+        yield task, "", by_metric
         groups = sorted({row.group for row in rows})
         for group in groups if len(groups) > 1 else ():
-            kept = np.array([row.group == group for row in rows])
-            yield task, group, {metric: values[kept] for metric, values in own.items()}
+            in_group = np.array([row.group == group for row in rows])
+            yield task, group, {metric: values[in_group] for metric, values in by_metric.items()}
 
 
 def _pooled(columns: Mapping[tuple[str, str], Columns]) -> dict[str, Columns]:
@@ -154,26 +135,24 @@ def _pooled(columns: Mapping[tuple[str, str], Columns]) -> dict[str, Columns]:
 
 
 def compare(systems: Mapping[str, System], settings: Mapping[str, Any] | None = None) -> Report:
-    """Put systems side by side, with paired differences to the first one.
+    """Make the report of several systems, with paired differences to the first one.
 
     Args:
         systems: by name; all on the same rows in the same order.
-        settings: noted in the report.
-
-    Returns:
-        The report.
+        settings: of the evaluation, shown in the report.
 
     Raises:
         ValueError: two systems answered different rows.
-
-    Source: our choice.
     """
     first_name, *others = systems
     first = systems[first_name]
     differences = {}
     for name in others:
         if _row_ids(systems[name]) != _row_ids(first):
-            raise ValueError(f"{name!r} and {first_name!r} did not answer the same rows")
+            raise ValueError(
+                f"systems {name!r} and {first_name!r} did not answer the same rows; evaluate both "
+                "with the same split and limit"
+            )
         differences[name] = _differences(first, systems[name])
     return Report(dict(systems), differences, dict(settings or {}))
 
@@ -183,12 +162,11 @@ def _row_ids(system: System) -> dict[str, list[str]]:
 
 
 def _differences(first: System, second: System) -> tuple[Cell, ...]:
-    """Per task and group, then overall, for the metrics that both have."""
-    own, other = _parts(first.examples, first.columns), _parts(second.examples, second.columns)
-    pairs = [
-        (task, group, before, after)
-        for (task, group, before), (_, _, after) in zip(own, other, strict=True)
-    ]
+    """Return second minus first by task and group, then overall, for metrics that both have."""
+    parts = zip(
+        _parts(first.examples, first.columns), _parts(second.examples, second.columns), strict=True
+    )
+    pairs = [(task, group, before, after) for (task, group, before), (_, _, after) in parts]
     pairs.append(("", "", _pooled(first.columns), _pooled(second.columns)))
     return tuple(
         Cell(task, group, {m: _difference(m, before[m], after[m]) for m in after if m in before})
@@ -197,22 +175,16 @@ def _differences(first: System, second: System) -> tuple[Cell, ...]:
 
 
 def _difference(metric: str, first: Columns, second: Columns) -> Measure:
-    row = METRICS[metric]
-    low, high = paired_difference(row.resampled, first, second)
-    return Measure(row.value(second) - row.value(first), low, high, len(first))
+    entry = METRICS[metric]
+    low, high = paired_difference(entry.resampled, first, second)
+    return Measure(entry.value(second) - entry.value(first), low, high, len(first))
 
 
 def to_json(report: Report, *, predictions: bool = False) -> dict[str, Any]:
-    """The report as plain JSON values; figures that are not finite become null.
+    """Return the report as values for json.dumps; figures that are not finite become None.
 
     Args:
-        report: the report.
-        predictions: also every row's answer.
-
-    Returns:
-        A dictionary for json.dumps.
-
-    Source: our choice.
+        predictions: add `prediction_rows` of every system.
     """
     systems = {}
     for name, system in report.systems.items():
@@ -224,14 +196,14 @@ def to_json(report: Report, *, predictions: bool = False) -> dict[str, Any]:
         if predictions:
             systems[name]["predictions"] = prediction_rows(system)
     differences = {name: _tasks(cells) for name, cells in report.differences.items()}
-    overall = {name: found.pop("")["metrics"] for name, found in differences.items()}
+    overall = {name: tasks.pop("")["metrics"] for name, tasks in differences.items()}
     return {
         "format": FORMAT,
         "settings": report.settings,
         "systems": systems,
         "differences": {
-            name: {"to": next(iter(report.systems)), "overall": overall[name], "tasks": found}
-            for name, found in differences.items()
+            name: {"to": next(iter(report.systems)), "overall": overall[name], "tasks": tasks}
+            for name, tasks in differences.items()
         },
     }
 
@@ -256,16 +228,7 @@ def _finite(figures: dict[str, Any]) -> dict[str, Any]:
 
 
 def prediction_rows(system: System) -> list[dict[str, Any]]:
-    """Every row's answer as JSON values: task, group, id, and what was predicted.
-
-    Args:
-        system: one system.
-
-    Returns:
-        One dictionary per row.
-
-    Source: our choice.
-    """
+    """Return one dictionary of JSON values per row: task, group, id and the prediction."""
     return [
         _prediction(example, answer)
         for task, examples in system.examples.items()

@@ -2,9 +2,9 @@
 
     figure_B[b] = metric(columns_Nk[rows_BN[b]])
 
-A metric's own figure always comes from its library (metrics.py). scikit-learn needs 5 ms a call,
-which a thousand resamples of every task and group would turn into minutes; so macro-F1 and Matthews
-are repeated here over confusion counts, and tested to equal scikit-learn resample by resample.
+A metric's figure itself always comes from its library (metrics.py). scikit-learn needs 5 ms a
+call, so a thousand resamples of every task and group would take minutes. Macro-F1 and Matthews are
+therefore computed here from confusion counts; a test compares them with scikit-learn.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def perplexity(columns: Columns, rows_BN: Rows) -> Columns:
 
 
 def macro_f1(columns: Columns, rows_BN: Rows) -> Columns:
-    """Mean over the classes present of 2 TP / (2 TP + FP + FN), [N, 2] -> [B]."""
+    """Mean over the classes that occur of 2 TP / (2 TP + FP + FN), [N, 2] -> [B]."""
     counts_BCC = _confusion(columns, rows_BN)
     hits_BC = np.diagonal(counts_BCC, axis1=1, axis2=2)
     seen_BC = counts_BCC.sum(1) + counts_BCC.sum(2)
@@ -39,7 +39,7 @@ def macro_f1(columns: Columns, rows_BN: Rows) -> Columns:
 
 
 def matthews(columns: Columns, rows_BN: Rows) -> Columns:
-    """Correlation of right and chosen class (Gorodkin 2004), [N, 2] -> [B]; 0 if 0/0."""
+    """Correlation of correct and chosen class (Gorodkin 2004), [N, 2] -> [B]; 0/0 gives 0."""
     counts_BCC = _confusion(columns, rows_BN).astype(np.float64)
     chosen_BC, right_BC = counts_BCC.sum(1), counts_BCC.sum(2)
     n = rows_BN.shape[1]
@@ -50,7 +50,7 @@ def matthews(columns: Columns, rows_BN: Rows) -> Columns:
 
 
 def _confusion(columns: Columns, rows_BN: Rows) -> npt.NDArray[np.int64]:
-    """Counts [B, right, chosen]."""
+    """Counts [B, correct class, chosen class]."""
     label_N2 = columns.astype(np.int64)
     classes = int(label_N2.max()) + 1
     cell_BN = (label_N2[:, 0] * classes + label_N2[:, 1])[rows_BN]
@@ -60,12 +60,12 @@ def _confusion(columns: Columns, rows_BN: Rows) -> npt.NDArray[np.int64]:
 
 
 def pearson(columns: Columns, rows_BN: Rows) -> Columns:
-    """Correlation of two columns, [N, 2] -> [B]; 0 where one is constant."""
+    """Correlation of two columns, [N, 2] -> [B]; 0 if one of them is constant."""
     return _correlation(*np.moveaxis(columns[rows_BN], 2, 0))
 
 
 def spearman(columns: Columns, rows_BN: Rows) -> Columns:
-    """Correlation of the ranks of two columns, [N, 2] -> [B]; 0 where one is constant."""
+    """Correlation of the ranks of two columns, [N, 2] -> [B]; 0 if one of them is constant."""
     from scipy.stats import rankdata
 
     first_BN, second_BN = np.moveaxis(columns[rows_BN], 2, 0)
@@ -78,11 +78,11 @@ def _correlation(first_BN: Columns, second_BN: Columns) -> Columns:
     result_B = np.zeros(len(first_BN))
     varied_B = ~(is_constant(first_BN) | is_constant(second_BN))
     if first_BN.shape[1] > 1 and varied_B.any():
-        found: Any = pearsonr(first_BN[varied_B], second_BN[varied_B], axis=1)
-        result_B[varied_B] = found.statistic
+        correlation: Any = pearsonr(first_BN[varied_B], second_BN[varied_B], axis=1)
+        result_B[varied_B] = correlation.statistic
     return result_B
 
 
 def is_constant(values_BN: Columns) -> npt.NDArray[np.bool_]:
-    """Whether each line varies by no more than rounding."""
+    """Return for each line whether it varies by no more than rounding errors."""
     return np.asarray(np.ptp(values_BN, axis=-1) <= 1e-12 * np.abs(values_BN).max(-1))

@@ -1,14 +1,13 @@
-"""Log-likelihoods: how probable a model finds given tokens.
+"""Log-likelihoods of given tokens under a model.
 
-The scored tokens are the trained tokens: the functions of `rotmole.data.encode` make both, so
-prompt and answer are tokenised as one text and the boundary is found once. Choices are scored
-without the end-of-sequence token, as the language model evaluation harness does; the loss of the
-right answer includes it, so that log(perplexity) is the validation loss.
+The scored tokens are those of training, because `rotmole.data.encode` makes both: prompt and answer
+are tokenised as one text, with the same boundary. Choices are scored without the end-of-sequence
+token, as the language model evaluation harness does; the loss of the correct answer includes it, so
+log(perplexity) is the validation loss.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ import torch
 from rotmole.data.encode import IGNORED, encode_all, tokenize_pairs
 from rotmole.data.examples import Example
 from rotmole.errors import ModelError
+from rotmole.models.logits import accepts_logits_to_keep
 from rotmole.processes import over_batches
 
 Tick = Callable[[int], None]
@@ -28,12 +28,12 @@ _NO_LIMIT = 1 << 30
 
 @dataclass(frozen=True)
 class Scored:
-    """Tokens of one text, and which of them count.
+    """The tokens of one text and the positions of those that are scored.
 
     Attributes:
-        tokens: the whole text.
-        positions: indices into tokens, ascending, each at least 1 (the first token has no
-            context to be predicted from).
+        tokens: of the whole text.
+        positions: indices into tokens, ascending, each at least 1, because nothing predicts the
+            first token.
     """
 
     tokens: tuple[int, ...]
@@ -42,11 +42,11 @@ class Scored:
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """Switch dropout and gradients off for the block; the model's mode comes back after it."""
+    """Turn dropout and gradients off for the block; the model's mode is restored after it."""
     training = model.training
     model.eval()
     try:
-        # Not inference_mode: what a model caches inside it could not be trained with later.
+        # Not inference_mode: tensors that a model caches in it could not be used in training.
         with torch.no_grad():
             yield
     finally:
@@ -54,16 +54,7 @@ def evaluating(model: Any) -> Iterator[None]:
 
 
 def context_window(model: Any) -> int:
-    """The longest text, in tokens, that the model has positions for.
-
-    Args:
-        model: a causal language model.
-
-    Returns:
-        The configured number of positions; without one, no limit.
-
-    Source: our choice.
-    """
+    """Return the maximum number of tokens of a text; very large if the model does not have one."""
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else None
     for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
         limit = getattr(config or model.config, name, None)
@@ -75,17 +66,10 @@ def context_window(model: Any) -> int:
 def scored_answers(
     examples: Sequence[Example], tokenizer: Any, *, window: int = _NO_LIMIT
 ) -> list[Scored]:
-    """The tokens that training learns from: the right answers with their ends of sequence.
+    """Return the tokens of each row; those with labels in training are scored.
 
     Args:
-        examples: the rows.
-        tokenizer: the model's tokenizer.
-        window: longest text in tokens; a longer one loses its beginning, never its answer's end.
-
-    Returns:
-        Per row the tokens and the positions that count.
-
-    Source: our choice.
+        window: the maximum number of tokens; a longer text loses its beginning.
     """
     result = []
     for row in encode_all(examples, tokenizer, max_length=_NO_LIMIT):
@@ -97,17 +81,13 @@ def scored_answers(
 def scored_choices(
     pairs: Sequence[tuple[str, str]], tokenizer: Any, *, window: int = _NO_LIMIT
 ) -> list[Scored]:
-    """The tokens of choices after their prompts, without the end of sequence.
+    """Return the tokens of each prompt with its choice; those of the choice are scored.
 
     Args:
         pairs: prompt and choice.
-        tokenizer: the model's tokenizer.
-        window: longest text in tokens; a longer one loses its beginning.
+        window: the maximum number of tokens; a longer text loses its beginning.
 
-    Returns:
-        Per pair the tokens and the positions that count.
-
-    Source: our choice; agrees with the language model evaluation harness.
+    Source: agrees with the language model evaluation harness.
     """
     return [
         _last_tokens(tokens, range(start, len(tokens)), window)
@@ -128,26 +108,23 @@ def log_likelihoods(
     tick: Tick | None = None,
     spread: bool = False,
 ) -> list[float]:
-    """Natural log-likelihood of the counted tokens of each text: sum_t log p(token_t | before t).
+    """Return the log-likelihood of each text's scored tokens: sum_t log p(token_t | before t).
 
-    A text whose tokens begin another text is read off that one's logits, so choices of one token
-    cost one pass together. Batches hold texts of similar length, padded on the right under an
-    attention mask; a causal model gives the same figures for every batch size.
+    If the tokens of a text are the beginning of another text, one sequence serves both, so the
+    choices of one token after a prompt cost one sequence. Batches hold texts of similar length,
+    padded on the right under an attention mask; a causal model gives the same figures for every
+    batch size.
 
     Args:
-        model: a causal language model.
-        texts: what to score.
         batch_size: sequences per forward pass.
-        tick: called with the number of texts finished after each batch.
+        tick: called after each batch with the number of texts it finished.
         spread: share the batches among the joined processes; each gets all figures.
 
     Returns:
-        One figure per text, in nats, at least float32 in precision.
+        One figure per text, in nats, computed in float32 or float64.
 
     Raises:
-        ModelError: the model gave NaN.
-
-    Source: our choice.
+        ModelError: a figure is NaN.
     """
     rows = _shared_rows(texts)
     rows.sort(key=lambda members: -_input_length(texts[members[0]]))
@@ -158,16 +135,16 @@ def log_likelihoods(
             tick(sum(len(members) for batch in finished for members in batch))
 
     with evaluating(model):
-        found = over_batches(
+        by_index = over_batches(
             batches, lambda batch: dict(_score_batch(model, texts, batch)), done, spread=spread
         )
-    result = [found[index] for index in range(len(texts))]
-    if any(math.isnan(value) for value in result):
+    values = [by_index[index] for index in range(len(texts))]
+    if any(math.isnan(value) for value in values):
         raise ModelError(
-            "the model gives NaN as log-likelihood: its weights or its adapter hold NaN, or "
-            "overflow in this dtype; load it in float32, or train it again."
+            "the model gives NaN as log-likelihood, because its weights or its adapter contain "
+            "NaN or overflow in this dtype; load it in float32, or train it again."
         )
-    return result
+    return values
 
 
 def _input_length(text: Scored) -> int:
@@ -175,8 +152,8 @@ def _input_length(text: Scored) -> int:
 
 
 def _shared_rows(texts: Sequence[Scored]) -> list[list[int]]:
-    """Group texts so that every member's input is a prefix of its first member's input."""
-    # In descending order all extensions of an input come right before it.
+    """Group texts by sequence; every member's input is a prefix of the first member's input."""
+    # In descending order an input comes right after all inputs of which it is a prefix.
     order = sorted(range(len(texts)), key=lambda index: texts[index].tokens[:-1], reverse=True)
     rows: list[list[int]] = []
     longest: tuple[int, ...] = ()
@@ -194,7 +171,7 @@ def _score_batch(
     model: Any, texts: Sequence[Scored], rows: Sequence[Sequence[int]]
 ) -> Iterator[tuple[int, float]]:
     needed = sorted({p - 1 for members in rows for i in members for p in texts[i].positions})
-    if not needed:  # nothing counts, as in an empty text
+    if not needed:  # no token is scored, as in an empty text
         yield from ((i, 0.0) for members in rows for i in members)
         return
     logits_BPV = _logits(model, [texts[members[0]].tokens[:-1] for members in rows], needed)
@@ -210,7 +187,7 @@ def _score_batch(
 
 
 def _logits(model: Any, inputs: Sequence[Sequence[int]], positions: Sequence[int]) -> torch.Tensor:
-    """Logits [B, P, V] at the given positions of right-padded inputs, at least float32."""
+    """Return logits [B, P, V] at the given positions of right-padded inputs, float32 or float64."""
     device = next(model.parameters()).device
     length = max(1, len(inputs[0]), *map(len, inputs))
     ids_BT = torch.zeros(len(inputs), length, dtype=torch.long)
@@ -222,14 +199,8 @@ def _logits(model: Any, inputs: Sequence[Sequence[int]], positions: Sequence[int
     arguments: dict[str, Any] = {"input_ids": ids_BT.to(device), "use_cache": False}
     if not bool(mask_BT.all()):
         arguments["attention_mask"] = mask_BT.to(device)
-    if keeps_logits(model):  # the vocabulary projection is only paid where it is read
+    if accepts_logits_to_keep(model):  # saves the projection of all other positions
         logits = model(**arguments, logits_to_keep=keep).logits
     else:
         logits = model(**arguments).logits[:, keep]
     return logits if logits.dtype == torch.float64 else logits.float()
-
-
-def keeps_logits(model: Any) -> bool:
-    """Say whether a model can be told at which positions to compute logits."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return "logits_to_keep" in inspect.signature(base.forward).parameters

@@ -1,4 +1,4 @@
-"""What a command is aimed at: a run folder, a run file, or an adapter folder."""
+"""The TARGET of a command: a run folder, a run file or an adapter folder."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from rotmole.data import data_problems
 from rotmole.errors import AdapterError, ConfigError, InputError, did_you_mean
 from rotmole.models.adapter import CONFIG, check_adapter_folder
 from rotmole.models.load import LoadedModel, load_model
-from rotmole.training.folder.layout import ADAPTER, is_finished
+from rotmole.training.folder.layout import ADAPTER, MANIFEST, is_finished
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Target:
-    """What to load, and where results belong.
+    """What a command loads, and the folder for its results.
 
     Attributes:
-        model: which base model.
-        adapter: the adapter's folder; None is the base model alone.
-        run: the run file; None where only an adapter was given.
-        folder: where results are written.
+        model: settings of the base model.
+        adapter: folder of the adapter; None means the base model alone.
+        run: the run file; None if there is only an adapter.
+        folder: for the results.
     """
 
     model: ModelSection
@@ -40,27 +40,20 @@ class Target:
 def find_target(
     path: str | Path, *, overrides: Sequence[str] = (), config: str | Path | None = None
 ) -> Target:
-    """Say what a path means; nothing of model or data is loaded.
+    """Return the target that a path means; neither model nor data are loaded.
 
-    A run file means the adapter of its output_dir, or the base model where nothing was trained
-    yet. A run folder means its adapter and its own run.yaml. An adapter folder (any PEFT method)
-    means that adapter with the run file of --config, else of the run folder it lies in, else with
-    the base model it names.
+    A run file means the adapter in its output_dir, or the base model if nothing was trained yet.
+    A run folder means its adapter and its run.yaml. An adapter folder (of any PEFT method) means
+    this adapter with the run file of --config, else of the run folder around it, else with the
+    base model that it names.
 
     Args:
-        path: run file, run folder or adapter folder.
-        overrides: key=value settings over the run file.
-        config: run file for an adapter folder; also takes the place of a run folder's own.
-
-    Returns:
-        The target.
+        config: run file for an adapter folder, or in place of a run folder's run.yaml.
 
     Raises:
         InputError: the path is none of these.
-        ConfigError: the run file is wrong, or overrides were given without one.
+        ConfigError: the run file is wrong, or there are overrides but no run file.
         AdapterError: the adapter is missing or incomplete.
-
-    Source: our choice.
     """
     path = Path(path).expanduser()
     if path.is_file():
@@ -68,37 +61,33 @@ def find_target(
             raise ConfigError(
                 f"--config {config} has no effect with the run file {path}; leave one of them out."
             )
-        return _of_run_file(path, overrides)
+        run = _load(path, overrides)
+        folder = Path(run.output_dir).expanduser()
+        is_trained = (folder / ADAPTER).is_dir()
+        adapter = _checked_adapter(folder / ADAPTER) if is_trained else None
+        return Target(run.model, adapter, run, folder)
     if (path / CONFIG).is_file():
         return _of_adapter(path, overrides, config)
     if (path / "run.yaml").is_file():
         run = _load(config or path / "run.yaml", overrides)
-        return Target(run.model, _checked(path / ADAPTER), run, path)
-    raise InputError(_unknown(path))
-
-
-def _of_run_file(path: Path, overrides: Sequence[str]) -> Target:
-    run = _load(path, overrides)
-    folder = Path(run.output_dir).expanduser()
-    adapter = folder / ADAPTER
-    trained = _checked(adapter) if adapter.is_dir() else None
-    return Target(run.model, trained, run, folder)
+        return Target(run.model, _checked_adapter(path / ADAPTER), run, path)
+    raise InputError(_no_target(path))
 
 
 def _of_adapter(path: Path, overrides: Sequence[str], config: str | Path | None) -> Target:
     settings = check_adapter_folder(path)
-    near = path.resolve().parent / "run.yaml"
-    if config is None and near.is_file() and (near.parent / "manifest.json").is_file():
+    run_folder = path.resolve().parent
+    if config is None and all((run_folder / name).is_file() for name in ("run.yaml", MANIFEST)):
         folder = path.parent if path.resolve().name == ADAPTER else path
-        run = _load(near, overrides)
+        run = _load(run_folder / "run.yaml", overrides)
         return Target(run.model, path, run, folder)
     if config is not None:
         run = _load(config, overrides)
         return Target(run.model, path, run, path)
     if overrides:
         raise ConfigError(
-            f"{overrides[0]!r} needs a run file to change, and {path} lies in no run folder; "
-            "give --config RUN.yaml."
+            f"{overrides[0]!r} changes a run file, but {path} is not in a run folder; add "
+            "--config RUN.yaml."
         )
     return Target(ModelSection(name=_base_name(path, settings)), path, None, path)
 
@@ -107,18 +96,18 @@ def _load(path: str | Path, overrides: Sequence[str]) -> RunFile:
     return load_run(path, overrides, data_problems=data_problems)
 
 
-def _checked(folder: Path) -> Path:
-    """Check the adapter of a run folder."""
+def _checked_adapter(folder: Path) -> Path:
+    """Return the adapter's folder in a run folder after checking it."""
     if not (folder / CONFIG).is_file():
         raise AdapterError(
-            f"{folder} holds no adapter ({CONFIG} is missing); the run may not have finished: "
-            "train it again, or go on with --resume auto."
+            f"{folder} contains no adapter ({CONFIG} is missing), perhaps because training did "
+            "not finish; train again, or continue with --resume auto."
         )
     check_adapter_folder(folder)
     if not is_finished(folder.parent):
         warnings.warn(
-            f"the run in {folder.parent} goes on beyond its adapter, which is of the training "
-            "before; `rotmole train ... --resume auto` ends it.",
+            f"the run in {folder.parent} was continued but did not finish, so its adapter is that "
+            "of the earlier training; finish it with `rotmole train ... --resume auto`.",
             stacklevel=2,
         )
     return folder
@@ -128,18 +117,19 @@ def _base_name(folder: Path, settings: dict[str, Any]) -> str:
     name = settings.get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise AdapterError(
-            f"{folder / CONFIG} does not name its base model; give --config RUN.yaml, whose model "
-            "section does."
+            f"{folder / CONFIG} does not name its base model; add --config RUN.yaml, whose model "
+            "section names it."
         )
     return name
 
 
-def _unknown(path: Path) -> str:
+def _no_target(path: Path) -> str:
     rule = "give a run folder, a run file, or a folder with an adapter"
     if path.is_dir():
-        return f"{path} holds neither run.yaml nor {CONFIG}; {rule}."
+        return f"{path} contains neither run.yaml nor {CONFIG}; {rule}."
     names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    return f"there is no {path}{did_you_mean(path.name, names) or f'; {rule}.'}"
+    hint = did_you_mean(path.name, names) or f"; {rule}."
+    return f"there is no file or folder {path}{hint}"
 
 
 def load_target(
@@ -148,21 +138,14 @@ def load_target(
     say: Callable[[str], None] = logger.info,
     trust_remote_code: bool = False,
 ) -> LoadedModel:
-    """Load the base model and put the adapter on it.
+    """Load the base model of a target, put its adapter on it, and switch it to eval mode.
 
     Args:
-        target: what to load.
-        say: told before slow steps.
-        trust_remote_code: let transformers run code that came with the model.
-
-    Returns:
-        The model (a PeftModel where there is an adapter) and its tokenizer, ready to answer.
+        say: called with one line before each slow step.
 
     Raises:
         ModelError: the base model cannot be loaded.
         AdapterError: the adapter is broken or does not fit the model.
-
-    Source: our choice.
     """
     loaded = load_model(target.model, trust_remote_code=trust_remote_code, say=say)
     if target.adapter is not None:
@@ -172,33 +155,24 @@ def load_target(
 
 
 def with_adapter(model: Any, folder: Path) -> Any:
-    """Put a saved PEFT adapter on a model; nothing is left at random.
-
-    Args:
-        model: the base model; it is changed in place.
-        folder: the adapter's folder.
-
-    Returns:
-        The PeftModel.
+    """Put a saved PEFT adapter on a model, in place, and return the PeftModel.
 
     Raises:
-        AdapterError: the adapter is broken or does not fit the model.
-
-    Source: our choice.
+        AdapterError: the adapter is broken or does not fit the model, or a tensor is missing.
     """
     from peft import PeftModel
     from torch import OutOfMemoryError
 
-    import rotmole  # noqa: F401  registers the method
+    import rotmole  # noqa: F401  it registers the method with PEFT
 
     try:
         with warnings.catch_warnings():
-            # PEFT only warns, and answers with the random start of what is missing.
+            # PEFT only warns, and missing tensors keep their random initial values.
             warnings.filterwarnings("error", message="Found missing adapter keys")
             return PeftModel.from_pretrained(model, str(folder))
     except (InputError, MemoryError, OutOfMemoryError):
         raise
-    except Exception as error:  # PEFT and safetensors raise whatever their parsers raise
+    except Exception as error:  # PEFT and safetensors raise errors of many classes
         short = " ".join(str(error).split())[:300]
         raise AdapterError(
             f"the adapter in {folder} cannot be put on {model.config.name_or_path or 'the model'}: "

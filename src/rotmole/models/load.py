@@ -1,4 +1,4 @@
-"""Load a base model and its tokenizer: hub id, local folder, GGUF file or built-in name."""
+"""Loading a base model and its tokenizer: hub id, local folder, GGUF file or built-in name."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class LoadedModel:
         model: the transformers model, in eval mode, on its device.
         tokenizer: its tokenizer, with a padding token.
         name: the name in the run file.
-        note: one line that belongs beside every figure made with it, or None.
+        note: one line to be shown with every figure of this model, or None.
     """
 
     model: Any
@@ -64,21 +64,16 @@ def load_model(
     trust_remote_code: bool = False,
     say: Callable[[str], None] = logger.info,
 ) -> LoadedModel:
-    """Load model and tokenizer as the run file's `model:` section says.
+    """Load the model of the run file's `model:` section, and its tokenizer.
 
     Args:
-        section: name, dtype, device, attention implementation, revision, device map, quantisation.
-        trust_remote_code: let transformers run code that came with the model; never by default.
-        say: receives one line before each slow step (download and conversion of a built-in model).
-
-    Returns:
-        The model with every weight read from the file (none left at random), and its tokenizer.
+        trust_remote_code: let transformers run code that came with the model.
+        say: called with one line before each slow step (download and conversion of a built-in
+            model).
 
     Raises:
-        ModelError: the model cannot be found, read or used; the message says what to do.
+        ModelError: the model cannot be found, read or used, or a weight is not in the file.
         ConfigError: a package is missing.
-
-    Source: our choice.
     """
     device = choose_device(section)
     dtype = choose_dtype(section, device)
@@ -104,40 +99,37 @@ def load_model(
         make_ordinary(model)
     if arguments["device_map"] is None:
         model.to(device)
-    _fit(model, tokenizer, section.name)
+    _check_vocabulary(model, tokenizer, section.name)
+    for config in (model.config, model.generation_config):
+        if config is not None and getattr(config, "pad_token_id", None) is None:
+            config.pad_token_id = tokenizer.pad_token_id
     note = source.built_in.note if source.built_in else None
     return LoadedModel(model, tokenizer, section.name, note)
 
 
 def load_tokenizer(section: ModelSection, *, trust_remote_code: bool = False) -> Any:
-    """Load the tokenizer alone, with a padding token (the end-of-sequence token where it has none).
+    """Load the tokenizer alone; its vocabulary is never changed.
 
-    Args:
-        section: the run file's `model:` section.
-        trust_remote_code: let transformers run code that came with the tokenizer.
-
-    Returns:
-        The tokenizer; its vocabulary is never changed.
+    If it has no padding token, the end-of-sequence token is used, which is safe because the
+    attention mask marks the padding.
 
     Raises:
-        ModelError: it cannot be found or read, or has no end-of-sequence token.
-
-    Source: our choice; padding is told by the attention mask, so pad may equal eos.
+        ModelError: the tokenizer cannot be found or read, or has no end-of-sequence token.
     """
     from transformers import AutoTokenizer
 
     source = _resolve(section.name)
     if source.built_in:
         fetch_built_in(source.built_in)
-    arguments = _common(section, trust_remote_code)
+    arguments = _shared_arguments(section, trust_remote_code)
     if source.gguf:
         arguments["gguf_file"] = source.gguf.name
-    with _explained(section, "tokenizer"):
+    with _loading_errors(section, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(source.location, **arguments)
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"model.name {section.name!r}: its tokenizer has no end-of-sequence token, so no "
-            "answer could ever end; set eos_token in tokenizer_config.json or choose another model."
+            "answer could end; set eos_token in tokenizer_config.json or choose another model."
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -145,54 +137,38 @@ def load_tokenizer(section: ModelSection, *, trust_remote_code: bool = False) ->
 
 
 def load_config(section: ModelSection, *, trust_remote_code: bool = False) -> Any:
-    """Load the transformers configuration alone; the built-in model needs no download for it.
-
-    Args:
-        section: the run file's `model:` section.
-        trust_remote_code: let transformers run code that came with the model.
-
-    Returns:
-        The configuration.
+    """Load the transformers configuration alone; for the built-in model nothing is downloaded.
 
     Raises:
-        ModelError: it cannot be found or read.
-
-    Source: our choice.
+        ModelError: the configuration cannot be found or read.
     """
     from transformers import AutoConfig
 
     source = _resolve(section.name)
     if source.built_in and not built_in_folder(source.built_in).is_dir():
         return AutoConfig.for_model(**source.built_in.architecture)
-    arguments = _common(section, trust_remote_code)
+    arguments = _shared_arguments(section, trust_remote_code)
     if source.gguf:
         arguments["gguf_file"] = source.gguf.name
-    with _explained(section, "configuration"):
+    with _loading_errors(section, "configuration"):
         return AutoConfig.from_pretrained(source.location, **arguments)
 
 
 def empty_model(
     section: ModelSection, dtype: torch.dtype = torch.float32, *, trust_remote_code: bool = False
 ) -> Any:
-    """Build the model's modules without weights (meta device), for names, shapes and counts.
+    """Build a causal language model on the meta device: names and shapes, but no weights.
 
     Args:
-        section: the run file's `model:` section.
         dtype: of the parameters.
-        trust_remote_code: let transformers run code that came with the model.
-
-    Returns:
-        A causal language model whose parameters hold no memory.
 
     Raises:
-        ModelError: the configuration cannot be read or is no causal language model's.
-
-    Source: our choice.
+        ModelError: the configuration cannot be read or does not describe a causal language model.
     """
     from transformers import AutoModelForCausalLM
 
     config = load_config(section, trust_remote_code=trust_remote_code)
-    with _explained(section, "model"), torch.device("meta"):
+    with _loading_errors(section, "model"), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, trust_remote_code=trust_remote_code
         )
@@ -213,12 +189,12 @@ def _resolve(name: str) -> _Source:
         return _Source(str(path))
     if path.is_file():
         raise ModelError(
-            f"model.name {name!r} is a file; give the folder that holds config.json, or a file "
+            f"model.name {name!r} is a file; give the folder that contains config.json, or a file "
             "whose name ends in .gguf."
         )
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
         raise ModelError(
-            f"model.name {name!r}: there is no such folder (seen from {Path.cwd()}); check the "
+            f"model.name {name!r}: there is no such folder (relative to {Path.cwd()}); check the "
             f"path, or use a hub id such as org/name, or a built-in name ({', '.join(BUILT_IN)})."
         )
     return _Source(name)
@@ -229,14 +205,16 @@ def _check_folder(path: Path, name: str) -> None:
         return
     if (path / "adapter_config.json").is_file():
         raise ModelError(
-            f"model.name {name!r} holds an adapter, not a model; set model.name to its base model."
+            f"model.name {name!r} is an adapter, not a model; set model.name to its base model."
         )
     files = sorted(path.glob("*.gguf"))
     hint = f"; set model.name to the file {str(files[0])!r}" if files else ""
-    raise ModelError(f"model.name {name!r}: not a model folder, it has no config.json{hint}.")
+    raise ModelError(
+        f"model.name {name!r}: not a model folder, because it has no config.json{hint}."
+    )
 
 
-def _common(section: ModelSection, trust_remote_code: bool) -> dict[str, Any]:
+def _shared_arguments(section: ModelSection, trust_remote_code: bool) -> dict[str, Any]:
     arguments: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if section.revision:
         arguments["revision"] = section.revision
@@ -248,10 +226,10 @@ def _pretrained(
 ) -> Any:
     from transformers import AutoModelForCausalLM
 
-    arguments = {**_common(section, trust_remote_code), **arguments}
+    arguments = {**_shared_arguments(section, trust_remote_code), **arguments}
     if source.gguf:
         arguments |= gguf_arguments(source.gguf)
-    with _explained(section, "model"):
+    with _loading_errors(section, "model"):
         model, report = AutoModelForCausalLM.from_pretrained(
             source.location, output_loading_info=True, **arguments
         )
@@ -259,51 +237,44 @@ def _pretrained(
     if missing:
         some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise ModelError(
-            f"model.name {section.name!r}: its weights lack {len(missing)} tensors that a causal "
-            f"language model needs ({some}); they would start at random. Choose a complete one."
+            f"model.name {section.name!r}: its files lack {len(missing)} tensors that a causal "
+            f"language model needs ({some}), which would get random values; choose a complete "
+            "model."
         )
     return model
 
 
-def _fit(model: Any, tokenizer: Any, name: str) -> None:
+def _check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
     rows = model.get_input_embeddings().weight.shape[0]
-    # Loaders add special tokens that a file does not have, such as <|endoftext|>; only one that is
-    # used matters.
+    # Loaders add special tokens that the model's files do not have, such as <|endoftext|>, so
+    # special tokens without a function are left out.
     used = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
-    idle = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special} - used
-    largest = max(set(tokenizer.get_vocab().values()) - idle, default=-1)
+    unused = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special} - used
+    largest = max(set(tokenizer.get_vocab().values()) - unused, default=-1)
     if largest >= rows:
         raise ModelError(
             f"model.name {name!r}: the tokenizer has token {largest}, but the model embeds only "
-            f"{rows} tokens (0 to {rows - 1}); they do not belong together."
+            f"{rows} tokens (0 to {rows - 1}); use the tokenizer of this model."
         )
-    for config in (model.config, model.generation_config):
-        if config is not None and getattr(config, "pad_token_id", None) is None:
-            config.pad_token_id = tokenizer.pad_token_id
 
 
 @contextmanager
-def _explained(section: ModelSection, what: str) -> Iterator[None]:
+def _loading_errors(section: ModelSection, what: str) -> Iterator[None]:
+    """Turn every error of the block into a ModelError; `what` is loaded by the block."""
     try:
         yield
     except RotMoleError:
         raise
-    except Exception as error:  # loaders raise whatever their parsers raise
+    except Exception as error:  # transformers raises errors of many classes
         raise ModelError(explain(error, section, what)) from error
 
 
 def explain(error: Exception, section: ModelSection, what: str) -> str:
-    """Say in one sentence why loading failed and what to do.
+    """Return one sentence that says why loading failed and what to do.
 
     Args:
-        error: what transformers, safetensors or huggingface_hub raised.
-        section: the run file's `model:` section.
-        what: what was being loaded (model, tokenizer, configuration).
-
-    Returns:
-        The sentence.
-
-    Source: our choice.
+        error: raised by transformers, safetensors or huggingface_hub.
+        what: "model", "tokenizer" or "configuration".
     """
     name, text = section.name, " ".join(str(error).split())
     head = f"model.name {name!r}: the {what} cannot be loaded"
@@ -312,15 +283,18 @@ def explain(error: Exception, section: ModelSection, what: str) -> str:
         return f"{head}: not enough memory; choose a smaller model, dtype bfloat16 or quantization."
     if "trust_remote_code" in text:
         return (
-            f"{head}: it needs code that came with it, which is not run unless you add "
+            f"{head}: it needs Python code from its own files, which is not run unless you add "
             "--trust-remote-code to the command; read that code first."
         )
     if Path(name).expanduser().exists() or built_in_named(name):
-        return f"{head}: the files are broken, incomplete or of an unknown kind ({short})."
+        return (
+            f"{head}: its files are broken, incomplete or of an unknown kind ({short}); download "
+            "it again or choose another model."
+        )
     if "gated" in text.lower() or "401" in text or "403" in text:
-        return f"{head}: the hub asks for permission; accept its terms there and log in."
+        return f"{head}: the hub requires permission; accept the model's terms there and log in."
     return (
-        f"{head}: not found on the hub, or the hub cannot be reached ({short}). Check the spelling "
+        f"{head}: it is not on the hub, or the hub cannot be reached ({short}). Check the spelling "
         "and the network (and whether HF_HUB_OFFLINE is set), download it beforehand, or set "
         f"model.name to a local folder or a built-in name ({', '.join(BUILT_IN)})."
     )

@@ -1,4 +1,4 @@
-"""How much memory a training run will need, from a model without weights."""
+"""An estimate of the memory that a training run needs, from a model without weights."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from torch.utils._pytree import tree_leaves
 try:
     import resource
 except ImportError:  # Windows
-    resource = None  # type: ignore[assignment] # the module or nothing
+    resource = None  # type: ignore[assignment] # the module, or None
 
 FRAGMENTATION = 1.5
-"""Batches differ in length, so the C allocator cannot fill every hole it has; measured."""
+"""Batches differ in length, so the C allocator cannot reuse all freed memory; measured."""
 
 FIRST_UPDATE = 55_000_000
-"""Code and buffers that libraries load with the first update; measured."""
+"""Bytes of code and buffers that libraries load with the first update; measured."""
 
 _QUANTISED_BYTES = {"bnb-8bit": 1.0, "torchao-int8": 1.0, "bnb-4bit-nf4": 0.5625}
 
 HEAD_TILE = 4096 * 4
-"""Tokens that TRL's fused head projects at once, and bytes of a logit."""
+"""Bytes per word of the vocabulary: TRL's fused head projects 4096 tokens at a time."""
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes a training process holds at its peak.
+    """Bytes that a training process holds at its peak.
 
     Attributes:
         process: interpreter, libraries, tokenizer and rows.
-        weights: the base model.
-        adapter: what is trained.
-        optimizer: its state.
-        step: activations, gradients and passing tensors of one update.
+        weights: parameters of the base model.
+        adapter: trainable parameters.
+        optimizer: state of the optimizer.
+        step: activations, gradients and temporary tensors of one update.
     """
 
     process: int
@@ -68,30 +68,27 @@ def estimate_memory(
     """Estimate the peak memory of training.
 
         total     = process + weights + adapter + optimizer + step
-        process   = what is held now + 55 MB that libraries take with the first update
-        weights   = sum over frozen parameters of size * bytes of their type, where the weights of
-                    linear layers but the head take 1 byte in 8 bits and 0.5625 in 4 bits
-        adapter   = the same over trainable parameters
-        optimizer = states per parameter * 4 bytes * trainable parameters (AdamW: 2 states)
-        step      = 1.5 * (peak of one traced forward and backward + head) [+ gradients that
-                    wait while a further micro-batch runs]
-        head      = min(T, 4096) * V * 4 bytes, T = batch * length, V the vocabulary; three times
-                    as much where the loss needs whole logits (label smoothing)
+        process   = process now + 55 MB that libraries load with the first update
+        weights   = sum over frozen parameters of size * bytes of their type; with quantisation a
+                    weight of a linear layer, except the head, takes 1 byte (8 bits) or 0.5625
+                    bytes (4 bits)
+        adapter   = the same sum over trainable parameters
+        optimizer = states per parameter * adapter (AdamW: 2 states)
+        step      = 1.5 * (peak of one traced forward and backward + head), plus one set of
+                    gradients with gradient accumulation
+        head      = min(T, 4096) * V * 4 bytes, T = batch * length, V the vocabulary; with label
+                    smoothing, which needs all logits, 3 * T * V * 4 bytes
 
     Args:
         model: the adapted model on the meta device; its parameters are replaced by fake ones.
         batch: rows of a micro-batch.
         length: tokens of the longest row.
         settings: arguments of SFTConfig (optim, gradient_accumulation_steps, ...).
-        process: bytes the process holds before a model is loaded.
+        process: bytes that the process holds before a model is loaded.
         quantization: model.quantization of the run file.
 
-    Returns:
-        The parts.
-
-    Source: our choice; the trace counts every tensor that one update really makes. The two
-    measured constants were set on a CPU, on three tiny runs and one of SmolLM2-135M, where the
-    estimate is within 12 % of the peak.
+    The two measured constants come from three tiny runs and one of SmolLM2-135M on a CPU, for
+    which the estimate is within 12 % of the peak.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     adapter = _bytes(trainable)
@@ -102,29 +99,25 @@ def estimate_memory(
     names = ("activation_checkpointing", "gradient_checkpointing")
     checkpointing = any(settings.get(name) for name in names)
     traced = traced_peak(model, batch=batch, length=length, checkpointing=checkpointing)
-    waiting = adapter if settings.get("gradient_accumulation_steps", 1) > 1 else 0
+    accumulated = adapter if settings.get("gradient_accumulation_steps", 1) > 1 else 0
     return MemoryEstimate(
         process=process + FIRST_UPDATE,
         weights=_base_bytes(model, _QUANTISED_BYTES.get(quantization)),
         adapter=adapter,
         optimizer=_optimizer_states(str(settings.get("optim", "adamw"))) * adapter,
-        step=int(FRAGMENTATION * (traced + head)) + waiting,
+        step=int(FRAGMENTATION * (traced + head)) + accumulated,
     )
 
 
 def traced_peak(model: nn.Module, *, batch: int, length: int, checkpointing: bool) -> int:
-    """Run one forward and backward on tensors without data and count what is alive at most.
+    """Run one forward and backward on tensors without data; return the peak of live bytes.
 
     Args:
         model: the adapted model on the meta device; its parameters are replaced by fake ones.
-        batch: rows.
-        length: tokens of a row.
         checkpointing: recompute activations in the backward pass.
 
     Returns:
-        Bytes, without parameters, gradients included.
-
-    Source: our choice.
+        Bytes, with gradients and without parameters.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -147,10 +140,7 @@ def traced_peak(model: nn.Module, *, batch: int, length: int, checkpointing: boo
 
 
 def resident_bytes() -> int:
-    """Return the memory this process holds now (its peak where the system does not tell).
-
-    Returns:
-        Bytes.
+    """Return the bytes this process holds now, or its peak on systems other than Linux.
 
     Source: /proc/self/statm on Linux, getrusage elsewhere.
     """
@@ -161,10 +151,7 @@ def resident_bytes() -> int:
 
 
 def peak_rss_bytes() -> int:
-    """Return the largest memory this process has held; 0 on Windows, which Python cannot ask.
-
-    Returns:
-        Bytes.
+    """Return the most bytes this process has held; 0 on Windows, where Python cannot tell.
 
     Source: getrusage.
     """
@@ -175,13 +162,13 @@ def peak_rss_bytes() -> int:
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages alive, beside those of the parameters."""
+    """Counts the bytes of all live storages except those of parameters and buffers."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.live = self.peak = 0
         tensors = [*model.parameters(), *model.buffers()]
-        self.known = {id(tensor.untyped_storage()): 0 for tensor in tensors}
+        self.sizes = {id(tensor.untyped_storage()): 0 for tensor in tensors}
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -194,18 +181,18 @@ class _LiveBytes(TorchDispatchMode):
 
     def _add(self, storage: Any) -> None:
         key = id(storage)
-        if key not in self.known:
-            self.known[key] = storage.nbytes()
-            self.live += self.known[key]
+        if key not in self.sizes:
+            self.sizes[key] = storage.nbytes()
+            self.live += self.sizes[key]
             self.peak = max(self.peak, self.live)
             weakref.finalize(storage, self._drop, key)
 
     def _drop(self, key: int) -> None:
-        self.live -= self.known.pop(key)
+        self.live -= self.sizes.pop(key)
 
 
 def _replace_by_fake(model: nn.Module) -> None:
-    """Put tensors without data, that claim to be on the CPU, in place of the meta tensors."""
+    """Replace the meta tensors by fake ones, which have no data but report to be on the CPU."""
     fakes: dict[int, Tensor] = {}
 
     def fake(tensor: Tensor) -> Tensor:
@@ -227,7 +214,11 @@ def _bytes(parameters: Any) -> int:
 
 
 def _base_bytes(model: nn.Module, quantised: float | None) -> int:
-    """Count the frozen parameters; linear layers but the head may take fewer bytes a weight."""
+    """Return the bytes of the frozen parameters.
+
+    Args:
+        quantised: bytes per weight of linear layers other than the head; None if not quantised.
+    """
     total = float(_bytes(p for p in model.parameters() if not p.requires_grad))
     if quantised is None:
         return int(total)
@@ -241,7 +232,7 @@ def _base_bytes(model: nn.Module, quantised: float | None) -> int:
 
 
 def _optimizer_states(optim: str) -> float:
-    """How many copies of the trainable parameters an optimizer keeps."""
+    """Return the size of an optimizer's state, in copies of the trainable parameters."""
     if "8bit" in optim:
         return 0.5
     if optim.startswith(("sgd", "adafactor", "galore", "apollo", "lomo")):

@@ -1,4 +1,4 @@
-"""Where a model runs, in which number format, and whether its weights are quantised."""
+"""The device, the number format and the quantisation of a model."""
 
 from __future__ import annotations
 
@@ -19,60 +19,37 @@ QUANTIZATION_PACKAGE = {
     "bnb-4bit-nf4": "bitsandbytes",
     "torchao-int8": "torchao",
 }
-_MARGIN = 1.3  # a near tie must not make two runs on one machine choose differently
+_MARGIN = 1.3  # without it, two runs on one machine could choose differently at a near tie
 
 
 def choose_device(section: ModelSection) -> torch.device:
-    """Choose the device: the one asked for, else CUDA, else Apple's MPS, else the CPU.
-
-    Args:
-        section: the run file's `model:` section.
-
-    Returns:
-        The device.
+    """Return the device: that of `model.device`, else CUDA, else Apple's MPS, else the CPU.
 
     Raises:
-        ModelError: a device was asked for that this machine does not have.
-
-    Source: our choice.
+        ModelError: this machine does not have the device.
     """
     present = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
         "cpu": True,
     }
-    if section.device == "auto":
-        return _device(next(name for name, here in present.items() if here))
-    if not present[section.device]:
-        here = ", ".join(name for name, found in present.items() if found)
+    available = [name for name, is_present in present.items() if is_present]
+    kind = available[0] if section.device == "auto" else section.device
+    if kind not in available:
         raise ModelError(
-            f"model.device: {section.device!r} is not available here; this machine has {here}. "
-            "Use model.device: auto."
+            f"model.device: {kind!r} is not available on this machine, which has "
+            f"{', '.join(available)}; use model.device: auto."
         )
-    return _device(section.device)
-
-
-def _device(kind: str) -> torch.device:
-    """Give each process that torchrun starts its own card."""
-    return (
-        torch.device(kind, int(os.environ.get("LOCAL_RANK", "0")))
-        if kind == "cuda"
-        else torch.device(kind)
-    )
+    if kind == "cuda":  # torchrun starts one process for each GPU
+        return torch.device(kind, int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device(kind)
 
 
 def choose_dtype(section: ModelSection, device: torch.device) -> torch.dtype:
-    """Choose the number format: the one asked for, else bfloat16 where it is the faster one.
+    """Return the number format: that of `model.dtype`, else bfloat16 if it is faster.
 
-    Args:
-        section: the run file's `model:` section.
-        device: where the model will run.
-
-    Returns:
-        float32 or bfloat16 for ``auto``: on CUDA bfloat16 where supported, on MPS float32, on the
-        CPU what `bfloat16_is_faster` finds.
-
-    Source: our choice.
+    With ``auto`` it is on CUDA bfloat16 if the GPU supports it, on MPS float32, and on the CPU
+    bfloat16 if `bfloat16_is_faster`.
     """
     if section.dtype != "auto":
         return DTYPES[section.dtype]
@@ -85,18 +62,14 @@ def choose_dtype(section: ModelSection, device: torch.device) -> torch.dtype:
 
 @lru_cache(maxsize=1)
 def bfloat16_is_faster(seconds: float = 0.5) -> bool:
-    """Time one matrix product in both formats on the CPU, in turns, and compare the best times.
+    """Return whether a matrix product on the CPU is 1.3 times as fast in bfloat16 as in float32.
 
-    A processor without bfloat16 instructions emulates them several times slower than float32; one
-    with them is two to four times faster. So the margin of 1.3 keeps the answer stable.
+    Both are timed in turns and the best times compared. A processor without bfloat16 instructions
+    is several times slower in bfloat16, one with them is two to four times faster, so the margin
+    keeps the answer stable.
 
     Args:
-        seconds: how long the probe may take.
-
-    Returns:
-        Whether bfloat16 is at least 1.3 times as fast.
-
-    Source: our choice.
+        seconds: duration of the measurement.
     """
     best = {torch.float32: float("inf"), torch.bfloat16: float("inf")}
     generator = torch.Generator().manual_seed(0)
@@ -115,17 +88,16 @@ def bfloat16_is_faster(seconds: float = 0.5) -> bool:
 
 
 def quantization_config(section: ModelSection, dtype: torch.dtype) -> Any:
-    """Build what ``from_pretrained(quantization_config=...)`` wants.
+    """Return the quantization_config argument of ``from_pretrained``.
 
     Args:
-        section: the run file's `model:` section.
-        dtype: the format of computation and of all that is not quantised.
+        dtype: number format of the computation and of everything that is not quantised.
 
     Returns:
         A transformers quantisation configuration, or None for ``quantization: none``.
 
     Raises:
-        ConfigError: the package that quantises is not installed.
+        ConfigError: the package for the quantisation is not installed.
 
     Source: Dettmers et al., LLM.int8() (2208.07339) and QLoRA (2305.14314); torchao int8 weights.
     """

@@ -1,4 +1,4 @@
-"""Optimisation: which parameters learn how fast, and in what metric."""
+"""Optimisation: parameter groups with their learning rates, and Riemannian optimisers."""
 
 from rotmole.optim.groups import parameter_groups
 from rotmole.optim.riemannian import RiemannianAdamW, RiemannianSGD

@@ -13,7 +13,7 @@ OTHER = "other"
 
 
 def _roles(model: nn.Module) -> dict[int, str]:
-    """Map id(parameter) to its role, from the modules that own them, never from names."""
+    """Map id(parameter) to the role that its Experts module gives it; names do not matter."""
     roles: dict[int, str] = {}
     for module in model.modules():
         if not isinstance(module, RotMoleLayer):
@@ -39,16 +39,16 @@ def parameter_groups(
 
     Args:
         model: any model with rotmole adapters.
-        lr: learning rate of A and of whatever else is trained (modules_to_save, embeddings).
-        scaling_gate_lr: learning rate of routers; None is lr.
-        rotation_gate_lr: learning rate of rotation gates; None is lr.
-        lora_plus_ratio: learning rate of B over that of A; None is 1.
-        weight_decay: for all groups; parameters with fewer than two axes get none.
+        lr: learning rate of A and of all other trained parameters (modules_to_save, embeddings).
+        scaling_gate_lr: learning rate of the scaling gate's routers; None means lr.
+        rotation_gate_lr: learning rate of the rotation gates; None means lr.
+        lora_plus_ratio: learning rate of B divided by that of A; None means 1.
+        weight_decay: of all groups, except that parameters with fewer than two axes get 0.
 
     Returns:
         Groups {"params", "lr", "weight_decay", "role"} with role "expert", "expert_B",
-        "scaling_gate", "rotation_gate" or "other"; empty roles are left out. Which parameters go
-        together depends on roles and axes alone, so an optimizer's state fits other rates too.
+        "scaling_gate", "rotation_gate" or "other"; empty roles are left out. The grouping depends
+        on roles and axes alone, so a saved optimizer state can be loaded with other rates.
 
     Source: LoRA+ (arXiv 2402.12354) for the ratio.
     """

@@ -1,4 +1,4 @@
-"""Riemannian preconditioning: the steps of A and B measured in the space of their product."""
+"""Riemannian preconditioning: steps of A and B scaled by the metric of their product."""
 
 from __future__ import annotations
 
@@ -17,34 +17,27 @@ DELTA = 1e-6
 
 
 def expert_modules(model: nn.Module) -> list[Experts]:
-    """Return the modules that own a pair (A, B), of every adapter, in module order.
-
-    Args:
-        model: a model with rotmole adapters.
-
-    Returns:
-        One Experts module per adapter and layer.
-    """
+    """Return the Experts modules of all layers and adapters, in module order."""
     layers = [module for module in model.modules() if isinstance(module, RotMoleLayer)]
     return [layer.experts(name) for layer in layers for name in layer.rotmole_experts]
 
 
 def preconditioned(grad_ERX: Tensor, other_ERY: Tensor, delta: float) -> Tensor:
-    """Return (C C^T + d I)^-1 dX for every expert, C the pair's other factor.
+    """Return (C C^T + d I)^-1 dX for every expert, where C is the pair's other factor.
 
-    With one X for all experts (share_A) C C^T is summed over them, which is the metric of the
-    stacked products.
+    If all experts share one X (share_A), C C^T is summed over the experts, which is the metric of
+    the stacked products.
 
     Args:
-        grad_ERX: [E, R, X] gradient of one factor (E is 1 where experts share it).
-        other_ERY: [E, R, Y] the other factor (E is 1 where experts share it).
-        delta: d, what keeps the inverse finite.
+        grad_ERX: [E, R, X] gradient of one factor (E is 1 if the experts share it).
+        other_ERY: [E, R, Y] the other factor (E is 1 if the experts share it).
+        delta: d, which keeps the inverse finite.
 
     Returns:
-        The gradient's shape and type. Solved in float64 (float32 on devices without it).
+        [E, R, X] in the gradient's type; solved in float64 (float32 on devices without it).
 
     Source: Riemannian preconditioned LoRA (arXiv 2402.02347), per expert in arXiv 2502.15828; the
-    sum for a shared factor is our choice.
+    sum for a shared factor is ours.
 
     >>> preconditioned(torch.ones(1, 1, 3), torch.ones(1, 1, 4), 0.0)
     tensor([[[0.2500, 0.2500, 0.2500]]])
@@ -63,38 +56,34 @@ def preconditioned(grad_ERX: Tensor, other_ERY: Tensor, delta: float) -> Tensor:
 def _preconditioned_gradients(
     modules: Iterable[Experts], groups: Iterable[dict[str, Any]], delta: float
 ) -> Iterator[None]:
-    """Put preconditioned gradients in place of the plain ones for the length of a step."""
-    learnt = {id(p) for group in groups for p in group["params"]}
-    kept: list[tuple[nn.Parameter, Tensor]] = []
-    fresh: list[Tensor] = []
+    """Replace the plain gradients by preconditioned ones inside the block."""
+    trained = {id(p) for group in groups for p in group["params"]}
+    plain: list[tuple[nn.Parameter, Tensor]] = []
+    scaled: list[Tensor] = []
     for experts in modules:
-        for own, other in _factors(experts):
-            if own.grad is not None and id(own) in learnt:
-                _check_whole(own, other)
-                kept.append((own, own.grad))
-                fresh.append(preconditioned(own.grad, other, delta))
+        A, B = experts.expert_A, experts.expert_B
+        for factor, other in ((A, B), (B, A)):
+            if factor.grad is not None and id(factor) in trained:
+                _check_unsharded(factor, other)
+                plain.append((factor, factor.grad))
+                scaled.append(preconditioned(factor.grad, other, delta))
     try:
-        for (parameter, _), grad in zip(kept, fresh, strict=True):
+        # only now, so that both factors are solved with the gradients and values before the step
+        for (parameter, _), grad in zip(plain, scaled, strict=True):
             parameter.grad = grad
         yield
     finally:
-        for parameter, grad in kept:
+        for parameter, grad in plain:
             parameter.grad = grad
 
 
-def _factors(experts: Experts) -> tuple[tuple[nn.Parameter, nn.Parameter], ...]:
-    A, B = experts.expert_A, experts.expert_B
-    return (A, B), (B, A)
-
-
-def _check_whole(own: Tensor, other: Tensor) -> None:
-    """Refuse parameters of which this process holds a part only."""
-    # a DTensor is known by its placements: torch builds without torch.distributed lack the class
-    parts = any(hasattr(factor, "placements") or factor.dim() != 3 for factor in (own, other))
-    if parts:
+def _check_unsharded(factor: Tensor, other: Tensor) -> None:
+    """Refuse parameters of which this process holds only a shard."""
+    # not isinstance(DTensor): builds without torch.distributed lack that class
+    if any(hasattr(tensor, "placements") or tensor.dim() != 3 for tensor in (factor, other)):
         raise ConfigError(
-            "Riemannian preconditioning solves with the whole of A and B, but FSDP shards them; "
-            "train with DDP or one process, or choose another optimizer, such as adamw_torch"
+            "Riemannian preconditioning needs the whole matrices A and B, but FSDP shards them; "
+            "train with DDP or in one process, or choose another optimizer, such as adamw_torch"
         )
 
 
@@ -104,7 +93,7 @@ def _plain_step(kind: type[torch.optim.Optimizer]) -> Callable[..., Any]:
     return step.__wrapped__ if getattr(step, "hooked", False) else step  # type: ignore[no-any-return] # untyped
 
 
-def _value(closure: Callable[[], Any] | None) -> Any:
+def _loss(closure: Callable[[], Any] | None) -> Any:
     if closure is None:
         return None
     with torch.enable_grad():
@@ -112,22 +101,22 @@ def _value(closure: Callable[[], Any] | None) -> Any:
 
 
 class RiemannianAdamW(torch.optim.AdamW):
-    """AdamW whose moments are those of preconditioned gradients of the experts' factors.
+    """AdamW on preconditioned gradients of the experts' factors A and B.
 
         dA <- (B B^T + d I)^-1 dA;   dB <- (A A^T + d I)^-1 dB      per expert, both from old values
 
-    Pairs are the A and B of one adapter's module in one layer. Routers, rotation gates and all
-    other parameters take AdamW's ordinary step. A frozen factor still preconditions the other.
-    Under DDP gradients are already summed, so every process makes the same step.
+    A pair is the A and B of one adapter in one layer. Routers, rotation gates and all other
+    parameters take AdamW's ordinary step. A frozen factor still preconditions the other one.
+    Under DDP the gradients are already averaged, so every process makes the same step.
 
     Args:
         params: parameters or groups, such as those of rotmole.parameter_groups.
-        model: the model that owns the pairs.
-        delta: d.
-        options: torch.optim.AdamW's own (lr, betas, eps, weight_decay ...).
+        model: the model that holds the pairs.
+        delta: d in the formula, above 0.
+        options: of torch.optim.AdamW (lr, betas, eps, weight_decay ...).
 
     Raises:
-        ConfigError: at a step, where A or B is sharded (FSDP).
+        ConfigError: delta is not above 0; at a step, if A or B is sharded (FSDP).
 
     Source: arXiv 2502.15828, which steps B with the new A (its AdamW only); we use old values for
     both, as its SGD and its equations do.
@@ -142,8 +131,8 @@ class RiemannianAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Make one update; gradients are as they were afterwards."""
-        loss = _value(closure)
+        """Make one update; the gradients are restored afterwards."""
+        loss = _loss(closure)
         with _preconditioned_gradients(self.expert_modules, self.param_groups, self.delta):
             _plain_step(torch.optim.AdamW)(self)
         return loss
@@ -153,14 +142,14 @@ class RiemannianSGD(torch.optim.SGD):
     """SGD with the preconditioned gradients of RiemannianAdamW.
 
     For small d an update of the product B^T A does not depend on how it is split into A and B.
-    Near B = 0 the step of A is up to 1/(2 sqrt(d)) times the plain one: warm up.
+    Near B = 0 the step of A is up to 1/(2 sqrt(d)) times the plain one, so use a warmup.
 
     Args:
-        params, model, delta: as RiemannianAdamW's.
-        options: torch.optim.SGD's own (lr, momentum ...).
+        params, model, delta: as for RiemannianAdamW.
+        options: of torch.optim.SGD (lr, momentum ...).
 
     Raises:
-        ConfigError: at a step, where A or B is sharded (FSDP).
+        ConfigError: delta is not above 0; at a step, if A or B is sharded (FSDP).
 
     Source: arXiv 2502.15828.
     """
@@ -174,8 +163,8 @@ class RiemannianSGD(torch.optim.SGD):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Make one update; gradients are as they were afterwards."""
-        loss = _value(closure)
+        """Make one update; the gradients are restored afterwards."""
+        loss = _loss(closure)
         with _preconditioned_gradients(self.expert_modules, self.param_groups, self.delta):
             _plain_step(torch.optim.SGD)(self)
         return loss
@@ -183,5 +172,7 @@ class RiemannianSGD(torch.optim.SGD):
 
 def _checked(delta: float) -> float:
     if not delta > 0:
-        raise ConfigError(f"delta is {delta!r}; it must be above 0, or B = 0 has no inverse")
+        raise ConfigError(
+            f"delta is {delta!r}; it must be above 0, or the step divides by 0 at B = 0"
+        )
     return delta

@@ -99,7 +99,7 @@ class RotMoleTrainer(ValidatingTrainer):
         A batch without a learnt token has loss 0. Models that cannot leave positions out, and
         label smoothing, go Trainer's own way.
         """
-        if not self.keeps_logits or self.label_smoother is not None:
+        if not self.accepts_logits_to_keep or self.label_smoother is not None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = inputs["labels"]
         others = {name: value for name, value in inputs.items() if name != "labels"}

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from transformers import Trainer
 from transformers.trainer_utils import EvalPrediction, speed_metrics
 
-from rotmole.models.load import keeps_logits
+from rotmole.models.logits import accepts_logits_to_keep
 
 IGNORED = -100
 
@@ -28,13 +27,12 @@ class ValidatingTrainer(Trainer):
         kwargs: as Trainer's; eval_dataset may be {task: rows}.
 
     Attributes:
-        keeps_logits: whether the model's forward takes `logits_to_keep`.
+        accepts_logits_to_keep: whether the model's forward takes `logits_to_keep`.
     """
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(compute_metrics=_mean_of_tokens, **kwargs)
-        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        self.keeps_logits = keeps_logits(base)
+        self.accepts_logits_to_keep = accepts_logits_to_keep(self.model)
 
     def prediction_step(
         self,
@@ -53,7 +51,7 @@ class ValidatingTrainer(Trainer):
         others = {name: value for name, value in inputs.items() if name != "labels"}
         learnt = (labels[:, 1:] != IGNORED).any(0).nonzero()[:, 0]
         with torch.no_grad(), self.compute_loss_context_manager():
-            if self.keeps_logits:
+            if self.accepts_logits_to_keep:
                 logits = model(**others, logits_to_keep=learnt, use_cache=False).logits
             else:
                 logits = model(**others).logits[:, learnt]

@@ -38,13 +38,9 @@ def demo(
         output: folder of the two run folders and demo.json.
         steps: updates of each adapter; None takes demo.yaml's.
         seed: of data, initial weights and order.
-        overrides: key=value settings over demo.yaml.
 
     Returns:
         0, or 128 + the signal that stopped it.
-
-    Raises:
-        RotMoleError: with the exit code of its class.
     """
     started = time.perf_counter()
     jobs = make_jobs(output, steps, seed, overrides)
@@ -74,8 +70,6 @@ def make_jobs(
     Args:
         output: the demo's folder; run folders of an earlier demo in it give way.
         steps: updates of each adapter; None takes demo.yaml's.
-        seed: of everything.
-        overrides: key=value settings over demo.yaml.
 
     Returns:
         One job an adapter, each with half of the cores.
@@ -120,9 +114,6 @@ def _cores() -> int:
 
 def run_jobs(jobs: list[Job]) -> dict[str, Outcome]:
     """Run the jobs side by side, each in its own process, and show how far they are.
-
-    Args:
-        jobs: the jobs.
 
     Returns:
         Outcomes by job name.
@@ -228,13 +219,7 @@ class Screen:
 
 
 def show(report: Report, outcomes: dict[str, Outcome], seconds: float) -> None:
-    """Print the table, the cost, and a few generations.
-
-    Args:
-        report: the four systems.
-        outcomes: of both jobs.
-        seconds: wall time of all.
-    """
+    """Print the table, the cost, and a few generations."""
     lines = rows(report, metrics=["exact_match"])
     lines = [[line[0], line[1], line[3], *line[4:]] for line in lines]  # one metric needs no name
     if sys.stdout.isatty():
@@ -265,11 +250,7 @@ def show(report: Report, outcomes: dict[str, Outcome], seconds: float) -> None:
 
 
 def show_generations(report: Report) -> None:
-    """Print one test row of each task with the answers before and after.
-
-    Args:
-        report: the four systems.
-    """
+    """Print one test row of each task with the answers before and after."""
     for task, examples in report.systems[BEFORE].examples.items():
         index = len(examples) // 2
         print(f"{task}: {examples[index].prompt.strip()}")
@@ -279,14 +260,7 @@ def show_generations(report: Report) -> None:
 
 
 def write(path: Path, report: Report, outcomes: dict[str, Outcome], seconds: float) -> None:
-    """Write demo.json: overall exact match, its rise, cost, and the whole report.
-
-    Args:
-        path: the file.
-        report: the four systems.
-        outcomes: of both jobs.
-        seconds: wall time of all.
-    """
+    """Write demo.json: overall exact match, its rise, cost, and the whole report."""
     overall = {n: system.overall["exact_match"].value for n, system in report.systems.items()}
     content = {
         "exact_match": overall,

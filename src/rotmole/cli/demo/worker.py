@@ -93,8 +93,6 @@ def work(job: Job, messages: Any, go: Any) -> None:
     """Do the job; send ("progress" | "estimate" | "done" | "failed", name, ...) to the parent.
 
     Args:
-        job: what to do.
-        messages: queue to the parent.
         go: event by which the parent lets training begin.
     """
     try:
