@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import tiny
 from rotmole import RotMoleConfig, balance_states
+from rotmole.ops.routing.route import select_by
 from rotmole.processes import highest
 from rotmole.training.sharding import adapter_state
 
@@ -226,7 +227,7 @@ def an_expert_is_used_on_one_rank_alone() -> None:
 
     def watch(module: nn.Module, args: Any, output: Any) -> None:
         logits_TE, routing, _ = output[1]
-        routing = module.routing(logits_TE) if routing is None else routing
+        routing = select_by(module.spec, logits_TE) if routing is None else routing
         used.append(routing.selected_TE.any(0))
 
     for layer in model.modules():

@@ -38,22 +38,6 @@ def test_a_launch_file_goes_beside_the_run_file(tmp_path, template):
     assert type(load_config_from_file(str(file))).__name__ == "ClusterConfig"
 
 
-@pytest.mark.parametrize(("name", "stage"), [("zero2", 2), ("zero3", 3)])
-def test_accelerate_makes_deepspeeds_configuration_of_the_launch_file(name, stage):
-    """As far as it goes without DeepSpeed itself."""
-    from accelerate.utils import DeepSpeedPlugin
-
-    found = load_config_from_file(str(LAUNCH / f"{name}.yaml"))
-    assert found.distributed_type == "DEEPSPEED"
-    plugin = DeepSpeedPlugin(**found.deepspeed_config)
-    made = plugin.hf_ds_config
-    assert made.get_value("zero_optimization.stage") == stage
-    assert made.is_zero3() == (stage == 3)
-    assert not made.is_offload()
-    gathers = made.get_value("zero_optimization.stage3_gather_16bit_weights_on_model_save")
-    assert gathers == (stage == 3)
-
-
 def test_an_existing_file_is_kept_unless_forced(tmp_path, capsys):
     file = tmp_path / "run.yaml"
     file.write_text("mine")

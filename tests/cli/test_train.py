@@ -16,7 +16,7 @@ import yaml
 from safetensors.torch import load_file
 
 from rotmole.training.callbacks.metrics import read_metrics
-from rotmole.training.checkpoints.seal import find_resume
+from rotmole.training.checkpoints.find import find_resume
 from rotmole.training.folder.lock import run_lock
 from rotmole_cli import main
 from training_cases import settings, write_data, write_model

@@ -13,7 +13,8 @@ import pytest
 import yaml
 
 from rotmole.training.callbacks.metrics import read_metrics
-from rotmole.training.checkpoints.seal import COMPLETE, checkpoints, faults
+from rotmole.training.checkpoints.find import checkpoints
+from rotmole.training.checkpoints.seal import COMPLETE, faults
 from training_cases import settings, write_data, write_model
 
 MOUNT = """

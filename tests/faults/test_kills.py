@@ -18,7 +18,8 @@ import pytest
 import yaml
 
 from rotmole.training.callbacks.metrics import TIMING_SUFFIXES, read_metrics
-from rotmole.training.checkpoints.seal import COMPLETE, checkpoints, faults, step_of
+from rotmole.training.checkpoints.find import checkpoints
+from rotmole.training.checkpoints.seal import COMPLETE, faults, step_of
 from training_cases import settings, write_data, write_model
 
 AIM = "import ctypes; ctypes.CDLL(None).kill_at({below!r}.encode(), {at}, {notes!r}.encode())"

@@ -13,8 +13,8 @@ from transformers import TrainerCallback
 
 from rotmole.training import build
 from rotmole.training.callbacks.metrics import TIMING_SUFFIXES, read_metrics
-from rotmole.training.checkpoints import saving
-from rotmole.training.checkpoints.seal import checkpoints, read_seal
+from rotmole.training.checkpoints import checkpoints as saving
+from rotmole.training.checkpoints.find import checkpoints
 from rotmole.training.run import TrainResult, train
 from rotmole_cli import main
 from training_cases import run_file
@@ -85,7 +85,6 @@ def test_a_cut_validation_is_made_up_for_to_the_last_bit(once, tmp_path, step):
     assert (cut.interrupted, cut.steps, cut.adapter_dir) == (signal.SIGTERM, step, None)
     newest = checkpoints(tmp_path / "cut")[-1]
     assert newest.name == f"checkpoint-{step}"
-    assert read_seal(newest)["validation_owed"] is True
     assert not any("eval_loss" in row and row["step"] == step for row in comparable(cut.run_dir))
     resumed = once(tmp_path / "cut", resume="auto")
     assert resumed.interrupted is None
@@ -123,17 +122,16 @@ def test_a_stop_writes_one_checkpoint_and_leaves_it_in_peace(once, tmp_path, mon
     assert all((value == theirs[name]).all() for name, value in ours.items())
 
 
-def test_a_second_cut_keeps_what_is_owed(once, tmp_path):
+def test_a_second_cut_validates_once_more(once, tmp_path):
     for resume in (None, "auto", "auto"):
         strike = Strike(2)
         cut = once(tmp_path / "cut", strike, resume=resume)
         assert (cut.interrupted, cut.steps) == (signal.SIGTERM, 2)
         assert strike.batches in (3, 4)
-        (checkpoint,) = checkpoints(tmp_path / "cut")
-        assert read_seal(checkpoint)["validation_owed"] is True
+        assert [path.name for path in checkpoints(tmp_path / "cut")] == ["checkpoint-2"]
 
 
-def test_a_best_that_the_owed_validation_finds_is_the_result(once, tmp_path):
+def test_a_best_that_the_late_validation_finds_is_the_result(once, tmp_path):
     """The highest loss counts as the best here, so the first validation finds it."""
     more = {"metric_for_best_model": "eval_loss", "greater_is_better": True}
     straight = once(tmp_path / "straight", **more)

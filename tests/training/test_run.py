@@ -14,7 +14,7 @@ from rotmole.config.load import load_run
 from rotmole.errors import InputError, NonFiniteError
 from rotmole.evaluation.target import find_target
 from rotmole.training.callbacks.metrics import TIMING_SUFFIXES, read_metrics
-from rotmole.training.checkpoints.seal import checkpoints
+from rotmole.training.checkpoints.find import checkpoints
 from rotmole.training.folder.layout import UNFINISHED
 from rotmole.training.run import TrainResult, train
 from training_cases import run_file

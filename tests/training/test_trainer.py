@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import inspect
+from contextlib import contextmanager
 
 import pytest
 import torch
 from transformers import Trainer
 
 from rotmole.errors import ConfigError, NonFiniteError
-from rotmole.training import trainer as trainer_module
 from rotmole.training.build import build
+from rotmole.training.checkpoints.checkpoints import Checkpoints
 from rotmole.training.finite import first_nonfinite
 from rotmole.training.order import EpochSampler
+from rotmole.training.trainer import RotMoleTrainer
+from rotmole.training.validation import ValidatingTrainer
 from training_cases import run_file
 
 
@@ -63,7 +66,7 @@ def test_a_batch_without_a_learnt_token_has_loss_zero(built):
 
 def test_a_model_that_cannot_skip_positions_is_trained_all_the_same(built):
     ours = built.trainer.compute_loss(built.model, batch(built))
-    built.trainer.can_skip_positions = False
+    built.trainer.accepts_logits_to_keep = False
     torch.testing.assert_close(built.trainer.compute_loss(built.model, batch(built)), ours)
 
 
@@ -166,22 +169,58 @@ def test_a_loss_that_is_not_finite_stops_at_once_and_names_the_layer(built):
 
 def test_a_checkpoint_is_written_once_for_each_log_and_try(built, monkeypatch):
     """Auto find batch size tries anew with other weights; a later log changes the sums it holds."""
-    trainer, done = built.trainer, []
-    monkeypatch.setattr(trainer_module, "whole_checkpoint", lambda _: nullcontext())
-    monkeypatch.setattr(trainer_module, "seal_again", lambda *_: done.append("told"))
-    monkeypatch.setattr(Trainer, "_save_checkpoint", lambda *_: done.append("written"))
-    monkeypatch.setattr(Trainer, "_inner_training_loop", lambda *_: None)
+    trainer, written = built.trainer, []
+
+    @contextmanager
+    def save_nothing(checkpoints, trainer, log):
+        yield
+        checkpoints.last_saved = trainer.state.global_step, trainer._globalstep_last_logged
+
+    monkeypatch.setattr(Checkpoints, "save", save_nothing)
+    monkeypatch.setattr(Trainer, "_save_checkpoint", lambda *_: written.append(1))
     trainer.state.global_step, trainer._globalstep_last_logged = 3, 2
 
-    def save() -> None:
+    def saves() -> int:
+        written.clear()
         trainer._save_checkpoint(built.model, None)
+        return len(written)
 
-    save()
-    save()
-    assert done == ["written", "told"]
+    assert [saves(), saves()] == [1, 0]
     trainer._globalstep_last_logged = 3
-    save()
-    assert done[2:] == ["written"]
-    trainer._inner_training_loop()
-    save()
-    assert done[3:] == ["written"]
+    assert [saves(), saves()] == [1, 0]
+    trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
+    assert saves() == 1
+
+
+def test_deepspeed_is_refused_in_one_sentence(model_folder, data_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ConfigError, match="launched with DeepSpeed, which is not supported"):
+        build(run_file(model_folder, data_folder, tmp_path))
+
+
+OVERRIDDEN = {
+    "_get_train_sampler": "(self, train_dataset",
+    "_save_checkpoint": "(self, model, trial",
+    "_load_best_model": "(self",
+    "_load_from_checkpoint": "(self, resume_from_checkpoint",
+    "_load_optimizer_and_scheduler": "(self, checkpoint",
+    "_load_scaler": "(self, checkpoint",
+    "_load_rng_state": "(self, checkpoint",
+    "_evaluate": "(self, trial, ignore_keys_for_eval, skip_scheduler",
+    "_determine_best_metric": "(self, metrics, trial",
+}
+"""Private methods of transformers' Trainer that ours overrides, and their parameters."""
+
+
+def test_the_private_methods_that_are_overridden_are_those_upstream_has():
+    """A release that renames one, or changes its parameters, fails here and not in a run."""
+    ours = {
+        name
+        for kind in (RotMoleTrainer, ValidatingTrainer)
+        for name, value in vars(kind).items()
+        if name.startswith("_") and not name.startswith("__") and callable(value)
+    }
+    assert ours == set(OVERRIDDEN)
+    for name, parameters in OVERRIDDEN.items():
+        signature = inspect.signature(getattr(Trainer, name)).parameters
+        assert "(" + ", ".join(signature) == parameters, name

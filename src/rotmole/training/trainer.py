@@ -26,7 +26,7 @@ from rotmole.models.memory import peak_rss_bytes
 from rotmole.optim import RiemannianAdamW, RiemannianSGD, parameter_groups
 from rotmole.optim.riemannian import DELTA
 from rotmole.training.callbacks.balance import balance_logs
-from rotmole.training.checkpoints.checkpoints import Checkpoints
+from rotmole.training.checkpoints.checkpoints import Checkpoints, CheckpointsCallback
 from rotmole.training.checkpoints.rates import forward_schedule, keep_rates
 from rotmole.training.checkpoints.seal import faults
 from rotmole.training.finite import Fault, agreed_fault
@@ -70,6 +70,7 @@ class RotMoleTrainer(ValidatingTrainer):
         self.checkpoints = checkpoints or Checkpoints(Path(self.args.output_dir))
         self.checkpoints.keep = self.args.save_total_limit
         self.args.save_total_limit = None  # Checkpoints prunes
+        self.add_callback(CheckpointsCallback(self, self.checkpoints))
         self.micro_batches: list[tuple[dict[str, Any], torch.Tensor]] = []
         self.fault: Fault | None = None
         self.update_tokens: torch.Tensor | None = None

@@ -11,17 +11,9 @@ from safetensors.torch import save_file
 
 from checkpoint_cases import FILES, STATE, checkpoint, unfinished
 from rotmole.errors import InputError, StorageError
-from rotmole.training.checkpoints.saving import nothing_half_written
-from rotmole.training.checkpoints.seal import (
-    COMPLETE,
-    begin,
-    checkpoints,
-    faults,
-    find_resume,
-    prune,
-    remove,
-    seal,
-)
+from rotmole.training.checkpoints.find import checkpoints, find_resume, prune
+from rotmole.training.checkpoints.seal import COMPLETE, begin, faults, remove, seal
+from rotmole.training.checkpoints.write import nothing_half_written
 
 
 def empty(path):

@@ -16,7 +16,8 @@ from transformers import TrainerCallback
 from rotmole.config.load import load_run
 from rotmole.errors import InputError, NonFiniteError
 from rotmole.training.callbacks.metrics import TIMING_SUFFIXES, read_metrics
-from rotmole.training.checkpoints.seal import checkpoints, faults, read_seal, seal, step_of
+from rotmole.training.checkpoints.find import checkpoints
+from rotmole.training.checkpoints.seal import faults, read_seal, seal, step_of
 from rotmole.training.run import TrainResult, train
 from training_cases import run_file, settings
 

@@ -13,8 +13,7 @@ import pytest
 
 import rotmole
 from rotmole.errors import InputError, StorageError
-from rotmole.training.folder import lock
-from rotmole.training.folder.lock import LOCK, run_lock
+from rotmole.training.folder.lock import LOCK, OWNER, run_lock
 
 BARE = f"""
 import os, sys, time, types
@@ -22,7 +21,7 @@ from pathlib import Path
 sys.modules["rotmole"] = package = types.ModuleType("rotmole")  # not all that PEFT brings
 package.__path__ = {list(rotmole.__path__)!r}
 from rotmole.errors import InputError
-from rotmole.training.lock import run_lock
+from rotmole.training.folder.lock import run_lock
 """
 HOLD = """
 with run_lock(Path(sys.argv[1])):
@@ -58,7 +57,7 @@ def test_a_second_run_is_refused_until_the_first_is_dead(tmp_path, how):
         process.kill()
         process.wait()
         with run_lock(tmp_path):
-            assert re.search(rf'"pid": {os.getpid()},', (tmp_path / LOCK).read_text())
+            assert re.search(rf'"pid": {os.getpid()},', (tmp_path / OWNER).read_text())
     finally:
         if worker:
             os.kill(worker, signal.SIGKILL)
@@ -90,19 +89,30 @@ def test_a_file_in_the_way_is_a_storage_error(tmp_path):
         pass
 
 
-def test_a_lock_on_a_file_that_its_owner_just_removed_is_none(tmp_path, monkeypatch):
-    """Whoever opened the file before that would hold a lock that no newcomer sees."""
-    real, calls = lock._lock, []
+HAMMER = """
+import time
+folder, runs = Path(sys.argv[1]), 0
+end = time.monotonic() + 3
+while time.monotonic() < end:
+    try:
+        with run_lock(folder):
+            with open(folder / "inside", "x"):  # fails if another process is inside
+                pass
+            (folder / "inside").unlink()
+            runs += 1
+    except InputError:
+        pass
+print(runs)
+"""
 
-    def leave_first(handle: int, path: Path) -> None:
-        if not calls:
-            path.unlink()
-        calls.append(handle)
-        real(handle, path)
 
-    monkeypatch.setattr(lock, "_lock", leave_first)
-    with run_lock(tmp_path):
-        assert (tmp_path / LOCK).is_file()
-        with pytest.raises(InputError, match="in use"), run_lock(tmp_path):
-            pass
-    assert len(calls) == 3
+def test_processes_that_come_and_go_are_never_inside_together(tmp_path):
+    """The lock's file is removed while others open it."""
+    words = [sys.executable, "-c", BARE + HAMMER, str(tmp_path)]
+    processes = [
+        subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    ended = [process.communicate(timeout=60) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], [err for _, err in ended]
+    assert sum(int(out) for out, _ in ended) > 3

@@ -105,7 +105,6 @@ class Checkpoints:
         state = TrainerState.load_from_json(str(self.origin / "trainer_state.json"))
         # otherwise it would be made again at every resume
         trainer.args.eval_on_start = validation_is_missing(trainer.args, state)
-        trainer.add_callback(_ResumeCallback(trainer, self))
 
     def best_place(self, trainer: Trainer) -> Path | None:
         """Return where the best checkpoint of a resumed run lies now, None if it is lost.
@@ -164,8 +163,8 @@ class Checkpoints:
             )
 
 
-class _ResumeCallback(TrainerCallback):
-    """Take up what a checkpoint holds besides the trainer's own state."""
+class CheckpointsCallback(TrainerCallback):
+    """When training begins, take up what origin holds besides the trainer's own state."""
 
     def __init__(self, trainer: Trainer, checkpoints: Checkpoints) -> None:
         self.trainer, self.checkpoints = trainer, checkpoints
@@ -175,7 +174,9 @@ class _ResumeCallback(TrainerCallback):
     ) -> None:
         """Restore, after the trainer has set its sums to zero."""
         checkpoints = self.checkpoints
-        assert checkpoints.origin is not None
+        checkpoints.last_saved = None  # auto_find_batch_size begins again with other weights
+        if checkpoints.origin is None:
+            return
         state.compute_steps(args, state.max_steps)  # the checkpoint's own would prevail
         checkpoints.restore_best(self.trainer)
         if checkpoints.weights_only or not restore_sums(self.trainer, checkpoints.origin):
