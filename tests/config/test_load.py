@@ -86,7 +86,7 @@ training: {lerning_rate: 1, packing: true, optim: adamw_troch, max_steps: two, b
            per_device_train_batch_size: 0}
 evaluation: {split: dev}
 """
-    found = problems("foo", "seed=-1", text=text)
+    sentences = problems("foo", "seed=-1", text=text)
     expected = [
         "'foo' is not of the form key=value",
         "seed: -1 must be at least 0",
@@ -116,9 +116,9 @@ evaluation: {split: dev}
         "evaluation.split is 'dev'; it must be one of train, validation, test",
     ]
     for words in expected:
-        assert any(words in problem for problem in found), words
-    assert len(found) == len(expected) - 2  # two suggestions stand beside their mistakes
-    assert len(set(found)) == len(found)
+        assert any(words in problem for problem in sentences), words
+    assert len(sentences) == len(expected) - 2  # two suggestions stand beside their mistakes
+    assert len(set(sentences)) == len(sentences)
 
 
 @pytest.mark.parametrize(

@@ -35,9 +35,9 @@ from rotmole.errors import ConfigError
     ],
 )
 def test_scalars_mean_what_they_look_like(text, value):
-    found = parse_yaml(f"key: {text}", "x")["key"]
-    assert found == value
-    assert type(found) is type(value)
+    parsed = parse_yaml(f"key: {text}", "x")["key"]
+    assert parsed == value
+    assert type(parsed) is type(value)
 
 
 @pytest.mark.parametrize(
@@ -79,9 +79,9 @@ NUMBERS = st.from_regex(r"[-+]?[0-9]{0,3}\.?[0-9]{0,2}[eE_xo:]?[-+]?[0-9]{1,3}",
 @example("0E0")
 @example("1234e56")  # a short git commit, as model.revision may be
 def test_what_is_written_comes_back(value):
-    found = parse_yaml(write_yaml(value), "x")
-    assert found == value
-    assert type(found) is type(value)
+    parsed = parse_yaml(write_yaml(value), "x")
+    assert parsed == value
+    assert type(parsed) is type(value)
 
 
 @given(value=PLAIN | NUMBERS)

@@ -26,7 +26,7 @@ BROKEN: list[tuple[dict[str, object], str]] = [
     ({"rotation": "plane", "r": 2}, "at least 3; r is 2"),
     ({"rotation": "cayley", "r": 17}, "at most 16; r is 17"),
     ({"rotation": "givens", "r": 4, "rotation_planes": 3}, "rotation_planes is 3; r=4 has 2"),
-    ({"rotation_input": "z"}, "rotation_input is 'z'; only bias"),
+    ({"rotation_input": "z"}, "rotation_input is 'z' but rotation is 'tangent'; only bias can"),
     ({"rotation": "givens", "rotation_metric": "output"}, "rotation_metric is 'output'"),
     ({"router_aux_loss_coef": -0.1}, "router_aux_loss_coef is -0.1"),
     ({"router_aux_loss_scope": "batch"}, "router_aux_loss_scope is 'batch'"),
@@ -113,6 +113,6 @@ def test_a_setting_without_effect_warns_by_name(settings: dict[str, object], sen
 def test_a_notice_points_at_the_line_that_makes_the_configuration(
     settings: dict[str, object], notice: str
 ) -> None:
-    with pytest.warns(UserWarning, match=notice) as found:
+    with pytest.warns(UserWarning, match=notice) as record:
         RotMoleConfig(**settings)
-    assert {warning.filename for warning in found} == {__file__}
+    assert {warning.filename for warning in record} == {__file__}

@@ -76,10 +76,10 @@ def test_expert_e_is_adapter_e_and_adds_nothing_where_that_has_no_module(
 ) -> None:
     model = RotMoleModel.from_adapters(tiny.llama(), two, trainable=trainable)
     wanted = [deltas(folder) for folder in two]
-    found = layers(model)
-    assert found.keys() == wanted[0].keys() | wanted[1].keys()
-    assert {e.experts("default").expert_A.shape[1] for e in found.values()} == {2, 3, 4}
-    for name, layer in found.items():
+    adapted = layers(model)
+    assert adapted.keys() == wanted[0].keys() | wanted[1].keys()
+    assert {e.experts("default").expert_A.shape[1] for e in adapted.values()} == {2, 3, 4}
+    for name, layer in adapted.items():
         experts = layer.experts("default")
         for number, delta in enumerate(wanted):
             product = experts.spec.scale * (experts.expert_A[number].T @ experts.expert_B[number]).T

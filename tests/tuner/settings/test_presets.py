@@ -41,8 +41,8 @@ def adapted(name: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> 
 
 
 def all_experts(model: PeftModel) -> list[Experts]:
-    found = [m for m in model.modules() if isinstance(m, RotMoleLayer)]
-    return [layer.experts("default") for layer in found]
+    adapted = [m for m in model.modules() if isinstance(m, RotMoleLayer)]
+    return [layer.experts("default") for layer in adapted]
 
 
 @torch.no_grad()
@@ -72,12 +72,12 @@ def test_it_starts_at_the_base_model(name: str) -> None:
     tensor otherwise if they do not fill its vector registers.
     """
     ids = tiny.tokens(4, 8)
-    found, plain = logits(adapted(name), ids), logits(base(), ids)
+    outputs, plain = logits(adapted(name), ids), logits(base(), ids)
     if name == "goat":
-        distance = (found - plain).norm(dim=-1) / plain.norm(dim=-1)
+        distance = (outputs - plain).norm(dim=-1) / plain.norm(dim=-1)
         assert 0 < distance.max() < 0.05
     else:
-        assert torch.equal(found, plain)
+        assert torch.equal(outputs, plain)
 
 
 @every_preset
@@ -98,8 +98,8 @@ def test_batch_padding_cache_and_later_tokens_change_nothing(name: str) -> None:
     model = stir(adapted(name, torch.float64))
     expected = logits(model)
 
-    def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
-        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+    def close(outputs: torch.Tensor, wanted: torch.Tensor) -> None:
+        torch.testing.assert_close(outputs, wanted, rtol=1e-9, atol=1e-9)
 
     close(logits(model, IDS[:1]), expected[:1])
     padded = torch.cat([torch.zeros_like(IDS[:, :2]), IDS], dim=1)
@@ -111,8 +111,8 @@ def test_batch_padding_cache_and_later_tokens_change_nothing(name: str) -> None:
     close(logits(model, later)[:, :6], expected[:, :6])
     with torch.no_grad():
         first = model(input_ids=IDS[:, :5], use_cache=True)
-        rest = model(input_ids=IDS[:, 5:], past_key_values=first.past_key_values, use_cache=True)
-    close(torch.cat([first.logits, rest.logits], dim=1), expected)
+        last = model(input_ids=IDS[:, 5:], past_key_values=first.past_key_values, use_cache=True)
+    close(torch.cat([first.logits, last.logits], dim=1), expected)
 
 
 @every_preset

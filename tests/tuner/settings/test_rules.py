@@ -1,4 +1,4 @@
-"""Settings of the scaling gate: what is wrong is said by name, what does nothing warns."""
+"""Rules of the scaling gate: contradictions are named, and settings without effect warn."""
 
 from __future__ import annotations
 

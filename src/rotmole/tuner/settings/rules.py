@@ -55,10 +55,11 @@ def _rotation_rules(s: Settings, wrong: Names) -> Iterator[str]:
         for pattern, rank in s.rank_pattern.items():
             yield from _rank_rules(row, f"rank_pattern[{pattern!r}]", rank, s.rotation_planes)
     if s.rotation_input == "z" and not row.input_z:
-        yield f"rotation_input is 'z'; only bias defines it, rotation is {row.name!r}"
+        able = ", ".join(name for name, other in ROTATIONS.items() if other.input_z)
+        yield f"rotation_input is 'z' but rotation is {row.name!r}; only {able} can read z"
     if s.rotation_metric == "output" and not row.metric:
         able = ", ".join(name for name, other in ROTATIONS.items() if other.metric)
-        yield f"rotation_metric is 'output'; only {able} define it, rotation is {row.name!r}"
+        yield f"rotation_metric is 'output' but rotation is {row.name!r}; only {able} have it"
 
 
 def _rank_rules(row: Rotation, name: str, rank: int, planes: int | None) -> Iterator[str]:
@@ -89,7 +90,7 @@ def _start_rules(s: Settings, wrong: Names) -> Iterator[str]:
                 "the zeros of A, so set frozen: A"
             )
         if s.init_weights == "svd":
-            yield f"A_density is {s.A_density!r}; init_weights 'svd' gives a dense A"
+            yield f"A_density is {s.A_density!r} but init_weights is 'svd', whose A has no zeros"
     if s.init_weights == "svd" and s.router_scope == "block":
         yield (
             "init_weights is 'svd' but router_scope is 'block', which cannot subtract what the "
@@ -99,9 +100,9 @@ def _start_rules(s: Settings, wrong: Names) -> Iterator[str]:
 
 def _sharing_rules(s: Settings, wrong: Names) -> Iterator[str]:
     if s.share_A is True and s.init_weights == "svd":
-        yield "share_A is True; init_weights 'svd' starts each expert at an A of its own"
+        yield "share_A is True but init_weights is 'svd', which gives each expert a different A"
     if s.share_A is True and s.router == "magnitude":
-        yield "share_A is True; router 'magnitude' would give all experts the same score |A x|"
+        yield "share_A is True but router is 'magnitude'; all experts would have one score, |A x|"
 
 
 def _dispatch_rules(s: Settings, wrong: Names) -> Iterator[str]:
@@ -122,23 +123,23 @@ def _router_rules(s: Settings, wrong: Names) -> Iterator[str]:
     if "scoring" not in wrong and s.scoring not in row.scorings:
         yield (
             f"scoring is {s.scoring!r} but selection is {row.name!r}; that selection needs "
-            "probabilities that sum to one, so scoring: softmax, or selection: top_k or dense"
+            "probabilities that sum to one, so set scoring: softmax, or selection: top_k or dense"
         )
     biased = "router_bias_rate" not in wrong and s.router_bias_rate > 0
     if "router" not in wrong and ROUTERS[s.router].weight != "learned" and row.name != "top_k":
         yield (
-            f"router is {s.router!r} but selection is {row.name!r}; its scores say which "
-            "experts, not how much of each, so selection: top_k"
+            f"router is {s.router!r} but selection is {row.name!r}; its scores order the experts "
+            "but give them no weights, so set selection: top_k"
         )
     if biased and s.router == "hash":
         yield (
             f"router_bias_rate is {s.router_bias_rate} but router is 'hash'; a token's "
-            "experts are fixed by its id, so router_bias_rate: 0"
+            "experts are fixed by its id, so set router_bias_rate: 0"
         )
     if biased and row.name != "top_k":
         yield (
             f"router_bias_rate is {s.router_bias_rate} but selection is {row.name!r}; the "
-            "bias moves which experts are the K best, so selection: top_k"
+            "bias changes which K experts are selected, so set selection: top_k"
         )
 
 
@@ -161,7 +162,7 @@ def _sqrt_gate_rules(s: Settings, wrong: Names) -> Iterator[str]:
     if _mixes_outputs(s):
         yield (
             f"router_sqrt_gate is True but rotation is {s.rotation!r}, which mixes the "
-            "experts' outputs before they are weighed; choose another rotation"
+            "experts' outputs before they are weighted; choose another rotation"
         )
     if s.router_scope == "block":
         yield "router_scope is 'block'; router_sqrt_gate is defined for single layers only"
@@ -175,15 +176,15 @@ def _block_rules(s: Settings, wrong: Names) -> Iterator[str]:
     sums_to_one = s.selection in ("top_k", "dense", "top_p") and s.router != "magnitude"
     if not sums_to_one or not (s.norm_topk_prob or constant):
         yield (
-            "router_scope is 'block', where whole feed-forward blocks are weighed, so a token's "
+            "router_scope is 'block', which weights whole feed-forward blocks, so a token's "
             "weights must sum to one; that needs selection top_k, dense or top_p with "
             f"norm_topk_prob (here: selection {s.selection!r}, norm_topk_prob "
             f"{s.norm_topk_prob!r}, router {s.router!r})"
         )
     if _mixes_outputs(s):
         yield (
-            f"router_scope is 'block' but rotation is {s.rotation!r}, which lets experts' "
-            "outputs turn each other within one layer; choose another rotation"
+            f"router_scope is 'block' but rotation is {s.rotation!r}, in which the experts' "
+            "outputs of one layer rotate each other; choose another rotation"
         )
 
 
