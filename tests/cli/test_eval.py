@@ -166,14 +166,14 @@ def test_an_adapter_alone_needs_data(shared, tmp_path):
     save_adapter(shared, tmp_path / "far" / "lone")
     with pytest.raises(ConfigError, match=r"lies in no run folder, .* give --config"):
         evaluate(tmp_path / "far" / "lone")
-    with pytest.raises(ConfigError, match=r"'evaluation\.limit=3' needs a run file"):
+    with pytest.raises(ConfigError, match=r"'evaluation\.limit=3' changes a run file"):
         evaluate(tmp_path / "far" / "lone", limit=3)
 
 
 def test_a_run_folder_without_adapter(place):
     (place / "run").mkdir()
     (place / "run" / "run.yaml").write_text((place / "run.yaml").read_text(), encoding="utf-8")
-    with pytest.raises(AdapterError, match="holds no adapter"):
+    with pytest.raises(AdapterError, match="contains no adapter"):
         evaluate(place / "run")
 
 

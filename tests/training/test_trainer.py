@@ -195,7 +195,7 @@ def test_a_checkpoint_is_written_once_for_each_log_and_try(built, monkeypatch):
 def test_deepspeed_is_refused_in_one_sentence(model_folder, data_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(ConfigError, match="launched with DeepSpeed, which is not supported"):
-        build(run_file(model_folder, data_folder, tmp_path))
+        run_file(model_folder, data_folder, tmp_path)
 
 
 OVERRIDDEN = {
@@ -218,9 +218,9 @@ def test_the_private_methods_that_are_overridden_are_those_upstream_has():
         name
         for kind in (RotMoleTrainer, ValidatingTrainer)
         for name, value in vars(kind).items()
-        if name.startswith("_") and not name.startswith("__") and callable(value)
+        if name.startswith("_") and hasattr(Trainer, name) and not hasattr(object, name)
     }
-    assert ours == set(OVERRIDDEN)
+    assert ours - {"__module__", "__annotations__"} == set(OVERRIDDEN)
     for name, parameters in OVERRIDDEN.items():
         signature = inspect.signature(getattr(Trainer, name)).parameters
         assert "(" + ", ".join(signature) == parameters, name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -185,6 +186,11 @@ def check_training(
     passed, problems = check_fields(values, training_hints(), REFUSED, "training")
     problems += _range_problems(passed)
     problems += _pair_problems(passed, model, has_validation)
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        problems.append(
+            "training: the run was launched with DeepSpeed, which is not supported; launch it with "
+            "FSDP2 (docs/scale.md) or as ordinary processes (torchrun)"
+        )
     if not problems:
         problems += _library_problems(arguments(passed, "run", 0, model, has_validation))
     return passed, problems

@@ -53,9 +53,6 @@ class RotMoleTrainer(ValidatingTrainer):
         optimizer_section: learning rates by role.
         checkpoints: those of the run; None begins anew in args.output_dir.
         kwargs: as Trainer's; eval_dataset may be {task: rows}.
-
-    Raises:
-        ConfigError: the process was launched with DeepSpeed.
     """
 
     def __init__(
@@ -76,13 +73,9 @@ class RotMoleTrainer(ValidatingTrainer):
         self.update_tokens: torch.Tensor | None = None
 
     def create_accelerator_and_postprocess(self) -> None:
-        """As Trainer's; FSDP that is asked for happens on CPUs too, DeepSpeed is refused."""
-        if self.args.deepspeed or _is_set("ACCELERATE_USE_DEEPSPEED"):
-            raise ConfigError(
-                "the run was launched with DeepSpeed, which is not supported; launch it with FSDP2 "
-                "(docs/scale.md) or as ordinary processes (torchrun)."
-            )
-        if self.args.use_cpu and (self.args.fsdp or _is_set("ACCELERATE_USE_FSDP")):
+        """As Trainer's; FSDP that is asked for happens on CPUs too."""
+        launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+        if self.args.use_cpu and (self.args.fsdp or launched):
             allow_sharding_on_cpus()
         super().create_accelerator_and_postprocess()
         if self.args.use_cpu:
@@ -279,10 +272,6 @@ class RotMoleTrainer(ValidatingTrainer):
             logs["num_input_tokens_seen"] = seen
             logs["train_tokens_per_second"] = since / max(logs.get("train_runtime", 0.0), 1e-9)
         super().log(logs, start_time)
-
-
-def _is_set(variable: str) -> bool:
-    return os.environ.get(variable, "false").lower() == "true"
 
 
 def groups_of(

@@ -38,8 +38,8 @@ def test_collapse_is_logged_and_said_once(
     caplog: pytest.LogCaptureFixture,
     collapsed: bool,
 ) -> None:
-    run = run_file(model_folder, data_folder, tmp_path / "run", max_steps=6)
-    run.adapter["router_aux_loss_coef"] = 0.0
+    folders = model_folder, data_folder, tmp_path / "run"
+    run = run_file(*folders, "adapter.router_aux_loss_coef=0.0", max_steps=6)
     run.optimizer.scaling_gate_lr = 0.0
     trainer = build(run).trainer
     collapse(trainer, 0.0 if collapsed else 50.0)

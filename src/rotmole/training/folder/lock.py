@@ -30,14 +30,14 @@ def run_lock(run_dir: Path) -> Iterator[None]:
     is_new = not run_dir.exists()
     make_folder(run_dir)
     lock = FileLock(run_dir / LOCK, timeout=0)
-    try:
-        with storage_errors(run_dir / LOCK):
+    with storage_errors(run_dir / LOCK):
+        try:
             lock.acquire()
-    except Timeout:
-        raise InputError(
-            f"output_dir {str(run_dir)!r} is in use by another run{_owner(run_dir)}; wait for it, "
-            "stop it, or choose another output_dir."
-        ) from None
+        except Timeout:  # an OSError too
+            raise InputError(
+                f"output_dir {str(run_dir)!r} is in use by another run{_owner(run_dir)}; wait for "
+                "it, stop it, or choose another output_dir."
+            ) from None
     try:
         since = datetime.now(timezone.utc).isoformat(timespec="seconds")
         owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
