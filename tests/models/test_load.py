@@ -81,7 +81,9 @@ def test_a_device_map(folder):
 
 def test_a_missing_device_is_named():
     absent = "mps" if not torch.backends.mps.is_available() else "cuda"
-    with pytest.raises(ModelError, match=rf"'{absent}' is not available on this machine, which has .*cpu"):
+    with pytest.raises(
+        ModelError, match=rf"'{absent}' is not available on this machine, which has .*cpu"
+    ):
         choose_device(ModelSection(device=absent))
 
 

@@ -165,7 +165,7 @@ def test_a_finished_run_that_goes_on_is_unfinished_until_it_ends(
         run(6, "auto", callbacks=[Dies(5)])
     with pytest.raises(InputError, match="an unfinished run with checkpoint checkpoint-4"):
         run(6)
-    with pytest.warns(UserWarning, match="goes on beyond its adapter"):
+    with pytest.warns(UserWarning, match="was continued but did not finish"):
         find_target(tmp_path)
     run(6, "auto")
     assert not (tmp_path / UNFINISHED).exists()
