@@ -133,7 +133,9 @@ def test_a_package_that_only_training_needs_is_named(
     path = run_file(tmp_path / "run.yaml", folder)
     assert main(["check", path, f"model.quantization={kind}"]) == 0
     shown = capsys.readouterr().out
-    assert f"note: training needs {package}, not installed here: pip install" in shown
+    assert (
+        f"note: training needs the package {package}, which is not installed: pip install" in shown
+    )
     assert f"{path} has no mistakes." in shown
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rotmole.cli.demo.command import OURS, TWIN, demo, make_jobs
+from rotmole.cli.demo.command import OURS, TWIN, clear_output, demo, make_jobs
 from rotmole.errors import InputError, RotMoleError
 from rotmole.training.folder.lock import run_lock
 from training_cases import write_model
@@ -67,21 +67,22 @@ def test_the_sides_differ_in_the_rotation_alone(overrides, tmp_path):
 
 
 def test_a_run_that_no_demo_made_is_not_removed(overrides, tmp_path):
+    jobs = make_jobs(tmp_path, 3, 1, overrides)
     folder = tmp_path / TWIN.lower()
     folder.mkdir()
     (folder / "manifest.json").touch()
-    with pytest.raises(InputError, match="holds a run that no demo made"):
-        make_jobs(tmp_path, 3, 1, overrides)
+    with pytest.raises(InputError, match="contains a run that no demo made"):
+        clear_output(tmp_path, jobs)
     (tmp_path / "demo.json").touch()
     with run_lock(folder), pytest.raises(InputError, match="in use by another run"):
-        make_jobs(tmp_path, 3, 1, overrides)
+        clear_output(tmp_path, jobs)
     assert (folder / "manifest.json").exists()
-    make_jobs(tmp_path, 3, 1, overrides)
+    clear_output(tmp_path, jobs)
     assert not folder.exists()
     (tmp_path / "demo.json").unlink()  # a demo that died before its end leaves its mark alone
     folder.mkdir()
     (folder / "manifest.json").touch()
-    make_jobs(tmp_path, 3, 1, overrides)
+    clear_output(tmp_path, jobs)
     assert not folder.exists()
 
 

@@ -137,7 +137,7 @@ def test_worked_examples_come_from_train(place, capsys):
 @pytest.mark.parametrize(
     ("override", "reason"),
     [
-        ("adapter.r=2", "scored as it was saved"),
+        ("adapter.r=2", "evaluated as it was saved"),
         ("training.learning_rate=1e-3", "nothing is trained"),
         ("optimizer.lora_plus_ratio=4", "nothing is trained"),
     ],
@@ -148,7 +148,7 @@ def test_an_override_that_cannot_act_is_told(place, override, reason):
 
 
 def test_a_split_that_only_some_tasks_have(place):
-    with pytest.warns(UserWarning, match="no rows in split 'train': mood"):
+    with pytest.warns(UserWarning, match="without rows in split 'train' are left out: mood"):
         assert evaluate(place / "run.yaml", split="train") == 0
 
 
@@ -164,7 +164,7 @@ def test_an_unknown_split(place):
 
 def test_an_adapter_alone_needs_data(shared, tmp_path):
     save_adapter(shared, tmp_path / "far" / "lone")
-    with pytest.raises(ConfigError, match=r"lies in no run folder, .* give --config"):
+    with pytest.raises(ConfigError, match=r"is not in a run folder, .* add --config"):
         evaluate(tmp_path / "far" / "lone")
     with pytest.raises(ConfigError, match=r"'evaluation\.limit=3' changes a run file"):
         evaluate(tmp_path / "far" / "lone", limit=3)

@@ -84,7 +84,7 @@ def test_unreadable_prompts(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="not UTF-8"):
         read_prompts(None, tmp_path / "latin.txt")
     monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
-    with pytest.raises(InputError, match="holds no prompt"):
+    with pytest.raises(InputError, match="contains no prompt"):
         read_prompts(None, None)
 
 

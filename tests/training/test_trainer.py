@@ -202,7 +202,7 @@ OVERRIDDEN = {
     "_get_train_sampler": "(self, train_dataset",
     "_save_checkpoint": "(self, model, trial",
     "_load_best_model": "(self",
-    "_load_from_checkpoint": "(self, resume_from_checkpoint",
+    "_load_from_checkpoint": "(self, resume_from_checkpoint, model",
     "_load_optimizer_and_scheduler": "(self, checkpoint",
     "_load_scaler": "(self, checkpoint",
     "_load_rng_state": "(self, checkpoint",

@@ -1,4 +1,4 @@
-"""``rotmole check``: every mistake at once, then what the run will cost."""
+"""``rotmole check``: all mistakes of a run file at once, or else the cost of the run."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 from rotmole.config.load import load_run, sft_arguments
 from rotmole.config.schema import RunFile
 from rotmole.data import Example, data_problems, encode_all, load_examples
+from rotmole.data.encode import IGNORED
 from rotmole.models.builtin import built_in_named
 from rotmole.models.load import load_tokenizer
 from rotmole.models.memory import MemoryEstimate, estimate_memory, resident_bytes
@@ -30,7 +31,10 @@ def check(path: Path, overrides: Sequence[str], *, trust_remote_code: bool = Fal
     run = load_run(path, overrides, data_problems=data_problems, model_problems=fits)
     package = QUANTIZATION_PACKAGE.get(run.model.quantization)
     if package and find_spec(package) is None:
-        print(f"note: training needs {package}, not installed here: pip install 'rotmole[quant]'")
+        print(
+            f"note: training needs the package {package}, which is not installed: "
+            "pip install 'rotmole[quant]'"
+        )
     device = choose_device(run.model)
     dtype = choose_dtype(run.model, device)
     model = preview(run.model, run.adapter_config, dtype, trust_remote_code=trust_remote_code)
@@ -41,7 +45,7 @@ def check(path: Path, overrides: Sequence[str], *, trust_remote_code: bool = Fal
         print(f"            {built_in.note}")
     _print_modules(model)
     longest = _print_tokens(run, load_tokenizer(run.model, trust_remote_code=trust_remote_code))
-    importlib.import_module("rotmole.training.build")  # what training imports counts as well
+    importlib.import_module("rotmole.training.build")  # so resident_bytes counts its imports
     settings = sft_arguments(run)
     batch = settings["per_device_train_batch_size"]
     estimate = estimate_memory(
@@ -70,23 +74,24 @@ def _print_modules(model: Any) -> None:
 def _print_tokens(run: RunFile, tokenizer: Any) -> int:
     """Print the table of tokens by task; return the length of the longest training row."""
     limit = run.training.get("max_length", sft_arguments(run)["max_length"]) or 1 << 30
-    columns = f"{'rows':>8}{'tokens':>11}{'learnt':>11}{'longest':>9}"
+    columns = f"{'rows':>8}{'tokens':>11}{'with loss':>11}{'longest':>9}"
     print(f"tokens      {'task':<20}{'split':<12}{columns}")
     longest = 1
     for split in ("train", "validation"):
         examples = load_examples(run.data, split, seed=run.seed, tokenizer=tokenizer)
         for task, rows in examples.items():
             if rows:
-                found = _print_task(task, split, rows, tokenizer, limit)
-                longest = max(longest, found) if split == "train" else longest
+                length = _print_task(task, split, rows, tokenizer, limit)
+                longest = max(longest, length) if split == "train" else longest
     return longest
 
 
 def _print_task(task: str, split: str, rows: Sequence[Example], tokenizer: Any, limit: int) -> int:
+    """Print one line of the table of tokens; return the length of the longest row."""
     encoded = encode_all(rows, tokenizer, max_length=limit)
     lengths = [len(row["input_ids"]) for row in encoded]
-    learnt = sum(label != -100 for row in encoded for label in row["labels"])
-    numbers = f"{len(rows):>8,}{sum(lengths):>11,}{learnt:>11,}{max(lengths):>9,}"
+    labels = sum(label != IGNORED for row in encoded for label in row["labels"])
+    numbers = f"{len(rows):>8,}{sum(lengths):>11,}{labels:>11,}{max(lengths):>9,}"
     print(f"            {task:<20}{split:<12}{numbers}")
     return max(lengths)
 

@@ -1,4 +1,4 @@
-"""``rotmole doctor``: what is installed, what is missing, and what is wrong with an adapter."""
+"""``rotmole doctor``: what is installed or missing, and the problems of an adapter."""
 
 from __future__ import annotations
 
@@ -21,13 +21,10 @@ OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_
 
 
 def doctor(adapter: Path | None = None) -> int:
-    """Examine the installation, and an adapter folder if one is given.
-
-    Args:
-        adapter: an adapter folder, or None.
+    """Check the installation, and an adapter folder if one is given.
 
     Returns:
-        0 if all is well, 2 if something is missing or wrong.
+        0 if there are no problems, else 2.
     """
     problems = [*_packages(), *_registration()]
     _devices()
@@ -52,49 +49,52 @@ def _packages() -> list[str]:
     for extra, requirements in _requirements().items():
         missing = []
         for requirement in requirements:
-            if requirement.name in shown:  # an extra repeats those it builds on
+            if requirement.name in shown:  # extras that build on others repeat their packages
                 continue
             try:
-                found = version(requirement.name)
+                installed = version(requirement.name)
             except PackageNotFoundError:
                 missing.append(requirement.name)
                 continue
             shown.add(requirement.name)
-            fits = requirement.specifier.contains(found, prereleases=True)
+            fits = requirement.specifier.contains(installed, prereleases=True)
             wanted = str(requirement.specifier) or "any"
-            print(f"{requirement.name:<16}{found:<14}{wanted if fits else f'needs {wanted}'}")
+            print(f"{requirement.name:<16}{installed:<14}{wanted if fits else f'needs {wanted}'}")
             if not fits:
                 problems.append(
-                    f"{requirement.name} {found} is outside {wanted}: "
+                    f"{requirement.name} {installed} is outside {wanted}: "
                     f"pip install '{requirement.name}{wanted}'."
                 )
         if missing and extra:
             print(f"{'extra ' + extra:<16}missing       {', '.join(missing)}")
         elif missing:
-            problems.append(f"missing: pip install {' '.join(missing)}.")
+            problems.append(f"required packages are missing: pip install {' '.join(missing)}.")
     return problems
 
 
 def _requirements() -> dict[str, list[Requirement]]:
-    """Read rotmole's own requirements by extra; "" is what it always needs."""
-    found: dict[str, list[Requirement]] = {"": [Requirement("rotmole")]}
+    """Return rotmole's requirements by extra; "" are those without an extra."""
+    by_extra: dict[str, list[Requirement]] = {"": [Requirement("rotmole")]}
     for line in requires("rotmole") or []:
         requirement = Requirement(line)
         extras = str(requirement.marker or "").split("extra == ")
         extra = extras[1].strip("\"' )") if len(extras) > 1 else ""
         if requirement.name != "rotmole" and extra != "dev":
-            found.setdefault(extra, []).append(requirement)
-    return found
+            by_extra.setdefault(extra, []).append(requirement)
+    return by_extra
 
 
 def _registration() -> list[str]:
     from peft import PeftType
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    known = "ROTMOLE" in PeftType.__members__ and PeftType("ROTMOLE") in PEFT_TYPE_TO_CONFIG_MAPPING
-    print(f"{'PEFT method':<16}{'ROTMOLE is registered' if known else 'ROTMOLE is missing'}")
-    print(f"{'':<16}in your own programs `import rotmole` comes before an adapter is loaded")
-    return [] if known else ["`import rotmole` did not register ROTMOLE with this PEFT."]
+    is_method = "ROTMOLE" in PeftType.__members__
+    registered = is_method and PeftType("ROTMOLE") in PEFT_TYPE_TO_CONFIG_MAPPING
+    print(f"{'PEFT method':<16}ROTMOLE is {'registered' if registered else 'missing'}")
+    print(f"{'':<16}in your programs, write `import rotmole` before you load an adapter")
+    if registered:
+        return []
+    return ["`import rotmole` did not register ROTMOLE with PEFT; install another version of peft."]
 
 
 def _devices() -> None:
@@ -115,7 +115,7 @@ def _cache() -> list[str]:
         return [f"the cache {folder} cannot be written ({error.strerror}); set ROTMOLE_CACHE."]
     print(f"{'cache':<16}{folder}")
     for name, model in BUILT_IN.items():
-        ready = "ready" if built_in_folder(model).is_dir() else "fetched when first used"
+        ready = "ready" if built_in_folder(model).is_dir() else "downloaded when first used"
         print(f"{'':<16}{name}: {ready}")
     return []
 
@@ -134,13 +134,13 @@ def _adapter(folder: Path) -> list[str]:
     print(f"{'':<16}method {config['peft_type']}, base model {base}")
     if config["peft_type"] == "ROTMOLE":
         print(
-            f"{'':<16}load it after `import rotmole`; without that line PEFT says KeyError: "
+            f"{'':<16}load it after `import rotmole`; without that line PEFT raises KeyError: "
             "'ROTMOLE'"
         )
-    looks_local = base.startswith(("/", ".", "~"))
-    if looks_local and not Path(base).expanduser().exists() and built_in_named(base) is None:
+    is_path = base.startswith(("/", ".", "~"))
+    if is_path and not Path(base).expanduser().exists() and built_in_named(base) is None:
         return [
             f"the base model {base} named in {folder}/adapter_config.json is not on this machine; "
-            "give its folder or hub id where you load the adapter."
+            "when you load the adapter, give the base model's folder on this machine or its hub id."
         ]
     return []

@@ -1,32 +1,32 @@
-"""rotmole eval: figures of a run or an adapter, before beside after."""
+"""``rotmole eval``: figures of a run or an adapter, with and without the adapter."""
 
 from __future__ import annotations
 
 import json
 import sys
-import time
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from rotmole.cli.screen import note, progress
 from rotmole.config.schema import RunFile
 from rotmole.data import Example, load_examples
 from rotmole.errors import ConfigError
 from rotmole.evaluation import Report, to_json
 from rotmole.evaluation import evaluate as work
-from rotmole.evaluation.evaluate import Progress, task_metrics
-from rotmole.evaluation.render import footnotes, plain_text, rich_table, rows
+from rotmole.evaluation.evaluate import task_metrics
+from rotmole.evaluation.render import footnotes, print_table, rows
 from rotmole.evaluation.target import Target, find_target, load_target
 from rotmole.files import atomic_write_text, make_folder
 from rotmole.models.load import load_tokenizer
 from rotmole.processes import is_main_process, joined, same_everywhere
 
 RESULT = "evaluation.json"
-_IDLE = {
-    "adapter": "the adapter is scored as it was saved",
+_WITHOUT_EFFECT = {
+    "adapter": "the adapter is evaluated as it was saved",
     "training": "nothing is trained",
     "optimizer": "nothing is trained",
 }
@@ -42,68 +42,72 @@ def evaluate(
     *,
     trust_remote_code: bool = False,
 ) -> int:
-    """Score a target, print the table, and write evaluation.json.
+    """Evaluate a target, print the table, and write evaluation.json.
 
-    The file goes into the run folder, or beside an adapter that lies in none. Started by torchrun
-    and the like, the processes share the batches, and the first one alone speaks and writes.
+    The file is written to the run folder, or to the adapter's folder if that is not in one. If a
+    launcher such as torchrun starts several processes, they share the batches, and only the first
+    one prints and writes.
 
     Args:
         config: run file for an adapter folder.
-        split: train, validation or test; None takes evaluation.split.
-        limit: rows per task and group; None takes evaluation.limit.
+        split: train, validation or test; None means evaluation.split.
+        limit: rows per task and group; None means evaluation.limit.
+        as_json: print JSON instead of the table.
     """
     chosen = {"split": split, "limit": limit}
     given = [f"evaluation.{key}={value}" for key, value in chosen.items() if value is not None]
     for word in overrides:
-        reason = _IDLE.get(word.partition("=")[0].strip().partition(".")[0])
+        reason = _WITHOUT_EFFECT.get(word.partition("=")[0].strip().partition(".")[0])
         if reason:
             warnings.warn(f"{word} has no effect on eval, because {reason}.", stacklevel=2)
-    found = find_target(target, overrides=[*overrides, *given], config=config)
-    run = found.run
+    place = find_target(target, overrides=[*overrides, *given], config=config)
+    run = place.run
     if run is None:
         raise ConfigError(
-            f"{target} lies in no run folder, so there is no data to score it on; give "
+            f"{target} is not in a run folder, so there is no data to evaluate it on; add "
             "--config RUN.yaml."
         )
     examples, shown = _examples(run, trust_remote_code)
     metrics = {name: task.metrics for name, task in run.data.tasks.items()}
-    task_metrics(examples, metrics)  # mistakes are told before the model loads
-    speaks = is_main_process()
-    say = _note if speaks else lambda text: None
-    loaded = load_target(found, say=say, trust_remote_code=trust_remote_code)
+    task_metrics(examples, metrics)  # raises before the model is loaded, which takes long
+    is_main = is_main_process()
+    say = note if is_main else lambda text: None
+    loaded = load_target(place, say=say, trust_remote_code=trust_remote_code)
     options: dict[str, Any] = {
         "metrics_by_task": metrics,
         "demonstrations": shown,
         "seed": run.seed,
     }
-    with joined() as spread, _progress() if speaks else nullcontext() as progress:
+    with joined() as spread, progress() if is_main else nullcontext() as show:
         same_everywhere("model.dtype", loaded.model.dtype)
-        options |= {"progress": progress, "spread": spread}
+        options |= {"progress": show, "spread": spread}
         report = work(loaded.model, loaded.tokenizer, examples, run.evaluation, **options)
-    if speaks:
-        _deliver(report, _origin(found, loaded.name, loaded.note), found.folder, as_json=as_json)
+    if is_main:
+        _deliver(report, _origin(place, loaded.name, loaded.note), place.folder, as_json=as_json)
     return 0
 
 
 def _examples(
     run: RunFile, trust_remote_code: bool
 ) -> tuple[dict[str, list[Example]], dict[str, list[Example]]]:
-    """Rows to score, and the training rows to show in prompts."""
+    """Return the rows to evaluate, and the training rows for examples in prompts."""
     tokenizer = None
     if any(task.format == "messages" for task in run.data.tasks.values()):
-        tokenizer = load_tokenizer(
-            run.model, trust_remote_code=trust_remote_code
-        )  # its chat template renders the rows
+        # its chat template renders the rows
+        tokenizer = load_tokenizer(run.model, trust_remote_code=trust_remote_code)
     split = run.evaluation.split
     examples = load_examples(run.data, split, seed=run.seed, tokenizer=tokenizer)
     left_out = [name for name in run.data.tasks if not examples.get(name)]
     if len(left_out) == len(run.data.tasks):
         raise ConfigError(
-            f"no task has rows in split {split!r}; choose another with --split, or give the tasks "
-            "files for it."
+            f"no task has rows in split {split!r}; choose another one with --split, or give the "
+            "tasks files for it."
         )
     if left_out:
-        warnings.warn(f"left out, no rows in split {split!r}: {', '.join(left_out)}", stacklevel=2)
+        warnings.warn(
+            f"tasks without rows in split {split!r} are left out: {', '.join(left_out)}",
+            stacklevel=2,
+        )
     examples = {name: rows for name, rows in examples.items() if rows}
     if not run.evaluation.examples_in_prompt:
         return examples, {}
@@ -128,49 +132,7 @@ def _deliver(report: Report, origin: dict[str, Any], folder: Path, *, as_json: b
     if as_json:
         sys.stdout.write(text)
         return
-    lines = rows(report)
-    if sys.stdout.isatty():
-        from rich.console import Console
-
-        Console().print(rich_table(lines))
-    else:
-        print(plain_text(lines))
-    note = [f"model: {origin['note']}"] if origin["note"] else []
-    for line in [*footnotes(report), *note, f"written: {file}"]:
+    print_table(rows(report))
+    model_note = [f"model: {origin['note']}"] if origin["note"] else []
+    for line in [*footnotes(report), *model_note, f"written: {file}"]:
         print(line)
-
-
-def _note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    """A bar on a terminal, elsewhere a line every ten seconds and at each end."""
-    if not sys.stderr.isatty():
-        yield _line_progress()
-        return
-    from rich.console import Console
-    from rich.progress import Progress as Bar
-
-    with Bar(console=Console(stderr=True), transient=True) as bar:
-        jobs: dict[str, Any] = {}
-
-        def show(what: str, done: int, total: int) -> None:
-            if what not in jobs:
-                jobs[what] = bar.add_task(what, total=total)
-            bar.update(jobs[what], completed=done)
-
-        yield show
-
-
-def _line_progress() -> Progress:
-    last = time.monotonic()
-
-    def show(what: str, done: int, total: int) -> None:
-        nonlocal last
-        if done == total or time.monotonic() - last > 10:
-            last = time.monotonic()
-            _note(f"{what} {done}/{total}")
-
-    return show

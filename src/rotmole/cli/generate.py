@@ -1,4 +1,4 @@
-"""rotmole generate: continue prompts with a trained adapter, or with a base model."""
+"""``rotmole generate``: continue prompts with a trained adapter or a base model."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from rotmole.cli.screen import note
 from rotmole.errors import InputError
 from rotmole.evaluation import generate_text
 from rotmole.evaluation.target import find_target, load_target
@@ -24,20 +25,24 @@ def generate(
     *,
     trust_remote_code: bool = False,
 ) -> int:
-    """Print the continuation of each prompt, as it stands in the prompt, without any template.
+    """Print the continuation of each prompt; no template is applied to the prompts.
 
     Args:
-        prompt: one prompt; None reads `file`, or standard input.
-        file: prompts, one a line; blank lines are passed over.
-        max_new_tokens: longest continuation in tokens.
+        prompt: one prompt; None reads `file`, or standard input if `file` is None too.
+        file: prompts, one per line; blank lines are skipped.
+        max_new_tokens: the maximum length of a continuation in tokens.
         temperature: 0 is greedy.
         top_p: sample from the smallest set of tokens with at least this probability.
-        seed: of the sampling; each prompt starts from it anew.
+        seed: of the sampling, the same for each prompt.
+        stream: print each token at once.
     """
     prompts = read_prompts(prompt, file)
     if temperature == 0 and top_p < 1:
-        warnings.warn("top_p has no effect at temperature 0, which is greedy", stacklevel=2)
-    loaded = load_target(find_target(target), say=_note, trust_remote_code=trust_remote_code)
+        warnings.warn(
+            "top_p has no effect at temperature 0, which is greedy; set --temperature above 0",
+            stacklevel=2,
+        )
+    loaded = load_target(find_target(target), say=note, trust_remote_code=trust_remote_code)
     for index, text in enumerate(prompts):
         if index:
             print()  # a blank line between answers
@@ -57,17 +62,10 @@ def generate(
 
 
 def read_prompts(prompt: str | None, file: Path | None) -> list[str]:
-    """The prompts: the argument, else the file's lines, else the lines of standard input.
-
-    Args:
-        prompt: one prompt, taken as it is.
-        file: prompts, one a line.
-
-    Returns:
-        At least one prompt.
+    """Return the prompt, else the lines of the file, else the lines of standard input.
 
     Raises:
-        InputError: both or none were given, or the file cannot be read.
+        InputError: both or none are given, the file cannot be read, or all lines are blank.
     """
     if prompt is not None and file is not None:
         raise InputError(f"give a prompt or --file {file}, not both.")
@@ -82,12 +80,14 @@ def read_prompts(prompt: str | None, file: Path | None) -> list[str]:
         else:
             text = file.expanduser().read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"{name} is not UTF-8 text (byte {error.start}).") from None
+        raise InputError(
+            f"{name} is not UTF-8 text (byte {error.start}); save it as UTF-8."
+        ) from None
     except OSError as error:
         raise InputError(f"{name} cannot be read: {error.strerror}.") from error
     prompts = [line for line in text.splitlines() if line.strip()]
     if not prompts:
-        raise InputError(f"{name} holds no prompt; write one per line.")
+        raise InputError(f"{name} contains no prompt; write one per line.")
     return prompts
 
 
@@ -95,7 +95,3 @@ def _streamer(tokenizer: Any) -> Any:
     from transformers import TextStreamer
 
     return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-
-
-def _note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -1,9 +1,8 @@
-"""``rotmole methods``: the presets side by side, with what each would train and cost in a model."""
+"""``rotmole methods``: a table of the presets with their parameters and cost in a model."""
 
 from __future__ import annotations
 
 import json
-import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -15,14 +14,14 @@ import torch
 from rotmole.config.load import load_run
 from rotmole.config.schema import ModelSection
 from rotmole.errors import ConfigError
-from rotmole.evaluation.render import plain_text, rich_table
+from rotmole.evaluation.render import print_table
 from rotmole.models.preview import flops_per_token, matched, preview, trainable_by_role
 from rotmole.tuner.config import RotMoleConfig
 from rotmole.tuner.settings.presets import PRESETS, preset_fields
 
 SHARED = ("r", "rank_pattern", "target_modules", "exclude_modules", "layers_to_transform",
           "layers_pattern")  # fmt: skip
-"""Settings of a run that every method is counted with; what a preset sets itself stays."""
+"""Settings that all methods take from the run file, unless the preset sets them."""
 
 HEADER = ["method", "trained", "experts", "gates", "MFLOPs/token", "modules", "arXiv", "what it is"]
 
@@ -31,8 +30,8 @@ def methods(path: Path | None, overrides: Sequence[str], name: str | None, as_js
     """Print one line for each preset: trained parameters and what it adds to a forward pass.
 
     Args:
-        path: a run file; its model, modules and rank are used, and its own adapter comes first.
-        name: a model as in the run file's model.name, where there is no run file.
+        path: a run file, whose model, modules and rank are used; its adapter is the first line.
+        name: a model as in model.name of a run file, if there is no run file.
 
     Raises:
         ConfigError: wrong settings.
@@ -40,28 +39,29 @@ def methods(path: Path | None, overrides: Sequence[str], name: str | None, as_js
     """
     if path is not None and name is not None:
         raise ConfigError(
-            "give a run file or --model, not both; model.name=NAME changes the file's"
+            "give a run file or --model, not both; to change the file's model add model.name=NAME"
         )
-    found = []
+    entries = []
     if path is not None:
         run = load_run(path, overrides)
         section, adapter = run.model, run.adapter
-        found.append(_row("this run", section, lambda: run.adapter_config) | {"about": str(path)})
+        entry = _entry("this run", section, lambda: run.adapter_config)
+        entries.append(entry | {"about": str(path)})
     else:
         section, adapter = ModelSection(**({"name": name} if name else {})), {}
     shared = {"target_modules": "all-linear"} | {k: adapter[k] for k in SHARED if k in adapter}
-    for preset, entry in PRESETS.items():
-        fields = {"task_type": "CAUSAL_LM"} | shared | preset_fields(preset, {})
-        row = _row(preset, section, partial(RotMoleConfig, **fields))
-        found.append(row | {"arxiv": entry.paper, "about": entry.about})
+    for method, preset in PRESETS.items():
+        fields = {"task_type": "CAUSAL_LM"} | shared | preset_fields(method, {})
+        entry = _entry(method, section, partial(RotMoleConfig, **fields))
+        entries.append(entry | {"arxiv": preset.paper, "about": preset.about})
     if as_json:
-        print(json.dumps({"model": section.name, "methods": found}, indent=2))
+        print(json.dumps({"model": section.name, "methods": entries}, indent=2))
     else:
-        _print_table(section.name, found)
+        _print_methods(section.name, entries)
     return 0
 
 
-def _row(name: str, section: ModelSection, make: Callable[[], RotMoleConfig]) -> dict[str, Any]:
+def _entry(name: str, section: ModelSection, make: Callable[[], RotMoleConfig]) -> dict[str, Any]:
     """Count one method; one that does not fit the model says why in place of its figures."""
     try:
         with warnings.catch_warnings():
@@ -82,28 +82,25 @@ def _row(name: str, section: ModelSection, make: Callable[[], RotMoleConfig]) ->
     }
 
 
-def _print_table(model: str, found: Sequence[Mapping[str, Any]]) -> None:
+def _print_methods(model: str, entries: Sequence[Mapping[str, Any]]) -> None:
     lines = [list(HEADER)]
-    for row in found:
+    for entry in entries:
         figures = ["-"] * 5
-        if "problem" not in row:
-            millions = f"{row['flops_per_token'] / 1e6:.2f}"
-            counts = [f"{row[key]:,}" for key in ("trainable", "experts", "gates")]
-            figures = [*counts, millions, str(row["modules"])]
-        lines.append([row["method"], *figures, row.get("arxiv", ""), row["about"]])
+        if "problem" not in entry:
+            millions = f"{entry['flops_per_token'] / 1e6:.2f}"
+            counts = [f"{entry[key]:,}" for key in ("trainable", "experts", "gates")]
+            figures = [*counts, millions, str(entry["modules"])]
+        lines.append([entry["method"], *figures, entry.get("arxiv", ""), entry["about"]])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     numbers = range(1, 6)
     for line in lines:
         line[1:6] = [line[column].rjust(widths[column]) for column in numbers]
     print(f"model       {model}")
-    if sys.stdout.isatty():
-        from rich.console import Console
-
-        Console().print(rich_table(lines))
-    else:
-        print(plain_text(lines))
-    for row in found:
-        if "problem" in row:
-            print(f"{row['method']} does not fit this model: {row['problem']}")
-    print("gates included; MFLOPs are what the adapter adds to a token's forward pass")
-    print("use one: adapter: {preset: NAME} in a run file, or RotMoleConfig.preset(NAME)")
+    print_table(lines)
+    for entry in entries:
+        if "problem" in entry:
+            print(f"{entry['method']} does not fit this model: {entry['problem']}")
+    print(
+        "trained: parameters, gates included; MFLOPs/token: what a forward pass costs in addition"
+    )
+    print("to use one: adapter: {preset: NAME} in a run file, or RotMoleConfig.preset(NAME)")

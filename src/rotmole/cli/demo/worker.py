@@ -1,4 +1,4 @@
-"""One side of the demo: train one adapter, then answer the test rows; runs in its own process."""
+"""One process of the demo: it trains one adapter and then answers the test rows."""
 
 from __future__ import annotations
 
@@ -32,40 +32,40 @@ from rotmole.training.start import load_start, save_start, start_digest
 from rotmole.tuner.experts.experts import Experts
 
 PROBE_ANSWERS = 2  # of each task
-PROBE_UPDATES = 2  # the first also pays for what is done once
+PROBE_UPDATES = 2  # the first one is slower, because some work is done once
 
 
 @dataclass(frozen=True)
 class Job:
-    """What one process has to do.
+    """What one process does.
 
     Attributes:
-        name: what the table calls the adapter.
-        run: its run file.
+        name: of the adapter in the table.
+        run: the adapter's run file.
         start: file with the initial A, B and router that both adapters share.
-        leads: writes that file (the other one waits for it).
+        writes_start: True if this process writes that file; the other one waits for it.
         before: what it also answers without adapter: name -> examples in the prompt.
-        threads: of torch.
+        threads: number of threads of torch.
     """
 
     name: str
     run: RunFile
     start: Path
-    leads: bool
+    writes_start: bool
     before: dict[str, int]
     threads: int
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one process found.
+    """The result of one process.
 
     Attributes:
         systems: name -> answers and figures.
-        trainable_parameters: gates included.
+        trainable_parameters: their number, gates included.
         seconds: wall time of training alone.
         digest: of the initial A, B and router, and of the order of rows.
-        unused: experts that no token of the last logged update chose, and all experts there are.
+        unused: number of experts that no token of the last logged update chose, and of all.
         interrupted: the signal that stopped it, or None.
     """
 
@@ -77,28 +77,29 @@ class Outcome:
     interrupted: int | None = None
 
 
-class Tell(TrainerCallback):
-    """Send each update to the parent process."""
+class SendProgress(TrainerCallback):
+    """Sends the number of each update to the parent process."""
 
     def __init__(self, job: Job, messages: Any) -> None:
         self.job, self.messages = job, messages
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Say how far it is."""
-        done = (self.job.name, "training", state.global_step, state.max_steps)
-        self.messages.put(("progress", *done))
+        """Send the number of the update."""
+        update = (self.job.name, "training", state.global_step, state.max_steps)
+        self.messages.put(("progress", *update))
 
 
-def work(job: Job, messages: Any, go: Any) -> None:
+def work(job: Job, messages: Any, may_train: Any) -> None:
     """Do the job; send ("progress" | "estimate" | "done" | "failed", name, ...) to the parent.
 
     Args:
-        go: event by which the parent lets training begin.
+        messages: queue to the parent.
+        may_train: event that the parent sets when training may begin.
     """
     try:
-        _quiet()
+        _silence()
         torch.set_num_threads(job.threads)
-        messages.put(("done", job.name, _work(job, messages, go)))
+        messages.put(("done", job.name, _outcome(job, messages, may_train)))
     except RotMoleError as error:
         messages.put(("failed", job.name, str(error), error.exit_code))
     except KeyboardInterrupt:
@@ -107,37 +108,34 @@ def work(job: Job, messages: Any, go: Any) -> None:
         messages.put(("failed", job.name, traceback.format_exc(), 1))
 
 
-def _quiet() -> None:
-    """Leave the screen to the parent, which tells of unused experts at the end.
-
-    This process is the demo's own, so nobody else's warnings are lost.
-    """
+def _silence() -> None:
+    """Turn off warnings and progress bars; the parent shows progress and unused experts."""
     warnings.simplefilter("ignore")
     logging.getLogger(usage.__name__).setLevel(logging.ERROR)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 
 
-def _work(job: Job, messages: Any, go: Any) -> Outcome:
+def _outcome(job: Job, messages: Any, may_train: Any) -> Outcome:
     digests: list[str] = []
 
     def prepare(built: Built) -> None:
-        if job.leads:
+        if job.writes_start:
             save_start(built.model, job.start)
         else:
             while not job.start.exists():
                 time.sleep(0.1)
             load_start(built.model, job.start)
         digests.append(start_digest(built.model) + _order_digest(built))
-        messages.put(("estimate", job.name, _probe(built, job), built.base.note))
-        go.wait()
+        messages.put(("estimate", job.name, _estimate(built, job), built.base.note))
+        may_train.wait()
 
-    result = train(job.run, progress=False, callbacks=[Tell(job, messages)], prepare=prepare)
-    found = (result.trainable_parameters, result.seconds, digests[0], _unused(result))
+    send = SendProgress(job, messages)
+    result = train(job.run, progress=False, callbacks=[send], prepare=prepare)
+    trained = (result.trainable_parameters, result.seconds, digests[0], _unused(result))
     if result.interrupted is not None:
-        return Outcome({}, *found, result.interrupted)
-    systems = _answers(job, result.built, messages)
-    return Outcome(systems, *found)
+        return Outcome({}, *trained, result.interrupted)
+    return Outcome(_systems(job, result.built, messages), *trained)
 
 
 def _unused(result: TrainResult) -> tuple[int, int]:
@@ -156,19 +154,20 @@ def _order_digest(built: Built) -> str:
     return digest.hexdigest()
 
 
-def _answers(job: Job, built: Built, messages: Any) -> dict[str, System]:
+def _systems(job: Job, built: Built, messages: Any) -> dict[str, System]:
+    """Answer the test rows with the adapter, and without it as `job.before` says."""
     section = job.run.evaluation
     rows = built.examples[section.split]
-    systems = {job.name: _measure(built, section, rows, _teller(job.name, messages))}
+
+    def sender(name: str) -> Callable[[str, int, int], None]:
+        return lambda what, done, total: messages.put(("progress", name, what, done, total))
+
+    systems = {job.name: _measure(built, section, rows, sender(job.name))}
     with built.model.disable_adapter():
         for name, count in job.before.items():
             shown = section.model_copy(update={"examples_in_prompt": count})
-            systems[name] = _measure(built, shown, rows, _teller(name, messages))
+            systems[name] = _measure(built, shown, rows, sender(name))
     return systems
-
-
-def _teller(name: str, messages: Any) -> Callable[[str, int, int], None]:
-    return lambda what, done, total: messages.put(("progress", name, what, done, total))
 
 
 def _measure(
@@ -189,8 +188,8 @@ def _measure(
     )
 
 
-def _probe(built: Built, job: Job) -> float:
-    """Estimate the job's seconds from a few updates and a few answers; changes nothing."""
+def _estimate(built: Built, job: Job) -> float:
+    """Return the job's estimated seconds, from a few updates and a few answers."""
     model, trainer = built.model, built.trainer
     model.train()
     times = []
@@ -201,7 +200,7 @@ def _probe(built: Built, job: Job) -> float:
     model.zero_grad()
     model.eval()
     section, rows = job.run.evaluation, built.examples[job.run.evaluation.split]
-    some = {task: found[:PROBE_ANSWERS] for task, found in rows.items()}
+    some = {task: examples[:PROBE_ANSWERS] for task, examples in rows.items()}
     seconds = _measure(built, section, some).seconds
     rounds = sum(map(len, rows.values())) / sum(map(len, some.values())) * (1 + len(job.before))
     return trainer.args.max_steps * min(times) + rounds * seconds
