@@ -34,8 +34,6 @@ def highest(value: int, device: torch.device | str = "cpu") -> int:
 
     Returns:
         The maximum; `value` itself where there is one process. Every process must call this.
-
-    Source: our choice.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return value
@@ -50,8 +48,6 @@ def joined() -> Iterator[bool]:
 
     Yields:
         Whether there are several; one process alone joins nobody.
-
-    Source: our choice; gloo, because what is exchanged are Python's numbers and texts.
     """
     if world_size() == 1:
         yield False
@@ -72,8 +68,6 @@ def same_everywhere(what: str, value: Any) -> None:
 
     Raises:
         ConfigError: two processes have two values.
-
-    Source: our choice.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
@@ -102,8 +96,6 @@ def over_batches(
 
     Returns:
         What was found in all batches.
-
-    Source: our choice.
     """
     rank, size = 0, 1
     if spread:

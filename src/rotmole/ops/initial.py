@@ -82,6 +82,6 @@ def sparse_mask(shape_ERD: tuple[int, int, int], density: float) -> Tensor:
     [[2], [2]]
     """
     inputs = shape_ERD[-1]
-    kept = max(1, int(inputs * density))
+    entries = max(1, int(inputs * density))
     order_ERD = torch.rand(shape_ERD).argsort(-1)  # a random permutation of every row's columns
-    return order_ERD < kept
+    return order_ERD < entries

@@ -24,7 +24,7 @@ def epsilon(x: Tensor) -> float:
     """Return what is added to a squared norm so that its root is smooth at zero.
 
     1e-12 in float32 and 1e-24 in float64, so a vector shorter than about 1e-6 (1e-12) counts as
-    zero. Source: our choice.
+    zero.
     """
     return 1e-24 if x.dtype == torch.float64 else 1e-12
 

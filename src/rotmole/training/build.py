@@ -92,10 +92,13 @@ def all_examples(run: RunFile, tokenizer: Any) -> dict[Split, dict[str, list[Exa
     Raises:
         DataError: no task has a row to train on.
     """
-    found = {s: load_examples(run.data, s, seed=run.seed, tokenizer=tokenizer) for s in SPLITS}
-    if not any(found["train"].values()):
+    examples = {
+        split: load_examples(run.data, split, seed=run.seed, tokenizer=tokenizer)
+        for split in SPLITS
+    }
+    if not any(examples["train"].values()):
         raise DataError("no task has a row in its train split; name files: {train: ...}.")
-    return found
+    return examples
 
 
 def add_adapter(run: RunFile, base: Any) -> PeftModel:

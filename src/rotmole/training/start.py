@@ -59,17 +59,19 @@ def load_start(model: nn.Module, path: Path) -> None:
     Raises:
         AdapterError: names or shapes differ.
     """
-    found = load_file(path)
-    own = dict(shared_parameters(model))
-    shapes = [{name: tuple(value.shape) for name, value in side.items()} for side in (found, own)]
+    saved = load_file(path)
+    parameters = dict(shared_parameters(model))
+    shapes = [
+        {name: tuple(value.shape) for name, value in side.items()} for side in (saved, parameters)
+    ]
     if shapes[0] != shapes[1]:
-        name = min(n for n in {*found, *own} if shapes[0].get(n) != shapes[1].get(n))
+        name = min(n for n in {*saved, *parameters} if shapes[0].get(n) != shapes[1].get(n))
         raise AdapterError(
             f"the two adapters do not share a start: {name} is {shapes[1].get(name)} here and "
             f"{shapes[0].get(name)} there; they need the same experts, rank and modules."
         )
-    for name, parameter in own.items():
-        parameter.copy_(found[name])
+    for name, parameter in parameters.items():
+        parameter.copy_(saved[name])
 
 
 def start_digest(model: nn.Module) -> str:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from rotmole.errors import ModelError
 from rotmole.ops.routing.selection import Routed
 from rotmole.ops.spec import NO_TOKENS
-from rotmole.tuner.batch.batch import Batch, Layout, Stack
+from rotmole.tuner.batch.batch import Batch, Layout
 from rotmole.tuner.batch.loads import count_loads
 from rotmole.tuner.batch.losses import BalanceState, add_balance
+from rotmole.tuner.batch.stack import Stack
 from rotmole.tuner.batch.tokens import tokens_for_router, warn_of_unknown_rows
 from rotmole.tuner.experts.blocks import BlockCall, BlockPart
 from rotmole.tuner.experts.decoding import decoding_of

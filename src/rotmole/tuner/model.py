@@ -17,8 +17,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from rotmole.errors import ConfigError, ModelError
-from rotmole.tuner.batch.batch import Watch
 from rotmole.tuner.batch.losses import BalanceState, LossWeights
+from rotmole.tuner.batch.stack import Watch
 from rotmole.tuner.batch.tokens import reads_ids, reads_sequences
 from rotmole.tuner.config import RotMoleConfig
 from rotmole.tuner.experts.blocks import block_part, check_blocks, plain_outside
@@ -97,12 +97,14 @@ class RotMoleModel(BaseTuner):  # type: ignore[misc] # peft ships no types
 
     def _check_base(self, model: nn.Module, config: RotMoleConfig) -> None:
         """Compare the model with the one a saved adapter was made for; note it in a new one."""
-        found = base_fingerprint(model)
+        fingerprint = base_fingerprint(model)
         if not config.is_saved or config.base_fingerprint is None:
-            config.base_fingerprint = found
+            config.base_fingerprint = fingerprint
             return
         here = getattr(model, "name_or_path", None)
-        notice = compare_bases(config.base_fingerprint, found, config.base_model_name_or_path, here)
+        notice = compare_bases(
+            config.base_fingerprint, fingerprint, config.base_model_name_or_path, here
+        )
         if notice:
             warnings.warn(notice, stacklevel=2)
 
@@ -328,13 +330,13 @@ def _is_quantised_linear(layer: nn.Module) -> bool:
 def _nearest_modules(model: nn.Module, targets: Any) -> list[str]:
     """Return up to five names of linear modules that resemble the targets, last part only."""
     wanted = [targets] if isinstance(targets, str) else sorted(targets or ())
-    known = {
+    linear = {
         name.rpartition(".")[-1]
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, Conv1D))
     }
-    found: list[str] = []
+    nearest: list[str] = []
     for target in wanted:
-        near = difflib.get_close_matches(target.rpartition(".")[-1], known, n=3, cutoff=0.3)
-        found += [name for name in near if name not in found]
-    return (found or sorted(known))[:5]
+        near = difflib.get_close_matches(target.rpartition(".")[-1], linear, n=3, cutoff=0.3)
+        nearest += [name for name in near if name not in nearest]
+    return (nearest or sorted(linear))[:5]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rotmole.ops import router_shapes
 from rotmole.ops.rotation.table import ROTATIONS, Gate, gate_shapes
-from rotmole.ops.routing.selection import threshold_shapes
+from rotmole.ops.routing.threshold import threshold_shapes
 
 BIAS = [
     Variant("bias"),

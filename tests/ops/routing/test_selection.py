@@ -14,7 +14,7 @@ from torch.autograd import gradcheck
 
 from rotmole.ops import select
 from rotmole.ops.reference import routing as reference_routing
-from rotmole.ops.routing.selection import threshold_of
+from rotmole.ops.routing.threshold import threshold_of
 
 seeds = st.integers(0, 2**32 - 1)
 

@@ -22,7 +22,7 @@ from rotmole.ops.rotation.table import ROTATIONS, Gate
 
 
 class Adjoint(NamedTuple):
-    """m and the gradients of everything that made it; None where the rotation has no such input.
+    """m and the gradients of everything that made it; None if the rotation has no such input.
 
     Attributes:
         m_ERT: [E, R, T] G z'.
@@ -152,8 +152,8 @@ def _by_autograd(rotation: str, z: Tensor, gate: Gate, G: Tensor, dm: Tensor) ->
         assert again is not None
         turned = rotate(again, Gate(*parts))
     inputs = [leaf for leaf in leaves if leaf is not None]
-    found = torch.autograd.grad(turned, inputs, G * dm, materialize_grads=True)
-    grads = iter(found)
+    gradients = torch.autograd.grad(turned, inputs, G * dm, materialize_grads=True)
+    grads = iter(gradients)
     dz, *dparts = [None if leaf is None else next(grads) for leaf in leaves]
     assert dz is not None
     turned = turned.detach()
@@ -173,7 +173,7 @@ def adjoint(rotation: str, z_ERT: Tensor, gate: Gate, G_E1T: Tensor, dm_ERT: Ten
     Returns:
         Adjoint, in z's type.
 
-    Source: derived from modes.py by hand (none, tangent, plane, givens), else by autograd.
+    Derived from modes.py by hand for none, tangent, plane and givens, for the others by autograd.
 
     >>> z = torch.ones(2, 4, 5)
     >>> adjoint("none", z, Gate(), torch.ones(2, 1, 5), z).weight_E1T.shape

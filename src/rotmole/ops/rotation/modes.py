@@ -55,7 +55,7 @@ def output_metric(B_ERO: Tensor) -> Tensor:
     Returns:
         [E, R, R] symmetric positive definite.
 
-    Source: our choice. The output z B_e then turns in span(z B_e, q B_e) as an O x O rotation would
+    The output z B_e then turns in span(z B_e, q B_e) as an O x O rotation would
     turn it. Squared norms by a Gram matrix lose cond(B)^2 in precision.
     """
     B_ERO = at_least_float32(B_ERO)
@@ -80,7 +80,8 @@ def tangent(z: Tensor, q: Tensor, metric: Tensor | None = None) -> Tensor:
            = 8 v / (4 + a) - z, v = z + sqrt(n2) t / 2     z mirrored at v, as it is computed
 
     Changes an expert's direction per token, has no singular point, reaches every angle below pi.
-    Source: our choice: the smooth form of RotMoLE's "pure rotation within a 2-dimensional plane".
+    Source: the smooth form of RotMoLE's "pure rotation within a 2-dimensional plane" (arXiv
+    2605.25565).
     """
     n2, t = _part_across(z, q, metric)
     u = torch.reciprocal(inner(t, t, metric) + 4)
@@ -94,7 +95,7 @@ def bivector(z: Tensor, b: Tensor) -> Tensor:
         z = (z1, zr);  y = (z1 - b.zr)/(1 + b.b);  z' = (2 y - z1, zr + 2 y b)
 
     A Cayley transform of a rank-2 skew matrix: rational, no epsilon, no root, no singular point.
-    Changes an expert's direction per token. Source: our choice.
+    Changes an expert's direction per token.
     """
     z1, zr = z[..., :1, :], z[..., 1:, :]
     y = (z1 - inner(b, zr)) / (1 + inner(b, b))
@@ -110,7 +111,7 @@ def plane(z: Tensor, q: Tensor, angle: Tensor, metric: Tensor | None = None) -> 
     Plane and angle are learned apart. Keeps lengths where <t,t> is above its floor, that is where
     the part of q across z is at least d = 0.01 of |q| and |q| is not tiny beside |z|; elsewhere it
     shortens. Changes an expert's direction per token. R >= 3: at R = 2 there is one plane and only
-    the sense of turning would be left. Source: our choice.
+    the sense of turning would be left.
     """
     n2, t = _part_across(z, q, metric)
     floor = FLOOR**2 * (inner(q, q, metric) + FLOOR**2 * n2) + epsilon(z)
@@ -124,7 +125,7 @@ def givens(z: Tensor, theta: Tensor) -> Tensor:
 
     The planes are fixed, but A and B absorb any change of basis, so these are general static
     planes; M = 1 is one plane for E D parameters. Changes an expert's direction per token. R even.
-    Source: our choice; rotary planes as in RoFormer (arXiv 2104.09864).
+    Source: rotary planes as in RoFormer (arXiv 2104.09864).
     """
     planes = theta.shape[-2]
     first, second = z[..., 0 : 2 * planes : 2, :], z[..., 1 : 2 * planes : 2, :]
@@ -140,7 +141,7 @@ def cayley(z: Tensor, upper: Tensor) -> Tensor:
     S is scaled down until it does not: a plane is then turned by pi to rounding, and beyond it the
     system would be singular. Every rotation without an eigenvalue -1 is reached below that. Solved
     exactly: a Neumann series would not be orthogonal. R <= 16 (R x R per token
-    and expert). Changes an expert's direction per token. Source: our choice; Cayley 1846.
+    and expert). Changes an expert's direction per token. Source: Cayley 1846.
     """
     z, upper = z.mT, upper.mT  # [E, T, R]: the solver wants its matrices last
     rank = z.shape[-1]
@@ -176,16 +177,13 @@ def bias(z: Tensor, q: Tensor, metric: Tensor | None = None) -> Tensor:
 def scale(z: Tensor, angle: Tensor) -> Tensor:
     """Multiply z by the scalar cos(a) + sin(a): a control, no rotation.
 
-    A signed, unnormalised scaling gate; what a rotation gains must beat this. Source: our choice.
+    A signed, unnormalised scaling gate; what a rotation gains must beat this.
     """
     return (torch.cos(angle) + torch.sin(angle)) * z
 
 
 def core(z: Tensor, matrix: Tensor) -> Tensor:
-    """Return z + C_e(x) z, C_e any R x R matrix linear in x: a reference, no rotation, no bound.
-
-    Source: our choice.
-    """
+    """Return z + C_e(x) z, C_e any R x R matrix linear in x: a reference, no rotation, no bound."""
     experts, rank, tokens = z.shape
     core_ESRT = matrix.reshape(experts, rank, rank, tokens)
     return z + torch.einsum("esrt,ert->est", core_ESRT, z)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from rotmole.ops.routing.routers import ROUTERS, router_scores, router_shapes
-from rotmole.ops.routing.selection import Routing, select, threshold_of, threshold_shapes
+from rotmole.ops.routing.selection import Routing, select
+from rotmole.ops.routing.threshold import threshold_of, threshold_shapes
 from rotmole.ops.spec import NO_TOKENS, Spec, Tokens, Weights
 
 

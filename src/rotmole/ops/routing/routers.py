@@ -234,8 +234,8 @@ def router_scores(
     row = ROUTERS[router]
     with without_autocast(x_TD):
         raised = {name: at_least_float32(parameter) for name, parameter in parameters.items()}
-        known = next(iter(raised.values()), None)
-        x_TD = at_least_float32(x_TD) if known is None else x_TD.to(known.dtype)
+        first = next(iter(raised.values()), None)
+        x_TD = at_least_float32(x_TD) if first is None else x_TD.to(first.dtype)
         if jitter > 0 and row.reads != "ids":
             x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - jitter, 1 + jitter)
         scores_TE = row.score(View(x_TD, experts, A_ERD, ids_T, seed), raised)

@@ -101,7 +101,7 @@ class BalanceCallback(BiasCallback):
     ) -> None:
         """Add the balance losses to a training log; loss itself does not contain them."""
         if logs is not None and "loss" in logs:
-            found = balance_logs(kwargs["model"])
-            logs.update(found)
+            losses = balance_logs(kwargs["model"])
+            logs.update(losses)
             if state.log_history:  # Trainer has put a copy of the log there already
-                state.log_history[-1].update(found)
+                state.log_history[-1].update(losses)

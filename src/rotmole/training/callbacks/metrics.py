@@ -32,8 +32,8 @@ class JsonLinesCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         rows = read_metrics(self.path) if state.global_step else []
-        kept = [r for r in rows if r["step"] <= state.global_step and "train_loss" not in r]
-        atomic_write_text(self.path, "".join(_line(row) for row in kept))
+        earlier = [r for r in rows if r["step"] <= state.global_step and "train_loss" not in r]
+        atomic_write_text(self.path, "".join(_line(row) for row in earlier))
 
     def on_log(
         self,

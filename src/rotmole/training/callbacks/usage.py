@@ -141,7 +141,6 @@ def usage_logs(counts: dict[str, list[int]]) -> dict[str, float]:
     Returns:
         experts_unused and largest_expert_share, as in UsageCallback.
 
-    Source: our choice.
 
     >>> usage_logs({"a": [3, 1, 0, 0], "b": [2, 2, 2, 2]})
     {'experts_unused': 2, 'largest_expert_share': 0.75}

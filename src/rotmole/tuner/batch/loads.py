@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rotmole.tuner.batch.batch import Stack
+from rotmole.tuner.batch.stack import Stack
 
 
 class LoadCount:

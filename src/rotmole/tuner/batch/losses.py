@@ -28,7 +28,8 @@ from rotmole.ops.routing.route import select_by
 from rotmole.ops.routing.selection import Routed, Routing
 from rotmole.ops.routing.task_balance import task_balance_loss
 from rotmole.ops.spec import Spec, Tokens
-from rotmole.tuner.batch.batch import TASKS, Batch, Layout
+from rotmole.tuner.batch.batch import Batch, Layout
+from rotmole.tuner.batch.reading import TASKS
 
 
 @dataclass(eq=False)

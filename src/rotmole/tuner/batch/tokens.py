@@ -8,8 +8,10 @@ from rotmole.errors import ModelError
 from rotmole.ops.routing.routers import ROUTERS
 from rotmole.ops.routing.selection import SELECTIONS
 from rotmole.ops.spec import NO_TOKENS, Spec, Tokens
-from rotmole.tuner.batch.batch import TASKS, Batch, Layout, Stack
+from rotmole.tuner.batch.batch import Batch, Layout
 from rotmole.tuner.batch.losses import LossWeights
+from rotmole.tuner.batch.reading import TASKS
+from rotmole.tuner.batch.stack import Stack
 
 
 def reads_ids(router: str) -> bool:

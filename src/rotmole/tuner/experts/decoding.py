@@ -23,7 +23,8 @@ from torch import Tensor
 from rotmole.ops.mixture.packed import Pack, pack, packed_activations
 from rotmole.ops.mixture.products import add_product
 from rotmole.ops.spec import Spec
-from rotmole.tuner.batch.batch import Batch, Stack
+from rotmole.tuner.batch.batch import Batch
+from rotmole.tuner.batch.stack import Stack
 
 if TYPE_CHECKING:
     from rotmole.tuner.experts.experts import Experts

@@ -1,0 +1,257 @@
+"""One Batch for each call of a stack, gone when it returns.
+
+A stack is a part of a model that walks one set of tokens: the model, an encoder, a decoder, a
+vision tower. A hook makes a Batch when a stack is called and another one drops it when the call
+ends. It belongs to that call and that thread, so several threads, several forward passes before one
+backward pass, and stacks with other tokens never see each other's padding.
+
+A checkpointed block runs again in the backward pass, after its stack has returned. Hooks on its
+children recognise the arguments of such a run and give it the Batch of its own forward pass, which
+the graph of the stack's output keeps alive.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rotmole.tuner.batch.batch import Batch
+from rotmole.tuner.batch.reading import SPEAKING, TASKS, read_batch
+
+REMEMBERED = 64  # forward passes that may wait for their backward pass under checkpointing
+
+
+class _Local(threading.local):
+    """The batch of the call at hand, in this thread; and one for calls outside of any stack."""
+
+    batch: Batch | None = None
+    outside: Batch | None = None
+    again: tuple[int, str, Batch] | None = None  # backward pass, block that runs again, its batch
+
+
+class Stack:
+    """One part of a model that walks one set of tokens.
+
+    Args:
+        names: names of its forward's parameters, in order.
+        outer: the stack around it, None for the model itself.
+    """
+
+    def __init__(self, names: tuple[str, ...] = (), outer: Stack | None = None) -> None:
+        self.names, self.outer = names, outer
+        self.takes_tasks = False
+        self.warnings: set[str] = set()
+        self._forget()
+
+    def _forget(self) -> None:
+        self.local = _Local()
+        # in place of local.batch and local.outside, which cannot be set while tracing
+        self.traced: Batch | None = None
+        self.outside = Batch(is_outside=True, walks_tokens=True)
+        self.waiting: deque[weakref.ref[Batch]] = deque(maxlen=REMEMBERED)
+        self.first: dict[str, weakref.ref[nn.Module]] = {}  # the child that a block calls first
+        # key-value cache of a generation -> what its decoding layers have packed
+        self.packs: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles keep what is built and none of a call."""
+        calls = ("local", "traced", "outside", "waiting", "packs", "first")
+        return {name: value for name, value in self.__dict__.items() if name not in calls}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    def current(self) -> Batch | None:
+        """Return the batch of the call at hand in this thread, None outside of one."""
+        if torch.compiler.is_compiling() and self.traced is not None:
+            return self.traced
+        return self.local.batch
+
+    def batch(self, block: str = "") -> Batch:
+        """Return the batch of the call at hand; outside of a call one that knows nothing.
+
+        Args:
+            block: path of the block in which the layer lies, for its second run in a backward pass.
+        """
+        batch = self.current()
+        if batch is not None:
+            return batch
+        if torch.compiler.is_compiling():
+            return self.outside
+        again = self.local.again
+        if again is not None and again[:2] == (torch._C._current_graph_task_id(), block):
+            return again[2]
+        if self.local.outside is None:
+            self.local.outside = Batch(is_outside=True, walks_tokens=True)
+        return self.local.outside
+
+    def set(self, batch: Batch | None) -> None:
+        """Make a batch the one at hand in this thread."""
+        if torch.compiler.is_compiling():
+            self.traced = batch
+        else:
+            self.local.batch = batch
+
+    def warn_once(self, key: str, message: str) -> None:
+        """Warn once for each key."""
+        if key not in self.warnings and not torch.compiler.is_compiling():
+            self.warnings.add(key)
+            warnings.warn(message, stacklevel=2)
+
+    def open(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Forward pre-hook of the stack's module: read its arguments into a Batch."""
+        given = dict(zip(self.names, args, strict=False)) | kwargs
+        outer = None if self.outer is None else self.outer.current()
+        batch = read_batch(given, args, outer, encoder_decoder="decoder_input_ids" in self.names)
+        batch.walks_tokens = bool(SPEAKING & set(self.names))
+        batch.before = self.current()
+        self.set(batch)
+        if self.takes_tasks and TASKS in kwargs:  # the model itself does not know it
+            return args, {name: value for name, value in kwargs.items() if name != TASKS}
+        return None
+
+    def close(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Forward hook of the stack's module, called when its forward raised as well."""
+        batch = self.current()
+        if batch is None:
+            return
+        self.set(batch.before)
+        batch.before = None
+        if torch.compiler.is_compiling() or not batch.calls:
+            return
+        for tensor in _tensors(output):
+            if tensor.grad_fn is not None:  # its backward pass may run blocks again
+                metadata: Any = tensor.grad_fn.metadata
+                metadata[f"rotmole {id(self)}"] = batch
+        self.waiting.append(weakref.ref(batch))
+
+    def enter(self, block: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Forward pre-hook of a block's children: recognise a second run by its arguments.
+
+        A checkpointed block runs its forward again with the arguments of the first time. Hooks on
+        the block itself may not run then, those on its children do.
+        """
+        if torch.compiler.is_compiling() or not module.training:
+            return
+        batch = self.local.batch
+        task = torch._C._current_graph_task_id()
+        if batch is None and task == -1:
+            return
+        storages = {t.data_ptr() for t in _tensors((args, kwargs)) if not t.is_meta}
+        if batch is not None:
+            batch.calls |= storages
+            self.first.setdefault(block, weakref.ref(module))
+            return
+        waiting = [batch for batch in (ref() for ref in self.waiting) if batch is not None]
+        fits = [(len(storages & batch.calls), number) for number, batch in enumerate(waiting)]
+        common, newest = max(fits, default=(0, 0))
+        if common:
+            self.local.again = (task, block, waiting[newest])
+        elif block in self.first and self.first[block]() is module:  # the block begins, unknown
+            self.local.again = None
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in arguments or outputs: tuples, lists and mappings are looked into."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+
+
+class Watch:
+    """The stacks of one model that hold adapted layers, and the hooks on them.
+
+    Attributes:
+        stacks: by path in the model.
+        blocks: paths of the blocks that are hooked.
+        states: what the losses sum up, by part of the model (losses.BalanceState).
+    """
+
+    def __init__(self) -> None:
+        self.stacks: dict[str, Stack] = {}
+        self.states: dict[str, Any] = {}
+        self.blocks: set[str] = set()
+        self.handles: list[Any] = []
+
+    def cover(self, model: nn.Module, paths: Sequence[str]) -> None:
+        """Hook the stacks around modules; those that are hooked already stay.
+
+        Args:
+            model: the base model.
+            paths: of the adapted layers in it.
+        """
+        lists: list[str] = []
+        for path, module in model.named_modules():
+            if isinstance(module, nn.ModuleList):
+                lists.append(f"{path}.")
+            if path in self.stacks or not any(_lies_in(name, path) for name in paths):
+                continue
+            names = tuple(inspect.signature(module.forward).parameters)
+            in_list = path.startswith(tuple(lists))  # a layer of a stack, not a stack
+            if path and not _is_stack(module, names, in_list):
+                continue
+            outer = None if path == "" else self.of(path.rpartition(".")[0])
+            stack = self.stacks[path] = Stack(names, outer)
+            self.handles += [
+                module.register_forward_pre_hook(stack.open, with_kwargs=True),
+                module.register_forward_hook(stack.close, always_call=True),
+            ]
+
+    def cover_blocks(self, model: nn.Module, paths: Sequence[str]) -> None:
+        """Hook the blocks around modules, so that checkpointing finds their batch again."""
+        modules = model.named_modules()
+        lists = [name for name, module in modules if isinstance(module, nn.ModuleList)]
+        for path in paths:
+            around = next((name for name in lists if path.startswith(f"{name}.")), None)
+            if around is None:
+                continue
+            block = ".".join(path.split(".")[: around.count(".") + 2])
+            if block in self.blocks or block == path:
+                continue
+            self.blocks.add(block)
+            enter = partial(self.of(block).enter, block)
+            for child in model.get_submodule(block).children():
+                self.handles.append(child.register_forward_pre_hook(enter, with_kwargs=True))
+
+    def block_of(self, path: str) -> str:
+        """Return the path of the hooked block around a module, "" if there is none."""
+        return next((block for block in self.blocks if path.startswith(f"{block}.")), "")
+
+    def of(self, path: str) -> Stack:
+        """Return the innermost stack around a module."""
+        names = [name for name in self.stacks if name == path or _lies_in(path, name)]
+        return self.stacks[max(names, key=len)]
+
+    def remove(self) -> None:
+        """Take the hooks away."""
+        for handle in self.handles:
+            handle.remove()
+        self.stacks, self.blocks, self.handles = {}, set(), []
+
+
+def _lies_in(path: str, part: str) -> bool:
+    return part == "" or path.startswith(f"{part}.")
+
+
+def _is_stack(module: nn.Module, names: tuple[str, ...], in_list: bool) -> bool:
+    """Whether a module walks a set of tokens of its own: a model, or the holder of its layers."""
+    if isinstance(module, PreTrainedModel):
+        return True
+    holds_layers = any(isinstance(child, nn.ModuleList) for child in module.children())
+    return holds_layers and not in_list and bool(SPEAKING & set(names))
