@@ -77,7 +77,7 @@ def adamole(path: Path, own: Any, base: nn.Linear) -> nn.Module:
     lora.LoraLayer = importlib.import_module("adamole_files.lora.layer").LoraLayer
     kind = importlib.import_module("adamole_files.adamole.layer").LinearAdaMoleLayer
     E, R, _ = own.expert_A.shape
-    layer = kind(base, "default", lora_rank=R, lora_alpha=R * own.scale, num_experts=E)
+    layer = kind(base, "default", lora_rank=R, lora_alpha=R * own.spec.scale, num_experts=E)
     gate = layer.lora_gating["default"].weight
     _copy(own, layer.lora_A["default"], layer.lora_B["default"], gate)
     return layer
@@ -96,7 +96,7 @@ def goat(path: Path, own: Any, base: nn.Linear) -> nn.Module:
     isolated("goat_files", path / "goat" / "peta" / "src" / "goat")
     kind = importlib.import_module("goat_files.layer").LinearGOATLayer
     E, R, _ = own.expert_A.shape
-    layer = kind(base, "default", lora_rank=R * E, lora_alpha=R * own.scale, num_experts=E,
+    layer = kind(base, "default", lora_rank=R * E, lora_alpha=R * own.spec.scale, num_experts=E,
                  top_k=own.top_k, init_type="mole")  # fmt: skip
     gate = layer.lora_gating["default"].weight
     _copy(own, layer.lora_A["default"], layer.lora_B["default"], gate)
@@ -128,7 +128,7 @@ def hydralora(path: Path, own: Any, base: nn.Linear) -> nn.Module:
     utils.transpose = lambda weight, fan_in_fan_out: weight.T if fan_in_fan_out else weight
     kind = importlib.import_module("hydralora_files.tuners.lora").Linear
     E, R, D = own.expert_A.shape
-    layer = kind(D, base.out_features, r=R, lora_alpha=R * own.scale, lora_nums=E, bias=False)
+    layer = kind(D, base.out_features, r=R, lora_alpha=R * own.spec.scale, lora_nums=E, bias=False)
     layer = layer.to(base.weight.dtype)
     layer.weight = nn.Parameter(base.weight.detach(), requires_grad=False)
     with torch.no_grad():
@@ -147,7 +147,7 @@ def riemannian(path: Path, own: Any, base: nn.Linear) -> nn.Module:
     isolated("riemannian_files", path)
     kind = importlib.import_module("riemannian_files.moe_lora").MoELoRA
     E, R, _ = own.expert_A.shape
-    config = LoraConfig(r=R, lora_alpha=R * own.scale, target_modules=["0"])
+    config = LoraConfig(r=R, lora_alpha=R * own.spec.scale, target_modules=["0"])
     layer = get_peft_model(nn.Sequential(base), config).base_model.model[0]
     layer.__class__ = kind  # as its training scripts do
     layer.set_moe(number_experts=E, top_k=own.top_k)
@@ -175,7 +175,7 @@ class Arrow(nn.Module):
         self.B = nn.ModuleDict({n: nn.Linear(R, base.out_features, bias=False) for n in names})
         self.to(base.weight.dtype)
         _copy(own, list(self.A.values()), list(self.B.values()), None)
-        self.scaling = dict.fromkeys(names, own.scale)
+        self.scaling = dict.fromkeys(names, own.spec.scale)
         self.arrow.build_prototypes(self.A, self.B)
 
     def forward(self, x: Tensor) -> Tensor:

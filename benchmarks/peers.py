@@ -111,10 +111,9 @@ def difference(bench: Bench, peer: Peer, ours: Any, theirs: nn.Module) -> float:
     wanted = theirs(bench.x)
     found = ours(bench.x)
     if peer.weights is not None:
-        own, x_TD = ours.experts("default"), bench.x.flatten(0, 1)
-        weight_TE = peer.weights(theirs, x_TD)
-        factors = (own.expert_A, own.expert_B)
-        more = mixture(x_TD, x_TD, weight_TE, *factors, {}, rotation="none", scale=own.scale)
+        experts, x_TD = ours.experts("default"), bench.x.flatten(0, 1)
+        weight_TE, spec = peer.weights(theirs, x_TD), experts.spec
+        more = mixture(spec, x_TD, x_TD, experts.weights(), weight_TE)
         found = ours.base_layer(bench.x) + more.view_as(found)
     return float((found - wanted).abs().max() / wanted.abs().max())
 

@@ -72,7 +72,7 @@ layer, theirs = layer.double(), theirs.double()
 with torch.no_grad():
     layer.base_layer.weight.copy_(
         theirs.base_layer.weight
-        + own.scale * COEFFICIENT
+        + own.spec.scale * COEFFICIENT
         * torch.einsum("erd,ero->od", own.residual_A, own.residual_B)
     )  # fmt: skip
     own.expert_A.mul_(1.5)

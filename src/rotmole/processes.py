@@ -1,4 +1,4 @@
-"""What the processes of one run must agree on: who writes, when to stop, what one of them found."""
+"""What the processes of one run must agree on: who writes, when to stop, shared results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from rotmole.errors import ConfigError
 
 Batch = TypeVar("Batch")
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 
 def is_main_process() -> bool:
@@ -79,36 +79,36 @@ def same_everywhere(what: str, value: Any) -> None:
 
 def over_batches(
     batches: Sequence[Batch],
-    work: Callable[[Batch], Mapping[int, Found]],
+    work: Callable[[Batch], Mapping[int, Result]],
     done: Callable[[Sequence[Batch]], None] | None = None,
     *,
     spread: bool = False,
-) -> dict[int, Found]:
-    """Work through batches; of N processes each takes every N-th, and all get what all found.
+) -> dict[int, Result]:
+    """Work through batches; each of N processes takes every N-th, and all get all results.
 
     The batches are those of one process, so every figure is its figure, to the last bit.
 
     Args:
         batches: the same in every process.
-        work: batch -> what was found, by the number of the row.
-        done: told of the batches that are finished everywhere, as far as this process knows.
+        work: batch -> results by the number of the row.
+        done: called with the batches that are finished, as far as this process knows.
         spread: share the batches among the joined processes, all of which must call this.
 
     Returns:
-        What was found in all batches.
+        The results of all batches.
     """
     rank, size = 0, 1
     if spread:
         rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    found: dict[int, Found] = {}
+    results: dict[int, Result] = {}
     for start in range(0, len(batches), size):
         turn = batches[start : start + size]
         if rank < len(turn):
-            found |= work(turn[rank])
+            results |= work(turn[rank])
         if done is not None:
             done(turn)
     if size == 1:
-        return found
+        return results
     parts: list[Any] = [None] * size
-    torch.distributed.all_gather_object(parts, found)
+    torch.distributed.all_gather_object(parts, results)
     return {number: value for part in parts for number, value in part.items()}

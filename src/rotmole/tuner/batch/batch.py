@@ -47,6 +47,8 @@ class Batch:
         unclear: what keeps padding or sequences from being known, in words; "" if nothing does.
         walks_tokens: whether the stack's arguments speak of tokens at all; any other model, such as
             one that maps rows of features, has neither padding nor sequences.
+        is_decoders: whether the stack holds an encoder and a decoder; shape, mask and ids are then
+            those of the decoder's tokens.
         encoder: (states, Batch) of the tokens that cross-attention reads.
         before: the batch at hand when this one was opened: a stack may call itself.
         cache: the key-value cache of this call, which tells one generation from another.
@@ -66,6 +68,7 @@ class Batch:
     sequence: tuple[Tensor, int] | None = None
     unclear: str = ""
     walks_tokens: bool = False
+    is_decoders: bool = False
     encoder: tuple[Tensor, Batch] | None = None
     before: Batch | None = None
     cache: Any = None

@@ -38,10 +38,16 @@ def read_batch(
     if states is None and outer is not None:
         states = next((value for value in args[:1] if _axes(value) == 3), None)
     sized = next((t for t in (ids, states, labels) if _axes(t) >= 2), None)
-    batch = Batch(shape=None if sized is None else (sized.shape[0], sized.shape[1]))
+    batch = Batch(
+        is_decoders=encoder_decoder,
+        shape=None if sized is None else (sized.shape[0], sized.shape[1]),
+    )
     batch.rows = next((given[n].shape[0] for n in ROWS if _axes(given.get(n)) >= 2), None)
     batch.ids = ids if _axes(ids) == 2 else None
+    # the tokens of an encoder-decoder are the decoder's, not those of its encoder
+    decodes = encoder_decoder or given.get("encoder_hidden_states") is not None
     same = outer is not None and batch.shape is not None and outer.shape == batch.shape
+    same = same and (decodes or not (outer is not None and outer.is_decoders))
     if same:
         assert outer is not None
         batch.ids = outer.ids if batch.ids is None else batch.ids

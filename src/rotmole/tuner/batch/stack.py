@@ -59,13 +59,12 @@ class Stack:
         self.traced: Batch | None = None
         self.outside = Batch(is_outside=True, walks_tokens=True)
         self.waiting: deque[weakref.ref[Batch]] = deque(maxlen=REMEMBERED)
-        self.first: dict[str, weakref.ref[nn.Module]] = {}  # the child that a block calls first
         # key-value cache of a generation -> what its decoding layers have packed
         self.packs: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles keep what is built and none of a call."""
-        calls = ("local", "traced", "outside", "waiting", "packs", "first")
+        calls = ("local", "traced", "outside", "waiting", "packs")
         return {name: value for name, value in self.__dict__.items() if name not in calls}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -136,30 +135,34 @@ class Stack:
                 metadata[f"rotmole {id(self)}"] = batch
         self.waiting.append(weakref.ref(batch))
 
-    def enter(self, block: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """Forward pre-hook of a block's children: recognise a second run by its arguments.
+    def note(self, block: nn.Module, args: Any, kwargs: Any) -> None:
+        """Forward pre-hook of a block: remember its arguments, which checkpointing keeps alive."""
+        if torch.compiler.is_compiling() or not block.training or self.local.batch is None:
+            return
+        self.local.batch.calls |= _storages((args, kwargs))
+
+    def recognise(self, block: str, child: nn.Module, args: Any, kwargs: Any) -> None:
+        """Forward pre-hook of a block's children: is this the second run of a block, and whose?
 
         A checkpointed block runs its forward again with the arguments of the first time. Hooks on
-        the block itself may not run then, those on its children do.
+        the block itself may not run then, those on its children do, and a child that is called with
+        an argument of the block tells which call of the block it is.
         """
-        if torch.compiler.is_compiling() or not module.training:
+        if torch.compiler.is_compiling() or not child.training or self.local.batch is not None:
             return
-        batch = self.local.batch
         task = torch._C._current_graph_task_id()
-        if batch is None and task == -1:
+        if task == -1:
             return
-        storages = {t.data_ptr() for t in _tensors((args, kwargs)) if not t.is_meta}
-        if batch is not None:
-            batch.calls |= storages
-            self.first.setdefault(block, weakref.ref(module))
-            return
+        storages = _storages((args, kwargs))
         waiting = [batch for batch in (ref() for ref in self.waiting) if batch is not None]
         fits = [(len(storages & batch.calls), number) for number, batch in enumerate(waiting)]
         common, newest = max(fits, default=(0, 0))
         if common:
             self.local.again = (task, block, waiting[newest])
-        elif block in self.first and self.first[block]() is module:  # the block begins, unknown
-            self.local.again = None
+
+
+def _storages(value: Any) -> set[int]:
+    return {tensor.data_ptr() for tensor in _tensors(value) if not tensor.is_meta}
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -225,9 +228,11 @@ class Watch:
             if block in self.blocks or block == path:
                 continue
             self.blocks.add(block)
-            enter = partial(self.of(block).enter, block)
-            for child in model.get_submodule(block).children():
-                self.handles.append(child.register_forward_pre_hook(enter, with_kwargs=True))
+            module, stack = model.get_submodule(block), self.of(block)
+            self.handles.append(module.register_forward_pre_hook(stack.note, with_kwargs=True))
+            recognise = partial(stack.recognise, block)
+            for child in module.children():
+                self.handles.append(child.register_forward_pre_hook(recognise, with_kwargs=True))
 
     def block_of(self, path: str) -> str:
         """Return the path of the hooked block around a module, "" if there is none."""
