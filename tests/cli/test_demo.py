@@ -50,12 +50,14 @@ def test_the_demo_tells_all_it_promises(overrides, output, capfd):
     assert re.search(rf"update chose: {TWIN} \d+ of 32, {OURS} \d+ of 32 ", screen.out)
     assert "collapsed" not in screen.err
     assert f"{OURS}: training 3/3" in screen.err
-    found = json.loads((output / "demo.json").read_text(encoding="utf-8"))
-    assert set(found["exact_match"]) == {"before", "before, 3 examples", TWIN, OURS}
+    content = json.loads((output / "demo.json").read_text(encoding="utf-8"))
+    assert set(content["exact_match"]) == {"before", "before, 3 examples", TWIN, OURS}
     for name in (TWIN, OURS):
-        assert found["rise"][name] == found["exact_match"][name] - found["exact_match"]["before"]
-    assert found["trainable_parameters"][OURS] > found["trainable_parameters"][TWIN]
-    assert found["report"]["systems"][OURS]["tasks"]["units"]["groups"].keys() == {"de", "fr"}
+        assert (
+            content["rise"][name] == content["exact_match"][name] - content["exact_match"]["before"]
+        )
+    assert content["trainable_parameters"][OURS] > content["trainable_parameters"][TWIN]
+    assert content["report"]["systems"][OURS]["tasks"]["units"]["groups"].keys() == {"de", "fr"}
 
 
 def test_the_sides_differ_in_the_rotation_alone(overrides, tmp_path):

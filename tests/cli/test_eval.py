@@ -86,12 +86,12 @@ def trained(place: Path, shared: Path) -> Path:
 def test_an_untrained_run_file_scores_the_base(place, capsys):
     assert evaluate(place / "run.yaml") == 0
     printed = capsys.readouterr().out
-    found = json.loads((place / "run" / "evaluation.json").read_text(encoding="utf-8"))
-    assert list(found["systems"]) == ["base"]
-    assert found["adapter"] is None
-    assert list(found["systems"]["base"]["tasks"]) == ["film", "mood"]
-    assert set(found["systems"]["base"]["tasks"]["film"]["groups"]) == {"de", "en"}
-    assert list(found["systems"]["base"]["tasks"]["mood"]["metrics"]) == ["accuracy", "matthews"]
+    result = json.loads((place / "run" / "evaluation.json").read_text(encoding="utf-8"))
+    assert list(result["systems"]) == ["base"]
+    assert result["adapter"] is None
+    assert list(result["systems"]["base"]["tasks"]) == ["film", "mood"]
+    assert set(result["systems"]["base"]["tasks"]["film"]["groups"]) == {"de", "en"}
+    assert list(result["systems"]["base"]["tasks"]["mood"]["metrics"]) == ["accuracy", "matthews"]
     assert "exact_match" in printed
     assert "evaluation.json" in printed
     assert "\x1b" not in printed
@@ -100,25 +100,25 @@ def test_an_untrained_run_file_scores_the_base(place, capsys):
 def test_a_run_folder_shows_before_beside_after(place, shared, capsys):
     folder = trained(place, shared)
     assert evaluate(folder) == 0
-    found = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
-    before, after = found["systems"]["before"], found["systems"]["after"]
+    result = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    before, after = result["systems"]["before"], result["systems"]["after"]
     assert before["tasks"] != after["tasks"]
-    assert found["differences"]["after"]["to"] == "before"
+    assert result["differences"]["after"]["to"] == "before"
     header = capsys.readouterr().out.splitlines()[0].split()
     assert header == ["task", "group", "metric", "rows", "before", "after", "difference"]
     assert evaluate(place / "run.yaml") == 0  # the same through the run file
     again = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
-    for system in [*found["systems"].values(), *again["systems"].values()]:
+    for system in [*result["systems"].values(), *again["systems"].values()]:
         del system["seconds"]
-    assert again == found
+    assert again == result
 
 
 def test_any_adapter_with_a_run_file_for_the_data(shared, place, tmp_path):
     save_adapter(shared, tmp_path / "lone")
     assert evaluate(tmp_path / "lone", config=place / "run.yaml", limit=1) == 0
-    found = json.loads((tmp_path / "lone" / "evaluation.json").read_text(encoding="utf-8"))
-    assert found["settings"]["limit"] == 1
-    film = found["systems"]["after"]["tasks"]["film"]["metrics"]["exact_match"]
+    result = json.loads((tmp_path / "lone" / "evaluation.json").read_text(encoding="utf-8"))
+    assert result["settings"]["limit"] == 1
+    film = result["systems"]["after"]["tasks"]["film"]["metrics"]["exact_match"]
     assert film["n"] == 2  # one of each language
 
 

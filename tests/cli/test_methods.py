@@ -76,24 +76,24 @@ def test_the_table_has_every_preset_and_counts_lora_by_hand(
 ) -> None:
     words = ["methods", str(run_yaml), "adapter={r: 2, target_modules: [q_proj, v_proj]}"]
     assert main([*words, "--json"]) == 0
-    found = {row["method"]: row for row in json.loads(capsys.readouterr().out)["methods"]}
-    assert list(found) == ["this run", *PRESETS]
-    assert not [name for name, row in found.items() if "problem" in row]
+    entries = {row["method"]: row for row in json.loads(capsys.readouterr().out)["methods"]}
+    assert list(entries) == ["this run", *PRESETS]
+    assert not [name for name, row in entries.items() if "problem" in row]
     factors = 2 * (2 * (32 + 32) + 2 * (32 + 16))  # two layers of q (32 -> 32) and v (32 -> 16)
-    lora = found["lora"]
+    lora = entries["lora"]
     assert (lora["trainable"], lora["gates"], lora["modules"]) == (factors, 0, 4)
     assert lora["flops_per_token"] == 2 * factors  # one multiplication and one addition a weight
-    moe = found["moe_lora"]
+    moe = entries["moe_lora"]
     router = 4 * 4 * 32
     assert (moe["experts"], moe["gates"]) == (4 * factors, router)
     assert moe["flops_per_token"] == 2 * (4 * factors + router)
     shared_A = 4 * 2 * 32
-    assert found["hydralora"]["experts"] == 4 * factors - 3 * shared_A
-    goat = found["goat"]
+    assert entries["hydralora"]["experts"] == 4 * factors - 3 * shared_A
+    goat = entries["goat"]
     assert goat["trainable"] == 8 * factors + 8 * 4 * 32  # what it subtracts is not trained
-    mix = found["mixlora"]
+    mix = entries["mixlora"]
     assert (mix["gates"], mix["modules"]) == (2 * 8 * 32, 14)  # one router a block
-    fly = found["flylora"]
+    fly = entries["flylora"]
     assert (fly["gates"], fly["trainable"]) == (0, 2 * 32 * (32 + 16))
     assert main(words) == 0
     table = capsys.readouterr().out
@@ -117,9 +117,9 @@ def test_a_preset_that_does_not_fit_says_why_and_the_others_stay(
 ) -> None:
     wide = "adapter={r: 16, target_modules: [q_proj]}"
     assert main(["methods", str(run_yaml), wide]) == 0
-    told = capsys.readouterr().out
-    assert "goat does not fit this model: init_weights is 'svd': 8 experts of rank 16" in told
-    assert "hydralora" in told
+    printed = capsys.readouterr().out
+    assert "goat does not fit this model: init_weights is 'svd': 8 experts of rank 16" in printed
+    assert "hydralora" in printed
     assert main(["methods", str(run_yaml), "--model", "smollm2-135m"]) == 2
     assert "not both" in capsys.readouterr().err
 
@@ -129,8 +129,8 @@ def test_a_wrong_preset_is_told_with_the_nearest(
 ) -> None:
     run = [str(run_yaml), f"output_dir={tmp_path / 'run'}"]
     assert main(["train", *run, "adapter.preset=goatt", "adapter.top_k=99"]) == 2
-    told = capsys.readouterr().err
-    assert "did you mean 'goat'?" in told
-    assert "top_k is 99" in told
+    printed = capsys.readouterr().err
+    assert "did you mean 'goat'?" in printed
+    assert "top_k is 99" in printed
     assert main(["train", *run, "adapter.frozen=AB"]) == 2
     assert "from_adapters" in capsys.readouterr().err

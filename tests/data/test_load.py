@@ -6,6 +6,7 @@ import pytest
 
 from rotmole.config.schema import DataSection
 from rotmole.data import data_problems, load_examples
+from rotmole.data.load import within_limit
 from rotmole.errors import ConfigError
 
 
@@ -58,6 +59,11 @@ def test_limit_is_seeded_per_group_and_keeps_order(tmp_path):
     data.tasks["t"].group_column = "g"
     groups = [row.group for row in load_examples(data, "train", seed=0)["t"]]
     assert {g: groups.count(g) for g in set(groups)} == {"0": 20, "1": 20, "2": 20}
+
+
+def test_the_choice_under_a_limit_is_that_of_release_0_1():
+    assert within_limit(["a", "b"] * 6, 2, seed="0|t|train|") == [4, 6, 7, 9]
+    assert within_limit(["a", "b"] * 6, None, seed="") == list(range(12))
 
 
 def test_all_problems_at_once(tmp_path):

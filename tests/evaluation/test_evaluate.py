@@ -35,10 +35,10 @@ def adapted(tokenizer, *, perturb: float, config=LORA):
 
 
 def without_time(report) -> dict:
-    found = to_json(report, predictions=True)
-    for system in found["systems"].values():
+    result = to_json(report, predictions=True)
+    for system in result["systems"].values():
         del system["seconds"]
-    return found
+    return result
 
 
 @pytest.mark.parametrize("config", [LORA, MIXTURE], ids=["lora", "rotmole"])
@@ -46,8 +46,8 @@ def test_an_untrained_adapter_changes_nothing(tokenizer, config):
     model = adapted(tokenizer, perturb=0.0, config=config)
     report = evaluate(model, tokenizer, TASKS, SECTION)
     assert list(report.systems) == ["before", "after"]
-    found = without_time(report)
-    assert found["systems"]["before"] == found["systems"]["after"]
+    result = without_time(report)
+    assert result["systems"]["before"] == result["systems"]["after"]
     for cell in report.differences["after"]:
         for measured in cell.metrics.values():
             assert (measured.value, measured.low, measured.high) == (0.0, 0.0, 0.0)
@@ -59,10 +59,10 @@ def test_a_trained_adapter_changes_after_and_not_before(tokenizer, config):
     assert list(base.systems) == ["base"]
     model = adapted(tokenizer, perturb=0.5, config=config)
     report = evaluate(model, tokenizer, TASKS, SECTION)
-    found, plain = without_time(report), without_time(base)
-    assert found["systems"]["before"] == plain["systems"]["base"]
-    assert found["systems"]["after"] != found["systems"]["before"]
-    film = found["differences"]["after"]["tasks"]["film"]["metrics"]["perplexity"]
+    result, plain = without_time(report), without_time(base)
+    assert result["systems"]["before"] == plain["systems"]["base"]
+    assert result["systems"]["after"] != result["systems"]["before"]
+    film = result["differences"]["after"]["tasks"]["film"]["metrics"]["perplexity"]
     assert film["value"] != 0
 
 
@@ -78,8 +78,8 @@ def test_the_batch_size_changes_no_figure(model, tokenizer, batch_size):
     section = SECTION.model_copy(update={"batch_size": batch_size})
     one = without_time(evaluate(model, tokenizer, TASKS, section))
     other = without_time(evaluate(model, tokenizer, TASKS, SECTION))
-    for found in (one, other):
-        del found["settings"]
+    for result in (one, other):
+        del result["settings"]
 
     def flat(value, path=""):
         if isinstance(value, dict | list):
@@ -164,20 +164,20 @@ def test_answers_of_several_lines_are_not_cut(model, tokenizer):
         model.lm_head.weight[newline] *= 3
     lines = [replace(row, task="lines", completion=" a\nb") for row in text_rows()]
     report = evaluate(model, tokenizer, {"film": text_rows(), "lines": lines}, SECTION)
-    found = to_json(report, predictions=True)["systems"]["base"]["predictions"]
-    texts = {task: [r["answer"] for r in found if r["task"] == task] for task in ("film", "lines")}
+    result = to_json(report, predictions=True)["systems"]["base"]["predictions"]
+    texts = {task: [r["answer"] for r in result if r["task"] == task] for task in ("film", "lines")}
     assert any("\n" in text for text in texts["lines"])
     assert texts["film"] == [text.split("\n")[0].strip() for text in texts["lines"]]
 
 
 def test_limit_is_per_group_and_seeded():
     rows = {"animals": choice_rows(20)}
-    kept = limit_rows(rows, 3, seed=0)["animals"]
-    assert [row.group for row in kept].count("even") == 3
-    assert len(kept) == 6
-    assert [int(row.id) for row in kept] == sorted(int(row.id) for row in kept)
-    assert kept == limit_rows(rows, 3, seed=0)["animals"]
-    assert kept != limit_rows(rows, 3, seed=1)["animals"]
+    chosen = limit_rows(rows, 3, seed=0)["animals"]
+    assert [row.group for row in chosen].count("even") == 3
+    assert len(chosen) == 6
+    assert [int(row.id) for row in chosen] == sorted(int(row.id) for row in chosen)
+    assert chosen == limit_rows(rows, 3, seed=0)["animals"]
+    assert chosen != limit_rows(rows, 3, seed=1)["animals"]
     assert limit_rows(rows, None, seed=0) == rows
     assert limit_rows(rows, 50, seed=0) == rows
 

@@ -35,31 +35,31 @@ def greedy_by_hand(model, tokenizer, prompt: str, steps: int) -> str:
 def test_batches_equal_greedy_by_hand(batch_size, pad):
     tokenizer = make_tokenizer(pad=pad)
     model = make_model(tokenizer)
-    found = answers(
+    texts = answers(
         model, tokenizer, PROMPTS, max_new_tokens=8, batch_size=batch_size, one_line=False
     )
     expected = [greedy_by_hand(model, tokenizer, prompt, 8).strip() for prompt in PROMPTS]
-    assert found == expected
-    assert len(set(found)) > 3
+    assert texts == expected
+    assert len(set(texts)) > 3
 
 
 def test_the_tokenizers_own_padding_side_does_not_matter(model, tokenizer):
     arguments = {"max_new_tokens": 6, "batch_size": 4, "one_line": True}
-    found = answers(model, tokenizer, PROMPTS, **arguments)
+    texts = answers(model, tokenizer, PROMPTS, **arguments)
     other = make_tokenizer()
     other.padding_side = "left"
-    assert answers(model, other, PROMPTS, **arguments) == found
+    assert answers(model, other, PROMPTS, **arguments) == texts
     assert other.padding_side == "left"
 
 
 def test_settings_of_the_model_do_not_change_greedy(model, tokenizer):
     arguments = {"max_new_tokens": 12, "batch_size": 4, "one_line": False}
-    found = answers(model, tokenizer, PROMPTS, **arguments)
+    texts = answers(model, tokenizer, PROMPTS, **arguments)
     model.generation_config.update(
         do_sample=True, temperature=5.0, top_k=3, repetition_penalty=9.0, no_repeat_ngram_size=1,
         num_beams=2, min_length=50,
     )  # fmt: skip
-    assert answers(model, tokenizer, PROMPTS, **arguments) == found
+    assert answers(model, tokenizer, PROMPTS, **arguments) == texts
 
 
 def test_answers_end_at_the_end_of_sequence(model, tokenizer):
@@ -67,8 +67,8 @@ def test_answers_end_at_the_end_of_sequence(model, tokenizer):
         model.lm_head.weight.zero_()
         model.lm_head.weight[tokenizer.eos_token_id] = model.model.norm.weight * 0 + 1
         model.model.embed_tokens.weight.fill_(1.0)
-    found = answers(model, tokenizer, PROMPTS, max_new_tokens=4, batch_size=3, one_line=False)
-    assert found == [""] * len(PROMPTS)
+    texts = answers(model, tokenizer, PROMPTS, max_new_tokens=4, batch_size=3, one_line=False)
+    assert texts == [""] * len(PROMPTS)
 
 
 def test_an_end_of_turn_ends_an_answer(model, tokenizer):
@@ -109,9 +109,9 @@ def test_stopping_early_changes_no_answer(model, tokenizer):
         model.lm_head.weight[newline] *= 3  # line breaks become frequent
     arguments = {"max_new_tokens": 16, "batch_size": 4}
     whole = answers(model, tokenizer, PROMPTS, one_line=False, **arguments)
-    found = answers(model, tokenizer, PROMPTS, one_line=True, **arguments)
+    texts = answers(model, tokenizer, PROMPTS, one_line=True, **arguments)
     assert any("\n" in text for text in whole)
-    assert found == [text.split("\n")[0].strip() for text in whole]
+    assert texts == [text.split("\n")[0].strip() for text in whole]
 
 
 def test_prompts_are_tokenised_as_before_an_answer(tokenizer):

@@ -44,8 +44,8 @@ def texts_of(rows, tokenizer):
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 def test_every_batch_size_equals_one_by_one(model, tokenizer, batch_size):
     texts = texts_of(choice_rows() + score_rows(), tokenizer)
-    found = log_likelihoods(model, texts, batch_size=batch_size)
-    assert found == pytest.approx([one_by_one(model, text) for text in texts], rel=1e-12)
+    values = log_likelihoods(model, texts, batch_size=batch_size)
+    assert values == pytest.approx([one_by_one(model, text) for text in texts], rel=1e-12)
 
 
 def test_models_without_position_argument(tokenizer):

@@ -71,8 +71,8 @@ def test_groups_are_the_same_whatever_the_rates_are() -> None:
     """So that an optimizer's state, which knows them by number, fits a run with other rates."""
     base = tiny.gpt2()
     base.requires_grad_(True)
-    found = [
+    groupings = [
         [[id(p) for p in g["params"]] for g in parameter_groups(base, lr=1.0, weight_decay=decay)]
         for decay in (0.0, 0.1)
     ]
-    assert found[0] == found[1]
+    assert groupings[0] == groupings[1]

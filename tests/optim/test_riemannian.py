@@ -90,8 +90,8 @@ def test_adamw_takes_preconditioned_gradients_and_nothing_else_changes() -> None
                 getattr(experts, name).grad = grad
         ours.step()
         theirs.step()
-    for (name, found), wanted in zip(model.named_parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-7, atol=1e-9, msg=name)
+    for (name, parameter), wanted in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(parameter, wanted, rtol=1e-7, atol=1e-9, msg=name)
 
 
 def test_an_update_of_the_product_does_not_depend_on_how_it_is_split() -> None:

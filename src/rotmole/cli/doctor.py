@@ -59,7 +59,8 @@ def _packages() -> list[str]:
             shown.add(requirement.name)
             fits = requirement.specifier.contains(installed, prereleases=True)
             wanted = str(requirement.specifier) or "any"
-            print(f"{requirement.name:<16}{installed:<14}{wanted if fits else f'needs {wanted}'}")
+            rule = wanted if fits else f"needs {wanted}"
+            print(f"{requirement.name:<16}{installed:<13} {rule}")
             if not fits:
                 problems.append(
                     f"{requirement.name} {installed} is outside {wanted}: "

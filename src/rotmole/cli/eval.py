@@ -73,15 +73,14 @@ def evaluate(
     is_main = is_main_process()
     say = note if is_main else lambda text: None
     loaded = load_target(place, say=say, trust_remote_code=trust_remote_code)
-    options: dict[str, Any] = {
-        "metrics_by_task": metrics,
-        "demonstrations": shown,
-        "seed": run.seed,
-    }
+
     with joined() as spread, progress() if is_main else nullcontext() as show:
         same_everywhere("model.dtype", loaded.model.dtype)
-        options |= {"progress": show, "spread": spread}
-        report = work(loaded.model, loaded.tokenizer, examples, run.evaluation, **options)
+        report = work(
+            loaded.model, loaded.tokenizer, examples, run.evaluation,
+            metrics_by_task=metrics, demonstrations=shown,
+            progress=show, seed=run.seed, spread=spread,
+        )  # fmt: skip
     if is_main:
         _deliver(report, _origin(place, loaded.name, loaded.note), place.folder, as_json=as_json)
     return 0

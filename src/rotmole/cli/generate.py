@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
 
 from rotmole.cli.screen import note
 from rotmole.errors import InputError
@@ -43,6 +42,11 @@ def generate(
             stacklevel=2,
         )
     loaded = load_target(find_target(target), say=note, trust_remote_code=trust_remote_code)
+    streamer = None
+    if stream:
+        from transformers import TextStreamer
+
+        streamer = TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
     for index, text in enumerate(prompts):
         if index:
             print()  # a blank line between answers
@@ -54,7 +58,7 @@ def generate(
             temperature=temperature,
             top_p=top_p,
             seed=seed,
-            streamer=_streamer(loaded.tokenizer) if stream else None,
+            streamer=streamer,
         )
         if not stream:
             print(answer, flush=True)
@@ -89,9 +93,3 @@ def read_prompts(prompt: str | None, file: Path | None) -> list[str]:
     if not prompts:
         raise InputError(f"{name} contains no prompt; write one per line.")
     return prompts
-
-
-def _streamer(tokenizer: Any) -> Any:
-    from transformers import TextStreamer
-
-    return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

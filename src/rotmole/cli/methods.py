@@ -45,8 +45,8 @@ def methods(path: Path | None, overrides: Sequence[str], name: str | None, as_js
     if path is not None:
         run = load_run(path, overrides)
         section, adapter = run.model, run.adapter
-        entry = _entry("this run", section, lambda: run.adapter_config)
-        entries.append(entry | {"about": str(path)})
+        entries.append(_entry("this run", section, lambda: run.adapter_config))
+        entries[0]["about"] = str(path)
     else:
         section, adapter = ModelSection(**({"name": name} if name else {})), {}
     shared = {"target_modules": "all-linear"} | {k: adapter[k] for k in SHARED if k in adapter}
@@ -62,13 +62,14 @@ def methods(path: Path | None, overrides: Sequence[str], name: str | None, as_js
 
 
 def _entry(name: str, section: ModelSection, make: Callable[[], RotMoleConfig]) -> dict[str, Any]:
-    """Count one method; one that does not fit the model says why in place of its figures."""
+    """Return the figures of one method, or the reason why it does not fit the model."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the file's were shown; a preset's do not matter here
+            # load_run has shown the run file's warnings; those of a preset help nobody here
+            warnings.simplefilter("ignore")
             config = make()
         model = preview(section, config, torch.float32).eval()
-    except ValueError as error:  # PEFT's and ours
+    except ValueError as error:  # of PEFT, or one of rotmole's InputErrors
         return {"method": name, "problem": " ".join(str(error).split())}
     roles = trainable_by_role(model)
     return {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from rotmole.config.schema import TaskSection
@@ -53,7 +53,17 @@ def render(
             parts = _with_choices(task, row)
         if not str(parts["completion"]).strip():
             raise row_error(row, "the answer is empty, so there is nothing to learn from")
-        examples.append(_example(name, task, row, parts))
+        examples.append(
+            Example(
+                task=name,
+                group=str(row.columns[task.group_column]) if task.group_column else "",
+                id=str(row.columns.get("id", row.number)),
+                loss_on=task.loss_on,
+                long_rows=task.long_rows,
+                origin=row.origin,
+                **parts,
+            )
+        )
     return examples
 
 
@@ -82,19 +92,6 @@ def used_columns(task: TaskSection) -> list[str]:
 def choice_template(task: TaskSection) -> str:
     """Return the template of one candidate answer: {choice} unless the run file sets one."""
     return "{choice}" if task.completion == DEFAULT_COMPLETION else task.completion
-
-
-def _example(name: str, task: TaskSection, row: Row, parts: dict[str, Any]) -> Example:
-    group = str(row.columns[task.group_column]) if task.group_column else ""
-    return Example(
-        task=name,
-        group=group,
-        id=str(row.columns.get("id", row.number)),
-        loss_on=task.loss_on,
-        long_rows=task.long_rows,
-        origin=row.origin,
-        **parts,
-    )
 
 
 def _with_choices(task: TaskSection, row: Row) -> dict[str, Any]:
@@ -241,5 +238,6 @@ def _checked_messages(row: Row, column: str) -> list[dict[str, str]]:
 
 
 def _is_message(message: object) -> bool:
-    keys: Iterable[str] = ("role", "content")
-    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in keys)
+    if not isinstance(message, dict):
+        return False
+    return all(isinstance(message.get(key), str) for key in ("role", "content"))

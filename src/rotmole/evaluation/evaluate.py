@@ -231,7 +231,8 @@ def _add_texts(
         places = [
             (task, index)
             for task, rows in shown.items()
-            if "text" in needs[task] and _is_one_line(rows) == one_line
+            if "text" in needs[task]
+            and one_line == (not any("\n" in row.completion.strip() for row in rows))
             for index in range(len(rows))
         ]
         if not places:
@@ -249,10 +250,6 @@ def _add_texts(
         )
         for (task, index), text in zip(places, texts, strict=True):
             answers[task][index] = replace(answers[task][index], text=text)
-
-
-def _is_one_line(rows: Sequence[Example]) -> bool:
-    return not any("\n" in row.completion.strip() for row in rows)
 
 
 def _named(progress: Progress | None, name: str) -> Progress | None:

@@ -156,7 +156,7 @@ def answers(
     Args:
         tokenizer: its padding side is not used.
         max_new_tokens: the maximum length of an answer in tokens.
-        batch_size: prompts per batch.
+
         one_line: end after the first line that is not blank.
         ends: texts that end an answer besides the end of sequence; see `end_tokens`.
         tick: called after each batch with the number of prompts it finished.

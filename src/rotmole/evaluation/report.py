@@ -220,11 +220,10 @@ def _tasks(cells: Sequence[Cell]) -> dict[str, Any]:
 
 
 def _measures(measures: Mapping[str, Measure]) -> dict[str, Any]:
-    return {metric: _finite(asdict(measure)) for metric, measure in measures.items()}
-
-
-def _finite(figures: dict[str, Any]) -> dict[str, Any]:
-    return {name: value if math.isfinite(value) else None for name, value in figures.items()}
+    return {
+        metric: {n: value if math.isfinite(value) else None for n, value in asdict(measure).items()}
+        for metric, measure in measures.items()
+    }
 
 
 def prediction_rows(system: System) -> list[dict[str, Any]]:

@@ -127,7 +127,7 @@ def log_likelihoods(
         ModelError: a figure is NaN.
     """
     rows = _shared_rows(texts)
-    rows.sort(key=lambda members: -_input_length(texts[members[0]]))
+    rows.sort(key=lambda members: -len(texts[members[0]].tokens))
     batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
 
     def done(finished: Sequence[list[list[int]]]) -> None:
@@ -145,10 +145,6 @@ def log_likelihoods(
             "NaN or overflow in this dtype; load it in float32, or train it again."
         )
     return values
-
-
-def _input_length(text: Scored) -> int:
-    return len(text.tokens) - 1
 
 
 def _shared_rows(texts: Sequence[Scored]) -> list[list[int]]:
