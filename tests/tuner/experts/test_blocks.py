@@ -238,7 +238,7 @@ def test_other_kinds_of_blocks_train(name: str) -> None:
 def test_what_cannot_be_block_routed_says_why() -> None:
     with pytest.raises(ConfigError, match="sum to one"):
         _config(norm_topk_prob=False)
-    with pytest.raises(ConfigError, match="within one layer"):
+    with pytest.raises(ConfigError, match="of one layer rotate each other"):
         _config(rotation="radar")
     with pytest.raises(ConfigError, match=r"down_proj of .*mlp.* has no experts"):
         _adapted(target_modules=["gate_proj", "up_proj"])

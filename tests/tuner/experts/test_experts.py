@@ -357,19 +357,25 @@ def test_fewer_experts_than_a_token_uses_is_said_with_the_module() -> None:
 
 
 BROKEN: list[tuple[dict[str, object], str]] = [
-    ({"num_experts_pattern": {"q_proj": 0}}, "num_experts_pattern holds 0"),
+    ({"num_experts_pattern": {"q_proj": 0}}, "num_experts_pattern['q_proj'] is 0"),
     ({"num_experts_pattern": "q_proj"}, "num_experts_pattern is 'q_proj'"),
-    ({"top_k_pattern": [2, True]}, "top_k_pattern holds True"),
+    ({"top_k_pattern": [2, True]}, "top_k_pattern[1] is True"),
     ({"share_A": 1}, "share_A is 1"),
-    ({"share_A": True, "init_weights": "svd"}, "share_A is True; init_weights 'svd'"),
-    ({"share_A": True, "router": "magnitude"}, "share_A is True; router 'magnitude'"),
+    ({"share_A": True, "init_weights": "svd"}, "share_A is True but init_weights is 'svd'"),
+    ({"share_A": True, "router": "magnitude"}, "share_A is True but router is 'magnitude'"),
     ({"frozen": "B"}, "frozen is 'B'"),
     ({"init_weights": "pissa"}, "init_weights is 'pissa'"),
-    ({"init_weights": "svd", "router_scope": "block"}, "init_weights is 'svd', whose residual"),
+    (
+        {"init_weights": "svd", "router_scope": "block"},
+        "init_weights is 'svd' but router_scope is 'block'",
+    ),
     ({"A_density": 0}, "A_density is 0;"),
     ({"A_density": 1.5, "frozen": "A"}, "A_density is 1.5"),
     ({"A_density": 0.5}, "A_density is 0.5 but frozen is 'none'"),
-    ({"A_density": 0.5, "frozen": "A", "init_weights": "svd"}, "'svd' gives a dense A"),
+    (
+        {"A_density": 0.5, "frozen": "A", "init_weights": "svd"},
+        "init_weights is 'svd', whose A has no zeros",
+    ),
     ({"goat_eta": 0}, "goat_eta is 0"),
 ]
 

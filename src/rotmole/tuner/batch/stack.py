@@ -59,12 +59,14 @@ class Stack:
         self.traced: Batch | None = None
         self.outside = Batch(is_outside=True, walks_tokens=True)
         self.waiting: deque[weakref.ref[Batch]] = deque(maxlen=REMEMBERED)
+        # block -> the child that it calls first
+        self.first: dict[str, weakref.ref[nn.Module]] = {}
         # key-value cache of a generation -> what its decoding layers have packed
         self.packs: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles keep what is built and none of a call."""
-        calls = ("local", "traced", "outside", "waiting", "packs")
+        calls = ("local", "traced", "outside", "waiting", "packs", "first")
         return {name: value for name, value in self.__dict__.items() if name not in calls}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -145,13 +147,21 @@ class Stack:
         """Forward pre-hook of a block's children: is this the second run of a block, and whose?
 
         A checkpointed block runs its forward again with the arguments of the first time. Hooks on
-        the block itself may not run then, those on its children do, and a child that is called with
-        an argument of the block tells which call of the block it is.
+        the block itself may not run then, those on its children do. The child that the block calls
+        first tells which call of the block it is, by an argument that it passes on. Later children
+        cannot: they are called with new tensors, which may lie where those of another call lay.
         """
-        if torch.compiler.is_compiling() or not child.training or self.local.batch is not None:
+        if torch.compiler.is_compiling() or not child.training:
             return
-        task = torch._C._current_graph_task_id()
+        if self.local.batch is not None:
+            self.first.setdefault(block, weakref.ref(child))
+            return
+        task, again = torch._C._current_graph_task_id(), self.local.again
         if task == -1:
+            return
+        goes_on = again is not None and again[:2] == (task, block)
+        begins = block in self.first and self.first[block]() is child
+        if goes_on and not begins:
             return
         storages = _storages((args, kwargs))
         waiting = [batch for batch in (ref() for ref in self.waiting) if batch is not None]
@@ -159,6 +169,8 @@ class Stack:
         common, newest = max(fits, default=(0, 0))
         if common:
             self.local.again = (task, block, waiting[newest])
+        elif not goes_on:
+            self.local.again = None
 
 
 def _storages(value: Any) -> set[int]:
