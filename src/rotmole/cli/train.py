@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import shlex
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rotmole.cli.screen import note
 from rotmole.config.load import load_run
 from rotmole.data import data_problems
 from rotmole.errors import ConfigError
@@ -57,7 +57,7 @@ def train(
         weights_only=weights_only,
         allow_change=allow_change,
         trust_remote_code=trust_remote_code,
-        say=_note if speaks else None,
+        say=note if speaks else None,
         prepare=_header,
     )
     if result.interrupted is not None and speaks:
@@ -68,10 +68,6 @@ def train(
     elif speaks:
         _summary(result)
     return 0 if result.interrupted is None else 128 + result.interrupted
-
-
-def _note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def _header(built: Any) -> None:

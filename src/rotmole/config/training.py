@@ -65,7 +65,7 @@ REFUSED: dict[str, str] = {
     "activation_offloading": "it is not tested with this method",
     "save_only_model": "a checkpoint without the optimizer's state cannot be resumed from",
     "local_rank": "torchrun sets it",
-    "deepspeed": "it is not tested with this method; use fsdp",
+    "deepspeed": "it is not supported; use fsdp",
 }
 
 RANGES: dict[str, Range] = {

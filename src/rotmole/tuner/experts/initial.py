@@ -17,8 +17,6 @@ from rotmole.ops.rotation.table import ROTATIONS
 if TYPE_CHECKING:
     from rotmole.tuner.experts.experts import Experts
 
-INITS = (True, False, "gaussian", "svd")
-
 
 @torch.no_grad()
 def draw(experts: Experts, init_weights: bool | str, A_density: float = 1.0) -> None:
@@ -32,7 +30,7 @@ def draw(experts: Experts, init_weights: bool | str, A_density: float = 1.0) -> 
 
     Args:
         experts: the parameters of one layer; those named `residual_*` become 0.
-        init_weights: a value of INITS; "svd" draws as True does, see `take_segments`.
+        init_weights: True, False, "gaussian" or "svd". "svd" draws as True: see `take_segments`.
         A_density: share of each row's entries of A that are not zero.
     """
     zero: tuple[str, ...] = ()
