@@ -51,8 +51,9 @@ lint: setup  ## check formatting and rules with ruff
 types: setup  ## check types with mypy, strict on ops, tuner, optim and config
 	$(BIN)/mypy
 
-imports: setup  ## check that imports only point to the left of the pipeline
-	$(BIN)/lint-imports
+imports: setup  ## check that imports point only to the left of the pipeline and close no circle
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/python tests/circles.py
 
 docs: setup  ## run every code block of README and docs
 	$(TEST_ENV) $(BIN)/python -m pytest -q tests/docs

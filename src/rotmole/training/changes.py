@@ -209,7 +209,7 @@ def check_engine(checkpoint: Path, engine: str, *, weights_only: bool) -> bool:
 
     Args:
         checkpoint: a complete checkpoint.
-        engine: this run's, from sharding.engine_of.
+        engine: this run's, from checkpoints.engine_of.
         weights_only: the optimizer's state is not needed.
 
     Returns:

@@ -29,7 +29,11 @@ from rotmole.training.changes import (
     facts_of,
     loaded_facts,
 )
-from rotmole.training.checkpoints.checkpoints import Checkpoints, validation_is_missing
+from rotmole.training.checkpoints.checkpoints import (
+    Checkpoints,
+    engine_of,
+    validation_is_missing,
+)
 from rotmole.training.checkpoints.find import find_resume
 from rotmole.training.checkpoints.seal import step_of
 from rotmole.training.folder.card import model_card
@@ -44,7 +48,7 @@ from rotmole.training.folder.layout import (
 from rotmole.training.folder.lock import run_lock
 from rotmole.training.folder.manifest import earlier_resumes, final_metrics, manifest
 from rotmole.training.folder.plots import loss_svg
-from rotmole.training.sharding import adapter_state, engine_of
+from rotmole.training.sharding import adapter_state
 from rotmole.training.trainer import RotMoleTrainer
 from rotmole.training.validation import ValidationCut
 

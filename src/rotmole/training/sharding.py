@@ -6,9 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
-
-from rotmole.training.checkpoints.seal import UNSHARDED
 
 
 def whole(value: Tensor, device: torch.device) -> Tensor:
@@ -59,14 +56,6 @@ def allow_sharding_on_cpus() -> None:
     state = PartialState()
     if state.distributed_type is DistributedType.MULTI_CPU:
         state.distributed_type = DistributedType.MULTI_GPU
-
-
-def engine_of(trainer: Trainer) -> str:
-    """Say how a trainer's engine stores a checkpoint: a key of seal.STORAGE, or UNSHARDED."""
-    if not trainer.is_fsdp_enabled:
-        return UNSHARDED
-    whole_states = trainer.accelerator.state.fsdp_plugin.state_dict_type.name == "FULL_STATE_DICT"
-    return "FSDP with whole states" if whole_states else "FSDP with shards"
 
 
 def unpin(plugin: Any) -> None:

@@ -21,12 +21,19 @@ from transformers import (
 from rotmole.errors import StorageError
 from rotmole.files import storage_errors, sync
 from rotmole.training.checkpoints.find import prune
-from rotmole.training.checkpoints.seal import begin, faults, seal, storage_of
+from rotmole.training.checkpoints.seal import UNSHARDED, begin, faults, seal, storage_of
 from rotmole.training.checkpoints.sums import restore_sums, save_sums
 from rotmole.training.checkpoints.write import nothing_half_written
-from rotmole.training.sharding import engine_of
 
 logger = logging.getLogger(__name__)
+
+
+def engine_of(trainer: Trainer) -> str:
+    """Say how a trainer's engine stores a checkpoint: a key of seal.STORAGE, or UNSHARDED."""
+    if not trainer.is_fsdp_enabled:
+        return UNSHARDED
+    whole_states = trainer.accelerator.state.fsdp_plugin.state_dict_type.name == "FULL_STATE_DICT"
+    return "FSDP with whole states" if whole_states else "FSDP with shards"
 
 
 @dataclass(eq=False)
