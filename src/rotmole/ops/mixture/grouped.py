@@ -7,7 +7,7 @@ each the derivative of the others, so derivatives of every order are exact:
     table_ND = sum over T, M of w_TM x_T where rows_TM = N
 
 They are torch's embedding-bag kernels: no row is copied per token, and cost grows with T K R and no
-longer with E. The dense path is faster while K is not far below E; `prefers_grouped` says where.
+longer with E. The dense path is faster while K is not far below E; tuner/experts/ways.py chooses.
 """
 
 from __future__ import annotations
@@ -21,22 +21,6 @@ from torch.nn.functional import embedding_bag
 from rotmole.ops.precision import at_least_float32, without_autocast
 from rotmole.ops.rotation.table import ROTATIONS, Gate
 from rotmole.ops.spec import Spec, Weights
-
-SWITCH_OVER = 12  # experts per chosen expert from which it is taken; see prefers_grouped
-
-
-def prefers_grouped(experts: int, top_k: int) -> bool:
-    """Say whether computing the chosen experts alone is expected to be the faster way.
-
-    From 12 experts for each chosen one. This path does E / K times less work at about a tenth of a
-    dense product's rate: whole layers, forward and backward, take as long either way at 8 experts
-    for each chosen one and less this way from 12 on, in benchmarks/results/experts.csv. The
-    setting `dispatch` overrides it.
-
-    >>> prefers_grouped(8, 2), prefers_grouped(64, 2)
-    (False, True)
-    """
-    return experts >= SWITCH_OVER * top_k
 
 
 def _bags(rows_TM: Tensor) -> tuple[Tensor, Tensor]:

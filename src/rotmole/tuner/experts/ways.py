@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rotmole.ops.mixture.dense import mixture
 from rotmole.ops.mixture.fused import can_fuse, fused_mixture
-from rotmole.ops.mixture.grouped import grouped_mixture, prefers_grouped
+from rotmole.ops.mixture.grouped import grouped_mixture
 from rotmole.ops.mixture.passes import How
 from rotmole.ops.routing.route import route
 from rotmole.ops.routing.selection import Routed
@@ -27,6 +27,11 @@ from rotmole.tuner.experts.decoding import Decoding, may_pack
 from rotmole.tuner.experts.experts import Experts
 
 Added = tuple[Tensor, Routed | None]
+
+# Experts for each chosen one from which grouped is taken. It does E / K times less work at about a
+# tenth of a dense product's rate: whole layers, forward and backward, take as long either way at 8
+# and less this way from 12 on (benchmarks/results/experts.csv).
+GROUPED_FROM = 12
 
 
 class Call(NamedTuple):
@@ -90,7 +95,7 @@ def _is_grouped(spec: Spec) -> bool:
     able = spec.selection == "top_k" and spec.num_experts > 1 and not spec.share_A
     if not (able and _in_rank_space(spec)) or spec.dispatch == "fused":
         return False
-    return spec.dispatch == "grouped" or prefers_grouped(spec.num_experts, spec.top_k)
+    return spec.dispatch == "grouped" or spec.num_experts >= GROUPED_FROM * spec.top_k
 
 
 def _packs(spec: Spec) -> bool:
