@@ -3,10 +3,10 @@
     python tests/matrix.py [oldest] [newest] [-- pytest arguments]
 
 Each lane has its own environment in .cache/matrix/. `oldest` takes constraints-oldest.txt,
-`newest` whatever peft, transformers, trl, accelerate and datasets are newest; torch is pinned in
-both. What runs is everything that touches those libraries: all tests but tests/ops (torch alone),
-tests/docs (the README's own commands) and the heavy ones. Warnings are no errors here: older
-libraries warn of what newer ones mended, newer ones deprecate what still works. pytest lists them.
+`newest` takes the newest peft, transformers, trl, accelerate and datasets; torch is pinned in both.
+All tests run that touch those libraries: tests/ops (torch alone), tests/docs (the README's own
+commands) and the heavy tests are left out. Warnings are not errors here, because older libraries
+warn of what newer ones changed, and newer ones deprecate what still works. pytest lists them.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ LEFT_OUT = ("tests/ops", "tests/docs")
 
 
 def pins(lane: str) -> list[str]:
-    """Return the lane's lines of constraints; constraints.txt pins only what is no host library."""
+    """Return the lane's constraints; those of constraints.txt without the host libraries."""
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pinned = {re.split("[=<> ]", line)[0].lower(): line for line in lines if "==" in line}
-    for name in (*HOSTS, "safetensors", "typer", "diffusers"):  # the hosts say which they take
+    for name in (*HOSTS, "safetensors", "typer", "diffusers"):  # the hosts decide these versions
         pinned.pop(name)
     if lane == "oldest":
         oldest = (ROOT / "constraints-oldest.txt").read_text(encoding="utf-8").splitlines()
@@ -62,21 +62,21 @@ def main(arguments: list[str]) -> int:
     codes = []
     for lane in lanes:
         python = environment(lane)
-        found = subprocess.run(
+        freeze = subprocess.run(
             [python, "-m", "pip", "freeze", "--exclude-editable"],
             check=True, capture_output=True, text=True,
         )  # fmt: skip
         names = tuple(f"{name}==" for name in (*HOSTS, "torch"))
-        here = [line for line in found.stdout.splitlines() if line.startswith(names)]
-        print(f"matrix: {lane}: {', '.join(here)}", flush=True)
+        versions = [line for line in freeze.stdout.splitlines() if line.startswith(names)]
+        print(f"matrix: {lane}: {', '.join(versions)}", flush=True)
         paths = [f"--ignore={path}" for path in LEFT_OUT]
         variables = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        done = subprocess.run(
+        tests = subprocess.run(
             [python, "-m", "pytest", "-q", "-W", "default", *paths, *extra],
             cwd=ROOT, env=variables, check=False,
         )  # fmt: skip
-        codes.append(done.returncode)
-        print(f"matrix: {lane}: {'passed' if not done.returncode else 'FAILED'}", flush=True)
+        codes.append(tests.returncode)
+        print(f"matrix: {lane}: {'passed' if not tests.returncode else 'FAILED'}", flush=True)
     return max(codes)
 
 

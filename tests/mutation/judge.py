@@ -1,10 +1,11 @@
 """A pytest plugin that judges mutants: pytest collects once, each mutant runs in a fork of that.
 
-mutmut's own loop starts pytest anew for every mutant, which costs more than most mutants take to
-die. Here a mutant meets the tests that reach it, those first that killed others of its function,
-then those of the module's own file, then one case of each test, then the second ones (each time
-those first that killed the most in the least time, or the quickest), until one fails or they cost
-`budget` seconds of processor time: then it counts as a survivor. A test that takes ten times as
+mutmut's own loop starts pytest anew for every mutant, which takes longer than the tests that kill
+most mutants. Here a mutant meets the tests that reach it in this order: tests that killed others of
+its function, tests in the file named after its module, one case of each other test of its room, one
+case of each other test, then second cases, and so on. Among equals the tests that killed most in
+the least time come first, then the quickest. When one fails, the mutant is killed; when they have
+taken `budget` seconds of processor time, it counts as a survivor. A test that takes ten times as
 long as it did unchanged, and `patience` seconds more, ends as a timeout.
 """
 
@@ -41,8 +42,8 @@ def in_order(items: list[pytest.Item], seconds: dict[str, float]) -> list[pytest
     """The quickest first; tests that share a fixture of their module last, and together."""
 
     def shares(item: pytest.Item) -> bool:
-        found = item._fixtureinfo.name2fixturedefs.values()  # type: ignore[attr-defined]
-        return any(definition[-1].scope == "module" for definition in found)
+        fixtures = item._fixtureinfo.name2fixturedefs.values()  # type: ignore[attr-defined] # pytest keeps it private
+        return any(definitions[-1].scope == "module" for definitions in fixtures)
 
     alone = [item for item in items if not shares(item)]
     alone.sort(key=lambda item: seconds.get(item.nodeid, 0.0))
@@ -62,14 +63,15 @@ class Killers:
         self.kills_of[function_of(mutant)][test] += 1
 
     def first(self, mutant: str, items: list[pytest.Item]) -> list[pytest.Item]:
-        """Put those of the module's own file first, then of each test one case before a second.
+        """Return the tests in the order in which a mutant meets them.
 
-        Among equals those that kill fastest; a kill of the same function counts as twenty others.
+        A kill of the same function counts as twenty others.
         """
-        own, module = self.kills_of[function_of(mutant)], mutant.split(".")[-2]
+        same_function = self.kills_of[function_of(mutant)]
+        room, module = mutant.split(".")[-3:-1]
 
         def rate(item: pytest.Item) -> float:
-            kills = self.kills[item.nodeid] + 20 * own[item.nodeid]
+            kills = self.kills[item.nodeid] + 20 * same_function[item.nodeid]
             return kills / (self.seconds.get(item.nodeid, 1.0) + 0.02)
 
         fastest = sorted(items, key=rate, reverse=True)
@@ -80,11 +82,15 @@ class Killers:
             turn[item.nodeid] = before[name]
             before[name] += 1
 
-        def far(item: pytest.Item) -> int:
-            named = module.startswith(item.path.stem.removeprefix("test_"))
-            return 0 if own[item.nodeid] else 1 if named else 2 + turn[item.nodeid]
+        def distance(item: pytest.Item) -> int:
+            if same_function[item.nodeid]:
+                return 0
+            same_room = item.path.parent.name == room
+            if same_room and module.startswith(item.path.stem.removeprefix("test_")):
+                return 1
+            return 3 - same_room + turn[item.nodeid]
 
-        return sorted(fastest, key=far)
+        return sorted(fastest, key=distance)
 
 
 def function_of(mutant: str) -> str:
@@ -113,12 +119,12 @@ def verdict(session: pytest.Session, items: list[pytest.Item], limits: Limits) -
 def forked(
     mutant: str, session: pytest.Session, items: list[pytest.Item], limits: Limits
 ) -> tuple[int, int]:
-    """Start one mutant's process; return its number and where it will name the test that failed."""
-    said, say = os.pipe()
+    """Start one mutant's process; return its number and the pipe for the name of a failed test."""
+    reader, writer = os.pipe()
     pid = os.fork()
     if pid:
-        os.close(say)
-        return pid, said
+        os.close(writer)
+        return pid, reader
     code = 1
     try:
         os.environ["MUTANT_UNDER_TEST"] = mutant
@@ -126,7 +132,7 @@ def forked(
         for stream in (1, 2):
             os.dup2(quiet, stream)
         failed = verdict(session, items, limits)
-        os.write(say, failed.encode())
+        os.write(writer, failed.encode())
         code = int(bool(failed))
     finally:
         os._exit(code)
@@ -139,26 +145,26 @@ def waited() -> tuple[int, int]:
 
 
 class Records:
-    """The verdicts, in mutmut's own files beside the mutated sources."""
+    """The verdicts, in the files that mutmut keeps next to the mutated sources."""
 
     def __init__(self) -> None:
-        self.known = {p: json.loads(p.read_text()) for p in Path("src").rglob("*.py.meta")}
-        self.paths = {m: p for p, known in self.known.items() for m in known["exit_code_by_key"]}
+        self.metas = {p: json.loads(p.read_text()) for p in Path("src").rglob("*.py.meta")}
+        self.paths = {m: p for p, meta in self.metas.items() for m in meta["exit_code_by_key"]}
 
     def save(self, mutant: str, code: int) -> None:
         path = self.paths[mutant]
-        self.known[path]["exit_code_by_key"][mutant] = code
+        self.metas[path]["exit_code_by_key"][mutant] = code
         new = path.with_suffix(".new")
-        new.write_text(json.dumps(self.known[path]))
+        new.write_text(json.dumps(self.metas[path]))
         new.replace(path)
 
 
 def sanity(session: pytest.Session, items: list[pytest.Item]) -> None:
-    """The tests must pass without a mutant, and fail where every mutated function raises."""
+    """Check that the tests pass without a mutant, and fail if every mutated function raises."""
     for mutant, expected in (("", 0), ("fail", 1)):
-        _, said = forked(mutant, session, items, Limits(1e5, 1e5, {}))
+        _, reader = forked(mutant, session, items, Limits(1e5, 1e5, {}))
         _, code = waited()
-        os.close(said)
+        os.close(reader)
         if code != expected:
             raise pytest.UsageError(f"with the mutant {mutant!r} the tests ended with {code}")
 
@@ -177,21 +183,21 @@ def pytest_runtestloop(session: pytest.Session) -> bool:
     needed = set().union(*tests.values())
     sanity(session, [item for name, item in items.items() if name in needed])
     end = time.monotonic() + (order["seconds"] or 1e9)
-    # in a random order: what is judged when the clock ends it is a sample of all
-    left = random.Random(0).sample(order["mutants"], len(order["mutants"]))
-    while running or (left and time.monotonic() < end):
-        if left and len(running) < order["children"] and time.monotonic() < end:
-            mutant = left.pop()
-            mine = [item for name, item in items.items() if name in tests[mutant]]
-            if mine:
-                pid, said = forked(mutant, session, killers.first(mutant, mine), limits)
-                running[pid] = mutant, said
+    # in a random order, so that the mutants judged when time is up are a sample of all
+    waiting = random.Random(0).sample(order["mutants"], len(order["mutants"]))
+    while running or (waiting and time.monotonic() < end):
+        if waiting and len(running) < order["children"] and time.monotonic() < end:
+            mutant = waiting.pop()
+            reaching = [item for name, item in items.items() if name in tests[mutant]]
+            if reaching:
+                pid, reader = forked(mutant, session, killers.first(mutant, reaching), limits)
+                running[pid] = mutant, reader
             else:
                 records.save(mutant, 33)  # mutmut's code for no tests
             continue
         pid, code = waited()
-        mutant, said = running.pop(pid)
-        with os.fdopen(said) as stream:
+        mutant, reader = running.pop(pid)
+        with os.fdopen(reader) as stream:
             if test := stream.read():
                 killers.add(mutant, test)
         records.save(mutant, code)

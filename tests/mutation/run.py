@@ -2,12 +2,13 @@
 
     python tests/mutation/run.py [ops] [sample] [--children N] [--seconds N] [--again] [--only NAME]
 
-mutmut makes the mutants and finds which tests reach them; judge.py runs those tests.
-`ops` takes every mutant of src/rotmole/ops, `sample` a seeded 200 of tuner/ and of
-training/checkpoints/seal.py. Work lies in .cache/mutation/ and is taken up where it stopped;
---seconds stops it, --again tries the survivors anew after tests were added, and --only takes one module's
-mutants, as in `--only modes` (more than once for more). Exit code 1 if less than 85 % of the
-mutants of ops are killed, timeouts left out.
+mutmut makes the mutants and finds which tests reach them; judge.py runs those tests. `ops` takes
+every mutant of src/rotmole/ops, `sample` a seeded 200 of tuner/ and of
+training/checkpoints/seal.py. Results lie in .cache/mutation/, and a later call continues from them.
+--seconds stops a call, and --again judges the survivors again after tests were added. --only takes
+the mutants of one module or room, as in `--only modes`, `--only routing` or
+`--only reference/block` (more than once for more). Exit code 1 if less than 85 % of the mutants of
+ops are killed, not counting timeouts.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / ".cache" / "mutation"
 NEEDED = 0.85
 SEED, SAMPLE = 5, 200
-# nobody reads how a mutant's test failed: pytest's own tracebacks cost most of a mutant's time
+# nobody reads how a mutant's test failed, and pytest's own tracebacks cost most of a mutant's time
 OPTIONS = ["--hypothesis-profile=mutation", "--tb=native", "--assert=plain"]
 COPIED = ("src", "tests", "docs", "README.md", "CHANGELOG.md", "pyproject.toml", "Makefile")
 # mutmut's exit codes of a mutant's tests
@@ -44,24 +45,26 @@ class Scope:
     files: tuple[str, ...]
     tests: tuple[str, ...]
     sample: int | None = None
-    budget: float = 4.0  # seconds of tests that a mutant may live through
-    patience: float = 5.0  # seconds that a test may take above what it took
+    budget: float = 4.0  # seconds of tests after which a mutant has survived
+    patience: float = 5.0  # seconds that a test may take above ten times what it took unchanged
 
 
-# A mutant is chosen by a look at the environment, which torch.compile does not follow, and called
-# through a wrapper, which a warning's level of the stack counts.
+# A mutant is chosen by an environment variable, which torch.compile does not follow, and called
+# through a wrapper, which is one more level of the stack for warnings.
 NOT_WRAPPED = ("-k", "not compile and not points_at")
 SCOPES = {
     "ops": Scope(
-        files=("src/rotmole/ops/*",),
-        # whole feed-forward blocks and the starts of experts are tested in models
+        files=("src/rotmole/ops/**",),
+        # whole feed-forward blocks and the starts of experts are tested in models;
+        # test_twins.py lists the functions of the source, and would list the mutants
         tests=(
             "tests/ops", "tests/tuner/experts/test_blocks.py",
-            "tests/tuner/experts/test_experts.py", *NOT_WRAPPED,
+            "tests/tuner/experts/test_experts.py", "--ignore=tests/ops/reference/test_twins.py",
+            *NOT_WRAPPED,
         ),
     ),
     "sample": Scope(
-        files=("src/rotmole/tuner/*", "src/rotmole/training/checkpoints/seal.py"),
+        files=("src/rotmole/tuner/**", "src/rotmole/training/checkpoints/seal.py"),
         tests=(
             "tests/tuner", "tests/golden", "tests/training",
             "--ignore=tests/tuner/test_compile.py", "--ignore=tests/tuner/test_trainers.py",
@@ -75,7 +78,7 @@ SCOPES = {
 
 
 def prepare(name: str) -> Path:
-    """Copy the tree as it is; what earlier runs found of unchanged functions stays."""
+    """Copy the tree as it is; earlier results for unchanged functions stay."""
     folder = FOLDER / name
     folder.mkdir(parents=True, exist_ok=True)
     for part in COPIED:
@@ -106,7 +109,7 @@ NO_MUTANT = "make-the-mutants-and-run-none"
 
 
 def started(folder: Path, arguments: list[str], log: str, **variables: str) -> int:
-    """Run a python module over the mutants; return its exit code, what it said goes to the log."""
+    """Run a Python module over the mutants, its output into the log; return its exit code."""
     environment = os.environ | {
         "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
     } | variables  # fmt: skip
@@ -125,7 +128,7 @@ def ended_badly(what: str, code: int, log: str) -> NoReturn:
 def make(name: str, folder: Path) -> None:
     """Let mutmut make the mutants and see which tests reach which function."""
     log = f"{name}-made.log"
-    # mutmut does both before it finds that there is no such mutant
+    # mutmut does both before it looks for the mutant, which does not exist
     code = started(folder, ["mutmut", "run", NO_MUTANT], log, PYTHONPATH=str(folder / "src"))
     if not outcomes(folder) or not (folder / "mutants" / "mutmut-stats.json").exists():
         ended_badly("mutmut", code, log)
@@ -134,12 +137,12 @@ def make(name: str, folder: Path) -> None:
 def judge(
     name: str, folder: Path, mutants: list[str], children: int, seconds: float | None
 ) -> None:
-    """Judge the mutants named; the clock may stop it, and what was found stays."""
+    """Judge the named mutants, for so many seconds at most; verdicts are kept."""
     order, log = FOLDER / f"{name}.json", f"{name}-judged.log"
     scope = SCOPES[name]
-    asked = {"mutants": mutants, "children": children, "seconds": seconds}
-    asked |= {"budget": scope.budget, "patience": scope.patience}
-    order.write_text(json.dumps(asked), encoding="utf-8")
+    settings = {"mutants": mutants, "children": children, "seconds": seconds}
+    settings |= {"budget": scope.budget, "patience": scope.patience}
+    order.write_text(json.dumps(settings), encoding="utf-8")
     paths = (folder / "mutants" / "src", folder / "tests" / "mutation")
     code = started(
         folder / "mutants",
@@ -152,13 +155,23 @@ def judge(
 
 def outcomes(folder: Path) -> dict[str, str]:
     """Return {mutant: killed, survived, no tests, timeout or not run}."""
-    found = {}
+    results = {}
     for meta in sorted((folder / "mutants").rglob("*.meta")):
         codes = json.loads(meta.read_text(encoding="utf-8"))["exit_code_by_key"]
         for mutant, code in codes.items():
-            known = "timeout" if code in TIMEOUTS else OUTCOMES.get(code, f"exit {code}")
-            found[mutant] = "not run" if code is None else known
-    return found
+            outcome = "timeout" if code in TIMEOUTS else OUTCOMES.get(code, f"exit {code}")
+            results[mutant] = "not run" if code is None else outcome
+    return results
+
+
+def is_in(mutant: str, place: str) -> bool:
+    """Say whether a mutant is of the module or room, such as "modes" or "reference/block".
+
+    A mutant is named rotmole.ops.rotation.modes.x_tangent__mutmut_1.
+    """
+    module = mutant.split(".")[:-1]
+    wanted = place.split("/")
+    return any(module[i : i + len(wanted)] == wanted for i in range(len(module)))
 
 
 def drawn(folder: Path, count: int) -> list[str]:
@@ -167,18 +180,18 @@ def drawn(folder: Path, count: int) -> list[str]:
     return sorted(random.Random(SEED).sample(mutants, min(count, len(mutants))))
 
 
-def run(name: str, asked: argparse.Namespace) -> float | None:
-    """Run one scope and write its report; None while mutants are left, else the share killed."""
+def run(name: str, arguments: argparse.Namespace) -> float | None:
+    """Run one scope and write its report; return the share killed, None until all are judged."""
     scope, folder = SCOPES[name], prepare(name)
     make(name, folder)
-    known = outcomes(folder)
-    chosen = drawn(folder, scope.sample) if scope.sample else sorted(known)
-    wanted = ("survived", "no tests") if asked.again else ("not run",)
-    names = [m for m in chosen if known[m] in wanted]
-    if asked.only:
-        names = [m for m in names if m.split(".")[-2] in asked.only]
+    results = outcomes(folder)
+    chosen = drawn(folder, scope.sample) if scope.sample else sorted(results)
+    wanted = ("survived", "no tests") if arguments.again else ("not run",)
+    names = [m for m in chosen if results[m] in wanted]
+    if arguments.only:
+        names = [m for m in names if any(is_in(m, place) for place in arguments.only)]
     if names:
-        judge(name, folder, names, asked.children, asked.seconds)
+        judge(name, folder, names, arguments.children, arguments.seconds)
     results = outcomes(folder)
     results = {m: results[m] for m in chosen}
     counts = Counter(results.values())
@@ -189,11 +202,10 @@ def run(name: str, asked: argparse.Namespace) -> float | None:
     by_file: dict[str, list[str]] = {}
     for mutant, result in judged.items():
         by_file.setdefault(mutant.rpartition(".")[0], []).append(result)
-    for file, all_of in sorted(by_file.items()):
-        good = sum(r == "killed" for r in all_of)
-        lines.append(f"  {file}: {good} of {len(all_of)}")
-    left = sorted(m for m, r in judged.items() if r != "killed")
-    (FOLDER / f"{name}.txt").write_text("\n".join([*lines, *left]) + "\n", encoding="utf-8")
+    for file, verdicts in sorted(by_file.items()):
+        lines.append(f"  {file}: {verdicts.count('killed')} of {len(verdicts)}")
+    survivors = sorted(m for m, r in judged.items() if r != "killed")
+    (FOLDER / f"{name}.txt").write_text("\n".join([*lines, *survivors]) + "\n", encoding="utf-8")
     print("\n".join(lines))
     print(f"  survivors: {FOLDER / name}.txt; look at one: cd {folder} && mutmut show NAME")
     return None if counts["not run"] else share
@@ -205,11 +217,11 @@ def main() -> int:
     parser.add_argument("--children", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=None)
     parser.add_argument("--again", action="store_true")
-    parser.add_argument("--only", action="append", help="the mutants of this module")
-    asked = parser.parse_args()
-    shares = {name: run(name, asked) for name in asked.scopes}
-    if None in shares.values() and not asked.only:
-        print("not all mutants were judged: call it again, it goes on where it stopped")
+    parser.add_argument("--only", action="append", help="the mutants of this module or room")
+    arguments = parser.parse_args()
+    shares = {name: run(name, arguments) for name in arguments.scopes}
+    if None in shares.values() and not arguments.only:
+        print("not all mutants were judged; another call continues where this one stopped")
         return 1
     ops = shares.get("ops")
     return int(ops is not None and ops < NEEDED)
