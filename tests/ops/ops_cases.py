@@ -48,7 +48,7 @@ def fast_rotated(
 
 
 FAST = SimpleNamespace(route=select, mixture=fast_mixture, rotated=fast_rotated)
-SLOW = reference
+SLOW = SimpleNamespace(route=reference.route, mixture=reference.mixture, rotated=reference.rotated)
 
 # Modes that keep |z| only where a condition holds; every other rotation must keep it everywhere.
 CONDITIONAL = ("bias", "plane", "centroid")

@@ -62,7 +62,8 @@ class Weights(NamedTuple):
         A_ERD: [E, R, D] input factors, or [1, R, D]: one for all experts.
         B_ERO: [E, R, O] output factors.
         gates: rotation-gate parameters by name, as in rotation.table.gate_shapes.
-        router: scaling-gate parameters by name, as in routing.routers.gate_shapes; {} without one.
+        router: scaling-gate parameters by name, as in routing.route.scaling_gate_shapes; {}
+            without one.
         bias_E: [E] added to the scores for the selection alone; None without one.
     """
 

@@ -7,7 +7,7 @@ import torch
 from ops_cases import VARIANTS, Variant, assert_close, fast_mixture, gradients, make
 
 from rotmole.ops.mixture.sqrt_gate import combine_sqrt_gate as fast
-from rotmole.ops.reference.block import combine_sqrt_gate as slow
+from rotmole.ops.reference.products import combine_sqrt_gate as slow
 from rotmole.ops.rotation.table import ROTATIONS
 from rotmole.ops.routing.selection import select
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from ops_cases import FAST, assert_close, reference
+from ops_cases import FAST, assert_close
 from torch import Tensor
 
 from rotmole.ops import load_balance_loss, router_z_loss, usage
+from rotmole.ops.reference import balance as reference
 from rotmole.ops.routing.balance import balance_gradient
 from rotmole.ops.routing.selection import Routing, choose
 

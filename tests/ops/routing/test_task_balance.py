@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ops_cases import assert_close
 
-from rotmole.ops.reference.block import task_balance_loss as slow
+from rotmole.ops.reference.balance import task_balance_loss as slow
 from rotmole.ops.routing.task_balance import expert_groups
 from rotmole.ops.routing.task_balance import task_balance_loss as fast
 

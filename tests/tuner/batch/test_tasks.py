@@ -14,7 +14,7 @@ import tiny
 from rotmole import ConfigError, DataError, RotMoleConfig, balance_states
 from rotmole.config.load import load_run
 from rotmole.ops import select
-from rotmole.ops.reference.block import task_balance_loss as slow
+from rotmole.ops.reference.balance import task_balance_loss as slow
 from rotmole.training.run import train
 from training_cases import settings, write_data, write_model
 

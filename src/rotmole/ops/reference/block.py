@@ -1,7 +1,6 @@
-"""Slow twins of the sqrt-gate, of the localised balance loss and of block routing.
+"""Feed-forward blocks as experts, as loops over tokens and experts.
 
-Like reference.py: loops over tokens and experts, straight from the equations, sharing no function
-with the fast path.
+A slot is one of the K places for a token's experts: the fast side computes the block in slots.
 """
 
 from __future__ import annotations
@@ -12,48 +11,6 @@ import torch
 from torch import Tensor
 
 Map = Callable[[Tensor], Tensor]
-
-
-def combine_sqrt_gate(
-    weight_TE: Tensor, turned_TER: Tensor, B_ERO: Tensor, *, scale: float
-) -> Tensor:
-    """Return s sum_e g_e z'_e B_e whose gradient by autograd is that of the sqrt-gate.
-
-    sqrt(g) v + (g - sqrt(g)) v with the first sqrt(g) and the second v held constant has the value
-    g v, the gradient sqrt(g) for v, and <dy, v> for g.
-    """
-    rows = []
-    for t in range(weight_TE.shape[0]):
-        y_O = torch.zeros_like(B_ERO[0, 0])
-        for e in range(weight_TE.shape[1]):
-            g, v_O = weight_TE[t, e], scale * (turned_TER[t, e] @ B_ERO[e])
-            root = g.detach().sqrt()
-            y_O = y_O + root * v_O + (g - root) * v_O.detach()
-        rows.append(y_O)
-    return torch.stack(rows)
-
-
-def task_balance_loss(
-    weight_TE: Tensor,
-    sequence_T: Tensor,
-    group_N: Tensor,
-    *,
-    groups: int,
-    offset: float,
-    mask_T: Tensor | None = None,
-) -> Tensor:
-    """Return variance / mean^2 of I[n,e] G[n,e], every pair (n, e) one number."""
-    T, E = weight_TE.shape
-    values = []
-    for n in range(len(group_N)):
-        for e in range(E):
-            own = max(g for g in range(groups) if g * E <= e * groups)
-            kept = [t for t in range(T) if sequence_T[t] == n and (mask_T is None or mask_T[t])]
-            G = sum((weight_TE[t, e] for t in kept), start=weight_TE.new_zeros(()))
-            values.append(G * (1 - offset if own == int(group_N[n]) else 1 + offset))
-    mean = sum(values, start=weight_TE.new_zeros(())) / len(values)
-    square = sum(((v - mean) ** 2 for v in values), start=weight_TE.new_zeros(()))
-    return square / (len(values) - 1) / (mean**2 + 1e-10)
 
 
 def block(
@@ -91,3 +48,44 @@ def block(
         assert y is not None  # every token selects at least one expert
         rows.append(y)
     return torch.cat(rows)
+
+
+def slot_experts(selected_TE: Tensor, slots: int) -> list[list[int]]:
+    """Return the expert of each slot of each token: selected experts first, then the others."""
+    tokens = []
+    for selected_E in selected_TE.tolist():
+        experts = [e for e, selected in enumerate(selected_E) if selected]
+        experts += [e for e, selected in enumerate(selected_E) if not selected]
+        tokens.append(experts[:slots])
+    return tokens
+
+
+def slot_additions(turned_TER: Tensor, expert_TK: Tensor, B_ERO: Tensor, *, scale: float) -> Tensor:
+    """Return s z'_e B_e of the expert e of each slot, [K, T, O]."""
+    slots = []
+    for expert_T in expert_TK.T.tolist():
+        rows = [scale * turned_TER[t, e] @ B_ERO[e] for t, e in enumerate(expert_T)]
+        slots.append(torch.stack(rows))
+    return torch.stack(slots)
+
+
+def slot_mean(hidden_KTF: Tensor, weight_TE: Tensor, expert_TK: Tensor) -> Tensor:
+    """Return sum_k g_e(k) h_k, [T, F]; the weights of a token's slots sum to one."""
+    rows = []
+    for t, experts in enumerate(expert_TK.tolist()):
+        weighted = (weight_TE[t, e] * hidden_KTF[k, t] for k, e in enumerate(experts))
+        rows.append(sum(weighted, start=torch.zeros_like(hidden_KTF[0, t])))
+    return torch.stack(rows)
+
+
+def weigh_slots(
+    turned_KTER: Tensor, weight_TE: Tensor, expert_TK: Tensor, B_ERO: Tensor, *, scale: float
+) -> Tensor:
+    """Return s sum_k g_e(k) z'_k,e(k) B_e(k), [T, O]."""
+    rows = []
+    for t, experts in enumerate(expert_TK.tolist()):
+        additions = (
+            scale * weight_TE[t, e] * turned_KTER[k, t, e] @ B_ERO[e] for k, e in enumerate(experts)
+        )
+        rows.append(sum(additions, start=torch.zeros_like(B_ERO[0, 0])))
+    return torch.stack(rows)

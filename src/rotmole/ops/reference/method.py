@@ -1,7 +1,8 @@
 """The whole method as slow loops over tokens and experts, straight from the equations.
 
-The oracle of every test; it shares no function with the fast path. Where an equation can be written
-as an explicit matrix or vector of the output space, it is. A new mode needs its twin here.
+The tests compare the fast side with these functions, which share no function with it. If an
+equation can be written as an explicit matrix or vector of the output space, it is. A new mode needs
+its twin here.
 
     y = W x + s * sum over e in S(x) of g_e(x) * R_e(x)[A_e drop(x)] B_e       (W x is left out)
 
@@ -22,7 +23,7 @@ FLOOR = 0.01  # d: how small the moving vector may be, relative to z, before its
 
 
 class Routing(NamedTuple):
-    """What the scaling gate decided: weight_TE is zero where selected_TE (bool) is false."""
+    """What the scaling gate decided; weight_TE is zero if selected_TE (bool) is false."""
 
     weight_TE: Tensor
     selected_TE: Tensor
@@ -40,13 +41,13 @@ def epsilon(tensor: Tensor) -> float:
 
 
 def floor_at(s: Tensor, b: Tensor) -> Tensor:
-    """Return s + b k^3 / 3 with k = relu(b - s) / b: s where s >= b, never below b/3."""
+    """Return s + b k^3 / 3 with k = relu(b - s) / b: s if s >= b, and never below b/3."""
     k = torch.relu(b - s) / b
     return s + b * k * k * k / 3
 
 
 def rotation_matrix(u_N: Tensor, v_N: Tensor, theta: Tensor) -> Tensor:
-    """Return the N x N matrix that turns u towards v by theta and leaves what is across them.
+    """Return the N x N matrix that turns u towards v by theta and leaves vectors across both.
 
     I + sin(theta) (v u^T - u v^T) + (cos(theta) - 1) (u u^T + v v^T)
 
@@ -82,9 +83,9 @@ def cayley_matrix(S_RR: Tensor) -> Tensor:
     return (eye - S_RR) @ inverse
 
 
-# One function per mode that acts on one expert's z, in RANK_MODES below. All take the same four
-# things and use some: z_R; q, the vector gate's value; angle, the angle gate's values; M_RR, the
-# matrix of the inner product <a, b> = a M b^T.
+# One function for each mode that acts on one expert's z, in RANK_MODES below. All take the same
+# four arguments and use some: z_R; q, the vector gate's value; angle, the angle gate's values;
+# M_RR, the matrix of the inner product <a, b> = a M b^T.
 
 
 def across(z_R: Tensor, q_R: Tensor, M_RR: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,6 +141,21 @@ def bias(z_R: Tensor, q: Tensor, angle: Tensor, M_RR: Tensor) -> Tensor:
     return moved_R * torch.sqrt(n2 / floor_at(s2, FLOOR**2 * n2))
 
 
+def offset(z_R: Tensor, q: Tensor, angle: Tensor, M_RR: Tensor) -> Tensor:
+    """z' = z + q: a control, no rotation; A + Q in place of A."""
+    return z_R + q
+
+
+def scale(z_R: Tensor, q: Tensor, angle: Tensor, M_RR: Tensor) -> Tensor:
+    """z' = (cos(a) + sin(a)) z: a control, no rotation; a signed scalar."""
+    return (torch.cos(angle[0]) + torch.sin(angle[0])) * z_R
+
+
+def core(z_R: Tensor, q: Tensor, angle: Tensor, M_RR: Tensor) -> Tensor:
+    """z' = z + C z, C any R x R matrix, whose rows are the angles: a control, no rotation."""
+    return z_R + angle.reshape(len(z_R), len(z_R)) @ z_R
+
+
 RANK_MODES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     "none": lambda z_R, q, angle, M_RR: z_R,
     "tangent": tangent,
@@ -149,10 +165,9 @@ RANK_MODES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     "givens": givens,
     "cayley": cayley,
     "bias": bias,
-    # Controls, no rotations: A + Q in place of A; a signed scalar; any matrix at a token.
-    "offset": lambda z_R, q, angle, M_RR: z_R + q,
-    "scale": lambda z_R, q, angle, M_RR: (torch.cos(angle[0]) + torch.sin(angle[0])) * z_R,
-    "core": lambda z_R, q, angle, M_RR: z_R + angle.reshape(len(z_R), len(z_R)) @ z_R,
+    "offset": offset,
+    "scale": scale,
+    "core": core,
 }
 
 
@@ -183,7 +198,7 @@ def rotated(
     within one expert's rank space (not radar, radar_pairs). A of [1, R, D] serves all experts.
     """
     T, (E, R) = x_TD.shape[0], B_ERO.shape[:2]
-    kept, turned = [], []
+    before, after = [], []
     for t in range(T):
         for e in range(E):
             z_R = wide(A_ERD[e if len(A_ERD) > 1 else 0] @ dropped_TD[t])
@@ -196,9 +211,9 @@ def rotated(
             if "rotation_angle" in gates:
                 angle = wide(gates["rotation_angle"][e]) @ wide(x_TD[t])
             M_RR = metric_matrix(B_ERO[e], rotation_metric)
-            kept.append(z_R)
-            turned.append(RANK_MODES[rotation](z_R, q, angle, M_RR))
-    return torch.stack(kept).reshape(T, E, R), torch.stack(turned).reshape(T, E, R)
+            before.append(z_R)
+            after.append(RANK_MODES[rotation](z_R, q, angle, M_RR))
+    return torch.stack(before).reshape(T, E, R), torch.stack(after).reshape(T, E, R)
 
 
 def radar(
@@ -261,9 +276,9 @@ def mixture(
 ) -> Tensor:
     """Return s * sum over the selected experts of g_e R_e(x)[A_e drop(x)] B_e, [T, O].
 
-    Without `selected_TE` an expert counts as selected where its weight is not zero.
+    Without `selected_TE` an expert counts as selected if its weight is not zero.
     """
-    crosses = rotation in ("radar", "radar_pairs")
+    crosses = rotation in ("radar", "radar_pairs")  # experts act on one another's outputs
     _, turned_TER = rotated(
         x_TD,
         dropped_TD,
@@ -287,6 +302,11 @@ def mixture(
     return torch.stack(rows).to(B_ERO.dtype)
 
 
+def best(values: list[float], count: int) -> list[int]:
+    """Return the indices of the `count` largest values; of equal ones the lower index is first."""
+    return sorted(range(len(values)), key=lambda i: (-values[i], i))[:count]
+
+
 def route(
     logits_TE: Tensor, *, top_k: int, selection: str = "top_k", norm_topk_prob: bool = True
 ) -> Routing:
@@ -301,49 +321,9 @@ def route(
     selected_TE = torch.zeros(T, E, dtype=torch.bool, device=logits_TE.device)
     probability_TE = torch.softmax(logits_TE, dim=1)
     for t in range(T):
-        order = sorted(range(E), key=lambda e, t=t: (-float(logits_TE[t, e].detach()), e))  # type: ignore[misc]
-        chosen = order if selection == "dense" else order[:top_k]
+        chosen = best(logits_TE[t].tolist(), E if selection == "dense" else top_k)
         weights = torch.softmax(torch.stack([logits_TE[t, e] for e in chosen]), dim=0)
         for e, weight in zip(chosen, weights, strict=True):
             selected_TE[t, e] = True
             weight_TE[t, e] = weight if norm_topk_prob else probability_TE[t, e]
     return Routing(weight_TE, selected_TE, probability_TE)
-
-
-def load_balance_loss(
-    probability_TE: Tensor,
-    selected_TE: Tensor,
-    *,
-    sequence_T: Tensor | None = None,
-    mask_T: Tensor | None = None,
-) -> Tensor:
-    """Return E * sum_e f_e P_e: f_e the share of selections that fell on e, P_e its mean p.
-
-    With `sequence_T` (each token's sequence number) it is computed per sequence and averaged with
-    the number of unpadded tokens as weight. Padding never counts; no token at all gives 0.
-    """
-    probability_TE, E = wide(probability_TE), probability_TE.shape[1]
-    kept = [t for t in range(len(probability_TE)) if mask_T is None or mask_T[t]]
-    groups: dict[int, list[int]] = {}
-    for t in kept:
-        groups.setdefault(0 if sequence_T is None else int(sequence_T[t]), []).append(t)
-    total = probability_TE.new_zeros(())
-    for tokens in groups.values():
-        selections = sum(int(selected_TE[t].sum()) for t in tokens)
-        for e in range(E):
-            f = sum(int(selected_TE[t, e]) for t in tokens) / selections
-            P = sum((probability_TE[t, e] for t in tokens), start=torch.zeros_like(total)) / len(
-                tokens
-            )
-            total = total + E * f * P * len(tokens) / len(kept)
-    return total
-
-
-def router_z_loss(logits_TE: Tensor, mask_T: Tensor | None = None) -> Tensor:
-    """Return the mean over unpadded tokens of (log sum_e exp(logit_e))^2; no token gives 0."""
-    logits_TE = wide(logits_TE)
-    kept = [t for t in range(len(logits_TE)) if mask_T is None or mask_T[t]]
-    total = logits_TE.new_zeros(())
-    for t in kept:
-        total = total + torch.logsumexp(logits_TE[t], dim=0) ** 2 / len(kept)
-    return total

@@ -1,21 +1,22 @@
-"""Slow twins of every router, scoring and selection; loops over tokens and experts.
+"""Every router, scoring and selection as loops over tokens and experts.
 
-Like reference.py: straight from the equations, one token and one expert at a time, sharing no
-function with the fast path. A new router or selection needs its twin here.
+A new router or selection needs its twin here.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rotmole.ops.reference.method import Routing, epsilon, wide
+from rotmole.ops.reference.method import Routing, best, epsilon, wide
 
-# One function per router, in ROUTERS below: all take one token's input, the parameters, the expert,
-# and what else a router may read (that expert's A, the token's id, the seed); some use it.
+# One function for each router, in ROUTERS below. All take one token's input, the parameters, the
+# expert's number, that expert's A, the token's id and the seed, and use some.
 Parameters = Mapping[str, Tensor]
 
 
@@ -25,7 +26,7 @@ def linear(x_D: Tensor, p: Parameters, e: int, A_RD: Tensor, id_: int, seed: int
 
 
 def gelu(x: Tensor) -> Tensor:
-    """x times the share of a standard normal that lies below x."""
+    """x times the share of a standard normal distribution that lies below x."""
     return x * (1 + torch.erf(x / math.sqrt(2))) / 2
 
 
@@ -83,7 +84,7 @@ def hash_(x_D: Tensor, p: Parameters, e: int, A_RD: Tensor, id_: int, seed: int)
 
 
 def magnitude(x_D: Tensor, p: Parameters, e: int, A_RD: Tensor, id_: int, seed: int) -> Tensor:
-    """|A_e x|, which nothing learns from."""
+    """|A_e x|, without a gradient."""
     return torch.sqrt(((wide(A_RD) @ x_D) ** 2).sum()).detach()
 
 
@@ -98,7 +99,7 @@ ROUTERS: dict[str, Score] = {
     "hash": hash_,
     "magnitude": magnitude,
 }
-TEMPERATURE = {"cosine": 0.07, "hash": None, "magnitude": None}  # 1 for all others; None: none
+TEMPERATURE = {"cosine": 0.07, "hash": None, "magnitude": None}  # all others have 1
 
 
 def router_scores(
@@ -114,7 +115,7 @@ def router_scores(
 ) -> Tensor:
     """Return every expert's score for every token, divided by the temperature: [T, E]."""
     x_TD, p = wide(x_TD), {name: wide(parameter) for name, parameter in parameters.items()}
-    own = TEMPERATURE.get(router, 1.0)
+    default = TEMPERATURE.get(router, 1.0)
     rows = []
     for t in range(len(x_TD)):
         row = []
@@ -122,8 +123,8 @@ def router_scores(
             A_RD = x_TD[:0] if A_ERD is None else A_ERD[e]
             id_ = 0 if ids_T is None else int(ids_T[t])
             score = ROUTERS[router](x_TD[t], p, e, A_RD, id_, seed)
-            if own is not None:
-                score = score / (own if temperature is None else temperature)
+            if default is not None:
+                score = score / (default if temperature is None else temperature)
             row.append(score)
         rows.append(torch.stack(row))
     return torch.stack(rows)
@@ -136,9 +137,12 @@ def threshold_of(x_TD: Tensor, weight_1D: Tensor, bias_1: Tensor, *, experts: in
     return torch.stack([1 / (experts * (1 + torch.exp(-logit))) for logit in logit_T])[:, None]
 
 
-def best(values: list[float], count: int) -> list[int]:
-    """Return the indices of the `count` largest; of equal ones the lower index comes first."""
-    return sorted(range(len(values)), key=lambda i: (-values[i], i))[:count]
+def top_k_of(score_ET: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Return the K largest scores of each token [K, T], best first, and their experts [K, T]."""
+    experts = [best(score_E.tolist(), top_k) for score_E in score_ET.T]
+    index_TK = torch.tensor(experts, dtype=torch.long).reshape(score_ET.shape[1], top_k)
+    rows = [torch.stack([score_ET[e, t] for e in row]) for t, row in enumerate(experts)]
+    return torch.stack(rows).T, index_TK.T
 
 
 def select(
@@ -154,19 +158,21 @@ def select(
     weight: str = "learned",
     sequences: int = 1,
     mask_T: Tensor | None = None,
+    sequence_T: Tensor | None = None,
 ) -> Routing:
-    """Select experts and weigh them; settings as of rotmole.ops.routing.selection.select."""
+    """Select experts and weigh them; the arguments are those of rotmole.ops.routing.select."""
     logits_TE = wide(logits_TE)
     T, E = logits_TE.shape
-    chosen = choices(logits_TE.detach(), selection, top_k, sequences, mask_T)
+    numbers = [t * sequences // T for t in range(T)] if sequence_T is None else sequence_T.tolist()
+    chosen = chosen_by_experts(logits_TE.detach(), selection, top_k, numbers, mask_T)
     weights, selected, probabilities = [], torch.zeros(T, E, dtype=torch.bool), []
     for t in range(T):
         raw = torch.exp(logits_TE[t] - logits_TE[t].max())
         s_E = raw / raw.sum() if scoring == "softmax" else 1 / (1 + torch.exp(-logits_TE[t]))
         p_E = s_E / s_E.sum()
-        given = (logits_TE[t] if weight != "learned" else s_E).detach()
+        score_E = (logits_TE[t] if weight != "learned" else s_E).detach()
         bias = bias_E if bias_E is not None else torch.zeros(E)
-        order = best([float(given[e]) + float(bias[e]) for e in range(E)], E)
+        order = best([float(score_E[e]) + float(bias[e]) for e in range(E)], E)
         if selection == "top_k":
             S = order[:top_k]
         elif selection == "dense":
@@ -219,20 +225,78 @@ def weigh(
     }
 
 
-def choices(
-    logits_TE: Tensor, selection: str, c: int, sequences: int, mask_T: Tensor | None
+def chosen_by_experts(
+    logits_TE: Tensor, selection: str, c: int, sequence_T: list[int], mask_T: Tensor | None
 ) -> dict[int, list[int]]:
-    """Return which experts chose each token, each taking its best ones of a sequence."""
+    """Return for each token the experts that chose it; each takes its best tokens of a sequence."""
     T, E = logits_TE.shape
     chosen: dict[int, list[int]] = {t: [] for t in range(T)}
     if selection != "expert_choice":
         return chosen
-    length = T // sequences
-    for n in range(sequences):
-        tokens = range(n * length, (n + 1) * length)
-        real = [t for t in tokens if mask_T is None or mask_T[t]]
+    for n in sorted(set(sequence_T)):
+        tokens = [t for t in range(T) if sequence_T[t] == n]
+        unpadded = [t for t in tokens if mask_T is None or mask_T[t]]
         for e in range(E):
-            p = [float(torch.softmax(logits_TE[t], dim=0)[e]) for t in real]
-            for place in best(p, max(1, math.floor(c * len(real) / E))):
-                chosen[real[place]].append(e)
+            p = [float(torch.softmax(logits_TE[t], dim=0)[e]) for t in unpadded]
+            for place in best(p, max(1, math.floor(c * len(unpadded) / E))):
+                chosen[unpadded[place]].append(e)
     return chosen
+
+
+def choose(
+    logits_ET: Tensor, *, top_k: int, selection: str, norm_topk_prob: bool
+) -> list[dict[int, Tensor]]:
+    """Return for each token its experts' weights by expert number, the best expert first."""
+    tokens = []
+    for logits_E in logits_ET.T:
+        E = len(logits_E)
+        chosen = range(E) if selection == "dense" else best(logits_E.tolist(), top_k)
+        total = sum(torch.exp(logits_E[e]) for e in (chosen if norm_topk_prob else range(E)))
+        tokens.append({e: torch.exp(logits_E[e]) / total for e in chosen})
+    return tokens
+
+
+def spread_chosen(weight_KT: Tensor, index_KT: Tensor, experts: int) -> Tensor:
+    """Return the weights of all experts [E, T], 0 for experts that index_KT does not name."""
+    weight_ET = weight_KT.new_zeros(experts, weight_KT.shape[1])
+    for k, t in itertools.product(*map(range, index_KT.shape)):
+        weight_ET[int(index_KT[k, t]), t] = weight_KT[k, t]
+    return weight_ET
+
+
+def route(
+    router: str,
+    x_TD: Tensor,
+    parameters: Parameters,
+    *,
+    A_ERD: Tensor,
+    ids_T: Tensor | None = None,
+    temperature: float | None = None,
+    seed: int = 0,
+    **settings: Any,
+) -> tuple[Tensor, Routing]:
+    """Score the experts of every token, select some and weigh them.
+
+    Args:
+        parameters: of the router, and of the threshold if the selection has one.
+        settings: of `select`.
+
+    Returns:
+        (logits [T, E], the routing).
+    """
+    experts = len(A_ERD)
+    logits_TE = router_scores(
+        router,
+        x_TD,
+        parameters,
+        experts=experts,
+        A_ERD=A_ERD,
+        ids_T=ids_T,
+        temperature=temperature,
+        seed=seed,
+    )
+    if settings.get("selection") == "threshold":
+        threshold = [parameters[f"router_threshold_{part}"] for part in ("weight", "bias")]
+        settings["tau_T1"] = threshold_of(x_TD, *threshold, experts=experts)
+    weight = {"hash": "mean", "magnitude": "one"}.get(router, "learned")
+    return logits_TE, select(logits_TE, weight=weight, **settings)

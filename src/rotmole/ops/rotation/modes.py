@@ -1,6 +1,6 @@
 """The modes of the rotation gate: how an expert's low-rank activation z is turned, per token.
 
-Every mode is one function from z_ERT [E, R, T] to z' [E, R, T]; rotation.py tabulates them. Tokens
+Every mode is one function from z_ERT [E, R, T] to z' [E, R, T]; table.py lists them. Tokens
 come last, so that sums over the few ranks run along whole vectors of tokens. Angles are in radians.
 <a,b> is the inner product over the rank axis, or a M_e b^T where a metric is given
 (`output_metric`), which keeps the length of the expert's output instead of that of z.

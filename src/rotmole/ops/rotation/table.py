@@ -56,7 +56,7 @@ class Rotation:
     Attributes:
         name: the value of the `rotation` setting.
         kind: "identity", "rotation" (each expert by itself, in rank space), "control" (no
-            rotation, for comparison) or "output" (experts act on one another; see mixture.py).
+            rotation, for comparison) or "output" (experts act on one another; mixture/radar.py).
         rotate: (z_ERT, gate) -> z'_ERT; None for kind "output".
         vector_rows: R -> V, rows of the vector gate of an expert; None without one.
         angle_rows: (R, planes) -> M, rows of the angle gate of an expert; None without one.

@@ -1,0 +1,221 @@
+"""Mixture: every function and its twin agree; the laws are in tests/ops/mixture."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from ops_cases import IN_RANK_SPACE, Problem, Variant, assert_close, make
+from torch import Tensor
+
+from rotmole.ops.mixture import block, products
+from rotmole.ops.mixture.fused import GATES, can_fuse, fused_mixture
+from rotmole.ops.mixture.grouped import chosen_dots, chosen_outer, chosen_sum, grouped_mixture
+from rotmole.ops.mixture.packed import pack, packed_activations, packed_mixture
+from rotmole.ops.mixture.passes import How, Parts, backward, dropped, forward
+from rotmole.ops.mixture.radar import radar_pairs_weights, radar_sum
+from rotmole.ops.reference import block as slow_block
+from rotmole.ops.reference import layer, method
+from rotmole.ops.reference import products as slow
+from rotmole.ops.reference import rotation as slow_rotation
+from rotmole.ops.rotation.table import ROTATIONS
+from rotmole.ops.spec import Spec, Weights
+
+FUSED = [v for v in IN_RANK_SPACE if can_fuse(v.rotation) and not v.options]
+every = pytest.mark.parametrize("variant", FUSED, ids=str)
+selections = pytest.mark.parametrize(
+    "options", [{}, {"norm_topk_prob": False}, {"selection": "dense"}], ids=str
+)
+
+
+def normal(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_products() -> None:
+    x, weight, base = normal(0, 3, 5), normal(1, 2, 4, 5), normal(2, 3, 6)
+    m, B = normal(3, 2, 4, 3), normal(4, 2, 4, 6)
+    assert_close(products.project(x, weight), slow.project(x, weight), 1e-13)
+    for A in (weight, weight[:1]):
+        assert_close(products.activations(x, A, 2), slow.activations(x, A, 2), 1e-13)
+    assert_close(products.combine(m, B), slow.combine(m, B), 1e-13)
+    m_TN, B_NO = m.flatten(0, 1).T, B.flatten(0, 1)
+    for before in (None, base):
+        found = products.add_product(before, m_TN, B_NO, 1.7)
+        assert_close(found, slow.add_product(before, m_TN, B_NO, 1.7), 1e-13)
+
+
+def test_dropped() -> None:
+    x, keep = normal(0, 3, 5), normal(1, 3, 5) > 0
+    how = How(Spec(), torch.float64, keep_scale=4 / 3)
+    for mask in (None, keep):
+        assert_close(dropped(x, mask, how), slow.dropped(x, mask, 4 / 3), 1e-15)
+
+
+def test_sums_over_chosen_rows() -> None:
+    rows = torch.tensor([[0, 3], [3, 1], [4, 4]])
+    x, w, table = normal(0, 3, 5), normal(1, 3, 2), normal(2, 6, 5)
+    assert_close(chosen_dots(x, table, rows), slow.chosen_dots(x, table, rows), 1e-13)
+    assert_close(chosen_sum(w, table, rows), slow.chosen_sum(w, table, rows), 1e-13)
+    assert_close(chosen_outer(w, x, rows, 6), slow.chosen_outer(w, x, rows, 6), 1e-13)
+
+
+def test_slots() -> None:
+    turned, weight, B = normal(0, 5, 4, 3), normal(1, 5, 4).softmax(-1), normal(2, 4, 3, 6)
+    selected = weight >= weight.sort(-1).values[:, 2:3]  # two of each token
+    weight = weight * selected
+    weight = weight / weight.sum(-1, keepdim=True)
+    for slots in (2, 3):
+        experts = block.slot_experts(selected, slots)
+        assert experts.tolist() == slow_block.slot_experts(selected, slots)
+        found = block.slot_additions(turned, experts, B, scale=1.7)
+        assert_close(found, slow_block.slot_additions(turned, experts, B, scale=1.7), 1e-13)
+        hidden, turned_KTER = normal(3, slots, 5, 7), normal(4, slots, 5, 4, 3)
+        found = block.slot_mean(hidden, weight, experts)
+        assert_close(found, slow_block.slot_mean(hidden, weight, experts), 1e-13)
+        found = block.weigh_slots(turned_KTER, weight, experts, B, scale=1.7)
+        wanted = slow_block.weigh_slots(turned_KTER, weight, experts, B, scale=1.7)
+        assert_close(found, wanted, 1e-13)
+
+
+@pytest.mark.parametrize("rotation", ROTATIONS)
+def test_can_fuse(rotation: str) -> None:
+    for input_ in ("x", "z"):
+        for metric in ("rank", "output"):
+            wanted = slow_rotation.can_fuse(rotation, input_, metric)
+            assert can_fuse(rotation, input_, metric) == wanted
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_radar_sum(normalize: bool) -> None:
+    z, weight, B = normal(0, 3, 4, 2), normal(1, 3, 4), normal(2, 4, 2, 6)
+    selected = torch.tensor([[1, 1, 0, 1], [0, 1, 0, 0], [1, 1, 1, 1]]).bool()
+    weight = weight * selected
+    gates = {"radar_down": normal(3, 12, 5), "radar_up": normal(4, 5, 3)}
+    found_TO = radar_sum(z, weight, selected, B, gates, normalize)
+    for t in range(3):
+        v = {e: z[t, e] @ B[e] for e in range(4) if selected[t, e]}
+        turned = method.radar(v, gates, normalize)
+        assert_close(found_TO[t], sum(weight[t, e] * v_O for e, v_O in turned.items()), 1e-12)
+
+
+@pytest.mark.parametrize("reads_x", [True, False])
+def test_radar_pairs_weights(reads_x: bool) -> None:
+    x, z, weight, B = normal(9, 3, 5), normal(0, 3, 4, 2), normal(1, 3, 4), normal(2, 4, 2, 6)
+    selected = torch.tensor([[1, 1, 0, 1], [0, 1, 0, 0], [1, 1, 1, 1]]).bool()
+    weight = weight * selected
+    gates = {"radar_pair_angle": normal(3, 4, 4)}
+    if reads_x:
+        gates |= {"radar_pair_down": normal(4, 5, 2), "radar_pair_up": normal(5, 2, 16)}
+    mixed_TE = radar_pairs_weights(x, z, weight, selected, B, gates)
+    for t in range(3):
+        v = {e: z[t, e] @ B[e] for e in range(4) if selected[t, e]}
+        turned = method.radar_pairs(v, gates, x[t])
+        wanted = sum(weight[t, e] * v_O for e, v_O in turned.items())
+        found = sum(mixed_TE[t, e] * v_O for e, v_O in v.items())
+        assert_close(found, wanted, 1e-12)
+
+
+def spec_of(problem: Problem, **options: Any) -> Spec:
+    return Spec(
+        num_experts=len(problem.B_ERO), scale=problem.scale, top_k=problem.top_k,
+        rotation=problem.variant.rotation, **options,
+    )  # fmt: skip
+
+
+def weights_of(problem: Problem, router_ED: Tensor) -> Weights:
+    return Weights(problem.A_ERD, problem.B_ERO, problem.gates, {"router_weight": router_ED})
+
+
+@every
+@selections
+@pytest.mark.parametrize("drops", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+def test_passes_and_fused_mixture(
+    variant: Variant, options: dict[str, Any], drops: bool, shared: bool
+) -> None:
+    problem = make(variant, 2, T=3, E=4, K=2, D=5, O=6)
+    if shared:
+        problem = replace(problem, A_ERD=problem.A_ERD[:1])
+    router_ED, base_TO = normal(3, 4, 5), normal(4, 3, 6)
+    keep_TD = problem.keep_TD > 0 if drops else None
+    how = How(spec_of(problem, **options), torch.float64, keep_scale=1 / 0.75)
+    gates = [problem.gates.get(name) for name in GATES]
+    parts = Parts(
+        base_TO, problem.x_TD, keep_TD, None, router_ED, problem.A_ERD, problem.B_ERO, *gates
+    )
+    tensors = {
+        "x_TD": problem.x_TD, "router_ED": router_ED, "A_ERD": problem.A_ERD,
+        "B_ERO": problem.B_ERO,
+    } | problem.gates  # fmt: skip
+    settings = options | {
+        "rotation": variant.rotation, "scale": problem.scale, "top_k": 2, "keep_TD": keep_TD,
+        "keep_scale": 1 / 0.75,
+    }  # fmt: skip
+    arguments = {name: x for name, x in tensors.items() if name not in GATES}
+    wanted_TO, logits_TE = layer.layer(
+        **arguments, gates=problem.gates, base_TO=base_TO, **settings
+    )
+    y_TO, found_TE, saved = forward(how, parts)
+    fused_TO, fused_TE, _ = fused_mixture(
+        how, problem.x_TD, weights_of(problem, router_ED), keep_TD=keep_TD, base_TO=base_TO
+    )
+    for y, logits in ((y_TO, found_TE), (fused_TO, fused_TE)):
+        assert_close(y, wanted_TO, 1e-12)
+        assert_close(logits, logits_TE, 1e-13)
+    dy_TO, dlogits_TE = normal(5, 3, 6), normal(6, 3, 4)
+    found = backward(how, parts, saved, dy_TO, dlogits_TE, needs_x=True)._asdict()
+    wanted = layer.layer_gradients(tensors, dy_TO, dlogits_TE, **settings)
+    fields = dict(zip(GATES, ("vector_EVD", "angle_EMD", "center_ER"), strict=True))
+    for name, gradient in wanted.items():
+        assert_close(found[fields.get(name, name)], gradient, 1e-11, name)
+
+
+@every
+def test_grouped_mixture(variant: Variant) -> None:
+    problem = make(variant, 5, T=3, E=5, K=2, D=5, O=6)
+    routed = method.route(problem.logits_TE, top_k=2)
+    arguments = problem.x_TD, problem.dropped_TD
+    weights = Weights(problem.A_ERD, problem.B_ERO, problem.gates)
+    found = grouped_mixture(spec_of(problem), *arguments, weights, *routed[:2])
+    wanted = method.mixture(
+        *arguments, routed.weight_TE, problem.A_ERD, problem.B_ERO, problem.gates,
+        rotation=variant.rotation, scale=problem.scale,
+    )  # fmt: skip
+    assert_close(found, wanted, 1e-12)
+
+
+@every
+@selections
+@pytest.mark.parametrize("shared", [False, True])
+def test_packed_activations_and_mixture(
+    variant: Variant, options: dict[str, Any], shared: bool
+) -> None:
+    problems = [make(variant, seed, T=3, E=4, K=2, D=5, O=6) for seed in (7, 8)]
+    if shared:
+        problems = [replace(problem, A_ERD=problem.A_ERD[:1]) for problem in problems]
+    x_TD, routers = problems[0].x_TD, [normal(1, 4, 5), normal(2, 4, 5)]
+    spec, base_TO = spec_of(problems[0], **options), normal(3, 3, 6)
+    layers = [weights_of(p, router) for p, router in zip(problems, routers, strict=True)]
+    packed = pack(layers, torch.float64)
+    named = [
+        {"A": p.A_ERD, "router": router, **p.gates}
+        for p, router in zip(problems, routers, strict=True)
+    ]
+    assert torch.equal(packed.rows_ND, layer.pack(named))
+    activations = packed_activations(spec, x_TD, packed, torch.float64)
+    for p, router, m_TN in zip(problems, routers, activations, strict=True):
+        tensors = x_TD, p.A_ERD, p.B_ERO, p.gates
+        wanted = layer.weighted_activations(
+            *tensors, router, rotation=variant.rotation, top_k=2, **options
+        )
+        assert_close(m_TN, wanted, 1e-12)
+        alone = pack([weights_of(p, router)], torch.float64)
+        found = packed_mixture(spec, x_TD, alone, torch.float64, base_TO)
+        wanted, _ = layer.layer(
+            *tensors, router_ED=router, rotation=variant.rotation, scale=p.scale, top_k=2,
+            base_TO=base_TO, **options,
+        )  # fmt: skip
+        assert_close(found, wanted, 1e-12)
