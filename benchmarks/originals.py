@@ -97,7 +97,7 @@ def goat(path: Path, own: Any, base: nn.Linear) -> nn.Module:
     kind = importlib.import_module("goat_files.layer").LinearGOATLayer
     E, R, _ = own.expert_A.shape
     layer = kind(base, "default", lora_rank=R * E, lora_alpha=R * own.spec.scale, num_experts=E,
-                 top_k=own.top_k, init_type="mole")  # fmt: skip
+                 top_k=own.spec.top_k, init_type="mole")  # fmt: skip
     gate = layer.lora_gating["default"].weight
     _copy(own, layer.lora_A["default"], layer.lora_B["default"], gate)
     return layer
@@ -150,7 +150,7 @@ def riemannian(path: Path, own: Any, base: nn.Linear) -> nn.Module:
     config = LoraConfig(r=R, lora_alpha=R * own.spec.scale, target_modules=["0"])
     layer = get_peft_model(nn.Sequential(base), config).base_model.model[0]
     layer.__class__ = kind  # as its training scripts do
-    layer.set_moe(number_experts=E, top_k=own.top_k)
+    layer.set_moe(number_experts=E, top_k=own.spec.top_k)
     layer.descent_strategy = "riemannian"
     layer.to(base.weight.dtype)
     _copy(own, layer.lora_A, layer.lora_B, layer.gate.weight)
@@ -168,7 +168,7 @@ class Arrow(nn.Module):
         self.base = base
         E, R, D = own.expert_A.shape
         names = [f"task_{e}" for e in range(E)]
-        config = ArrowConfig(top_k=own.top_k)
+        config = ArrowConfig(top_k=own.spec.top_k)
         config.task_adapter_names = names
         self.arrow = ArrowLoraLinearLayer(D, config)
         self.A = nn.ModuleDict({name: nn.Linear(D, R, bias=False) for name in names})

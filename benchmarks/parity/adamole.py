@@ -10,7 +10,7 @@ import torch
 from common import D, E, O, R, T, checkout, compare, finish, gradients, isolated, load, ours
 from torch import nn
 
-from rotmole.ops import load_balance_loss
+from rotmole.ops import load_balance_loss, route
 
 path = checkout(__doc__)
 isolated("original", path / "src", "lora", "mole", "adamole")
@@ -48,7 +48,7 @@ wanted = gradients(theirs(x), leaves)
 wanted["gradient of A"] = torch.stack([wanted.pop(f"gradient of A{e}") for e in range(E)])
 wanted["gradient of B"] = torch.stack([wanted.pop(f"gradient of B{e}").T for e in range(E)])
 
-_, routing = own.route(x.flatten(0, 1))
+_, routing = route(own.spec, x.flatten(0, 1), own.weights())
 counts = routing.selected_TE.sum(-1)
 print(f"  experts a token selects: {counts.min().item()} to {counts.max().item()}")
 loss = theirs.moe_layer["default"].layer_loss

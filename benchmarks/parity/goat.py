@@ -11,7 +11,7 @@ import torch
 from common import D, E, O, R, T, checkout, compare, finish, gradients, isolated, load, ours
 from torch import nn
 
-from rotmole.ops import load_balance_loss
+from rotmole.ops import load_balance_loss, route
 
 path = checkout(__doc__)
 isolated("original", path / "goat" / "peta" / "src" / "goat")
@@ -46,7 +46,7 @@ def sides(layer: nn.Module, theirs: nn.Module, x: torch.Tensor) -> tuple[dict, d
     wanted = gradients(theirs(x), leaves)
     wanted["gradient of A"] = torch.stack([wanted.pop(f"gradient of A{e}") for e in range(E)])
     wanted["gradient of B"] = torch.stack([wanted.pop(f"gradient of B{e}").T for e in range(E)])
-    _, routing = own.route(x.flatten(0, 1))
+    _, routing = route(own.spec, x.flatten(0, 1), own.weights())
     # theirs counts choices per token, so it is K where ours is 1
     found["balance loss"] = K * load_balance_loss(routing.probability_TE, routing.selected_TE)
     wanted["balance loss"] = moe.layer_loss

@@ -13,6 +13,7 @@ import torch
 from common import D, E, O, R, T, checkout, compare, finish, gradients, isolated, load, ours
 from torch import nn
 
+from rotmole.ops import route
 from rotmole.ops.routing.task_balance import task_balance_loss
 
 
@@ -55,7 +56,7 @@ wanted = gradients(y, leaves)
 wanted["gradient of A"] = torch.stack([wanted.pop(f"gradient of A{e}") for e in range(E)])
 wanted["gradient of B"] = torch.stack([wanted.pop(f"gradient of B{e}").T for e in range(E)])
 
-_, routing = own.route(x.flatten(0, 1))
+_, routing = route(own.spec, x.flatten(0, 1), own.weights())
 rows = torch.arange(N).repeat_interleave(T // N)
 mine = WEIGHT * task_balance_loss(routing.weight_TE, rows, tasks, groups=2, offset=OFFSET)
 _, loss = theirs(x, tasks)

@@ -11,7 +11,7 @@ import torch
 from common import D, E, O, R, T, checkout, compare, finish, gradients, isolated, load, ours
 from torch import nn
 
-from rotmole.ops import load_balance_loss
+from rotmole.ops import load_balance_loss, route
 
 path = checkout(__doc__)
 isolated("original", path / "src" / "scalable_moe_lora" / "adapters")
@@ -63,7 +63,7 @@ for name, (settings, parameters) in ROUTERS.items():
     for n in other:
         if n not in "AB":
             wanted[f"gradient of {n}"] = wanted[f"gradient of {n}"] / factor[n]
-    logits, routing = own.route(x.flatten(0, 1))
+    logits, routing = route(own.spec, x.flatten(0, 1), own.weights())
     # theirs counts choices per token, so it is K where ours is 1
     found["balance loss"] = K * load_balance_loss(routing.probability_TE, routing.selected_TE)
     wanted["balance loss"] = theirs._last_aux_loss

@@ -23,6 +23,7 @@ from rotmole.tuner.batch.tokens import reads_ids, reads_sequences
 from rotmole.tuner.config import RotMoleConfig
 from rotmole.tuner.experts.blocks import block_part, check_blocks, plain_outside
 from rotmole.tuner.experts.experts import Experts
+from rotmole.tuner.from_adapters import from_adapters
 from rotmole.tuner.layer import Linear, RotMoleLayer
 from rotmole.tuner.settings.by_module import module_settings
 from rotmole.tuner.storage.fingerprint import base_fingerprint, compare_bases
@@ -67,8 +68,6 @@ class RotMoleModel(BaseTuner):  # type: ignore[misc] # peft ships no types
 
         RotMoleModel.from_adapters(base, ["math", "code"], trainable="gates", top_k=2)
         """
-        from rotmole.tuner.from_adapters import from_adapters  # it makes models, so it comes after
-
         return from_adapters(base, paths, **options)
 
     def inject_adapter(
@@ -94,6 +93,12 @@ class RotMoleModel(BaseTuner):  # type: ignore[misc] # peft ships no types
                 f"{error} The nearest module names are {', '.join(near)}."
             ) from error
         self._watch(model, adapter_name)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter, also from what generations whose cache still lives have packed."""
+        super().delete_adapter(adapter_name)
+        for stack in self._rotmole_watch.stacks.values():
+            stack.packs.clear()
 
     def _check_base(self, model: nn.Module, config: RotMoleConfig) -> None:
         """Compare the model with the one a saved adapter was made for; note it in a new one."""

@@ -8,10 +8,12 @@ selection that has to know, and warned of once when a loss or a load count would
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from rotmole.errors import ModelError
 from rotmole.ops.spec import Tokens
@@ -49,12 +51,16 @@ class Batch:
             one that maps rows of features, has neither padding nor sequences.
         is_decoders: whether the stack holds an encoder and a decoder; shape, mask and ids are then
             those of the decoder's tokens.
+        has_features: whether the call got images or sound too.
         encoder: (states, Batch) of the tokens that cross-attention reads.
         before: the batch at hand when this one was opened: a stack may call itself.
         cache: the key-value cache of this call, which tells one generation from another.
         last_read: what decoding layers share in this call, see experts/decoding.py.
         blocks: what the layers of block-routed blocks share in this call, see experts/blocks.py.
-        calls: storages of the arguments of this call's blocks, to recognise a second run by.
+        calls: storages of the arguments of this call's blocks, to recognise a second run by; the
+            weak references keep their addresses from being used again.
+        task: the backward pass in which this call was made, -1 for none.
+        frame: of the call while it goes on.
         checked_groups: below which number all of `tasks` are known to lie.
         layouts: what `layout` has worked out, by the shape of the input.
         is_outside: no stack was called: the layer, or a part of the model, by itself.
@@ -69,12 +75,15 @@ class Batch:
     unclear: str = ""
     walks_tokens: bool = False
     is_decoders: bool = False
+    has_features: bool = False
     encoder: tuple[Tensor, Batch] | None = None
     before: Batch | None = None
     cache: Any = None
     last_read: Any = None
     blocks: dict[int, Any] = field(default_factory=dict)
-    calls: set[int] = field(default_factory=set)
+    calls: dict[int, StorageWeakRef] = field(default_factory=dict)
+    task: int = -1
+    frame: FrameType | None = None
     checked_groups: int = 0
     layouts: dict[tuple[int, ...], Layout | None] = field(default_factory=dict)
     is_outside: bool = False
@@ -115,7 +124,7 @@ class Batch:
         rows, positions = self.shape
         if lead in ((rows, positions), (rows * positions,)):
             return self._all_tokens(x.device)
-        if lead == (rows,):  # one row for each sequence, such as a pooler's
+        if lead == (rows,) and not self.has_features:  # one row a sequence, such as a pooler's
             weight_N = None if self.mask is None else self.mask.sum(1).to(x.device)
             mask_N = None if weight_N is None else weight_N > 0
             return Layout(Tokens(mask_T=mask_N, sequences=rows), weight_N, rows)

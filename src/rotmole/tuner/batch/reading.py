@@ -14,7 +14,8 @@ TASKS = "task_id"
 CACHES = ("past_key_values", "cache_params")
 PACKED = ("cu_seq_lens_q", "cu_seqlens_q", "cu_seqlens")
 STATES = ("inputs_embeds", "hidden_states")
-ROWS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values")
+FEATURES = ("pixel_values", "input_features", "input_values")  # of images and sound
+ROWS = ("input_ids", "inputs_embeds", *FEATURES)
 SPEAKING = {"input_ids", "inputs_embeds", "hidden_states", "attention_mask", *ROWS}
 
 
@@ -35,7 +36,7 @@ def read_batch(
     ids, mask = given.get(f"{side}input_ids"), given.get(f"{side}attention_mask")
     states = next((given[n] for n in _prefixed(STATES, side) if _axes(given.get(n)) == 3), None)
     labels = given.get("labels") if encoder_decoder else None
-    if states is None and outer is not None:
+    if states is None and outer is not None and next(iter(given), "") not in FEATURES:
         states = next((value for value in args[:1] if _axes(value) == 3), None)
     sized = next((t for t in (ids, states, labels) if _axes(t) >= 2), None)
     batch = Batch(
@@ -44,6 +45,7 @@ def read_batch(
     )
     batch.rows = next((given[n].shape[0] for n in ROWS if _axes(given.get(n)) >= 2), None)
     batch.ids = ids if _axes(ids) == 2 else None
+    batch.has_features = any(given.get(name) is not None for name in FEATURES)
     # the tokens of an encoder-decoder are the decoder's, not those of its encoder
     decodes = encoder_decoder or given.get("encoder_hidden_states") is not None
     same = outer is not None and batch.shape is not None and outer.shape == batch.shape
@@ -52,14 +54,27 @@ def read_batch(
         assert outer is not None
         batch.ids = outer.ids if batch.ids is None else batch.ids
         batch.mask, batch.unclear, batch.sequence = outer.mask, outer.unclear, outer.sequence
-    if mask is not None and not (same and _axes(mask) != 2):
-        batch.mask, batch.unclear = _padding(mask, batch.shape)
+    for_scores = outer is not None and isinstance(mask, Tensor) and mask.is_floating_point()
+    if mask is not None and not (same and (_axes(mask) != 2 or for_scores)):
+        batch.mask, batch.unclear = _padding(mask, batch.shape, for_scores=for_scores)
     elif batch.mask is None and labels is not None and tuple(labels.shape) == batch.shape:
         batch.mask = labels != -100
     if batch.mask is None and batch.shape is not None:
-        batch.sequence = _packed_sequences(given, batch.shape) or batch.sequence
+        packed, fill_mask = _packed_sequences(given, batch.shape)
+        batch.sequence = packed or batch.sequence
+        batch.mask = fill_mask
+        if not same and outer is not None and _is_longer(batch, outer, decodes=decodes):
+            batch.unclear = "its tokens are more than the model's"
     _read_surroundings(batch, given, outer)
     return batch
+
+
+def _is_longer(batch: Batch, outer: Batch, *, decodes: bool) -> bool:
+    """Whether the rows around were filled up before they came here, and nothing says how far."""
+    if decodes or outer.is_decoders or outer.mask is None or batch.mask is not None:
+        return False
+    assert batch.shape is not None
+    return outer.shape is not None and outer.shape[0] == batch.shape[0]
 
 
 def _prefixed(names: Sequence[str], side: str) -> list[str]:
@@ -92,9 +107,17 @@ def _read_surroundings(batch: Batch, given: Mapping[str, Any], outer: Batch | No
         batch.encoder = (states, of_states)
 
 
-def _padding(mask: Any, shape: tuple[int, int] | None) -> tuple[Tensor | None, str]:
-    """Return the mask of the call's own tokens, or in words why it is unknown."""
-    if _axes(mask) != 2:
+def _padding(
+    mask: Any, shape: tuple[int, int] | None, *, for_scores: bool = False
+) -> tuple[Tensor | None, str]:
+    """Return the mask of the call's own tokens, or in words why it is unknown.
+
+    Args:
+        mask: the argument.
+        shape: (N, S) of the call.
+        for_scores: the mask is one of numbers that attention adds to its scores.
+    """
+    if _axes(mask) != 2 or for_scores:
         return None, "its attention mask is not [rows, tokens]"
     if shape is None or mask.shape[0] != shape[0] or mask.shape[1] < shape[1]:
         return None, "its attention mask is of other tokens than its layers'"
@@ -103,8 +126,8 @@ def _padding(mask: Any, shape: tuple[int, int] | None) -> tuple[Tensor | None, s
 
 def _packed_sequences(
     given: Mapping[str, Any], shape: tuple[int, int]
-) -> tuple[Tensor, int] | None:
-    """Number the sequences of packed rows; None if every row is one sequence.
+) -> tuple[tuple[Tensor, int] | None, Tensor | None]:
+    """Number the sequences of packed rows, None if every row is one; and mask fill after them.
 
     By cumulated lengths, by a number for each token (seq_idx), or by position_ids that do not go
     on by one, as transformers itself tells packed sequences apart if there is no mask.
@@ -113,17 +136,23 @@ def _packed_sequences(
     lengths = next((given[n] for n in PACKED if _axes(given.get(n)) == 1), None)
     if lengths is not None and rows == 1:
         place_S = torch.arange(positions, device=lengths.device)
-        return torch.bucketize(place_S, lengths[1:], right=True), lengths.shape[0] - 1
+        number_S = torch.bucketize(place_S, lengths[1:], right=True)
+        count = lengths.shape[0] - 1
+        return (number_S.clamp(max=count - 1), count), (number_S < count)[None]
     number, step = given.get("seq_idx"), 0
     if _axes(number) != 2:
         number, step = given.get("position_ids"), 1
+        if (
+            isinstance(number, Tensor) and number.dim() == 3 and len(number) == 4
+        ):  # the text's, then time, height, width
+            number = number[0]
     if not isinstance(number, Tensor) or number.dim() != 2 or number.shape[1] != positions:
-        return None
+        return None, None
     number = number.expand(rows, positions)
     starts = torch.ones_like(number, dtype=torch.bool)
     starts[:, 1:] = number[:, 1:] != number[:, :-1] + step
     if torch.compiler.is_compiling():  # the count is not known while tracing
-        return starts.flatten().cumsum(0) - 1, rows * positions
+        return (starts.flatten().cumsum(0) - 1, rows * positions), None
     sequence_T = starts.flatten().cumsum(0) - 1
     count = int(sequence_T[-1]) + 1 if sequence_T.numel() else rows
-    return None if count == rows else (sequence_T, count)
+    return (None if count == rows else (sequence_T, count)), None

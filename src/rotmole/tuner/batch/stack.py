@@ -13,16 +13,19 @@ the graph of the stack's output keeps alive.
 from __future__ import annotations
 
 import inspect
+import sys
 import threading
 import warnings
 import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import PreTrainedModel
 
 from rotmole.tuner.batch.batch import Batch
@@ -36,7 +39,8 @@ class _Local(threading.local):
 
     batch: Batch | None = None
     outside: Batch | None = None
-    again: tuple[int, str, Batch] | None = None  # backward pass, block that runs again, its batch
+    # backward pass, block that runs again, its batch
+    again: tuple[int, str, weakref.ref[Batch]] | None = None
 
 
 class Stack:
@@ -49,6 +53,7 @@ class Stack:
 
     def __init__(self, names: tuple[str, ...] = (), outer: Stack | None = None) -> None:
         self.names, self.outer = names, outer
+        self.has_sides = "decoder_input_ids" in names  # an encoder and a decoder
         self.takes_tasks = False
         self.warnings: set[str] = set()
         self._forget()
@@ -86,16 +91,31 @@ class Stack:
             block: path of the block in which the layer lies, for its second run in a backward pass.
         """
         batch = self.current()
-        if batch is not None:
-            return batch
         if torch.compiler.is_compiling():
-            return self.outside
-        again = self.local.again
-        if again is not None and again[:2] == (torch._C._current_graph_task_id(), block):
-            return again[2]
+            return self.outside if batch is None else batch
+        task, again = torch._C._current_graph_task_id(), self.local.again
+        if batch is not None and batch.task == task:
+            return batch
+        if again is not None and again[:2] == (task, block):
+            first_run = again[2]()
+            if first_run is not None:
+                return first_run
         if self.local.outside is None:
             self.local.outside = Batch(is_outside=True, walks_tokens=True)
         return self.local.outside
+
+    def ongoing(self) -> Batch | None:
+        """Return the batch of the call at hand; drop those of calls that Ctrl-C ended.
+
+        Python calls no forward hook after an exception such as KeyboardInterrupt.
+        """
+        if torch.compiler.is_compiling():
+            return self.current()
+        batch = self.local.batch
+        while batch is not None and not _goes_on(batch.frame):
+            batch = batch.before
+        self.local.batch = batch
+        return batch
 
     def set(self, batch: Batch | None) -> None:
         """Make a batch the one at hand in this thread."""
@@ -113,10 +133,12 @@ class Stack:
     def open(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Forward pre-hook of the stack's module: read its arguments into a Batch."""
         given = dict(zip(self.names, args, strict=False)) | kwargs
-        outer = None if self.outer is None else self.outer.current()
-        batch = read_batch(given, args, outer, encoder_decoder="decoder_input_ids" in self.names)
+        outer = None if self.outer is None else self.outer.ongoing()
+        batch = read_batch(given, args, outer, encoder_decoder=self.has_sides)
         batch.walks_tokens = bool(SPEAKING & set(self.names))
-        batch.before = self.current()
+        batch.before = self.ongoing()
+        if not torch.compiler.is_compiling():
+            batch.task, batch.frame = torch._C._current_graph_task_id(), sys._getframe(1)
         self.set(batch)
         if self.takes_tasks and TASKS in kwargs:  # the model itself does not know it
             return args, {name: value for name, value in kwargs.items() if name != TASKS}
@@ -128,7 +150,11 @@ class Stack:
         if batch is None:
             return
         self.set(batch.before)
-        batch.before = None
+        batch.before = batch.frame = None
+        outer = None if self.outer is None else self.outer.current()
+        if outer is not None and outer.is_decoders and batch.encoder is None:
+            states = next((tensor for tensor in _tensors(output) if tensor.dim() == 3), None)
+            outer.encoder = None if states is None else (states, batch)
         if torch.compiler.is_compiling() or not batch.calls:
             return
         for tensor in _tensors(output):
@@ -141,7 +167,8 @@ class Stack:
         """Forward pre-hook of a block: remember its arguments, which checkpointing keeps alive."""
         if torch.compiler.is_compiling() or not block.training or self.local.batch is None:
             return
-        self.local.batch.calls |= _storages((args, kwargs))
+        for storage in _storages((args, kwargs)):
+            self.local.batch.calls[storage.cdata] = storage
 
     def recognise(self, block: str, child: nn.Module, args: Any, kwargs: Any) -> None:
         """Forward pre-hook of a block's children: is this the second run of a block, and whose?
@@ -153,28 +180,37 @@ class Stack:
         """
         if torch.compiler.is_compiling() or not child.training:
             return
-        if self.local.batch is not None:
+        task, again = torch._C._current_graph_task_id(), self.local.again
+        if self.local.batch is not None and self.local.batch.task == task:
             self.first.setdefault(block, weakref.ref(child))
             return
-        task, again = torch._C._current_graph_task_id(), self.local.again
         if task == -1:
             return
         goes_on = again is not None and again[:2] == (task, block)
         begins = block in self.first and self.first[block]() is child
         if goes_on and not begins:
             return
-        storages = _storages((args, kwargs))
+        storages = {storage.cdata for storage in _storages((args, kwargs))}
         waiting = [batch for batch in (ref() for ref in self.waiting) if batch is not None]
-        fits = [(len(storages & batch.calls), number) for number, batch in enumerate(waiting)]
-        common, newest = max(fits, default=(0, 0))
-        if common:
-            self.local.again = (task, block, waiting[newest])
-        elif not goes_on:
+        common = [len(storages & batch.calls.keys()) for batch in waiting]
+        most = max(common, default=0)
+        if most and common.count(most) == 1:
+            self.local.again = (task, block, weakref.ref(waiting[common.index(most)]))
+        elif begins or not goes_on:  # of no known call, or of one of several
             self.local.again = None
 
 
-def _storages(value: Any) -> set[int]:
-    return {tensor.data_ptr() for tensor in _tensors(value) if not tensor.is_meta}
+def _goes_on(frame: FrameType | None) -> bool:
+    """Whether a call still runs in this thread."""
+    outer: FrameType | None = sys._getframe(1)
+    while outer is not None and outer is not frame:
+        outer = outer.f_back
+    return outer is not None
+
+
+def _storages(value: Any) -> list[StorageWeakRef]:
+    storages = (tensor.untyped_storage() for tensor in _tensors(value))
+    return [StorageWeakRef(storage) for storage in storages]  # type: ignore[no-untyped-call] # torch's
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -215,7 +251,14 @@ class Watch:
         for path, module in model.named_modules():
             if isinstance(module, nn.ModuleList):
                 lists.append(f"{path}.")
-            if path in self.stacks or not any(_lies_in(name, path) for name in paths):
+            if path in self.stacks:
+                continue
+            # an encoder's output may be read outside of it, by layers between it and the decoder
+            around = self.stacks.get(path.rpartition(".")[0])
+            is_side = (
+                isinstance(module, PreTrainedModel) and around is not None and around.has_sides
+            )
+            if not is_side and not any(_lies_in(name, path) for name in paths):
                 continue
             names = tuple(inspect.signature(module.forward).parameters)
             in_list = path.startswith(tuple(lists))  # a layer of a stack, not a stack
@@ -243,7 +286,7 @@ class Watch:
             module, stack = model.get_submodule(block), self.of(block)
             self.handles.append(module.register_forward_pre_hook(stack.note, with_kwargs=True))
             recognise = partial(stack.recognise, block)
-            for child in module.children():
+            for child in _called_children(module):
                 self.handles.append(child.register_forward_pre_hook(recognise, with_kwargs=True))
 
     def block_of(self, path: str) -> str:
@@ -260,6 +303,15 @@ class Watch:
         for handle in self.handles:
             handle.remove()
         self.stacks, self.blocks, self.handles = {}, set(), []
+
+
+def _called_children(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the children that a module can call: a list of modules is none, its members are."""
+    for child in module.children():
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            yield from _called_children(child)
+        else:
+            yield child
 
 
 def _lies_in(path: str, part: str) -> bool:

@@ -7,7 +7,7 @@ observed, not configured: a layer that is called with the tensor of the call bef
 of that call's first layer, and one that fails to come leaves it.
 
 Packs live as long as the key-value cache of the generation, so no later call can see a stale one,
-and a deleted adapter is freed with the last generation that used it. What the layers of one step
+and deleting an adapter drops all packs. What the layers of one step
 share lives in the step's Batch.
 """
 
