@@ -17,7 +17,13 @@ from rotmole.ops.reference import shapes
 from rotmole.ops.routing.balance import balance_gradient, usage
 from rotmole.ops.routing.route import route, scaling_gate_shapes, select_by
 from rotmole.ops.routing.routers import ROUTERS, router_shapes
-from rotmole.ops.routing.selection import SELECTIONS, choose, spread_chosen, top_k_of
+from rotmole.ops.routing.selection import (
+    SELECTIONS,
+    SORTED_UP_TO,
+    choose,
+    spread_chosen,
+    top_k_of,
+)
 from rotmole.ops.routing.task_balance import expert_groups
 from rotmole.ops.routing.threshold import threshold_shapes
 from rotmole.ops.spec import Spec, Tokens, Weights
@@ -40,13 +46,25 @@ def test_shapes(router: str, H: int | None) -> None:
         assert scaling_gate_shapes(spec, 7) == wanted
 
 
-@given(seed=seeds, E=st.integers(1, 6), T=st.integers(1, 4), ties=st.booleans(), data=st.data())
+few_or_many = st.one_of(st.integers(1, 6), st.integers(SORTED_UP_TO + 1, SORTED_UP_TO + 9))
+
+
+@given(seed=seeds, E=few_or_many, T=st.integers(1, 4), ties=st.booleans(), data=st.data())
 def test_top_k_of(seed: int, E: int, T: int, ties: bool, data: st.DataObject) -> None:
     score_ET = normal(torch.Generator().manual_seed(seed), E, T)
     score_ET = score_ET.round() if ties else score_ET
     top_k = data.draw(st.integers(1, E))
     for one, other in zip(top_k_of(score_ET, top_k), slow.top_k_of(score_ET, top_k), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("E", [4, SORTED_UP_TO + 1])
+def test_top_k_of_hides_no_nan_and_takes_minus_infinity(E: int) -> None:
+    score_ET = torch.full((E, 2), -torch.inf)
+    score_ET[2, 0], score_ET[3, 1] = torch.nan, 1.0
+    score_KT, index_KT = top_k_of(score_ET, 2)
+    assert index_KT.tolist() == [[2, 3], [0, 0]]
+    assert torch.equal(score_KT.isnan(), torch.tensor([[True, False], [False, False]]))
 
 
 @given(
