@@ -83,7 +83,9 @@ def download(version: str) -> Path:
         subprocess.run([*command, f"peft=={version}"], check=True)
         (archive,) = Path(temporary).glob("*.tar.gz")
         with tarfile.open(archive) as packed:
-            packed.extractall(temporary, filter="data")
+            if hasattr(tarfile, "data_filter"):  # not in 3.11.2, which Debian 12 ships
+                packed.extraction_filter = tarfile.data_filter
+            packed.extractall(temporary)
         unpacked = Path(temporary) / f"peft-{version}"
         (unpacked / "tests" / "__init__.py").touch()  # the tests import each other relatively
         shutil.rmtree(unpacked / "src")  # the installed PEFT is what is tested
