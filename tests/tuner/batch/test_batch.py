@@ -105,9 +105,7 @@ def albert() -> torch.nn.Module:
 
 
 def modernbert() -> torch.nn.Module:
-    rope = {"rope_type": "default", "rope_theta": 1e4}  # transformers 5.10 demands both
-    both = {"sliding_attention": rope, "full_attention": rope}
-    more = {"global_attn_every_n_layers": 1, "local_attention": 16, "rope_parameters": both}
+    more = {"global_attn_every_n_layers": 2, "local_attention": 16}
     ends = {"cls_token_id": 1, "sep_token_id": 2}
     return ModernBertForMaskedLM(ModernBertConfig(**SIZES, **more, **ends))
 
