@@ -9,7 +9,9 @@ import yaml
 from trl import SFTConfig
 
 import rotmole.config
+from rotmole.config.adapter import adapter_hints
 from rotmole.config.load import load_run, resolved_yaml, sft_arguments
+from rotmole.config.schema import RunFile, TaskSection
 from rotmole.config.training import REFUSED, training_hints
 from rotmole.data import data_problems
 from rotmole.errors import ConfigError
@@ -46,7 +48,7 @@ def test_a_good_file_and_overrides():
 def test_a_file_on_disk(tmp_path):
     path = tmp_path / "läufe.yaml"
     path.write_text("\ufeff" + GOOD, encoding="utf-8")
-    assert load_run(path).output_dir == "runs/x"
+    assert load_run(path).output_dir == str(tmp_path / "runs/x")
 
 
 @pytest.mark.parametrize("value", ["1e-4", "'1e-4'", "0.0001"])
@@ -59,10 +61,137 @@ def test_numbers_in_every_spelling(value):
 
 
 def test_the_resolved_file_is_the_same_run():
-    run = load_run("x", [], GOOD)
+    run = load_run("x", ["output_dir=/runs/x", "data.root=/rows"], GOOD)
     again = load_run("x", [], resolved_yaml(run))
     assert again == run
     assert sft_arguments(again) == sft_arguments(run)
+
+
+def test_paths_are_relative_to_the_run_file(tmp_path, monkeypatch):
+    (tmp_path / "sub" / "model").mkdir(parents=True)
+    file = tmp_path / "sub" / "run.yaml"
+    file.write_text(GOOD, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    for path in ("sub/run.yaml", file, "../" + tmp_path.name + "/sub/run.yaml"):
+        run = load_run(path)
+        for value, name in ((run.output_dir, "runs/x"), (run.data.root, "")):
+            assert Path(value).resolve() == (tmp_path / "sub" / name).resolve()
+    monkeypatch.chdir(tmp_path / "sub")
+    assert load_run("run.yaml").output_dir == "runs/x"
+    monkeypatch.chdir(tmp_path)
+    run = load_run("sub/run.yaml", ["output_dir=out", "data.root=rows"])
+    assert (run.output_dir, run.data.root) == ("out", "rows")
+    resolved = load_run("x", [], resolved_yaml(run))
+    assert resolved.output_dir == str(tmp_path / "out")
+    assert resolved.data.root == str(tmp_path / "rows")
+
+
+def test_a_local_model_is_found_beside_the_run_file(tmp_path, monkeypatch):
+    (tmp_path / "sub" / "models").mkdir(parents=True)
+    file = tmp_path / "sub" / "run.yaml"
+    file.write_text(yaml.safe_dump(yaml.safe_load(GOOD) | {"model": {"name": "models"}}))
+    monkeypatch.chdir(tmp_path)
+    assert load_run("sub/run.yaml").model.name == "sub/models"
+    assert load_run("sub/run.yaml", ["model.name=org/hub"]).model.name == "org/hub"
+
+
+METHOD = "adapter: {num_experts: 8, top_k: 3, rotation: plane, r: 5, target_modules: [q_proj]}"
+
+
+def test_a_preset_on_the_command_line_wins_over_the_file():
+    text = yaml.safe_dump(yaml.safe_load(GOOD) | yaml.safe_load(METHOD))
+    with pytest.warns(UserWarning, match="replaces num_experts, rotation, top_k of run"):
+        run = load_run("run", ["adapter.preset=lora"], text)
+    config = run.adapter_config
+    assert (config.num_experts, config.rotation, config.r) == (1, "none", 5)
+    assert config.target_modules == {"q_proj"}
+    words = ["adapter.preset=lora", "adapter.rotation=givens"]
+    with pytest.raises(ConfigError, match=r"rotation is 'givens' but adapter.preset is 'lora'"):
+        load_run("run", words, GOOD.replace(", rotation: plane", ""))
+
+
+@pytest.mark.parametrize(
+    ("preset", "setting", "ok"),
+    [
+        ("lora", "rotation: tangent", False), ("lora", "num_experts: 2", False),
+        ("lora", "r: 64", True), ("moe_lora", "num_experts: 8", True),
+        ("moe_lora", "num_experts: 1", False), ("moe_lora", "rotation: plane", False),
+        ("switch", "norm_topk_prob: true", False), ("switch", "top_k: 2", False),
+        ("loramoe", "router_task_loss_coef: 0.0", False), ("loramoe", "num_experts: 4", True),
+        ("hydralora", "share_A: false", False), ("goat", "goat_eta: 0.5", True),
+        ("goat", "goat_eta: null", False), ("mola", "num_experts_pattern: [4, 8]", True),
+    ],
+)  # fmt: skip
+def test_a_setting_that_contradicts_a_preset_is_an_error(preset, setting, ok):
+    adapter = f"adapter: {{preset: {preset}, {setting}, target_modules: [q_proj]}}"
+    text = yaml.safe_dump(yaml.safe_load(GOOD) | yaml.safe_load(adapter))
+    if ok:
+        assert load_run("run", [], text).adapter_config
+        return
+    name = setting.partition(":")[0]
+    with pytest.raises(ConfigError, match=f"adapter.{name} is .* but adapter.preset is '{preset}'"):
+        load_run("run", [], text)
+
+
+def test_every_name_of_another_tool_leads_to_a_setting():
+    from rotmole.config.names import HINTS, OTHER_NAMES, TASK, places
+
+    here = {f"adapter.{name}" for name in adapter_hints()} | set(RunFile.model_fields)
+    here |= {f"training.{name}" for name in training_hints()}
+    for name, field in RunFile.model_fields.items():
+        here |= {f"{name}.{key}" for key in getattr(field.annotation, "model_fields", {})}
+    here |= {f"{TASK}.{key}" for key in TaskSection.model_fields}
+    assert not {new for new in places().values() if new not in here}
+    assert set(HINTS) <= set(OTHER_NAMES)
+    assert not set(OTHER_NAMES) & set(training_hints()), "these are settings here too"
+    assert not set(OTHER_NAMES) & set(adapter_hints())
+
+
+@pytest.mark.parametrize(
+    ("key", "place"),
+    [
+        ("lr", "training.learning_rate"), ("training.lr", "training.learning_rate"),
+        ("training.epochs", "training.num_train_epochs"),
+        ("training.batch_size", "training.per_device_train_batch_size"),
+        ("adapter.rank", "adapter.r"), ("adapter.alpha", "adapter.lora_alpha"),
+        ("lora_dropout", "adapter.lora_dropout"), ("training.dropout", "adapter.lora_dropout"),
+        ("bf16", "training.bf16"), ("training.max_seq_length", "training.max_length"),
+        ("training.warmup_ratio", "training.warmup_steps"), ("model.torch_dtype", "model.dtype"),
+        ("model.load_in_4bit", "model.quantization"), ("target_modules", "adapter.target_modules"),
+        ("model.learning_rate", "training.learning_rate"),
+        ("data.tasks.a.epochs", "training.num_train_epochs"),
+        ("data.val_set_size", "data.tasks.NAME.validation_fraction"),
+        ("optimizer.lr", "training.learning_rate"), ("evaluation.prompt", "data.tasks.NAME.prompt"),
+    ],
+)  # fmt: skip
+def test_a_setting_of_another_tool_or_section_is_led_home(key, place):
+    with pytest.raises(ConfigError, match=f"no such setting; did you mean '{place}'"):
+        load_run("x", [f"{key}=1"], GOOD)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["training.lr_scheduler_type=warmup_stable_decay"], "'warmup_stable_decay' cannot be"),
+        (["training.lr_scheduler_type=cosine_with_min_lr"], "min_lr"),
+        (["training.optim=lomo"], "lomo_optim"),
+        (["training.optim=schedule_free_adamw"], "schedulefree"),
+    ],
+)
+def test_optimizer_and_schedule_are_built_before_the_model_is_loaded(settings, words):
+    with pytest.raises(ConfigError, match=words):
+        load_run("x", settings, GOOD)
+    good = [
+        "training.lr_scheduler_type=warmup_stable_decay",
+        "training.lr_scheduler_kwargs={num_decay_steps: 2, num_stable_steps: 2}",
+    ]
+    assert load_run("x", good, GOOD)
+
+
+def test_a_large_rate_is_said_once():
+    with pytest.warns(UserWarning, match="learning_rate is 5") as said:
+        load_run("x", ["training.learning_rate=5"], GOOD)
+    assert len(said) == 1
 
 
 @pytest.mark.parametrize("commit", ["1234e56", "0e00000", "12345678"])
@@ -333,7 +462,9 @@ def test_every_template_is_right(template, tmp_path, monkeypatch):
     raw = yaml.safe_load(template.read_text(encoding="utf-8"))
     for task in raw["data"]["tasks"].values():
         rows_for(task, tmp_path / raw["data"].get("root", "."))
-    run = load_run(template, data_problems=data_problems)
+    file = tmp_path / "run.yaml"
+    file.write_text(template.read_text(encoding="utf-8"), encoding="utf-8")
+    run = load_run(file, data_problems=data_problems)
     SFTConfig(**sft_arguments(run))
     assert all(len(line) <= 100 for line in template.read_text().splitlines())
 

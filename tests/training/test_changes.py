@@ -53,7 +53,7 @@ def test_other_shapes_are_refused_whatever_is_allowed(tmp_path, saved, override,
     "override",
     [
         "adapter.top_k=3", "adapter.lora_alpha=3", "adapter.lora_dropout=0", "seed=4",
-        "adapter.router_aux_loss_coef=0", "training.learning_rate=1", "training.optim=sgd",
+        "adapter.router_aux_loss_coef=0", "training.learning_rate=0.1", "training.optim=sgd",
         "training.per_device_train_batch_size=2", "training.gradient_accumulation_steps=2",
         "training.max_length=32", "optimizer.rotation_gate_lr=1", "model.dtype=bfloat16",
         "model.name=elsewhere", "data.temperature=2", "data.tasks.sums.weight=2",
@@ -94,7 +94,7 @@ def test_a_schedule_that_keeps_the_rates_takes_no_other(tmp_path):
     """Under the others a new rate takes effect, so allowing it is enough."""
     plateau = "training.lr_scheduler_type=reduce_lr_on_plateau"
     saved = checkpoint(tmp_path, 5, **facts(tmp_path, plateau))
-    for change in ("training.learning_rate=1", "optimizer.rotation_gate_lr=1"):
+    for change in ("training.learning_rate=0.1", "optimizer.rotation_gate_lr=1"):
         with pytest.raises(InputError, match="and --weights-only"):
             check_changes(saved, facts(tmp_path, plateau, change), allow=True)
     assert check_changes(saved, facts(tmp_path, plateau, "seed=4"), allow=True)

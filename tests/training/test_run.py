@@ -65,7 +65,10 @@ def test_a_run_leaves_its_papers(straight):
     assert manifest["data"]["splits"]["train"]["sums"]["rows"] == 30
     assert {"rotmole", "torch", "peft", "transformers"} <= set(manifest["versions"])
     assert manifest["adapter"]["trainable_parameters"] == straight.trainable_parameters
-    assert load_run(folder / "run.yaml") == straight.built.run
+    again, run = load_run(folder / "run.yaml"), straight.built.run
+    assert again.data.root == str(Path.cwd())  # absolute, so that the folder can be moved
+    assert again.model_copy(update={"data": run.data}) == run
+    assert again.data.tasks == run.data.tasks
     assert (folder / "loss.svg").read_text(encoding="utf-8").lstrip().startswith("<?xml")
     assert {path.name for path in folder.glob("checkpoint-*")} == {
         f"checkpoint-{step}" for step in (5, 10, 15, 20)
@@ -183,10 +186,11 @@ class Dies(TrainerCallback):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(model_folder, data_folder, tmp_path):
-    run = run_file(
-        model_folder, data_folder, tmp_path / "nan", learning_rate=1e30, warmup_steps=0,
-        eval_steps=1, save_steps=1,
-    )  # fmt: skip
+    with pytest.warns(UserWarning, match="learning_rate is 1e"):
+        run = run_file(
+            model_folder, data_folder, tmp_path / "nan", learning_rate=1e30, warmup_steps=0,
+            eval_steps=1, save_steps=1,
+        )  # fmt: skip
     with pytest.raises(NonFiniteError, match="of update 2 is not finite") as caught:
         train(run, progress=False)
     assert caught.value.exit_code == 3

@@ -41,7 +41,8 @@ def generate(
             "top_p has no effect at temperature 0, which is greedy; set --temperature above 0",
             stacklevel=2,
         )
-    loaded = load_target(find_target(target), say=note, trust_remote_code=trust_remote_code)
+    place = find_target(target, needs_data=False)
+    loaded = load_target(place, say=note, trust_remote_code=trust_remote_code)
     streamer = None
     if stream:
         from transformers import TextStreamer

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-from rotmole.config.fields import check_fields
+from rotmole.config.fields import Suggest, check_fields, no_hint
 from rotmole.errors import ConfigError, one_of
 
 if TYPE_CHECKING:
@@ -35,24 +35,30 @@ def adapter_hints() -> dict[str, Any]:
 
 
 def check_adapter(
-    values: Mapping[str, Any],
+    values: Mapping[str, Any], suggest: Suggest = no_hint
 ) -> tuple[dict[str, Any], RotMoleConfig | None, list[str]]:
     """Check the section and make the adapter's configuration.
 
     Args:
         values: the section as parsed from YAML.
+        suggest: as of `check_fields`.
 
     Returns:
         The settings that passed, with the preset's filled in; the configuration made of them, None
         if a setting is wrong; and one sentence per problem.
     """
     from rotmole.tuner.config import RotMoleConfig
-    from rotmole.tuner.settings.presets import PRESETS, preset_fields
+    from rotmole.tuner.settings.presets import PRESETS, contradictions, preset_fields
 
     hints = adapter_hints()
-    settings, problems = check_fields(values, hints, REFUSED, "adapter")
+    settings, problems = check_fields(values, hints, REFUSED, "adapter", suggest)
     preset = settings.pop("preset", None)
     if preset in PRESETS:
+        problems += [
+            f"adapter.{name} is {settings[name]!r} but adapter.preset is {preset!r}, which means "
+            f"{name}: {PRESETS[preset].fields[name]!r}; leave one of them out"
+            for name in contradictions(preset, settings)
+        ]
         settings = preset_fields(preset, settings)
     elif preset is not None:
         problems.append(one_of("adapter.preset", preset, PRESETS))

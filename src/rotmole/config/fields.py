@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Union, get_args, get_origin
 
 import yaml
@@ -12,9 +12,21 @@ from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
 from rotmole.errors import did_you_mean, one_of
 
+Suggest = Callable[[str, str], str]
+"""(an unknown key, its section) -> a hint where it belongs, or the empty string."""
+
+
+def no_hint(key: str, section: str) -> str:
+    """Return the empty string: a Suggest that knows nothing."""
+    return ""
+
 
 def check_fields(
-    values: Mapping[str, Any], hints: Mapping[str, Any], refused: Mapping[str, str], section: str
+    values: Mapping[str, Any],
+    hints: Mapping[str, Any],
+    refused: Mapping[str, str],
+    section: str,
+    suggest: Suggest = no_hint,
 ) -> tuple[dict[str, Any], list[str]]:
     """Check every key and the type of every value; collect all problems.
 
@@ -23,6 +35,7 @@ def check_fields(
         hints: field name -> type, of the class that receives the values.
         refused: field name -> why a run file may not set it.
         section: name of the section in messages.
+        suggest: knows settings of other sections and other tools' names.
 
     Returns:
         The values that passed, converted (if the type is a number, "1e-4" becomes one), and one
@@ -36,7 +49,8 @@ def check_fields(
         if key in refused:
             problems.append(f"{name} cannot be set here: {refused[key]}.")
         elif key not in hints:
-            hint = did_you_mean(key, allowed) or f"; the keys are those of {_owner(section)}."
+            hint = suggest(key, section) or did_you_mean(key, allowed)
+            hint = hint or f"; the keys are those of {_owner(section)}."
             problems.append(f"{name}: there is no such setting{hint}")
         else:
             converted, problem = convert(value, hints[key], name)

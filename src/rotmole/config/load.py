@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from rotmole.config.adapter import check_adapter
+from rotmole.config.names import did_you_mean_place
+from rotmole.config.paths import anchor_paths
 from rotmole.config.problems import sentences
 from rotmole.config.schema import METRICS, DataSection, ModelSection, RunFile, TaskSection
 from rotmole.config.sections import optimizer_problems, task_group_problems
@@ -23,6 +25,7 @@ from rotmole.config.training import (
 )
 from rotmole.config.yaml_text import parse_yaml, write_yaml
 from rotmole.errors import ConfigError, one_of
+from rotmole.tuner.settings.presets import FREE
 
 if TYPE_CHECKING:
     from rotmole.tuner.config import RotMoleConfig
@@ -37,8 +40,12 @@ def load_run(
     *,
     data_problems: Callable[[DataSection], list[str]] | None = None,
     model_problems: Callable[[ModelSection, RotMoleConfig], list[str]] | None = None,
+    anchored: bool = True,
 ) -> RunFile:
     """Read and check a run file; nothing of the model or the data is loaded.
+
+    Relative paths in the file (output_dir, data.root, a local model.name) are relative to its
+    folder; those of overrides to the working directory.
 
     Args:
         path: the YAML file; if `text` is given, only a name for messages.
@@ -47,6 +54,8 @@ def load_run(
         data_problems: a further check of the data section, such as whether its files exist; its
             problems are reported with all others.
         model_problems: a further check of whether the adapter fits the model; likewise.
+        anchored: False leaves relative paths to the working directory, as in a run folder's own
+            run.yaml: rotmole 0.1 wrote them so, later versions write absolute ones.
 
     Returns:
         The run, with values under `adapter:` and `training:` converted to their fields' types, and
@@ -61,12 +70,15 @@ def load_run(
         raise ConfigError(
             "a run file is a mapping of settings, such as `output_dir: runs/1`", where
         )
+    if path is not None and anchored:
+        anchor_paths(raw, Path(path).expanduser().parent)
+    _replace_by_preset(raw, overrides, where)
     problems = [*_override(raw, overrides)]
     try:
         run: RunFile | None = RunFile.model_validate(raw)
     except ValidationError as error:
         run = None
-        problems += sentences(error.errors(), raw, RunFile)
+        problems += sentences(error.errors(), raw, RunFile, suggest=did_you_mean_place)
     checked = _check_sections(raw, model_problems, schema_is_right=run is not None)
     problems += checked.problems
     problems += optimizer_problems(_section(raw, "optimizer"), checked.training)
@@ -105,7 +117,7 @@ def _check_sections(
     schema_is_right: bool,
 ) -> _Checked:
     """Check what the schema cannot know: the keys that belong to other classes, and metrics."""
-    adapter, config, problems = check_adapter(_section(raw, "adapter"))
+    adapter, config, problems = check_adapter(_section(raw, "adapter"), did_you_mean_place)
     tasks = _valid_tasks(raw)
     model = _valid_model(raw)
     if model_problems is not None and model is not None and config is not None:
@@ -113,7 +125,9 @@ def _check_sections(
     # a task with a wrong setting may have validation rows, so do not report that none has any
     validated = any(has_validation(task) for task in tasks.values()) or not schema_is_right
     section = _section(raw, "training")
-    training, training_problems = check_training(section, model or ModelSection(), validated)
+    training, training_problems = check_training(
+        section, model or ModelSection(), validated, did_you_mean_place
+    )
     problems += training_problems
     problems += best_problems(training, tasks)
     problems += task_group_problems(tasks, adapter)
@@ -123,8 +137,13 @@ def _check_sections(
 
 
 def resolved_yaml(run: RunFile) -> str:
-    """Write a run as YAML that `load_run` reads back to the same run, with every default."""
-    return write_yaml(run.model_dump(mode="json"))
+    """Write a run as YAML that `load_run` reads back to the same run, with every default.
+
+    Its paths are absolute, so that the file can be moved.
+    """
+    content = run.model_dump(mode="json")
+    anchor_paths(content, Path.cwd())
+    return write_yaml(content)
 
 
 def _read(path: str | Path | None) -> str:
@@ -147,6 +166,23 @@ def _read(path: str | Path | None) -> str:
         ) from None
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}.", str(path)) from error
+
+
+def _replace_by_preset(raw: dict[str, Any], overrides: Sequence[str], where: str) -> None:
+    """Drop what the file says of the method, if the command line chooses another one."""
+    adapter = raw.get("adapter")
+    keys = [entry.partition("=")[0].strip() for entry in overrides]
+    if "adapter.preset" not in keys or not isinstance(adapter, dict):
+        return
+    dropped = [name for name in adapter if name not in FREE]
+    for name in dropped:
+        del adapter[name]
+    dropped = [name for name in dropped if name != "preset"]
+    if dropped:
+        warnings.warn(
+            f"adapter.preset on the command line replaces {', '.join(dropped)} of {where}.",
+            stacklevel=3,
+        )
 
 
 def _override(raw: dict[str, Any], overrides: Sequence[str]) -> list[str]:

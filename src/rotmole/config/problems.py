@@ -7,14 +7,18 @@ from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 
-from rotmole.config.fields import as_list, describe
+from rotmole.config.fields import Suggest, as_list, describe, no_hint
 from rotmole.errors import did_you_mean, one_of
 
 Location = tuple[int | str, ...]
 
 
 def sentences(
-    errors: Sequence[Mapping[str, Any]], data: Any, model: type[BaseModel], prefix: str = ""
+    errors: Sequence[Mapping[str, Any]],
+    data: Any,
+    model: type[BaseModel],
+    prefix: str = "",
+    suggest: Suggest = no_hint,
 ) -> list[str]:
     """Write one sentence per wrong setting.
 
@@ -23,6 +27,7 @@ def sentences(
         data: the mapping that was validated.
         model: the class it was validated against.
         prefix: the place of `data` in the run file, such as ``data.``.
+        suggest: as of `check_fields`.
 
     Returns:
         Sentences in the order of the errors; each setting has one.
@@ -30,7 +35,7 @@ def sentences(
     seen: dict[Location, str] = {}
     for error in errors:
         place = _place(error, data)
-        seen.setdefault(place, _sentence(error, place, data, model, prefix))
+        seen.setdefault(place, _sentence(error, place, data, model, prefix, suggest))
     return list(seen.values())
 
 
@@ -50,7 +55,12 @@ def _place(error: Mapping[str, Any], data: Any) -> Location:
 
 
 def _sentence(
-    error: Mapping[str, Any], place: Location, data: Any, model: type[BaseModel], prefix: str
+    error: Mapping[str, Any],
+    place: Location,
+    data: Any,
+    model: type[BaseModel],
+    prefix: str,
+    suggest: Suggest,
 ) -> str:
     name = prefix + ".".join(str(part) for part in place)
     value, kind, context = error.get("input"), error["type"], error.get("ctx") or {}
@@ -58,7 +68,8 @@ def _sentence(
         return f"{name} is missing{_meaning(model, place)}"
     if kind == "extra_forbidden":
         fields = _fields(model, place[:-1])
-        hint = did_you_mean(str(place[-1]), fields)
+        hint = suggest(str(place[-1]), name.rpartition(".")[0])
+        hint = hint or did_you_mean(str(place[-1]), fields)
         return f"{name}: there is no such setting{hint or '; there are ' + ', '.join(fields)}"
     is_key = bool(error["loc"]) and error["loc"][-1] == "[key]"
     if is_key or kind == "literal_error":

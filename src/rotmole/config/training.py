@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
 from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any, cast, get_type_hints
 
-from rotmole.config.fields import check_fields
+from rotmole.config.fields import Suggest, check_fields, no_hint
 from rotmole.config.schema import ModelSection, RunFile, TaskSection
 from rotmole.errors import did_you_mean, one_of
 from rotmole.tuner.settings.ranges import Range, above, at_least, or_null, share, whole
@@ -152,6 +153,8 @@ ABOUT: dict[str, tuple[str, Any]] = {
 }
 """Meaning and an example of each setting that has a default or a range here."""
 
+LARGE_RATE = 0.1
+
 VALIDATION_DEFAULTS: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 0.2}
 """Further defaults, if a task may have validation rows."""
 
@@ -171,7 +174,10 @@ def training_hints() -> dict[str, Any]:
 
 
 def check_training(
-    values: Mapping[str, Any], model: ModelSection, has_validation: bool
+    values: Mapping[str, Any],
+    model: ModelSection,
+    has_validation: bool,
+    suggest: Suggest = no_hint,
 ) -> tuple[dict[str, Any], list[str]]:
     """Check the `training:` section, last of all by making an SFTConfig.
 
@@ -179,11 +185,12 @@ def check_training(
         values: the section as parsed.
         model: the `model:` section (device and dtype decide what is possible).
         has_validation: whether any task has validation rows.
+        suggest: as of `check_fields`.
 
     Returns:
         The converted values and one sentence per problem.
     """
-    passed, problems = check_fields(values, training_hints(), REFUSED, "training")
+    passed, problems = check_fields(values, training_hints(), REFUSED, "training", suggest)
     problems += _range_problems(passed)
     problems += _pair_problems(passed, model, has_validation)
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
@@ -297,6 +304,12 @@ def warn_without_effect(training: Mapping[str, Any]) -> None:
             idle.append((f"{what}_steps", f"{what}_strategy is {strategy!r}"))
     for name, reason in idle:
         warnings.warn(f"training.{name} has no effect, because {reason}.", stacklevel=3)
+    if training.get("learning_rate", 0) > LARGE_RATE:
+        warnings.warn(
+            f"training.learning_rate is {training['learning_rate']:g}; adapters are usually "
+            f"trained with 1e-5 to 5e-3, and above {LARGE_RATE:g} training hardly ever converges.",
+            stacklevel=3,
+        )
 
 
 def _on_cpu(model: ModelSection) -> bool:
@@ -364,10 +377,47 @@ def _library_problems(merged: dict[str, Any]) -> list[str]:
         return torch.device("cpu")
 
     kind = cast(Any, type("_Values", (SFTConfig,), {"device": property(cpu)}))
+    errors = (ValueError, TypeError, ImportError, NotImplementedError, KeyError, AttributeError)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            kind(**merged)
-    except (ValueError, TypeError, ImportError, NotImplementedError, KeyError) as error:
+            config = kind(**merged)
+    except errors as error:
         return [f"training: {' '.join(str(error).split())}"]
-    return []
+    problems = []
+    for name, build in (("optim", _optimizer), ("lr_scheduler_type", _schedule)):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                build(config)
+        except errors as error:
+            value = str(getattr(config, name)).rpartition(".")[2].lower()
+            reason = " ".join(str(error).split()) or type(error).__name__
+            problems.append(f"training.{name}: {value!r} cannot be built: {reason}")
+    return problems
+
+
+def _optimizer(config: Any) -> Any:
+    """Build the optimizer of an SFTConfig for one number, to see whether that works here."""
+    import torch
+    from transformers import Trainer
+
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(config)
+    matrix = torch.nn.Parameter(torch.zeros(1, 1))
+    names = inspect.signature(kind).parameters
+    return kind([matrix], **{k: v for k, v in options.items() if k in names or "kwargs" in names})
+
+
+def _schedule(config: Any) -> None:
+    """Build the schedule of an SFTConfig, to see whether it has the arguments that it needs."""
+    import torch
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.learning_rate)
+    get_scheduler(
+        config.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=1,
+        num_training_steps=10,
+        scheduler_specific_kwargs=dict(config.lr_scheduler_kwargs or {}),
+    )

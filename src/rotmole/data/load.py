@@ -192,7 +192,8 @@ def _file_problems(data: DataSection, task: TaskSection) -> list[str]:
                 )
                 hint = did_you_mean(path.name, names_there)
                 problems.append(
-                    f"files.{split}: there is no file {path} (data.root is {data.root}){hint}"
+                    f"files.{split}: there is no file {path} (data.root is {data.root}; in a run "
+                    f"file it is relative to the file){hint}"
                 )
     return problems
 

@@ -38,17 +38,22 @@ class Target:
 
 
 def find_target(
-    path: str | Path, *, overrides: Sequence[str] = (), config: str | Path | None = None
+    path: str | Path,
+    *,
+    overrides: Sequence[str] = (),
+    config: str | Path | None = None,
+    needs_data: bool = True,
 ) -> Target:
     """Return the target that a path means; neither model nor data are loaded.
 
     A run file means the adapter in its output_dir, or the base model if nothing was trained yet.
     A run folder means its adapter and its run.yaml. An adapter folder (of any PEFT method) means
     this adapter with the run file of --config, else of the run folder around it, else with the
-    base model that it names.
+    base model that it names. So does a run folder without run.yaml.
 
     Args:
         config: run file for an adapter folder, or in place of a run folder's run.yaml.
+        needs_data: whether it is an error if files of the run file's data are missing.
 
     Raises:
         InputError: the path is none of these.
@@ -61,28 +66,32 @@ def find_target(
             raise ConfigError(
                 f"--config {config} has no effect with the run file {path}; leave one of them out."
             )
-        run = _load(path, overrides)
+        run = _load(path, overrides, needs_data)
         folder = Path(run.output_dir).expanduser()
         is_trained = (folder / ADAPTER).is_dir()
         adapter = _checked_adapter(folder / ADAPTER) if is_trained else None
         return Target(run.model, adapter, run, folder)
     if (path / CONFIG).is_file():
-        return _of_adapter(path, overrides, config)
+        return _of_adapter(path, overrides, config, needs_data)
     if (path / "run.yaml").is_file():
-        run = _load(config or path / "run.yaml", overrides)
+        run = _load(config or path / "run.yaml", overrides, needs_data)
         return Target(run.model, _checked_adapter(path / ADAPTER), run, path)
+    if (path / ADAPTER / CONFIG).is_file():
+        return _of_adapter(path / ADAPTER, overrides, config, needs_data)
     raise InputError(_no_target(path))
 
 
-def _of_adapter(path: Path, overrides: Sequence[str], config: str | Path | None) -> Target:
+def _of_adapter(
+    path: Path, overrides: Sequence[str], config: str | Path | None, needs_data: bool
+) -> Target:
     settings = check_adapter_folder(path)
     run_folder = path.resolve().parent
     if config is None and all((run_folder / name).is_file() for name in ("run.yaml", MANIFEST)):
         folder = path.parent if path.resolve().name == ADAPTER else path
-        run = _load(run_folder / "run.yaml", overrides)
+        run = _load(run_folder / "run.yaml", overrides, needs_data)
         return Target(run.model, path, run, folder)
     if config is not None:
-        run = _load(config, overrides)
+        run = _load(config, overrides, needs_data)
         return Target(run.model, path, run, path)
     if overrides:
         raise ConfigError(
@@ -92,8 +101,10 @@ def _of_adapter(path: Path, overrides: Sequence[str], config: str | Path | None)
     return Target(ModelSection(name=_base_name(path, settings)), path, None, path)
 
 
-def _load(path: str | Path, overrides: Sequence[str]) -> RunFile:
-    return load_run(path, overrides, data_problems=data_problems)
+def _load(path: str | Path, overrides: Sequence[str], needs_data: bool) -> RunFile:
+    is_result = (Path(path).parent / MANIFEST).is_file()  # a run folder's own, not a user's
+    check = data_problems if needs_data else None
+    return load_run(path, overrides, data_problems=check, anchored=not is_result)
 
 
 def _checked_adapter(folder: Path) -> Path:

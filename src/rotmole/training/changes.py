@@ -84,6 +84,7 @@ def facts_of(run: RunFile) -> dict[str, Any]:
     facts: dict[str, Any] = {"seed": run.seed, "processes": world_size()}
     facts |= {f"adapter.{k}": v for k, v in adapter.items() if k not in _NOT_THE_ADAPTERS}
     facts |= {f"model.{name}": getattr(run.model, name) for name in _MODEL}
+    facts["model.name"] = _model_name(run.model.name)
     names = (*_TRAINING, *(name.partition(".")[2] for name in _LENGTH))
     facts |= {f"training.{name}": training.get(name) for name in names}
     facts |= {f"optimizer.{k}": v for k, v in run.optimizer.model_dump().items()}
@@ -94,6 +95,11 @@ def facts_of(run: RunFile) -> dict[str, Any]:
         facts[f"data.tasks.{name}.task_group"] = task.task_group
     facts |= {f"version of {k}": v for k, v in versions().items() if k in _PACKAGES}
     return {name: _plain(value) for name, value in facts.items()}
+
+
+def _model_name(name: Any) -> Any:
+    """Return the path of a local model, wherever the run is started from; else the name."""
+    return str(Path(name).resolve()) if isinstance(name, str) and Path(name).exists() else name
 
 
 def _defaults() -> dict[str, Any]:
@@ -142,7 +148,9 @@ def check_changes(
     More or fewer updates are a reason to resume, so they are only reported.
     """
     content = read_seal(checkpoint)
-    saved = content.get("facts", {}) if isinstance(content, dict) else {}
+    saved = dict(content.get("facts", {})) if isinstance(content, dict) else {}
+    if "model.name" in saved:  # rotmole 0.1 kept it as it was written
+        saved["model.name"] = _model_name(saved["model.name"])
     late = all(name.startswith(_LOADED) for name in now)
     removed = [name for name in saved if name not in now and name.startswith(_LOADED) == late]
     # an older checkpoint holds no setting that was left to its default

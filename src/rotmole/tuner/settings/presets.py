@@ -108,6 +108,44 @@ PRESETS: dict[str, Preset] = {
 }  # fmt: skip
 
 
+FREE = frozenset({
+    "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules",
+    "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "modules_to_save",
+    "trainable_token_indices", "compute_dtype",
+})  # fmt: skip
+"""Settings that belong to no method: a comparison of methods holds them equal."""
+
+
+def contradictions(name: str, settings: Mapping[str, Any]) -> list[str]:
+    """Return the settings that make a preset another method than its name says.
+
+    Words, flags and a number of 1 of the preset must stay; its other numbers may change, but not
+    to 0, null, or, if they count something, 1.
+
+    Args:
+        name: a key of PRESETS.
+        settings: further settings of RotMoleConfig.
+
+    >>> contradictions("lora", {"r": 4, "rotation": "tangent"})
+    ['rotation']
+    >>> contradictions("moe_lora", {"num_experts": 8})
+    []
+    """
+    return [
+        key
+        for key, meant in PRESETS[name].fields.items()
+        if key in settings and key != "target_modules" and not _still(meant, settings[key])
+    ]
+
+
+def _still(meant: Any, value: Any) -> bool:
+    if isinstance(meant, (str, bool)):
+        return bool(value == meant)
+    if isinstance(meant, int):
+        return value == meant if meant == 1 else isinstance(value, int) and value > 1
+    return bool(value)
+
+
 def preset_fields(name: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a preset, with `overrides` in place of those they name.
 
