@@ -125,9 +125,7 @@ class ChatTemplate:
             template = self.tokenizer.get_chat_template(None, tools)
             if "strftime_now" in template:
                 options |= {"chat_template": _DATED + template, "rotmole_date": self._date}
-            text = self.tokenizer.apply_chat_template(
-                chat, tools=tools, tokenize=False, **options
-            )
+            text = self.tokenizer.apply_chat_template(chat, tools=tools, tokenize=False, **options)
         except Exception as error:  # a template is a program and may raise anything
             reason = " ".join(str(error).split()) or type(error).__name__
             raise DataError(f"the model's chat template refuses this chat: {reason}") from error
