@@ -131,6 +131,13 @@ class ChatTemplate:
             raise DataError(f"the model's chat template refuses this chat: {reason}") from error
         return str(text)
 
+    def render_or_none(self, messages: Messages, tools: list[Any] | None = None) -> str | None:
+        """Return the text of a chat, None if the template refuses it."""
+        try:
+            return self.render(messages, tools)
+        except DataError:
+            return None
+
     def answer(
         self, messages: Messages, index: int, tools: list[Any] | None = None
     ) -> Answer | None:
@@ -159,7 +166,8 @@ class ChatTemplate:
 
     def drops(self, messages: Messages, index: int, tools: list[Any] | None = None) -> bool:
         """Tell whether the template leaves out the text of one message."""
-        return _MARK not in self.render(_marked(messages, index, whole=False), tools)
+        text = self.render_or_none(_marked(messages, index, whole=False), tools)
+        return text is not None and _MARK not in text
 
     def ending(self, tail: str) -> str:
         """Return what ends a turn: the text after the last answer up to its first added token.
@@ -193,11 +201,8 @@ class ChatTemplate:
     def _located(
         self, messages: Messages, index: int, text: str, tools: list[Any] | None
     ) -> Answer | None:
-        try:
-            other = self.render(_marked(messages, index, whole=True), tools)
-        except DataError:
-            return None
-        if other.count(_MARK) != 1:
+        other = self.render_or_none(_marked(messages, index, whole=True), tools)
+        if other is None or other.count(_MARK) != 1:
             return None
         before, after = other.split(_MARK)
         stop = len(text) - len(after)

@@ -220,8 +220,8 @@ class _Chats:
         messages = _checked_messages(row, self.task.messages_column)
         functions = tools(row)
         try:
-            self._check_roles(row, messages, functions)
             text = self.template.render(messages, functions)
+            self._check_roles(row, messages, functions)
             answers = {i: self._answer(row, messages, i, functions) for i in self._learnt(messages)}
         except DataError as error:
             known = str(error).startswith(row.origin)
@@ -278,7 +278,7 @@ class _Chats:
     def _check_roles(self, row: Row, messages: list[Message], functions: list[Any] | None) -> None:
         """Check once for each role, and for each row with tools, that nothing is left out."""
         if functions or any(m.get("tool_calls") for m in messages):
-            check_tools(row, messages, functions, self.template.render)
+            check_tools(row, messages, functions, self.template.render_or_none)
         for index, message in enumerate(messages):
             role = message["role"]
             if role in ("assistant", "tool", *self.written) or not message["content"].strip():
