@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests import tiny_folders
 from transformers import PreTrainedTokenizerFast
 
 from rotmole.config.schema import TaskSection
@@ -14,7 +15,6 @@ from rotmole.data.chat import ChatTemplate, today
 from rotmole.data.formats import render
 from rotmole.data.sources import Row
 from rotmole.errors import DataError, InputError, ModelError
-from tests import tiny_folders
 
 from . import templates
 
@@ -307,14 +307,21 @@ class TestPrompt:
 class TestFingerprint:
     """Rows that train as they did in 0.1.0 keep the fingerprint of 0.1.0."""
 
-    SINGLE = chat("good film?", "yes")
-
     @pytest.mark.parametrize(
-        ("name", "settings", "messages", "sha256"),
-        FINGERPRINTS := [],
-    )
-    def test_as_0_1_0(self, name, settings, messages, sha256) -> None:
-        assert fingerprint({"t": [rendered(name, messages, settings=settings)]}) == sha256
+        ("name", "loss_on", "turns", "sha256"),
+        [
+            ("CHATML", "completion", 1, "07acf36bd02a0bd9"),
+            ("QWEN3", "completion", 1, "b596ee208e1f1fd0"),
+            ("MISTRAL", "completion", 1, "f43a2dbb5f4882dc"),
+            ("GEMMA", "last", 2, "5384173ba51507cd"),
+            ("CHATML", "last", 2, "cf69e1a34bff3961"),
+            ("TRANSCRIPT", "all", 2, "71f38989fe5433a0"),
+        ],
+    )  # computed by 0.1.0, where loss_on: completion learnt the last answer alone
+    def test_as_0_1_0(self, name: str, loss_on: str, turns: int, sha256: str) -> None:
+        messages = chat("good film?", "yes", "bad film?", "no")[: 2 * turns]
+        made = rendered(name, messages, settings={"loss_on": loss_on})
+        assert fingerprint({"t": [made]}).startswith(sha256)
 
     def test_learning_every_answer_is_another_row(self) -> None:
         every, last = (
