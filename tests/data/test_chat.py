@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import datetime
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -208,14 +208,17 @@ def test_messages_that_a_template_drops_or_repeats(template: str, words: str) ->
 
 
 class TestTools:
-    CALL = {"type": "function", "function": {"name": "clock", "arguments": {"zone": "UTC"}}}
-    MESSAGES = chat(
+    CALL: ClassVar = {
+        "type": "function",
+        "function": {"name": "clock", "arguments": {"zone": "UTC"}},
+    }
+    MESSAGES: ClassVar = chat(
         "time?",
         {"role": "assistant", "content": "", "tool_calls": [CALL]},
         {"role": "tool", "content": "noon"},
         "It is noon.",
     )
-    TOOLS = [{"type": "function", "function": {"name": "clock", "parameters": {}}}]
+    TOOLS: ClassVar = [{"type": "function", "function": {"name": "clock", "parameters": {}}}]
 
     @pytest.mark.parametrize("name", ["QWEN3", "MISTRAL"])
     def test_calls_are_learnt_and_results_are_not(self, name: str) -> None:
@@ -235,7 +238,7 @@ class TestTools:
         assert learnt.endswith("</tool_call><|im_end|>")
 
     def test_a_template_without_tools(self) -> None:
-        with pytest.raises(DataError, match="row 4: .*does not write tool calls"):
+        with pytest.raises(DataError, match=r"row 4: .*does not write tool calls"):
             rendered("CHATML", self.MESSAGES)
 
 
@@ -291,11 +294,11 @@ class TestPrompt:
     def test_templates_without_system_messages(self) -> None:
         with pytest.raises(InputError, match="System role not supported"):
             chat_prompt(with_template("GEMMA"), TURNS[:1], system="Be brief.")
+        tokenizer = tiny_folders.tokenizer()
+        tokenizer.chat_template = (
+            "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
+        )
         with pytest.raises(InputError, match="does not write system messages"):
-            tokenizer = tiny_folders.tokenizer()
-            tokenizer.chat_template = (
-                "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
-            )
             chat_prompt(tokenizer, TURNS[:1], system="Be brief.")
 
     def test_no_template(self) -> None:
@@ -331,7 +334,7 @@ class TestFingerprint:
 
 
 class TestLongChats:
-    SETTINGS = {"long_rows": "cut"}
+    SETTINGS: ClassVar = {"long_rows": "cut"}
 
     def test_the_beginning_is_cut_and_a_cut_answer_is_not_learnt(self) -> None:
         messages = chat("q" * 20, "yes " * 20, "good film?", "hi")

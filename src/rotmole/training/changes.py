@@ -201,7 +201,7 @@ def check_answers(checkpoint: Path, examples: Mapping[str, Sequence[Example]]) -
         if saved.get(f"rows of {task}") == _rows_fact(len(last), fingerprint({task: last})):
             raise InputError(
                 f"the run that {str(checkpoint)!r} is of learnt the last answer of each chat of "
-                f"task {task!r}, as rotmole 0.1.0 did; now loss_on: completion learns every answer. "
+                f"task {task!r}, as rotmole 0.1.0 did; now loss_on: completion learns all answers. "
                 f"Set data.tasks.{task}.loss_on to last to go on as before, or add --allow-change."
             )
 
