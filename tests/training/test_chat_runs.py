@@ -112,6 +112,7 @@ def test_answers_end_where_they_ended_in_training(finished: Path, tmp_path: Path
     else:
         assert kept.stop_strings == ["##"]
     loaded = load_target(find_target(folder / "run" / "adapter"))
+    assert loaded.model.generation_config.eos_token_id == kept.eos_token_id
     question = [{"role": "user", "content": "film?"}]
     prompt = chat_prompt(words, question, date=run_date(folder / "run"))
     assert generate_text(loaded.model, words, prompt, max_new_tokens=12).strip() == "good"
