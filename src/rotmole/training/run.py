@@ -17,12 +17,14 @@ from rotmole.config.schema import RunFile
 from rotmole.data import data_fingerprint
 from rotmole.errors import NonFiniteError
 from rotmole.files import atomic_write_text, storage_errors
+from rotmole.models.endings import endings_of
 from rotmole.processes import is_main_process, same_everywhere
 from rotmole.training.build import Built, build
 from rotmole.training.callbacks.metrics import read_metrics
 from rotmole.training.callbacks.progress import ProgressCallback
 from rotmole.training.callbacks.stop import StopOnSignal
 from rotmole.training.changes import (
+    check_answers,
     check_changes,
     check_engine,
     check_tensors,
@@ -190,9 +192,12 @@ def prepare_folder(built: Built) -> None:
     trainer, checkpoints = built.trainer, built.trainer.checkpoints
     run_dir, origin = checkpoints.run_dir, checkpoints.origin
     same_everywhere("model.dtype", built.base.model.dtype)
+    same_everywhere("one date on all machines", built.date)
     fingerprint = data_fingerprint(built.run.data, built.examples)
     facts = loaded_facts(fingerprint, built.base.model.dtype)
     if origin is not None:
+        if not checkpoints.allow_change:
+            check_answers(origin, built.examples["train"])
         checkpoints.changes += check_changes(origin, facts, allow=checkpoints.allow_change)
         check_tensors(built.model, origin)
         weights_only = checkpoints.weights_only
@@ -286,7 +291,9 @@ def describe_run(built: Built, fingerprint: dict[str, Any]) -> None:
     if origin:
         resumes.append({"from": origin.name, "changes": list(checkpoints.changes)})
     atomic_write_text(run_dir / "run.yaml", resolved_yaml(built.run))
-    atomic_write_text(run_dir / MANIFEST, manifest(built.run, fingerprint, adapter, resumes))
+    atomic_write_text(
+        run_dir / MANIFEST, manifest(built.run, fingerprint, adapter, resumes, built.date)
+    )
 
 
 def finish(result: TrainResult) -> TrainResult:
@@ -311,7 +318,10 @@ def finish(result: TrainResult) -> TrainResult:
         return result
     rows = read_metrics(result.run_dir / METRICS)
     atomic_write_text(result.run_dir / "loss.svg", loss_svg(rows, result.run_dir.name))
-    result.adapter_dir = save_adapter(result.built.model, result.run_dir, state)
+    rows_of = result.built.examples.values()
+    ends = {row.end for tasks in rows_of for task in tasks.values() for row in task} - {""}
+    endings = endings_of(base.model, base.tokenizer, sorted(ends))
+    result.adapter_dir = save_adapter(result.built.model, result.run_dir, state, endings)
     figures = {
         "updates": result.steps,
         "trainable parameters (gates included)": result.trainable_parameters,
