@@ -126,8 +126,8 @@ class TestMessages:
         ]
     }
 
-    def test_loss_is_on_the_last_answer_with_one_end(self, tokenizer):
-        made = one(self.ROW, tokenizer, format="messages")
+    def test_last_answer_with_one_end(self, tokenizer):
+        made = one(self.ROW, tokenizer, format="messages", loss_on="last")
         assert made.prompt.endswith("bad film?<|im_end|>\n<|im_start|>assistant\n")
         assert (made.completion, made.end) == ("no", "")
         row = encode(made, tokenizer, max_length=256)
@@ -161,7 +161,7 @@ class TestMessages:
         before = tokenizer.chat_template
         tokenizer.chat_template = "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}"
         try:
-            with pytest.raises(DataError, match="row 4: the chat template does not render"):
+            with pytest.raises(DataError, match="row 4: the model's chat template refuses"):
                 one(self.ROW, tokenizer, format="messages")
         finally:
             tokenizer.chat_template = before

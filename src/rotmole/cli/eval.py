@@ -67,7 +67,7 @@ def evaluate(
             f"{target} is not in a run folder, so there is no data to evaluate it on; add "
             "--config RUN.yaml."
         )
-    examples, shown = _examples(run, trust_remote_code)
+    examples, shown = _examples(run, place.date, trust_remote_code)
     metrics = {name: task.metrics for name, task in run.data.tasks.items()}
     task_metrics(examples, metrics)  # raises before the model is loaded, which takes long
     is_main = is_main_process()
@@ -87,7 +87,7 @@ def evaluate(
 
 
 def _examples(
-    run: RunFile, trust_remote_code: bool
+    run: RunFile, date: str, trust_remote_code: bool
 ) -> tuple[dict[str, list[Example]], dict[str, list[Example]]]:
     """Return the rows to evaluate, and the training rows for examples in prompts."""
     tokenizer = None
@@ -95,7 +95,7 @@ def _examples(
         # its chat template renders the rows
         tokenizer = load_tokenizer(run.model, trust_remote_code=trust_remote_code)
     split = run.evaluation.split
-    examples = load_examples(run.data, split, seed=run.seed, tokenizer=tokenizer)
+    examples = load_examples(run.data, split, seed=run.seed, tokenizer=tokenizer, date=date)
     left_out = [name for name in run.data.tasks if not examples.get(name)]
     if len(left_out) == len(run.data.tasks):
         raise ConfigError(
@@ -110,7 +110,7 @@ def _examples(
     examples = {name: rows for name, rows in examples.items() if rows}
     if not run.evaluation.examples_in_prompt:
         return examples, {}
-    return examples, load_examples(run.data, "train", seed=run.seed, tokenizer=tokenizer)
+    return examples, load_examples(run.data, "train", seed=run.seed, tokenizer=tokenizer, date=date)
 
 
 def _origin(target: Target, name: str, note: str | None) -> dict[str, Any]:

@@ -164,10 +164,11 @@ class TaskSection(Section):
     languages: list[str] | None = Field(
         default=None, description="Languages (source locale).", examples=[["de", "fr"]]
     )
-    loss_on: Literal["completion", "all"] = Field(
+    loss_on: Literal["completion", "last", "all"] = Field(
         default="completion",
-        description="Tokens that count in the loss: the completion's, or all.",
-        examples=["all"],
+        description="Tokens that count in the loss: the completion's (format messages: every "
+        "answer of the assistant), the last answer's alone (format messages), or all.",
+        examples=["last"],
     )
     weight: float | None = Field(
         default=None,

@@ -1,20 +1,31 @@
 """Data: sources, formats and mixtures of named tasks, and the offline locale tasks."""
 
-from rotmole.data.encode import Collator, encode, encode_all, tokenize_pair, tokenize_pairs
+from rotmole.data.chat import chat_prompt, turn_end
+from rotmole.data.encode import (
+    Collator,
+    encode,
+    encode_all,
+    learnt_messages,
+    tokenize_pair,
+    tokenize_pairs,
+)
 from rotmole.data.examples import Example
 from rotmole.data.load import data_problems, load_examples
 from rotmole.data.mixture import data_fingerprint, fingerprint, mix
 
 __all__ = [
     "Collator",
+    "chat_prompt",
     "Example",
     "data_fingerprint",
     "data_problems",
     "encode",
     "encode_all",
     "fingerprint",
+    "learnt_messages",
     "load_examples",
     "mix",
     "tokenize_pair",
     "tokenize_pairs",
+    "turn_end",
 ]

@@ -12,6 +12,7 @@ from rotmole.errors import DataError, ModelError
 
 IGNORED = -100  # the label that torch's cross entropy ignores
 BATCH = 1000  # texts in one tokenizer call
+Span = tuple[int, int]
 
 
 def tokenize_pair(tokenizer: Any, prompt: str, completion: str) -> tuple[list[int], int]:
@@ -32,41 +33,73 @@ def tokenize_pair(tokenizer: Any, prompt: str, completion: str) -> tuple[list[in
 
 def tokenize_pairs(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], int]]:
     """Do what tokenize_pair does for many pairs, several times faster."""
+    texts = [prompt + completion for prompt, completion in pairs]
+    ranges = [[(len(prompt), len(prompt + completion))] for prompt, completion in pairs]
+    tokenized = tokenize_ranges(tokenizer, texts, ranges)
+    return [(ids, spans[0][0]) for ids, spans in tokenized]
+
+
+def tokenize_ranges(
+    tokenizer: Any, texts: Sequence[str], ranges: Sequence[Sequence[Span]]
+) -> list[tuple[list[int], list[Span]]]:
+    """Tokenise whole texts and find the tokens of ranges of their characters.
+
+    Args:
+        ranges: of each text, ascending. A token that lies across an end of a range belongs to it
+            (without offsets, across its beginning only).
+
+    Returns:
+        For each text its ids, and for each range the indices of its first token and after its
+        last one.
+    """
     bos = tokenizer.bos_token
     # add_special_tokens holds for a whole call, so texts with and without BOS need two calls
-    begun = [i for i, (prompt, text) in enumerate(pairs) if bos and (prompt + text).startswith(bos)]
-    others = sorted(set(range(len(pairs))) - set(begun))
-    results: dict[int, tuple[list[int], int]] = {}
+    begun = [i for i, text in enumerate(texts) if bos and text.startswith(bos)]
+    others = sorted(set(range(len(texts))) - set(begun))
+    results: dict[int, tuple[list[int], list[Span]]] = {}
     for indices, special in ((begun, False), (others, True)):
         for start in range(0, len(indices), BATCH):
             part = indices[start : start + BATCH]
-            tokenized = _tokenize(tokenizer, [pairs[i] for i in part], special)
+            tokenized = _tokenize(
+                tokenizer, [texts[i] for i in part], [ranges[i] for i in part], special
+            )
             results.update(zip(part, tokenized, strict=True))
-    return [results[index] for index in range(len(pairs))]
+    return [results[index] for index in range(len(texts))]
 
 
 def _tokenize(
-    tokenizer: Any, pairs: Sequence[tuple[str, str]], special: bool
-) -> list[tuple[list[int], int]]:
-    texts = [prompt + completion for prompt, completion in pairs]
-    prompts = [prompt for prompt, _ in pairs]
-    if getattr(tokenizer, "is_fast", False):
-        encoded = tokenizer(texts, add_special_tokens=special, return_offsets_mapping=True)
-        starts = [
-            next((i for i, (_, end) in enumerate(offsets) if end > len(prompt)), len(offsets))
-            for offsets, prompt in zip(encoded["offset_mapping"], prompts, strict=True)
-        ]
-    else:
-        encoded = tokenizer(texts, add_special_tokens=special)
-        before = tokenizer(prompts, add_special_tokens=special)["input_ids"]
-        starts = [_common_prefix(*two) for two in zip(encoded["input_ids"], before, strict=True)]
+    tokenizer: Any, texts: list[str], ranges: list[Sequence[Span]], special: bool
+) -> list[tuple[list[int], list[Span]]]:
+    offsets = getattr(tokenizer, "is_fast", False)
+    options = {"return_offsets_mapping": True} if offsets else {}
+    encoded = tokenizer(texts, add_special_tokens=special, **options)
     results = []
-    for ids, start in zip(encoded["input_ids"], starts, strict=True):
+    for row, (text, wanted) in enumerate(zip(texts, ranges, strict=True)):
+        ids = encoded["input_ids"][row]
+        if offsets:
+            spans = [_covering(encoded["offset_mapping"][row], each) for each in wanted]
+        else:
+            edges = [text[:edge] for each in wanted for edge in each]
+            before = tokenizer(edges, add_special_tokens=special)["input_ids"]
+            places = iter([_common_prefix(ids, each) for each in before])
+            spans = list(zip(places, places, strict=True))
         # some tokenizers add an EOS; `encode` adds the end of the answer itself
-        ended = bool(ids) and ids[-1] == tokenizer.eos_token_id
-        tokens = list(ids[:-1]) if ended else list(ids)
-        results.append((tokens, min(start, len(tokens))))
+        tokens = list(ids[:-1]) if ids and ids[-1] == tokenizer.eos_token_id else list(ids)
+        results.append((tokens, [(min(a, len(tokens)), min(b, len(tokens))) for a, b in spans]))
     return results
+
+
+def _covering(offsets: Sequence[Span], wanted: Span) -> Span:
+    """Return the tokens that hold a character of a range, by their offsets."""
+    start, stop = wanted
+    first = next((i for i, (_, end) in enumerate(offsets) if end > start), len(offsets))
+    after = next((i for i in range(len(offsets) - 1, first - 1, -1) if _begins(offsets[i], stop)),
+                 first - 1)  # fmt: skip
+    return first, after + 1
+
+
+def _begins(offset: Span, stop: int) -> bool:
+    return offset[0] < stop and offset[1] > offset[0]
 
 
 def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
@@ -80,12 +113,13 @@ def encode(example: Example, tokenizer: Any, *, max_length: int) -> dict[str, An
     """Return the ids and labels of one example.
 
         ids    = tokens(prompt + completion) + EOS
-        labels = -100 for the prompt's tokens, else the ids      (all ids if loss_on is "all")
+        labels = the ids where `example.learnt` says so, by default the completion's, and EOS;
+                 -100 elsewhere                                 (all ids if loss_on is "all")
 
     EOS is `example.end` if the chat template has an end of its own, else the tokenizer's EOS. A
     row longer than `max_length` is an error unless its `long_rows` is "cut": then the prompt
-    loses its first tokens (a text without prompt loses its last); an answer that does not fit is
-    always an error.
+    loses its first tokens (a text without prompt loses its last), and an earlier answer of a chat
+    that loses its beginning is not learnt; a last answer that does not fit is always an error.
 
     Args:
         max_length: the maximum number of tokens, EOS included.
@@ -97,29 +131,48 @@ def encode(example: Example, tokenizer: Any, *, max_length: int) -> dict[str, An
         DataError: the row is too long, or all its labels are masked; names the row.
         ModelError: the tokenizer has no end-of-sequence token.
     """
-    pair = tokenize_pair(tokenizer, example.prompt, example.completion)
-    return _encoded(example, tokenizer, *pair, max_length=max_length)
+    return encode_all([example], tokenizer, max_length=max_length)[0]
 
 
 def encode_all(
     examples: Sequence[Example], tokenizer: Any, *, max_length: int
 ) -> list[dict[str, Any]]:
     """Do what encode does for many examples, in order, several times faster."""
-    pairs = tokenize_pairs(tokenizer, [(e.prompt, e.completion) for e in examples])
+    tokenized = tokenize_ranges(
+        tokenizer, [e.prompt + e.completion for e in examples], [_ranges(e) for e in examples]
+    )
     return [
-        _encoded(example, tokenizer, ids, start, max_length=max_length)
-        for example, (ids, start) in zip(examples, pairs, strict=True)
+        _encoded(example, tokenizer, ids, spans, max_length=max_length)
+        for example, (ids, spans) in zip(examples, tokenized, strict=True)
     ]
 
 
+def learnt_messages(example: Example) -> int:
+    """Return how many answers of a row are learnt: several in a chat of several turns."""
+    return max(1, len(example.learnt))
+
+
+def _ranges(example: Example) -> Sequence[Span]:
+    start = len(example.prompt)
+    return example.learnt or [(start, start + len(example.completion))]
+
+
 def _encoded(
-    example: Example, tokenizer: Any, ids: list[int], start: int, *, max_length: int
+    example: Example, tokenizer: Any, ids: list[int], spans: list[Span], *, max_length: int
 ) -> dict[str, Any]:
     ids = ids + _ending(tokenizer, example.end)
+    start = spans[-1][0]
+    spans = [*spans[:-1], (start, len(ids))]
     if len(ids) > max_length:
-        ids, start = _shorten(example, tokenizer, ids, start, max_length)
-    learn_from = 0 if example.loss_on == "all" else start
-    labels = [IGNORED] * learn_from + ids[learn_from:]
+        ids, moved = _shorten(example, tokenizer, ids, start, max_length)
+        first = int(ids[0] == tokenizer.bos_token_id) if moved < start else 0
+        shift = start - moved
+        spans = [(a - shift, b - shift) for a, b in spans if a - shift >= first]
+    if example.loss_on == "all":
+        spans = [(0, len(ids))]
+    labels = [IGNORED] * len(ids)
+    for begin, end in spans:
+        labels[begin:end] = ids[begin:end]
     if all(label == IGNORED for label in labels[1:]):  # nothing predicts the first token
         raise DataError(
             f"{_where(example)}: all labels are masked, so nothing can be learned from this row; "

@@ -19,6 +19,9 @@ class Example:
         prompt: text before the answer ("" with format text).
         completion: text of the correct answer, without the end-of-sequence token.
         loss_on: "completion" or "all": the tokens that have labels.
+        learnt: ranges of characters of prompt + completion whose tokens have labels, ascending,
+            the last one to the end; () leaves it to loss_on. Chats of several turns have one for
+            each answer.
         choices: candidate completions that are scored by log-likelihood; () if there are none.
         answer: index of the correct choice; None if there are no choices.
         score: target of a regression task (STS-B: 0..5); None in other tasks.
@@ -39,3 +42,4 @@ class Example:
     end: str = ""
     long_rows: str = "error"
     origin: str = ""
+    learnt: tuple[tuple[int, int], ...] = ()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from rotmole.config.schema import TaskSection
+from rotmole.data.chat import Answer, ChatTemplate
 from rotmole.data.examples import Example
-from rotmole.data.sources import Row, check_columns, row_error
+from rotmole.data.messages import Message, check_tools, normalised, tools
+from rotmole.data.sources import Row, check_columns, row_error, snippet
 from rotmole.data.templates import (
     LETTERS,
     fields,
@@ -22,28 +25,36 @@ from rotmole.errors import DataError, ModelError, did_you_mean
 
 DEFAULT_COMPLETION = "{completion}"
 CHOICE_FIELDS = ("choice", "letter")  # of the completion template, in formats with choices
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # fields that templates write too
 SCORE_WORDS = ("0", "1", "2", "3", "4", "5")
 
 
 def render(
-    name: str, task: TaskSection, rows: Sequence[Row], tokenizer: Any = None
+    name: str,
+    task: TaskSection,
+    rows: Sequence[Row],
+    tokenizer: Any = None,
+    *,
+    date: str | None = None,
 ) -> list[Example]:
     """Return the examples of one task.
 
     Args:
         tokenizer: format messages needs it, because its chat template renders the text.
+        date: ISO date that a chat template sees as today's; None is today's.
 
     Raises:
         DataError: a row does not fit the format; names file and row.
         ModelError: the format is messages and the tokenizer has no chat template.
     """
     check_columns(list(rows), used_columns(task))
+    chats = None
     if task.format == "messages":
-        _check_chat_template(name, tokenizer)
+        chats = _Chats(task, _chat_template(name, tokenizer, date))
     examples = []
     for row in rows:
-        if task.format == "messages":
-            parts = _messages(task, row, tokenizer)
+        if chats is not None:
+            parts = chats.parts(row)
         elif task.format == "text":
             parts = {"prompt": "", "completion": _string(row, task.text_column)}
         elif task.format == "prompt_completion":
@@ -58,12 +69,14 @@ def render(
                 task=name,
                 group=str(row.columns[task.group_column]) if task.group_column else "",
                 id=str(row.columns.get("id", row.number)),
-                loss_on=task.loss_on,
+                loss_on="all" if task.loss_on == "all" else "completion",
                 long_rows=task.long_rows,
                 origin=row.origin,
                 **parts,
             )
         )
+    if chats is not None:
+        chats.say(name)
     return examples
 
 
@@ -180,64 +193,140 @@ def _string(row: Row, column: str) -> str:
     return value
 
 
-def _check_chat_template(name: str, tokenizer: Any) -> None:
+def _chat_template(name: str, tokenizer: Any, date: str | None) -> ChatTemplate:
     if tokenizer is None:
         raise DataError(
             f"task '{name}': format messages needs the model's tokenizer; pass tokenizer="
         )
-    if not getattr(tokenizer, "chat_template", None):
+    try:
+        return ChatTemplate(tokenizer, date)
+    except ModelError:
         raise ModelError(
             f"task '{name}': format messages needs a chat template, but the model's tokenizer has "
             "none; use an instruct model, or format prompt_completion"
-        )
+        ) from None
 
 
-def _messages(task: TaskSection, row: Row, tokenizer: Any) -> dict[str, Any]:
-    """Render a conversation; the answer is the last assistant message.
+class _Chats:
+    """Renders the chats of one task, and collects what the template changes in their answers."""
 
-    The template's end of turn is the end of the answer. If it contains the tokenizer's EOS, `end`
-    is "" and encode adds the EOS; otherwise `end` is its text.
-    """
-    messages = _checked_messages(row, task.messages_column)
-    full = tokenizer.apply_chat_template(messages, tokenize=False)
-    prompt = tokenizer.apply_chat_template(
-        messages[:-1], tokenize=False, add_generation_prompt=True
-    )
-    answer = messages[-1]["content"].strip()
-    start = full.find(answer, len(prompt)) if full.startswith(prompt) else -1
-    if start < 0:
-        raise row_error(
-            row,
-            "the chat template does not render the last answer after the conversation before it, "
-            "so prompt and answer cannot be separated; use format prompt_completion",
-        )
-    stop = start + len(answer)
-    tail = full[stop:]
-    eos = tokenizer.eos_token
-    end = "" if not tail.strip() or (eos and eos in tail) else tail.rstrip()
-    return {"prompt": prompt, "completion": full[len(prompt) : stop], "end": end}
+    def __init__(self, task: TaskSection, template: ChatTemplate) -> None:
+        self.task, self.template = task, template
+        self.written: set[str] = set()  # roles whose texts the template writes
+        self.changed: list[str] = []
 
+    def parts(self, row: Row) -> dict[str, Any]:
+        """Return prompt and completion, which is the last answer, and the ranges to learn."""
+        messages = _checked_messages(row, self.task.messages_column)
+        functions = tools(row)
+        try:
+            text = self.template.render(messages, functions)
+            self._check_roles(row, messages, functions)
+            answers = {i: self._answer(row, messages, i, functions) for i in self._learnt(messages)}
+        except DataError as error:
+            known = str(error).startswith(row.origin)
+            raise (error if known else row_error(row, str(error))) from None
+        last = answers[len(messages) - 1]
+        ending = self.template.ending(text[last.stop :])
+        ranges = []
+        for index, answer in answers.items():
+            ended = text.startswith(ending, answer.stop) and answer is not last
+            ranges.append((answer.start, answer.stop + len(ending) * ended))
+            self._compare(row, messages[index], text, answer)
+        whole = ((last.content, last.stop),)
+        by_default = self.task.loss_on == "all" or tuple(ranges) == whole
+        return {
+            "prompt": text[: last.content],
+            "completion": text[last.content : last.stop],
+            "end": self.template.own_end(ending),
+            "learnt": () if by_default else tuple(ranges),
+        }
 
-def _checked_messages(row: Row, column: str) -> list[dict[str, str]]:
-    messages = row.columns[column]
-    if not isinstance(messages, list) or not messages:
-        raise row_error(row, f"column '{column}' must be a list of messages")
-    for number, message in enumerate(messages, start=1):
-        if not _is_message(message):
+    def _learnt(self, messages: list[Message]) -> list[int]:
+        """Return the indices of the messages to learn; the last one is always among them."""
+        last = len(messages) - 1
+        if self.task.loss_on != "completion":
+            return [last]
+        return [i for i, m in enumerate(messages) if i == last or _is_learnt(m)]
+
+    def _answer(
+        self, row: Row, messages: list[Message], index: int, functions: list[Any] | None
+    ) -> Answer:
+        answer = self.template.answer(messages, index, functions)
+        if answer is None:
+            prompt = self.template.render(messages[:index] or messages, functions, prompt=True)
+            other = (
+                ""
+                if self.task.loss_on == "last" or index == len(messages) - 1
+                else ("loss_on: last (earlier answers are not learnt), ")
+            )
             raise row_error(
                 row,
-                f"message {number} of column '{column}' is {message!r}, it must be an object with "
-                "the texts 'role' and 'content'",
+                f"the chat template does not render the answer of message {index + 1} in one "
+                f"piece after its generation prompt, which ends with {prompt[-40:]!r}, so what "
+                f"the model has to write is not known; use {other}another chat template or "
+                "format prompt_completion",
             )
-    if messages[-1]["role"] != "assistant":
-        role = messages[-1]["role"]
+        if answer.start == answer.stop:
+            raise row_error(
+                row,
+                f"the chat template does not write the answer of message {index + 1}; use "
+                "another chat template, or remove the row",
+            )
+        return answer
+
+    def _check_roles(self, row: Row, messages: list[Message], functions: list[Any] | None) -> None:
+        """Check once for each role, and for each row with tools, that nothing is left out."""
+        if functions or any(m.get("tool_calls") for m in messages):
+            check_tools(row, messages, functions, self.template.render_or_none)
+        for index, message in enumerate(messages):
+            role = message["role"]
+            if role in ("assistant", "tool", *self.written) or not message["content"].strip():
+                continue
+            if self.template.drops(messages, index, functions):
+                raise row_error(
+                    row,
+                    f"the model's chat template does not write messages of the role '{role}', so "
+                    "they would be lost; remove them, or use a model whose template knows them",
+                )
+            self.written.add(role)
+
+    def _compare(self, row: Row, message: Message, text: str, answer: Answer) -> None:
+        if message.get("tool_calls") or any(message.get(key) for key in _REASONING):
+            return
+        said, written = message["content"], text[answer.content : answer.stop]
+        if said not in (written, written.removeprefix(" "), text[answer.start : answer.stop]):
+            self.changed.append(
+                f"{snippet(repr(said))} becomes {snippet(repr(written))} ({row.origin})"
+            )
+
+    def say(self, name: str) -> None:
+        """Warn once if the template changed answers."""
+        if self.changed:
+            warnings.warn(
+                f"task '{name}': the model's chat template changes the text of "
+                f"{len(self.changed)} answers, such as {self.changed[0]}; what the template "
+                "writes is learnt",
+                stacklevel=3,
+            )
+
+
+def _is_learnt(message: Message) -> bool:
+    """Tell whether an earlier message is an answer with text or tool calls and without weight 0."""
+    written = message["content"].strip() or message.get("tool_calls")
+    return message["role"] == "assistant" and bool(written) and message.get("weight", 1) != 0
+
+
+def _checked_messages(row: Row, column: str) -> list[Message]:
+    messages = normalised(row, column)
+    last = messages[-1]
+    if last["role"] != "assistant":
+        role = last["role"]
         raise row_error(row, f"the role of the last message is '{role}', it must be 'assistant'")
-    if not messages[-1]["content"].strip():
+    if not last["content"].strip() and not last.get("tool_calls"):
         raise row_error(row, "the answer is empty, so there is nothing to learn from")
+    if last.get("weight", 1) == 0:
+        raise row_error(
+            row, "the last answer has weight 0, so it would not be learnt; remove it or its weight"
+        )
     return messages
-
-
-def _is_message(message: object) -> bool:
-    if not isinstance(message, dict):
-        return False
-    return all(isinstance(message.get(key), str) for key in ("role", "content"))

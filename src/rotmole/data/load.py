@@ -20,7 +20,12 @@ FILE_SOURCES = ("jsonl", "csv", "parquet")
 
 
 def load_examples(
-    data: DataSection, split: Split, *, seed: int, tokenizer: Any = None
+    data: DataSection,
+    split: Split,
+    *,
+    seed: int,
+    tokenizer: Any = None,
+    date: str | None = None,
 ) -> dict[str, list[Example]]:
     """Return the examples of one split by task.
 
@@ -30,6 +35,7 @@ def load_examples(
         seed: of the choice under a limit; which rows `validation_fraction` takes does not depend
             on it.
         tokenizer: the model's tokenizer; only tasks with format messages need it.
+        date: ISO date that a chat template sees as today's; None is today's.
 
     Returns:
         Task name -> rows, in the run file's order.
@@ -48,7 +54,7 @@ def load_examples(
             continue
         by_language = task.source == "locale" and task.group_column is None
         grouped = task.model_copy(update={"group_column": "language"}) if by_language else task
-        examples[name] = render(name, grouped, rows, tokenizer)
+        examples[name] = render(name, grouped, rows, tokenizer, date=date)
     return examples
 
 
@@ -200,6 +206,11 @@ def _file_problems(data: DataSection, task: TaskSection) -> list[str]:
 
 def _format_problems(task: TaskSection) -> list[str]:
     problems = []
+    if task.loss_on == "last" and task.format != "messages":
+        problems.append(
+            f"loss_on: last has an effect with format messages only, but the format is "
+            f"{task.format}; write completion"
+        )
     if task.format == "classification":
         labels = task.labels or []
         if len(labels) < 2:

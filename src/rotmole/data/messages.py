@@ -10,7 +10,7 @@ from rotmole.data.sources import Row, kind_of, row_error, snippet
 from rotmole.errors import did_you_mean
 
 Message = dict[str, Any]
-Render = Callable[[list[Message], list[Any] | None], str]
+Render = Callable[[list[Message], list[Any] | None], str | None]
 
 # what data sets call a role -> its name in chat templates
 ROLES = {

@@ -66,12 +66,22 @@ def mix(examples: Examples, data: DataSection, *, seed: int) -> list[Example]:
 
 
 def fingerprint(examples: Mapping[str, Sequence[Example]]) -> str:
-    """Return the sha256 of the examples' content; the paths of their files are left out."""
+    """Return the sha256 of what the examples teach; the paths of their files are left out.
+
+    Rows with the same text and the same learnt tokens are equal, also to those of 0.1.0, which
+    had no ranges: one range to the end counts as the completion.
+    """
     digest = hashlib.sha256()
     for task in sorted(examples):
         for example in examples[task]:
             content = asdict(example)
             del content["origin"]
+            if len(example.learnt) == 1:
+                start = example.learnt[0][0]
+                text = example.prompt + example.completion
+                content |= {"prompt": text[:start], "completion": text[start:]}
+            if len(example.learnt) < 2:
+                del content["learnt"]
             digest.update(json.dumps(content, sort_keys=True).encode())
             digest.update(b"\n")
     return digest.hexdigest()

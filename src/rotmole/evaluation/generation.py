@@ -15,6 +15,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from rotmole.data.encode import tokenize_pair
 from rotmole.evaluation.scoring import Tick, context_window, evaluating
+from rotmole.models.endings import end_strings, end_tokens
 from rotmole.models.logits import accepts_logits_to_keep
 from rotmole.processes import over_batches
 
@@ -46,23 +47,6 @@ def prompt_tokens(prompt: str, tokenizer: Any, *, window: int) -> list[int]:
     return tokens[-window:]
 
 
-def end_tokens(model: Any, tokenizer: Any, ends: Sequence[str] = ()) -> list[int]:
-    """Return the sorted ids of all tokens that end a text: model's, tokenizer's and of `ends`.
-
-    Args:
-        ends: texts that a chat template writes after an answer in place of the end of sequence;
-            their special tokens are used, or the only token if there is one.
-    """
-    model_ends = getattr(model.generation_config, "eos_token_id", None)
-    stops = {*(model_ends if isinstance(model_ends, list) else [model_ends])}
-    stops.add(tokenizer.eos_token_id)
-    for end in ends:
-        tokens = tokenizer(end, add_special_tokens=False)["input_ids"]
-        stops |= set(tokens) & set(tokenizer.all_special_ids)
-        stops |= set(tokens) if len(tokens) == 1 else set()
-    return sorted(int(token) for token in stops if token is not None)
-
-
 class LineEnd(StoppingCriteria):
     """Stops a row at the first line break after something that is not blank."""
 
@@ -87,6 +71,7 @@ def _configuration(
     tokenizer: Any,
     ends: Sequence[int],
     *,
+    strings: Sequence[str] = (),
     max_new_tokens: int,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -105,6 +90,7 @@ def _configuration(
         no_repeat_ngram_size=0,
         min_length=0,
         eos_token_id=list(ends) or None,
+        stop_strings=list(strings) or None,
         pad_token_id=(ends[0] if ends else 0) if pad is None else pad,
     )
 
@@ -121,11 +107,16 @@ def _padded_left(
     return {"input_ids": ids_BT.to(device), "attention_mask": mask_BT.to(device)}
 
 
-def _decode(tokens: Sequence[int], tokenizer: Any, ends: Sequence[int]) -> str:
+def _decode(
+    tokens: Sequence[int], tokenizer: Any, ends: Sequence[int], strings: Sequence[str]
+) -> str:
     end = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
-    return str(
+    text = str(
         tokenizer.decode(tokens[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
     )
+    for string in strings:
+        text = text.partition(string)[0]
+    return text
 
 
 def _last_position(model: Any) -> dict[str, torch.Tensor]:
@@ -166,7 +157,8 @@ def answers(
     rows = [prompt_tokens(prompt, tokenizer, window=window) for prompt in prompts]
     order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
     stops = end_tokens(model, tokenizer, ends)
-    config = _configuration(tokenizer, stops, max_new_tokens=max_new_tokens)
+    strings = end_strings(model, tokenizer, ends)
+    config = _configuration(tokenizer, stops, strings=strings, max_new_tokens=max_new_tokens)
     stop = LineEnd(model, tokenizer) if one_line else None
 
     def answer(batch: Sequence[int]) -> dict[int, str]:
@@ -178,9 +170,12 @@ def answers(
             **inputs,
             **_last_position(model),
             generation_config=config,
+            tokenizer=tokenizer,  # reads stop strings
             stopping_criteria=StoppingCriteriaList([stop] if stop else []),
         )
-        texts = [_decode(tokens, tokenizer, stops) for tokens in output[:, length:].tolist()]
+        texts = [
+            _decode(tokens, tokenizer, stops, strings) for tokens in output[:, length:].tolist()
+        ]
         return {i: cut_answer(t, one_line=one_line) for i, t in zip(batch, texts, strict=True)}
 
     def done(finished: Sequence[Sequence[int]]) -> None:
@@ -202,6 +197,7 @@ def generate_text(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    ends: Sequence[str] = (),
     streamer: Any = None,
 ) -> str:
     """Return the continuation of one prompt up to the end of sequence.
@@ -213,13 +209,19 @@ def generate_text(
         temperature: 0 is greedy; otherwise logits are divided by it before sampling.
         top_p: sample from the smallest set of tokens with at least this probability.
         seed: of the sampling.
+        ends: texts that end an answer besides the end of sequence; see `end_tokens`.
         streamer: a transformers streamer, which gets every token; None for none.
     """
     device = next(model.parameters()).device
     window = max(1, context_window(model) - max_new_tokens)
-    stops = end_tokens(model, tokenizer)
+    stops, strings = end_tokens(model, tokenizer, ends), end_strings(model, tokenizer, ends)
     config = _configuration(
-        tokenizer, stops, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p
+        tokenizer,
+        stops,
+        strings=strings,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
     )
     inputs = _padded_left(
         [prompt_tokens(prompt, tokenizer, window=window)], config.pad_token_id, device
@@ -227,6 +229,8 @@ def generate_text(
     devices = [device] if device.type == "cuda" else []
     with evaluating(model), torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
-        output = model.generate(**inputs, generation_config=config, streamer=streamer)
+        output = model.generate(
+            **inputs, generation_config=config, tokenizer=tokenizer, streamer=streamer
+        )
     tokens = output[0, inputs["input_ids"].shape[1] :].tolist()
-    return _decode(tokens, tokenizer, stops)
+    return _decode(tokens, tokenizer, stops, strings)

@@ -14,8 +14,10 @@ from rotmole.config.schema import ModelSection, RunFile
 from rotmole.data import data_problems
 from rotmole.errors import AdapterError, ConfigError, InputError, did_you_mean
 from rotmole.models.adapter import CONFIG, check_adapter_folder
+from rotmole.models.endings import take_endings
 from rotmole.models.load import LoadedModel, load_model
 from rotmole.training.folder.layout import ADAPTER, MANIFEST, is_finished
+from rotmole.training.folder.manifest import run_date
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +37,11 @@ class Target:
     adapter: Path | None
     run: RunFile | None
     folder: Path
+
+    @property
+    def date(self) -> str:
+        """The date of the run as ISO text, which its chats were rendered on; else today's."""
+        return run_date(self.folder if self.adapter is None else self.adapter.resolve().parent)
 
 
 def find_target(
@@ -161,6 +168,7 @@ def load_target(
     loaded = load_model(target.model, trust_remote_code=trust_remote_code, say=say)
     if target.adapter is not None:
         loaded.model = with_adapter(loaded.model, target.adapter)
+        take_endings(loaded.model, target.adapter)
     loaded.model.eval()
     return loaded
 

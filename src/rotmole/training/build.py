@@ -17,6 +17,7 @@ from trl import SFTConfig
 from rotmole.config.load import sft_arguments
 from rotmole.config.schema import SPLITS, DataSection, RunFile, Split
 from rotmole.data import Collator, Example, encode_all, load_examples, mix
+from rotmole.data.chat import today
 from rotmole.errors import ConfigError, DataError
 from rotmole.models.load import LoadedModel, load_model
 from rotmole.training.callbacks.balance import BiasCallback
@@ -24,6 +25,7 @@ from rotmole.training.callbacks.metrics import JsonLinesCallback
 from rotmole.training.callbacks.usage import UsageCallback
 from rotmole.training.checkpoints.checkpoints import Checkpoints
 from rotmole.training.folder.layout import METRICS
+from rotmole.training.folder.manifest import run_date
 from rotmole.training.trainer import RotMoleTrainer
 from rotmole.tuner.config import RotMoleConfig
 
@@ -40,6 +42,7 @@ class Built:
         model: the base with the adapter.
         examples: split -> task -> rows as text, every split that the tasks have.
         trainer: ready to train.
+        date: ISO date on which chats were rendered.
     """
 
     run: RunFile
@@ -47,6 +50,7 @@ class Built:
     model: PeftModel
     examples: dict[Split, dict[str, list[Example]]]
     trainer: RotMoleTrainer
+    date: str
 
 
 def build(
@@ -73,18 +77,23 @@ def build(
     say(f"loading {run.model.name}")
     base = load_model(run.model, trust_remote_code=trust_remote_code, say=say)
     say("loading data")
-    examples = all_examples(run, base.tokenizer)
+    origin = None if checkpoints is None else checkpoints.origin
+    date = today() if origin is None else run_date(origin.parent)
+    examples = all_examples(run, base.tokenizer, date=date)
     model = add_adapter(run, base.model)
     trainer = build_trainer(run, model, base.tokenizer, examples, callbacks, checkpoints)
-    return Built(run, base, model, examples, trainer)
+    return Built(run, base, model, examples, trainer, date)
 
 
-def all_examples(run: RunFile, tokenizer: Any) -> dict[Split, dict[str, list[Example]]]:
+def all_examples(
+    run: RunFile, tokenizer: Any, *, date: str | None = None
+) -> dict[Split, dict[str, list[Example]]]:
     """Load every split that the tasks have.
 
     Args:
         run: the run.
         tokenizer: the model's.
+        date: ISO date that chat templates see as today's; None is today's.
 
     Returns:
         split -> task -> rows; a split without rows is empty.
@@ -93,7 +102,7 @@ def all_examples(run: RunFile, tokenizer: Any) -> dict[Split, dict[str, list[Exa
         DataError: no task has a row to train on.
     """
     examples = {
-        split: load_examples(run.data, split, seed=run.seed, tokenizer=tokenizer)
+        split: load_examples(run.data, split, seed=run.seed, tokenizer=tokenizer, date=date)
         for split in SPLITS
     }
     if not any(examples["train"].values()):

@@ -17,6 +17,7 @@ from rotmole.config.schema import RunFile
 from rotmole.data import data_fingerprint
 from rotmole.errors import NonFiniteError
 from rotmole.files import atomic_write_text, storage_errors
+from rotmole.models.endings import endings_of
 from rotmole.processes import is_main_process, same_everywhere
 from rotmole.training.build import Built, build
 from rotmole.training.callbacks.metrics import read_metrics
@@ -190,6 +191,7 @@ def prepare_folder(built: Built) -> None:
     trainer, checkpoints = built.trainer, built.trainer.checkpoints
     run_dir, origin = checkpoints.run_dir, checkpoints.origin
     same_everywhere("model.dtype", built.base.model.dtype)
+    same_everywhere("one date on all machines", built.date)
     fingerprint = data_fingerprint(built.run.data, built.examples)
     facts = loaded_facts(fingerprint, built.base.model.dtype)
     if origin is not None:
@@ -286,7 +288,9 @@ def describe_run(built: Built, fingerprint: dict[str, Any]) -> None:
     if origin:
         resumes.append({"from": origin.name, "changes": list(checkpoints.changes)})
     atomic_write_text(run_dir / "run.yaml", resolved_yaml(built.run))
-    atomic_write_text(run_dir / MANIFEST, manifest(built.run, fingerprint, adapter, resumes))
+    atomic_write_text(
+        run_dir / MANIFEST, manifest(built.run, fingerprint, adapter, resumes, built.date)
+    )
 
 
 def finish(result: TrainResult) -> TrainResult:
@@ -311,7 +315,10 @@ def finish(result: TrainResult) -> TrainResult:
         return result
     rows = read_metrics(result.run_dir / METRICS)
     atomic_write_text(result.run_dir / "loss.svg", loss_svg(rows, result.run_dir.name))
-    result.adapter_dir = save_adapter(result.built.model, result.run_dir, state)
+    rows_of = result.built.examples.values()
+    ends = {row.end for tasks in rows_of for task in tasks.values() for row in task} - {""}
+    endings = endings_of(base.model, base.tokenizer, sorted(ends))
+    result.adapter_dir = save_adapter(result.built.model, result.run_dir, state, endings)
     figures = {
         "updates": result.steps,
         "trainable parameters (gates included)": result.trainable_parameters,

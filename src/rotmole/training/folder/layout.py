@@ -6,12 +6,15 @@ import logging
 import secrets
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rotmole.errors import InputError
 from rotmole.files import storage_errors, sync
 from rotmole.training.checkpoints.find import checkpoints
 from rotmole.training.checkpoints.seal import is_half_written, is_sealed
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
 
 logger = logging.getLogger(__name__)
 
@@ -85,13 +88,19 @@ def clear(run_dir: Path, *, resuming: bool) -> None:
             (run_dir / name).unlink(missing_ok=True)
 
 
-def save_adapter(model: Any, run_dir: Path, state: dict[str, Any] | None = None) -> Path:
+def save_adapter(
+    model: Any,
+    run_dir: Path,
+    state: dict[str, Any] | None = None,
+    endings: GenerationConfig | None = None,
+) -> Path:
     """Save the adapter into run_dir/adapter, all or nothing.
 
     Args:
         model: the PeftModel.
         run_dir: the run folder.
         state: the adapter's whole tensors, where the model itself holds only a shard of them.
+        endings: from rotmole.models.endings, saved beside the adapter as generation_config.json.
 
     Returns:
         The adapter's folder.
@@ -105,6 +114,8 @@ def save_adapter(model: Any, run_dir: Path, state: dict[str, Any] | None = None)
     with storage_errors(target):
         try:
             model.save_pretrained(fresh, state_dict=state)
+            if endings is not None:
+                endings.save_pretrained(fresh)
             for file in (*fresh.iterdir(), fresh):
                 sync(file)
             if target.exists():

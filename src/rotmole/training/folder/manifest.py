@@ -16,6 +16,8 @@ import torch
 
 from rotmole import __version__
 from rotmole.config.schema import RunFile
+from rotmole.data.chat import today
+from rotmole.training.folder.layout import MANIFEST
 
 PACKAGES = (
     "torch",
@@ -98,11 +100,28 @@ def earlier_resumes(path: Path) -> list[dict[str, Any]]:
     return resumes if isinstance(resumes, list) else []
 
 
+def run_date(run_dir: Path) -> str:
+    """Return the date on which a run's chats are rendered, as ISO text.
+
+    It is the date of the run's first start; 0.1.0 did not keep it, but its last start.
+
+    Args:
+        run_dir: the run folder; without a readable manifest the date is today's.
+    """
+    try:
+        kept = json.loads((run_dir / MANIFEST).read_text(encoding="utf-8"))
+        date = kept.get("date") or datetime.fromisoformat(kept["started"]).astimezone().date()
+        return datetime.fromisoformat(str(date)).date().isoformat()
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        return today()
+
+
 def manifest(
     run: RunFile,
     fingerprint: Mapping[str, Any],
     adapter: Mapping[str, Any],
     resumes: Sequence[Mapping[str, Any]] = (),
+    date: str | None = None,
 ) -> str:
     """Describe a run so that it can be repeated; no environment variable, no token.
 
@@ -111,12 +130,14 @@ def manifest(
         fingerprint: of the data, from rotmole.data.data_fingerprint.
         adapter: trainable parameters and adapted modules.
         resumes: the checkpoints it went on from, and what changed there.
+        date: on which its chats were rendered; None is today's.
 
     Returns:
         JSON text.
     """
     content = {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": date or today(),
         "model": run.model.name,
         "seed": run.seed,
         "adapter": adapter,
