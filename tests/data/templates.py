@@ -22,11 +22,7 @@ QWEN3 = (
     "{{ '<|im_end|>\\n' }}{% elif m['role'] == 'tool' %}"
     "{{ '<|im_start|>user\\n<tool_response>\\n' + m['content'] + '\\n</tool_response><|im_end|>\\n' }}"
     "{% else %}" + _IM + "{% endif %}{% endfor %}" + _IM_PROMPT
-).replace(
-    "{% for m in messages %}",
-    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}",
-    1,
-)
+).replace("{% for m in messages %}", "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}", 1)
 
 LLAMA3 = (
     "{{ bos_token }}{% if not date_string is defined %}{% if strftime_now is defined %}"

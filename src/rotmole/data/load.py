@@ -124,7 +124,7 @@ class _Loader:
         if train is None:
             return None
         rows = [row for row in train if is_validation(row, fraction) == (split == "validation")]
-        if train and not rows:
+        if train and not rows and not self.faults:
             none = f"data.tasks.{name}: validation_fraction {fraction:g} of {len(train)} rows"
             if split == "train":
                 raise DataError(f"{none} leaves no row to train on; lower it", source=name)

@@ -194,7 +194,8 @@ def contents(path: Path, source: str, name: str = "") -> Iterator[tuple[str, byt
         yield name, raw, kind
         return
     with TemporaryDirectory() as folder:
-        out = Path(folder) / "out" / path.name.removesuffix(path.suffix)
+        named = path.name.lower().endswith(ARCHIVES)
+        out = Path(folder) / "out" / (path.stem if named else path.name)
         _extract(path, out, name)
         if out.is_file():
             yield from contents(out, source, name)

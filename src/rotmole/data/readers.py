@@ -108,16 +108,32 @@ def _json_rows(raw: bytes, name: str) -> Rows:
     raw = _utf8(raw)
     lines = raw.split(b"\n")
     first = next((line.strip() for line in lines if line.strip()), b"")
-    if first[:1] == b"[" or first in (b"{", b"{}"):
+    if first[:1] == b"[" or _goes_on(first):
         yield from _json_document(raw, name)
         return
+    alone = sum(map(bool, map(bytes.strip, lines))) == 1
     for number, line in enumerate(lines, start=1):
         try:
             text = _decoded(name, number, line).strip()
-            if text:
-                yield _json_row(name, number, _parsed(name, number, text))
+            if not text:
+                continue
+            row = _json_row(name, number, _parsed(name, number, text))
+            if alone:
+                _refuse_frame(row.columns, name)
+            yield row
         except DataError as error:
             yield error
+
+
+def _goes_on(line: bytes) -> bool:
+    """Return whether a line is the beginning of an object that the next lines end."""
+    try:
+        json.loads(line)
+    except json.JSONDecodeError as error:
+        return line[:1] == b"{" and error.pos >= len(error.doc.rstrip())
+    except (ValueError, RecursionError):
+        pass
+    return False
 
 
 def _parsed(name: str, number: int, text: str) -> Any:
@@ -171,14 +187,8 @@ def _json_document(raw: bytes, name: str) -> Rows:
         raise _error(
             name, f"the file is not JSON: {_reason(error)}; it begins: {snippet(text[:1000])}"
         ) from None
-    lists = {k: v for k, v in whole.items() if _objects(v)} if isinstance(whole, dict) else {}
-    if len(lists) == 1 and not any(isinstance(v, str) for v in whole.values()):
-        key, rows = next(iter(lists.items()))
-        raise _error(
-            name,
-            f"the file is one JSON object, whose key '{key}' holds a list of {len(rows)} objects; "
-            "save that list alone",
-        )
+    if isinstance(whole, dict):
+        _refuse_frame(whole, name)
     for number, columns in enumerate(whole if isinstance(whole, list) else [whole], start=1):
         try:
             yield _json_row(name, number, columns)
@@ -186,8 +196,19 @@ def _json_document(raw: bytes, name: str) -> Rows:
             yield error
 
 
-def _objects(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(v, dict) for v in value)
+def _refuse_frame(columns: dict[str, Any], name: str) -> None:
+    """Refuse an object that is no row, but a frame around the list of all rows."""
+    if any(isinstance(value, str) and " " in value for value in columns.values()):
+        return
+    for key, value in columns.items():
+        objects = value if isinstance(value, list) and value else [None]
+        rows = all(isinstance(v, dict) and not {"role", "from", "type"} & set(v) for v in objects)
+        if rows:
+            raise _error(
+                name,
+                f"the file is one JSON object, whose key '{key}' holds a list of {len(objects)} "
+                "objects; save that list alone",
+            )
 
 
 def _json_sequence(text: str, name: str) -> Rows:
