@@ -84,7 +84,11 @@ def _expanded(data: DataSection, task: TaskSection, name: str) -> list[Path] | s
         inside = Path(name).expanduser()
         parts = inside.relative_to(inside.anchor).parts if inside.is_absolute() else inside.parts
         start = Path(inside.anchor) if inside.is_absolute() else root
-        found = sorted(p for p in start.glob("/".join(parts)) if p.is_file() and not _hidden(p))
+        found = sorted(
+            p
+            for p in start.glob("/".join(parts))
+            if p.is_file() and p.name not in NO_ROWS and not _hidden(p)
+        )
         if not found:
             return f"no file matches {path} (data.root is {data.root})"
     else:
