@@ -9,6 +9,7 @@ CHATML = "{% for m in messages %}" + _IM + "{% endfor %}" + _IM_PROMPT
 
 # the last answer gets a think block, empty without reasoning; earlier ones lose theirs
 QWEN3 = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}"
     "{% for m in messages %}{% if m['role'] == 'assistant' %}"
     "{% set content = m['content'] %}{% set thought = m['reasoning_content'] | default('') %}"
     "{% if '</think>' in content %}"
@@ -20,18 +21,21 @@ QWEN3 = (
     "{{ '\\n' if content or not loop.first else '' }}"
     "{{ '<tool_call>\\n' + c['function'] | tojson + '\\n</tool_call>' }}{% endfor %}"
     "{{ '<|im_end|>\\n' }}{% elif m['role'] == 'tool' %}"
-    "{{ '<|im_start|>user\\n<tool_response>\\n' + m['content'] + '\\n</tool_response><|im_end|>\\n' }}"
+    "{{ '<|im_start|>user\\n<tool_response>\\n' + m['content'] }}"
+    "{{ '\\n</tool_response><|im_end|>\\n' }}"
     "{% else %}" + _IM + "{% endif %}{% endfor %}" + _IM_PROMPT
-).replace("{% for m in messages %}", "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}", 1)
+)
 
 LLAMA3 = (
     "{{ bos_token }}{% if not date_string is defined %}{% if strftime_now is defined %}"
-    "{% set date_string = strftime_now('%d %b %Y') %}{% else %}{% set date_string = '26 Jul 2024' %}"
+    "{% set date_string = strftime_now('%d %b %Y') %}"
+    "{% else %}{% set date_string = '26 Jul 2024' %}"
     "{% endif %}{% endif %}"
     "{{ '<|start_header_id|>system<|end_header_id|>\\n\\nToday: ' + date_string + '<|eot_id|>' }}"
     "{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\\n\\n'"
     " + m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+    "{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
 )
 
 GEMMA = (
@@ -60,7 +64,8 @@ MISTRAL = (
 
 # after the last turn another token than the one that ends each turn
 PHI3 = (
-    "{% for m in messages %}{{ '<|' + m['role'] + '|>\\n' + m['content'] + '<|end|>\\n' }}{% endfor %}"
+    "{% for m in messages %}"
+    "{{ '<|' + m['role'] + '|>\\n' + m['content'] + '<|end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ eos_token }}{% endif %}"
 )
 
@@ -83,7 +88,8 @@ TRANSCRIPT = (
 )
 
 HASHES = (
-    "{% for m in messages %}{{ '### ' + m['role'] + '\\n' + m['content'] + '\\n###\\n' }}{% endfor %}"
+    "{% for m in messages %}"
+    "{{ '### ' + m['role'] + '\\n' + m['content'] + '\\n###\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '### assistant\\n' }}{% endif %}"
 )
 

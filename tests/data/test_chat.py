@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import datetime
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from tests import tiny_folders
 from transformers import PreTrainedTokenizerFast
 
 from rotmole.config.schema import TaskSection
@@ -14,7 +15,6 @@ from rotmole.data.chat import ChatTemplate, today
 from rotmole.data.formats import render
 from rotmole.data.sources import Row
 from rotmole.errors import DataError, InputError, ModelError
-from tests import tiny_folders
 
 from . import templates
 
@@ -208,14 +208,17 @@ def test_messages_that_a_template_drops_or_repeats(template: str, words: str) ->
 
 
 class TestTools:
-    CALL = {"type": "function", "function": {"name": "clock", "arguments": {"zone": "UTC"}}}
-    MESSAGES = chat(
+    CALL: ClassVar = {
+        "type": "function",
+        "function": {"name": "clock", "arguments": {"zone": "UTC"}},
+    }
+    MESSAGES: ClassVar = chat(
         "time?",
         {"role": "assistant", "content": "", "tool_calls": [CALL]},
         {"role": "tool", "content": "noon"},
         "It is noon.",
     )
-    TOOLS = [{"type": "function", "function": {"name": "clock", "parameters": {}}}]
+    TOOLS: ClassVar = [{"type": "function", "function": {"name": "clock", "parameters": {}}}]
 
     @pytest.mark.parametrize("name", ["QWEN3", "MISTRAL"])
     def test_calls_are_learnt_and_results_are_not(self, name: str) -> None:
@@ -235,7 +238,7 @@ class TestTools:
         assert learnt.endswith("</tool_call><|im_end|>")
 
     def test_a_template_without_tools(self) -> None:
-        with pytest.raises(DataError, match="row 4: .*does not write tool calls"):
+        with pytest.raises(DataError, match=r"row 4: .*does not write tool calls"):
             rendered("CHATML", self.MESSAGES)
 
 
@@ -291,11 +294,11 @@ class TestPrompt:
     def test_templates_without_system_messages(self) -> None:
         with pytest.raises(InputError, match="System role not supported"):
             chat_prompt(with_template("GEMMA"), TURNS[:1], system="Be brief.")
+        tokenizer = tiny_folders.tokenizer()
+        tokenizer.chat_template = (
+            "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
+        )
         with pytest.raises(InputError, match="does not write system messages"):
-            tokenizer = tiny_folders.tokenizer()
-            tokenizer.chat_template = (
-                "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
-            )
             chat_prompt(tokenizer, TURNS[:1], system="Be brief.")
 
     def test_no_template(self) -> None:
@@ -307,14 +310,21 @@ class TestPrompt:
 class TestFingerprint:
     """Rows that train as they did in 0.1.0 keep the fingerprint of 0.1.0."""
 
-    SINGLE = chat("good film?", "yes")
-
     @pytest.mark.parametrize(
-        ("name", "settings", "messages", "sha256"),
-        FINGERPRINTS := [],
-    )
-    def test_as_0_1_0(self, name, settings, messages, sha256) -> None:
-        assert fingerprint({"t": [rendered(name, messages, settings=settings)]}) == sha256
+        ("name", "loss_on", "turns", "sha256"),
+        [
+            ("CHATML", "completion", 1, "07acf36bd02a0bd9"),
+            ("QWEN3", "completion", 1, "b596ee208e1f1fd0"),
+            ("MISTRAL", "completion", 1, "f43a2dbb5f4882dc"),
+            ("GEMMA", "last", 2, "5384173ba51507cd"),
+            ("CHATML", "last", 2, "cf69e1a34bff3961"),
+            ("TRANSCRIPT", "all", 2, "71f38989fe5433a0"),
+        ],
+    )  # computed by 0.1.0, where loss_on: completion learnt the last answer alone
+    def test_as_0_1_0(self, name: str, loss_on: str, turns: int, sha256: str) -> None:
+        messages = chat("good film?", "yes", "bad film?", "no")[: 2 * turns]
+        made = rendered(name, messages, settings={"loss_on": loss_on})
+        assert fingerprint({"t": [made]}).startswith(sha256)
 
     def test_learning_every_answer_is_another_row(self) -> None:
         every, last = (
@@ -324,7 +334,7 @@ class TestFingerprint:
 
 
 class TestLongChats:
-    SETTINGS = {"long_rows": "cut"}
+    SETTINGS: ClassVar = {"long_rows": "cut"}
 
     def test_the_beginning_is_cut_and_a_cut_answer_is_not_learnt(self) -> None:
         messages = chat("q" * 20, "yes " * 20, "good film?", "hi")

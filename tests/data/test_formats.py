@@ -157,21 +157,12 @@ class TestMessages:
         assert tokenizer.eos_token_id not in row["input_ids"]
         assert tokenizer.decode(row["input_ids"]).endswith("no<end_of_turn>")
 
-    def test_template_that_renders_something_else(self, tokenizer):
-        before = tokenizer.chat_template
-        tokenizer.chat_template = "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}"
-        try:
-            with pytest.raises(DataError, match="row 4: the model's chat template refuses"):
-                one(self.ROW, tokenizer, format="messages")
-        finally:
-            tokenizer.chat_template = before
-
     @pytest.mark.parametrize(
         ("messages", "words"),
         [
             ([], "must be a list of messages"),
             ("hello", "must be a list of messages"),
-            ([{"role": "user"}], "message 1 .* must be an object"),
+            ([{"role": "user"}], "message 1 .* has no content"),
             ([{"role": "user", "content": "q"}], "is 'user', it must be 'assistant'"),
             ([{"role": "assistant", "content": ""}], "answer is empty"),
         ],

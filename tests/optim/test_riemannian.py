@@ -168,6 +168,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize("name", ["riemannian_adamw", "riemannian_sgd"])
+@pytest.mark.filterwarnings("ignore:training.learning_rate is 0.3:UserWarning")
 def test_a_run_learns_and_resumes_bit_equal(
     name: str, folders: tuple[Path, Path], tmp_path: Path
 ) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from rotmole.config.load import load_run, sft_arguments
 from rotmole.config.schema import RunFile
-from rotmole.data import Example, data_problems, encode_all, load_examples
+from rotmole.data import Example, data_problems, encode_all, learnt_messages, load_examples
 from rotmole.data.encode import IGNORED
 from rotmole.models.builtin import built_in_named
 from rotmole.models.load import load_tokenizer
@@ -74,7 +74,7 @@ def _print_modules(model: Any) -> None:
 def _print_tokens(run: RunFile, tokenizer: Any) -> int:
     """Print the table of tokens by task; return the length of the longest training row."""
     limit = run.training.get("max_length", sft_arguments(run)["max_length"]) or 1 << 30
-    columns = f"{'rows':>8}{'tokens':>11}{'with loss':>11}{'longest':>9}"
+    columns = f"{'rows':>8}{'tokens':>11}{'learnt':>11}{'answers':>9}{'longest':>9}"
     print(f"tokens      {'task':<20}{'split':<12}{columns}")
     longest = 1
     for split in ("train", "validation"):
@@ -91,7 +91,8 @@ def _print_task(task: str, split: str, rows: Sequence[Example], tokenizer: Any, 
     encoded = encode_all(rows, tokenizer, max_length=limit)
     lengths = [len(row["input_ids"]) for row in encoded]
     labels = sum(label != IGNORED for row in encoded for label in row["labels"])
-    numbers = f"{len(rows):>8,}{sum(lengths):>11,}{labels:>11,}{max(lengths):>9,}"
+    answers = sum(map(learnt_messages, rows))
+    numbers = f"{len(rows):>8,}{sum(lengths):>11,}{labels:>11,}{answers:>9,}{max(lengths):>9,}"
     print(f"            {task:<20}{split:<12}{numbers}")
     return max(lengths)
 

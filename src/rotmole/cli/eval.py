@@ -110,6 +110,13 @@ def _examples(
     examples = {name: rows for name, rows in examples.items() if rows}
     if not run.evaluation.examples_in_prompt:
         return examples, {}
+    chats = [name for name in examples if run.data.tasks[name].format == "messages"]
+    if chats:
+        raise ConfigError(
+            f"evaluation.examples_in_prompt is {run.evaluation.examples_in_prompt}, but examples "
+            f"cannot be put before a chat ({', '.join(chats)}); set it to 0, or write them into "
+            "the chats as earlier turns."
+        )
     return examples, load_examples(run.data, "train", seed=run.seed, tokenizer=tokenizer, date=date)
 
 

@@ -1,4 +1,4 @@
-"""Relative paths of a run file: relative to the file; on the command line, to the shell's folder."""
+"""Relative paths: in a run file relative to the file, on the command line to the working folder."""
 
 from __future__ import annotations
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from peft import PeftModel, get_peft_model_state_dict
 
 from rotmole.config.load import sft_arguments
 from rotmole.config.schema import RunFile
+from rotmole.data import Example, fingerprint
 from rotmole.errors import InputError
 from rotmole.processes import world_size
 from rotmole.training.checkpoints.seal import read_seal, storage_of
@@ -121,7 +122,7 @@ def loaded_facts(fingerprint: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
         Dotted name -> plain value.
     """
     rows = {
-        f"rows of {task}": f"{entry['rows']} rows, sha256 {entry['sha256'][:12]}"
+        f"rows of {task}": _rows_fact(entry["rows"], entry["sha256"])
         for task, entry in fingerprint["splits"]["train"].items()
     }
     return {"dtype of the base model": str(dtype).removeprefix("torch.")} | rows
@@ -179,6 +180,34 @@ def check_changes(
     for change in changes:
         logger.warning("going on with a change: %s", change)
     return [str(change) for change in changes]
+
+
+def check_answers(checkpoint: Path, examples: Mapping[str, Sequence[Example]]) -> None:
+    """Refuse chats of which the checkpoint's run learnt the last answer alone, as 0.1.0 did.
+
+    Args:
+        checkpoint: a complete checkpoint.
+        examples: the training rows by task.
+
+    Raises:
+        InputError: this run would learn their earlier answers too.
+    """
+    content = read_seal(checkpoint)
+    saved = content.get("facts", {}) if isinstance(content, dict) else {}
+    for task, rows in examples.items():
+        if not any(len(row.learnt) > 1 for row in rows):
+            continue
+        last = [replace(row, learnt=row.learnt[-1:]) for row in rows]
+        if saved.get(f"rows of {task}") == _rows_fact(len(last), fingerprint({task: last})):
+            raise InputError(
+                f"the run that {str(checkpoint)!r} is of learnt the last answer of each chat of "
+                f"task {task!r}, as rotmole 0.1.0 did; now loss_on: completion learns all answers. "
+                f"Set data.tasks.{task}.loss_on to last to go on as before, or add --allow-change."
+            )
+
+
+def _rows_fact(number: int, sha256: str) -> str:
+    return f"{number} rows, sha256 {sha256[:12]}"
 
 
 def check_tensors(model: PeftModel, checkpoint: Path) -> None:

@@ -24,6 +24,7 @@ from rotmole.training.callbacks.metrics import read_metrics
 from rotmole.training.callbacks.progress import ProgressCallback
 from rotmole.training.callbacks.stop import StopOnSignal
 from rotmole.training.changes import (
+    check_answers,
     check_changes,
     check_engine,
     check_tensors,
@@ -195,6 +196,8 @@ def prepare_folder(built: Built) -> None:
     fingerprint = data_fingerprint(built.run.data, built.examples)
     facts = loaded_facts(fingerprint, built.base.model.dtype)
     if origin is not None:
+        if not checkpoints.allow_change:
+            check_answers(origin, built.examples["train"])
         checkpoints.changes += check_changes(origin, facts, allow=checkpoints.allow_change)
         check_tensors(built.model, origin)
         weights_only = checkpoints.weights_only

@@ -17,7 +17,14 @@ from rotmole.tuner.settings.presets import preset_fields
 from rotmole.tuner.settings.rules import setting_problems
 from rotmole.tuner.settings.settings import Settings
 from rotmole.tuner.storage.fingerprint import fingerprint_problems
-from rotmole.tuner.storage.weights import WEIGHTS, header_problems, read_header, refuse_pickle
+from rotmole.tuner.storage.weights import (
+    PICKLE,
+    WEIGHTS,
+    header_problems,
+    read_header,
+    refuse_pickle,
+    replace_pickle,
+)
 
 FORMAT_VERSION = 1
 
@@ -65,6 +72,8 @@ class RotMoleConfig(Settings, PeftConfig):  # type: ignore[misc] # peft ships no
         super().__post_init__()
         self.peft_type = PeftType("ROTMOLE")
         self.is_saved = self.base_fingerprint is not None  # only a saved one comes with it
+        if self.ensure_weight_tying:
+            self.modules_to_tie: Any = None  # PEFT fills it in, and saves it not
         foreign = foreign_module(self.auto_mapping)
         if foreign:
             warnings.warn(foreign, stacklevel=3)
@@ -104,6 +113,22 @@ class RotMoleConfig(Settings, PeftConfig):  # type: ignore[misc] # peft ships no
             ConfigError: no such preset, or settings that do not fit.
         """
         return cls(**preset_fields(name, overrides))
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Save the configuration; PEFT calls this last, so weights that became a pickle are seen.
+
+        With safe_serialization=False PEFT writes adapter_model.bin, which no version of rotmole
+        opens (SECURITY.md); it becomes adapter_model.safetensors, and a warning says so.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        folder = Path(save_directory)
+        if (folder / PICKLE).is_file() and not (folder / WEIGHTS).exists():
+            replace_pickle(folder)
+            warnings.warn(
+                "safe_serialization=False would save the adapter as a pickle, which can run code "
+                f"when it is loaded and which rotmole does not open; it was saved as {WEIGHTS}",
+                stacklevel=3,
+            )
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:

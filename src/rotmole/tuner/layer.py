@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.quantization_utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
 
 from rotmole.errors import ModelError
@@ -41,8 +42,12 @@ class RotMoleLayer(BaseTunerLayer):  # type: ignore[misc] # peft ships no types
     rotmole_experts: nn.ModuleDict
     rotmole_dropout: nn.ModuleDict
 
-    def __init__(self, base_layer: nn.Module) -> None:
+    def __init__(self, base_layer: nn.Module, requantise: Any = None) -> None:
         self.base_layer = base_layer
+        if type(getattr(base_layer, "weight", None)) is not nn.Parameter:
+            self.quantization_backend = resolve_quantization_backend(
+                base_layer, get_apply_tensor_subclass=requantise
+            )
         self.rotmole_experts = nn.ModuleDict({})
         self.rotmole_dropout = nn.ModuleDict({})
         self.rotmole_blocks: dict[str, BlockPart] = {}
@@ -193,9 +198,10 @@ class Linear(nn.Module, RotMoleLayer):
         part: BlockPart | None = None,
         *,
         inference_mode: bool = False,
+        requantise: Any = None,
     ) -> None:
         super().__init__()
-        RotMoleLayer.__init__(self, base_layer)
+        RotMoleLayer.__init__(self, base_layer, requantise)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, settings, inference_mode=inference_mode, part=part)
 
@@ -220,6 +226,10 @@ class Linear(nn.Module, RotMoleLayer):
             "replicas; use torch.nn.parallel.DistributedDataParallel (torchrun), or one device "
             "(CUDA_VISIBLE_DEVICES=0)"
         )
+
+    def extra_repr(self) -> str:
+        """Show how the base layer is quantised, as PEFT's own layers do."""
+        return str(quantization_extra_repr(self))
 
     def __repr__(self) -> str:
         return "rotmole." + super().__repr__()

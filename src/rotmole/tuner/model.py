@@ -10,8 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
@@ -29,7 +31,12 @@ from rotmole.tuner.settings.by_module import module_settings
 from rotmole.tuner.storage.fingerprint import base_fingerprint, compare_bases
 from rotmole.tuner.storage.names import check_adapter_name
 from rotmole.tuner.storage.weights import check_state
-from rotmole.tuner.targets import keep_trainable, linear_widths
+from rotmole.tuner.targets import (
+    keep_trainable,
+    linear_widths,
+    read_as_weights,
+    target_notices,
+)
 
 if TYPE_CHECKING:
     from rotmole.tuner.settings.settings import Settings
@@ -83,6 +90,7 @@ class RotMoleModel(BaseTuner):  # type: ignore[misc] # peft ships no types
         check_adapter_name(adapter_name)
         self._check_base(model, self.peft_config[adapter_name])
         keep_trainable(model)
+        targets = self.peft_config[adapter_name].target_modules  # as given: PEFT fills it in
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except ValueError as error:
@@ -93,6 +101,24 @@ class RotMoleModel(BaseTuner):  # type: ignore[misc] # peft ships no types
                 f"{error} The nearest module names are {', '.join(near)}."
             ) from error
         self._watch(model, adapter_name)
+        if not self.peft_config[adapter_name].is_saved:
+            for notice in target_notices(model, targets, self.targeted_module_names):
+                warnings.warn(notice, stacklevel=2)
+
+    def _check_target_module_compatiblity(
+        self, peft_config: RotMoleConfig, model: nn.Module, target_name: str
+    ) -> None:
+        """Refuse layers whose weight the model reads without calling them, as PEFT does for LoRA.
+
+        Raises:
+            ModelError: naming the layer.
+        """
+        if target_name in read_as_weights(model):
+            raise ModelError(
+                f"{type(model).__name__} reads the weight of {target_name!r} and never calls the "
+                "layer, or not with every kernel, so an adapter there would not be trained; add "
+                f"exclude_modules: [{', '.join(sorted(read_as_weights(model)))}]"
+            )
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter, also from what generations whose cache still lives have packed."""
@@ -163,7 +189,16 @@ class RotMoleModel(BaseTuner):  # type: ignore[misc] # peft ships no types
         if isinstance(target, RotMoleLayer):
             target.update_layer(adapter_name, settings, inference_mode=inference_mode, part=part)
             return
-        layer = Linear(target, adapter_name, settings, part, inference_mode=inference_mode)
+        # torchao's backend of PEFT wants the function that quantises, though it is used to merge
+        requantise = get_quantization_kwargs(self.model).get("get_apply_tensor_subclass")
+        layer = Linear(
+            target,
+            adapter_name,
+            settings,
+            part,
+            inference_mode=inference_mode,
+            requantise=requantise,
+        )
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # an additional adapter is not trainable by itself
         self._replace_module(parent, target_name, layer, target)
@@ -223,6 +258,32 @@ class RotMoleModel(BaseTuner):  # type: ignore[misc] # peft ships no types
         if hasattr(self, "_rotmole_watch"):
             self._rotmole_watch.remove()
         return model
+
+    def _add_modules_to_save_to_tie(self, *args: Any, **kwargs: Any) -> None:
+        """Do what PEFT's LoRA does for ensure_weight_tying."""
+        LoraModel._add_modules_to_save_to_tie(self, *args, **kwargs)
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse to add adapters up: the experts of two mixtures have two routers.
+
+        Raises:
+            ModelError: always.
+        """
+        raise ModelError(
+            "mixtures cannot be added up by weights, because each has a router of its own; to make "
+            "one mixture of trained LoRA adapters use RotMoleModel.from_adapters(base, [...])"
+        )
+
+    def unmerge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse: nothing was merged.
+
+        Raises:
+            ModelError: always.
+        """
+        raise ModelError(
+            "a mixture of experts is never merged into the base weights, so there is nothing to "
+            "unmerge; use disable_adapter() for the base model, or unload() to remove the adapter"
+        )
 
     def _check_merge_allowed(self) -> None:
         raise ModelError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -38,3 +39,62 @@ def keep_trainable(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment] # no tensor
+
+
+def read_as_weights(model: nn.Module) -> frozenset[str]:
+    """Return the names of a Mamba model's layers whose weights its kernels read directly.
+
+    PEFT refuses out_proj and conv1d of such models for LoRA. dt_proj of the first Mamba is never
+    called either: its weight is multiplied by hand.
+    """
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    return _READ_AS_WEIGHTS.get(str(kind), frozenset())
+
+
+_MAMBA_2 = frozenset({"out_proj", "conv1d"})
+_MAMBA_1 = _MAMBA_2 | {"dt_proj"}
+_READ_AS_WEIGHTS = {
+    "mamba": _MAMBA_1,
+    "falcon_mamba": _MAMBA_1,
+    "mamba2": _MAMBA_2,
+    "falcon_h1": _MAMBA_2,
+    "nemotron_h": _MAMBA_2,
+}
+
+
+def target_notices(model: nn.Module, targets: Any, adapted: list[str]) -> Iterator[str]:
+    """Yield what target_modules name and nothing was adapted for.
+
+    Args:
+        model: with the adapter's layers.
+        targets: the setting as the user gave it.
+        adapted: paths of the modules that were adapted.
+    """
+    fused = fused_experts(model)
+    some = f"{fused[0]} and {len(fused) - 1} more" if len(fused) > 1 else "".join(fused)
+    reason = "hold the weights of several experts in one tensor, which cannot be adapted"
+    if isinstance(targets, str):
+        if targets.lower() == "all-linear" and fused:
+            yield f"target_modules 'all-linear' leaves out {some}: they {reason}"
+        return
+    missing = [
+        name
+        for name in sorted(targets or ())
+        if not any(path == name or path.endswith(f".{name}") for path in adapted)
+    ]
+    if missing:
+        names = ", ".join(repr(name) for name in missing)
+        hint = f" ({some} {reason})" if fused else ""
+        yield f"no linear layer of the model matches {names} of target_modules{hint}"
+
+
+def fused_experts(model: nn.Module) -> list[str]:
+    """Return the paths of the model's own parameters that hold several experts' matrices."""
+    fused = []
+    for path, module in model.named_modules():
+        if isinstance(module, nn.modules.conv._ConvNd) or ".rotmole_experts." in f".{path}.":
+            continue
+        own = module.named_parameters(recurse=False)
+        experts = hasattr(module, "num_experts") or "expert" in type(module).__name__.lower()
+        fused += [f"{path}.{name}" for name, value in own if value.dim() == 3 and experts]
+    return fused

@@ -76,12 +76,17 @@ IN_RANK_SPACE = [name for name, row in ROTATIONS.items() if row.kind != "output"
 
 
 @pytest.mark.parametrize("rotation", IN_RANK_SPACE)
-def test_adjoint(rotation: str) -> None:
+@pytest.mark.parametrize("inside", [False, True])
+def test_adjoint(rotation: str, inside: bool) -> None:
     row = ROTATIONS[rotation]
     z, G, dm = normal(7, E, R, T), normal(8, E, 1, T).abs(), normal(9, E, R, T)
     vector = normal(10, E, row.vector_rows(R), T) if row.vector_rows else None
     angle = normal(11, E, row.angle_rows(R, R // 2), T) if row.angle_rows else None
     center = normal(12, E, R) if row.center else None
+    if inside and vector is not None:  # almost along z, where lengths are floored
+        vector = (2 * z + 2e-3 * normal(13, E, R, T))[:, : vector.shape[1]]
+    if inside and center is not None:
+        z = center.unsqueeze(-1) + 2e-3 * z
     found = adjoint(rotation, z, Gate(vector, angle, center), G, dm)
     wanted = slow.adjoint(rotation, z, G, dm, vector_EVT=vector, angle_EMT=angle, center_ER=center)
     for name, gradient in wanted._asdict().items():

@@ -4,7 +4,7 @@ It computes what `route` and `mixture` compute; passes.py says which steps diffe
 layer's output, the last product adds to it as it goes, which saves a pass over [T, O].
 
 `mixture` is its slow twin, and takes its place when autograd has to see every step: under
-torch.compile and torch.export, and for second derivatives.
+torch.compile, torch.export and torch.func, and for second derivatives.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from rotmole.ops.precision import without_autocast
 from rotmole.ops.rotation.table import ROTATIONS
 from rotmole.ops.routing.route import route
 from rotmole.ops.spec import Weights
+from rotmole.ops.transforms import is_transformed
 
 GATES = ("rotation_vector", "rotation_angle", "rotation_center")
 
@@ -123,7 +124,8 @@ def fused_mixture(
     Returns:
         [T, O] in how.dtype or base_TO's, whichever is wider; [T, E] logits or None, whose
         gradient, such as that of a balance loss, joins that of the weights; and [K, T] numbers of
-        the chosen experts, None if all are, if weights were given, or under torch.compile.
+        the chosen experts, None if all are, if weights were given, or under torch.compile or
+        torch.func.
 
     >>> x, weights = torch.ones(5, 3), Weights(torch.ones(2, 4, 3), torch.ones(2, 4, 6))
     >>> weights = weights._replace(router={"router_weight": torch.ones(2, 3)})
@@ -140,5 +142,7 @@ def fused_mixture(
             same = not (torch.is_grad_enabled() or torch.onnx.is_in_onnx_export())
             y_TO, logits_TE = forward(how, parts)[:2] if same else _plain(how, parts)
             return y_TO, logits_TE, None
+        if is_transformed():
+            return (*_plain(how, parts), None)
         result: tuple[Tensor, Tensor | None, Tensor | None] = _Fused.apply(how, *parts)  # type: ignore[no-untyped-call] # torch's own types
     return result

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rotmole.ops.transforms import is_transformed
+
 
 class _SqrtGate(torch.autograd.Function):
     """y = (s g z') B, with sqrt(g) in place of g in what z' and B receive."""
@@ -81,5 +83,12 @@ def combine_sqrt_gate(
     >>> combine_sqrt_gate(torch.ones(5, 2), z, B, scale=1.0).shape
     torch.Size([5, 6])
     """
+    if is_transformed():  # the same value and gradient, in steps that torch.func can follow
+        root_TE = weight_TE.detach().sqrt()
+        first_TER = root_TE.unsqueeze(-1) * turned_TER
+        second_TER = (weight_TE - root_TE).unsqueeze(-1) * turned_TER.detach()
+        B_NO = B_ERO.flatten(0, 1)
+        first_TO = (scale * first_TER).to(B_ERO.dtype).flatten(1) @ B_NO
+        return first_TO + (scale * second_TER).to(B_ERO.dtype).flatten(1) @ B_NO.detach()
     y_TO: Tensor = _SqrtGate.apply(weight_TE, turned_TER, B_ERO, scale)  # type: ignore[no-untyped-call] # torch's own
     return y_TO

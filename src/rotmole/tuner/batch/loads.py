@@ -4,7 +4,8 @@
 
 The load of an expert is the number of unpadded tokens that chose it since the last step, over all
 micro-batches and processes. It is counted in the backward pass, which runs once per micro-batch
-where a checkpointed forward pass runs twice. Nothing is counted inside torch.compile.
+where a checkpointed forward pass runs twice. Nothing is counted inside
+torch.compile and torch.func.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rotmole.ops.transforms import is_transformed
 from rotmole.tuner.batch.stack import Stack
 
 
@@ -63,7 +65,7 @@ class _Count(torch.autograd.Function):
         ctx: Any, output: Tensor, loads_E: Tensor, count: LoadCount, weight: Tensor, stack: Stack
     ) -> Tensor:
         ctx.loads_E, ctx.count, ctx.weight, ctx.stack = loads_E, count, weight, stack
-        return output.view_as(output)
+        return output.data  # no view: a model may change it in place
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -92,7 +94,7 @@ def count_loads(
     Returns:
         A tensor equal to output.
     """
-    if torch.compiler.is_compiling():  # a count kept in an attribute does not compile
+    if torch.compiler.is_compiling() or is_transformed():  # they follow no count in an attribute
         return output
     chosen_TE = selected_TE.detach().float()
     if mask_T is not None:

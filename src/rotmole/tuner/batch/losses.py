@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from rotmole.ops.routing.route import select_by
 from rotmole.ops.routing.selection import Routed, Routing
 from rotmole.ops.routing.task_balance import task_balance_loss
 from rotmole.ops.spec import Spec, Tokens
+from rotmole.ops.transforms import is_transformed
 from rotmole.tuner.batch.batch import Batch, Layout
 from rotmole.tuner.batch.reading import TASKS
 
@@ -47,12 +48,25 @@ class BalanceState:
         sums: of each loss times its tokens, and of the tokens, since the last `pop`.
     """
 
-    loss_scale: float | Tensor = 1.0
     managed: bool = False
     wants_tasks: bool = False
     warned: bool = False
     count: int = 0
     sums: Tensor | None = None
+    scale_as_tensor: Tensor = field(default_factory=lambda: torch.ones(()))
+    _scale: float | Tensor = 1.0
+
+    @property
+    def loss_scale(self) -> float | Tensor:
+        """The scale; scale_as_tensor holds it for torch.compile, which compiles each number anew."""
+        return self._scale
+
+    @loss_scale.setter
+    def loss_scale(self, scale: float | Tensor) -> None:
+        self._scale = scale
+        if not isinstance(scale, Tensor):
+            scale = torch.tensor(scale, dtype=torch.float64)
+        self.scale_as_tensor = scale.detach()
 
     def pop(self, total: Callable[[Tensor], Tensor] | None = None) -> dict[str, float] | None:
         """Return the mean losses over the tokens since the last call, and forget them.
@@ -175,6 +189,15 @@ class _Pass:
             self.state.warn_of_accumulation(self.router)
 
 
+def same(output: Tensor) -> Tensor:
+    """Return a tensor with the memory of `output` that autograd takes for no view of it.
+
+    A model may change it in place, as Falcon adds to its layers' outputs, which autograd refuses
+    for a view that comes out of a hand-written function. Nobody else reads `output` afterwards.
+    """
+    return output.view_as(output) if torch.compiler.is_compiling() else output.data
+
+
 class _ActByHand(torch.autograd.Function):
     """The identity on `output`; in backward, a plain router's logits receive the gradient."""
 
@@ -184,7 +207,7 @@ class _ActByHand(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(logits_TE, index_KT)
         ctx.step, ctx.scale = step, step.state.loss_scale
-        return output.view_as(output)
+        return same(output)
 
     @staticmethod
     @once_differentiable
@@ -212,7 +235,7 @@ class _ActByAutograd(torch.autograd.Function):
         ctx: Any, output: Tensor, loss: Tensor, scale: float | Tensor, terms: Tensor, step: Any
     ) -> Tensor:
         ctx.scale, ctx.terms, ctx.step, ctx.dtype = scale, terms, step, loss.dtype
-        return output.view_as(output)
+        return same(output)
 
     @staticmethod
     @once_differentiable
@@ -221,6 +244,30 @@ class _ActByAutograd(torch.autograd.Function):
             ctx.step.record(ctx.terms)
         scale = torch.as_tensor(ctx.scale, dtype=ctx.dtype, device=grads[0].device)
         return grads[0], scale, None, None, None
+
+
+class _ActUnderTransform(torch.autograd.Function):
+    """As _ActByAutograd, in the form that torch.func can follow; nothing is recorded."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(output: Tensor, loss: Tensor, scale: Tensor) -> Tensor:
+        return output.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        _, loss, scale = inputs
+        ctx.save_for_backward(scale.to(loss))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (scale,) = ctx.saved_tensors
+        return grads[0], scale.clone(), None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        return tangents[0].clone()
 
 
 def add_balance(
@@ -270,12 +317,16 @@ def add_balance(
         router=router if weights.watches_accumulation else None,
     )
     logits_TE, routing, index_KT = routed
-    if routing is None and group_N is None and not tracing:
+    transformed = is_transformed()
+    if routing is None and group_N is None and not (tracing or transformed):
         return _ActByHand.apply(output, logits_TE, index_KT, step)  # type: ignore[no-any-return, no-untyped-call] # torch's own types
     routing = select_by(spec, logits_TE) if routing is None else routing
     loss, terms = step.loss(logits_TE, routing)
+    if transformed:
+        return _ActUnderTransform.apply(output, loss, state.scale_as_tensor)  # type: ignore[no-any-return, no-untyped-call] # torch's own types
+    scale = state.scale_as_tensor if tracing else state.loss_scale
     return _ActByAutograd.apply(  # type: ignore[no-any-return, no-untyped-call] # torch's own types
-        output, loss, state.loss_scale, terms, None if tracing else step
+        output, loss, scale, terms, None if tracing else step
     )
 
 

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import PreTrainedModel
 
+from rotmole.ops.transforms import is_transformed
 from rotmole.tuner.batch.batch import Batch
 from rotmole.tuner.batch.reading import SPEAKING, TASKS, read_batch
 
@@ -155,7 +156,7 @@ class Stack:
         if outer is not None and outer.is_decoders and batch.encoder is None:
             states = next((tensor for tensor in _tensors(output) if tensor.dim() == 3), None)
             outer.encoder = None if states is None else (states, batch)
-        if torch.compiler.is_compiling() or not batch.calls:
+        if torch.compiler.is_compiling() or is_transformed() or not batch.calls:
             return
         for tensor in _tensors(output):
             if tensor.grad_fn is not None:  # its backward pass may run blocks again
@@ -166,6 +167,8 @@ class Stack:
     def note(self, block: nn.Module, args: Any, kwargs: Any) -> None:
         """Forward pre-hook of a block: remember its arguments, which checkpointing keeps alive."""
         if torch.compiler.is_compiling() or not block.training or self.local.batch is None:
+            return
+        if is_transformed():  # its tensors have no storage to be known by
             return
         for storage in _storages((args, kwargs)):
             self.local.batch.calls[storage.cdata] = storage
@@ -178,7 +181,7 @@ class Stack:
         first tells which call of the block it is, by an argument that it passes on. Later children
         cannot: they are called with new tensors, which may lie where those of another call lay.
         """
-        if torch.compiler.is_compiling() or not child.training:
+        if torch.compiler.is_compiling() or is_transformed() or not child.training:
             return
         task, again = torch._C._current_graph_task_id(), self.local.again
         if self.local.batch is not None and self.local.batch.task == task:

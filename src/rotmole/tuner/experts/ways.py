@@ -22,6 +22,7 @@ from rotmole.ops.mixture.passes import How
 from rotmole.ops.routing.route import route
 from rotmole.ops.routing.selection import Routed
 from rotmole.ops.spec import NO_TOKENS, Spec, Tokens, Weights
+from rotmole.ops.transforms import is_transformed
 from rotmole.tuner.experts.blocks import BlockCall
 from rotmole.tuner.experts.decoding import Decoding, may_pack
 from rotmole.tuner.experts.experts import Experts
@@ -206,6 +207,8 @@ def _is_in_block(experts: Experts, call: Call) -> bool:
 
 
 def _may_group(experts: Experts, call: Call) -> bool:
+    if is_transformed():  # torch.func cannot follow its sums over chosen rows
+        return False
     return experts.spec.dispatch == "grouped" or not torch.compiler.is_compiling()
 
 

@@ -359,6 +359,15 @@ class Settings:
         default=None,
         metadata=_about(None, "Token ids whose embeddings are trained.", example=[0, 1]),
     )
+    ensure_weight_tying: bool = field(
+        default=False,
+        metadata=_about(
+            flag(),
+            "Whether modules_to_save and trainable_token_indices keep embeddings tied that the "
+            "base model ties, as in PEFT's LoRA; false trains and saves each by itself.",
+            example=True,
+        ),
+    )
     num_experts_pattern: dict[str, int] | list[int] = field(
         default_factory=dict,
         metadata=_about(

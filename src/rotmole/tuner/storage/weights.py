@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rotmole.errors import AdapterError
+from rotmole.files import atomic_write_bytes
 from rotmole.tuner.settings.settings import Settings
 
 WEIGHTS = "adapter_model.safetensors"
@@ -40,6 +41,16 @@ def refuse_pickle(folder: Path) -> None:
             f"{folder}: its weights are a pickle file ({PICKLE}), which can run code and is not "
             "opened; save the adapter as safetensors"
         )
+
+
+def replace_pickle(folder: Path) -> None:
+    """Write the weights of a pickle that was just saved as safetensors, and remove the pickle."""
+    from safetensors.torch import save
+
+    state = torch.load(folder / PICKLE, map_location="cpu", weights_only=True)
+    tensors = {name: tensor.contiguous() for name, tensor in state.items()}
+    atomic_write_bytes(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
+    (folder / PICKLE).unlink()
 
 
 def read_header(file: Path) -> dict[str, Entry]:
