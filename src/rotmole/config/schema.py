@@ -97,7 +97,7 @@ class TaskSection(Section):
         "single folder alone: the names in it say the split (train, validation, test).",
         examples=[{"train": "train.jsonl"}],
     )
-    delimiter: Annotated[str, BeforeValidator(_delimiter)] | None = Field(
+    delimiter: Annotated[str | None, BeforeValidator(_delimiter)] = Field(
         default=None,
         description="Character between the values of csv files; null finds comma, semicolon, tab "
         "or bar; `tab` is the tab.",
