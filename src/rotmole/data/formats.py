@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
@@ -27,6 +28,7 @@ from rotmole.errors import DataError, ModelError
 DEFAULT_COMPLETION = "{completion}"
 CHOICE_FIELDS = ("choice", "letter")  # of the completion template, in formats with choices
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # fields that templates write too
+HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair
 SCORE_WORDS = ("0", "1", "2", "3", "4", "5")
 
 
@@ -53,7 +55,8 @@ def render(
     used = used_columns(task, columns)
     faults = column_faults(rows, used)
     answers = _answers(task, rows, faults)
-    asked = [column for column in fields(task.prompt, columns) if column in used]
+    prompted = task.format not in ("messages", "text")
+    asked = fields(task.prompt, columns) if prompted else []
     chats = None
     if task.format == "messages":
         chats = _Chats(task, _chat_template(name, tokenizer, date))
@@ -71,7 +74,7 @@ def render(
                 parts = {"prompt": prompt, "completion": completion}
             else:
                 parts = _with_choices(task, row, answers.get(index, 0))
-            _check_filled(row, asked, str(parts["completion"]))
+            _check_filled(row, asked, str(parts["prompt"]), str(parts["completion"]))
         except DataError as error:
             faults[index] = error
             continue
@@ -140,7 +143,8 @@ def _answers(
     return dict(zip(places, indices, strict=True))
 
 
-def _check_filled(row: Row, asked: Sequence[str], completion: str) -> None:
+def _check_filled(row: Row, asked: Sequence[str], prompt: str, completion: str) -> None:
+    """Check that there is an answer, and that the prompt's columns are not all empty."""
     if not completion.strip():
         raise row_error(row, "the answer is empty, so there is nothing to learn from")
     if asked and all(isinstance(v := row.columns[c], str) and not v.strip() for c in asked):
@@ -148,6 +152,9 @@ def _check_filled(row: Row, asked: Sequence[str], completion: str) -> None:
         raise row_error(
             row, f"nothing is in the prompt's column{plural} {', '.join(map(repr, asked))}"
         )
+    text = prompt + completion
+    if not text.isascii() and (half := HALF.search(text)):
+        raise row_error(row, f"the text has half a character, {half[0]!r}; remove it")
 
 
 def used_columns(task: TaskSection, columns: Iterable[str] = ()) -> list[str]:

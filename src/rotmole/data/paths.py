@@ -135,10 +135,10 @@ def _data_files(folder: Path, source: str) -> list[Path]:
     )
 
 
-def _none_there(folder: Path, source: str) -> str:
+def _none_there(folder: Path | str, source: str, kind: str = "folder") -> str:
     types = ENDINGS.values() if source == "files" else ALIKE.get(source, (source,))
     endings = ", ".join(ending for ending, kind in ENDINGS.items() if kind in types)
-    return f"the folder {folder} has no file that ends in {endings}"
+    return f"the {kind} {folder} has no file that ends in {endings}"
 
 
 def _folder_splits(
@@ -208,7 +208,7 @@ def contents(path: Path, source: str, name: str = "") -> Iterator[tuple[str, byt
             raise DataError(f"{name}: this is a workbook; save it as CSV UTF-8", source=name)
         files = _data_files(out, source)
         if not files:
-            raise DataError(f"{name}: {_none_there(Path(name), source)}", source=name)
+            raise DataError(_none_there(name, source, "archive"), source=name)
         for file in files:
             yield from contents(file, source, f"{name}/{file.relative_to(out)}")
 

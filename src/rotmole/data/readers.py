@@ -64,7 +64,8 @@ def rows_of(raw: bytes, name: str, source: str, delimiter: str | None = None) ->
         empty = False
         yield row
     if empty:
-        raise _error(name, "the file is empty; it needs at least one row")
+        below = " below its header" if source == "csv" and raw.strip(b"\xef\xbb\xbf\r\n ") else ""
+        raise _error(name, f"the file is empty{below}; it needs at least one row")
 
 
 def _error(name: str | Path, problem: str, kind: str = "") -> DataError:
@@ -138,7 +139,7 @@ def _goes_on(line: bytes) -> bool:
 
 def _parsed(name: str, number: int, text: str) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=_object)
+        return DECODER.decode(text)
     # ValueError also for numbers with too many digits, RecursionError for too deep nesting
     except (ValueError, RecursionError) as error:
         raise _error(
@@ -164,6 +165,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
+DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
 def _json_row(name: str, number: int, columns: Any) -> Row:
     if isinstance(columns, dict):
         return Row(name, number, columns)
@@ -179,7 +183,7 @@ def _json_document(raw: bytes, name: str) -> Rows:
     """Yield the objects of a list, numbered from 1, or objects written over several lines."""
     text = _decoded(name, 1, raw)
     try:
-        whole = json.loads(text, object_pairs_hook=_object)
+        whole = DECODER.decode(text)
     except (ValueError, RecursionError) as error:
         if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":
             yield from _json_sequence(text, name)
@@ -200,6 +204,13 @@ def _refuse_frame(columns: dict[str, Any], name: str) -> None:
     """Refuse an object that is no row, but a frame around the list of all rows."""
     if any(isinstance(value, str) and " " in value for value in columns.values()):
         return
+    lengths = [len(value) if isinstance(value, list) else 0 for value in columns.values()]
+    if len(lengths) > 1 and lengths[0] > 1 and len(set(lengths)) == 1:
+        raise _error(
+            name,
+            f"the file is one JSON object of columns ({', '.join(columns)}), each a list of "
+            f"{lengths[0]} values; write one object a row",
+        )
     for key, value in columns.items():
         objects = value if isinstance(value, list) and value else [None]
         rows = all(isinstance(v, dict) and not {"role", "from", "type"} & set(v) for v in objects)
@@ -213,7 +224,6 @@ def _refuse_frame(columns: dict[str, Any], name: str) -> None:
 
 def _json_sequence(text: str, name: str) -> Rows:
     """Yield values that follow each other, each over one or more lines; numbered by their line."""
-    decoder = json.JSONDecoder(object_pairs_hook=_object)
     place, line = 0, 1
     while True:
         start = len(text) - len(text[place:].lstrip())
@@ -221,7 +231,7 @@ def _json_sequence(text: str, name: str) -> Rows:
         if start == len(text):
             return
         try:
-            value, place = decoder.raw_decode(text, start)
+            value, place = DECODER.raw_decode(text, start)
             yield _json_row(name, line, value)
         except DataError as error:
             yield error

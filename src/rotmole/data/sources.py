@@ -146,9 +146,11 @@ def column_faults(rows: Sequence[Row], used: Iterable[str]) -> dict[int, DataErr
     first: dict[str, tuple[str, int]] = {}
     faults = {}
     for index, row in enumerate(rows):
-        problem = next(filter(None, (_column_problem(row, name, first) for name in used)), None)
-        if problem:
-            faults[index] = row_error(row, problem)
+        for name in used:
+            problem = _column_problem(row, name, first)
+            if problem:
+                faults[index] = row_error(row, problem)
+                break
     return faults
 
 
@@ -157,10 +159,11 @@ def _column_problem(row: Row, name: str, first: dict[str, tuple[str, int]]) -> s
         hint = did_you_mean(name, row.columns)
         return f"no column '{name}' (the row has: {', '.join(row.columns)}){hint}"
     value = row.columns[name]
-    missing = _missing(value)
+    text = type(value) is str  # by far the most, and never missing
+    missing = "" if text else _missing(value)
     if missing:
         return f"column '{name}' is {missing}; fill it or remove the row"
-    kind = kind_of(value)
+    kind = "string" if text else kind_of(value)
     first_kind, number = first.setdefault(name, (kind, row.number))
     if kind != first_kind:
         return (
@@ -178,6 +181,8 @@ def _missing(value: object) -> str:
     """Return "null", "NaN" or "infinite" for a value that means none, else ""."""
     if value is None:
         return "null"
+    if type(value) in (str, int, bool):
+        return ""
     if isinstance(value, numbers.Real) and not isinstance(value, numbers.Integral):
         return "NaN" if math.isnan(value) else "infinite" if math.isinf(value) else ""
     if type(value).__name__ in ("NaTType", "Decimal") and value != value:  # noqa: PLR0124 NaN's mark

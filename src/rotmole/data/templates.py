@@ -17,16 +17,16 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 @lru_cache(maxsize=256)
-def _pattern(names: tuple[str, ...]) -> re.Pattern[str]:
+def _pattern(names: tuple[str, ...], template: str) -> re.Pattern[str]:
     """Match doubled braces, else a column's name in braces, else anything else in braces."""
-    longest_first = sorted(names, key=lambda name: (-len(name), name))
+    used = [name for name in names if f"{{{name}}}" in template]
+    longest_first = sorted(used, key=lambda name: (-len(name), name))
     columns = "|".join(re.escape(name) for name in longest_first) or r"(?!)"
     return re.compile(rf"\{{\{{|\}}\}}|\{{(?:({columns})|([^{{}}\n]*))\}}")
 
 
 def _matches(template: str, columns: Iterable[str]) -> Iterable[re.Match[str]]:
-    named = tuple(name for name in columns if f"{{{name}}}" in template)
-    return _pattern(named).finditer(template)
+    return _pattern(tuple(columns), template).finditer(template)
 
 
 def fields(template: str, columns: Iterable[str] = ()) -> list[str]:
@@ -110,6 +110,8 @@ def fill(template: str, row: Row, extra: dict[str, str] | None = None) -> str:
 
 def _text(row: Row, name: str) -> str:
     value = row.columns[name]
+    if type(value) is str:
+        return value
     items = value if isinstance(value, list | tuple) else [value]
     for item in items:
         kind = kind_of(item)
