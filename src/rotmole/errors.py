@@ -51,7 +51,21 @@ class ConfigError(InputError):
 
 
 class DataError(InputError):
-    """A data source is wrong; the message has the file, the row and a part of its text."""
+    """Data is wrong; the message has the file, the row and a part of its text.
+
+    Args:
+        message: one sentence, or one for each fault of `faults`.
+        source: the file or data set; "" if it is none.
+        kind: what rows with the same fault have in common; the message if it is empty.
+        faults: the single errors that this one says together.
+    """
+
+    def __init__(
+        self, message: str, *, source: str = "", kind: str = "", faults: Sequence[DataError] = ()
+    ) -> None:
+        super().__init__(message)
+        self.source, self.kind = source, kind or message
+        self.faults = list(faults) or [self]
 
 
 class ModelError(InputError):

@@ -69,7 +69,7 @@ def test_what_it_shows(folder, tmp_path, capsys):
 
 
 def test_every_mistake_at_once_before_anything_loads(folder, tmp_path, capsys, monkeypatch):
-    for name in ("load_tokenizer", "load_examples", "preview"):
+    for name in ("load_tokenizer", "load_splits", "preview"):
         monkeypatch.setattr(f"rotmole.cli.check.{name}", None)  # calling it would fail
     path = run_file(
         tmp_path / "run.yaml",

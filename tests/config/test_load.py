@@ -233,7 +233,6 @@ evaluation: {split: dev}
         "did you mean 'jsonl'?",
         "a key of data.tasks.a.files is 'trian'; it must be one of train, validation, test; did",
         "data.tasks.a.files.validation: [1, 2] is not text or a list of text",
-        "data.tasks.b.source is missing",
         "data.tasks.b.weight: -1 must be above 0",
         "data.tasks.c.metrics is 'exact_macth'; it must be one of",
         "training.lerning_rate: there is no such setting; did you mean 'learning_rate'?",

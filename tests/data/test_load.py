@@ -5,9 +5,11 @@ import json
 import pytest
 
 from rotmole.config.schema import DataSection
-from rotmole.data import data_problems, load_examples
+from rotmole.data import data_problems, fingerprint, load_examples, load_splits
 from rotmole.data.load import within_limit
-from rotmole.errors import ConfigError
+from rotmole.errors import ConfigError, DataError
+
+SUM_OF_0_1_0 = "575ab29adf7fc4b89d6be2fbb35980f331f8765b49d46922331425bc72a1d3dd"
 
 
 def rows(count: int) -> list[dict]:
@@ -113,3 +115,112 @@ def test_all_problems_at_once(tmp_path):
     with pytest.raises(ConfigError) as caught:
         load_examples(data, "train", seed=0)
     assert caught.value.problems == problems
+
+
+def test_the_faults_of_all_files_and_rows_at_once(tmp_path):
+    good = '{"prompt": "a", "completion": "b"}\n'
+    (tmp_path / "a.jsonl").write_text(good + "{broken\n" + '{"prompt": "x"}\n' * 3)
+    (tmp_path / "b.csv").write_text("prompt,completion\na,b\nc\n,d\n")
+    (tmp_path / "c.jsonl").write_bytes(b"")
+    (tmp_path / "d.jsonl").write_text(good + "".join(f'"{i}"\n[{i}]\n' for i in range(40)))
+    (tmp_path / "test.json").write_text("[1")
+    tasks = {
+        "a": {"files": {"train": "a.jsonl", "test": "test.json"}},
+        "b": {"files": "b.csv"},
+        "c": {"files": ["c.jsonl", "d.jsonl"]},
+        "right": {"source": "jsonl", "files": "right.jsonl"},
+    }
+    (tmp_path / "right.jsonl").write_text(good)
+    data = DataSection(root=str(tmp_path), tasks=tasks)
+    with pytest.raises(DataError) as caught:
+        load_splits(data, seed=0)
+    head, *lines = str(caught.value).splitlines()
+    assert head == f"{len(lines)} problems in the data:"
+    assert all(line.startswith("  - ") for line in lines)
+    said = [line.removeprefix(f"  - {tmp_path}/") for line in lines]
+    starts = [
+        "a.jsonl: row 2 is not JSON",
+        "a.jsonl: row 3: no column 'completion'",
+        "b.csv: row 2 (line 3) has 1 values",
+        "b.csv: row 3: nothing is in the prompt's column",
+        "c.jsonl: the file is empty",
+        "d.jsonl: row 2 is a JSON string",
+        "test.json: the file is not JSON",
+    ]
+    for line, start in zip(said, starts, strict=True):
+        assert line.startswith(start)
+    assert said[1].endswith("(and 2 more rows like it)")
+    assert said[5].endswith("(and 79 more rows like it)")
+    assert len(caught.value.faults) == 1 + 3 + 1 + 1 + 1 + 80 + 1
+
+
+def test_no_more_than_five_faults_of_a_file(tmp_path):
+    rows = "".join(f'{{"text": "t", "label": "l{"x" * i}"}}\n' for i in range(9))
+    (tmp_path / "x.jsonl").write_text(rows)
+    task = {"files": "x.jsonl", "format": "classification", "labels": ["a", "b"]}
+    data = DataSection(root=str(tmp_path), tasks={"t": {**task, "prompt": "{text}"}})
+    with pytest.raises(DataError) as caught:
+        load_examples(data, "train", seed=0)
+    lines = str(caught.value).splitlines()[1:]
+    assert len(lines) == 6
+    assert lines[-1] == f"  - {tmp_path}/x.jsonl: 4 more rows with other faults"
+
+
+def test_a_file_of_two_splits_is_read_and_blamed_once(tmp_path):
+    data = section(tmp_path, validation_fraction=0.2)
+    (tmp_path / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{broken\n')
+    with pytest.raises(DataError, match=r"^\S+train\.jsonl: row 2 is not JSON") as caught:
+        load_splits(data, seed=0)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_fraction_without_rows_is_said_by_name(tmp_path):
+    data = section(tmp_path, validation_fraction=0.01)
+    write(tmp_path / "train.jsonl", rows(20))
+    said = r"data\.tasks\.t: validation_fraction 0\.01 of 20 rows is no row"
+    with pytest.warns(UserWarning, match=said) as caught:
+        examples = load_splits(data, seed=0)
+    assert len(caught) == 1
+    assert {split: len(tasks.get("t", [])) for split, tasks in examples.items()} == {
+        "train": 20,
+        "validation": 0,
+        "test": 0,
+    }
+    data.tasks["t"].validation_fraction = 0.9999
+    with pytest.raises(DataError, match="leaves no row to train on; lower it"):
+        load_splits(data, seed=0)
+
+
+def test_the_columns_of_share_gpt_are_found(tmp_path, tokenizer):
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
+    write(tmp_path / "chat.jsonl", [{"conversations": turns}])
+    data = DataSection(
+        root=str(tmp_path), tasks={"t": {"files": "chat.jsonl", "format": "messages"}}
+    )
+    (row,) = load_examples(data, "train", seed=0, tokenizer=tokenizer)["t"]
+    assert row.completion == "Hello"
+    data.tasks["t"].messages_column = "chat"
+    with pytest.raises(DataError, match="no column 'chat'"):
+        load_examples(data, "train", seed=0, tokenizer=tokenizer)
+
+
+def test_rows_of_0_1_0_have_the_same_fingerprint(tmp_path):
+    """The sums were made by rotmole 0.1.0 from these files."""
+    write(tmp_path / "x.jsonl", [{"id": 1, "q": 'a "b" {q}', "n": 1.5, "l": [1, "x"], "b": True}])
+    (tmp_path / "x.csv").write_text('q,n\n"a, b",007\n;,1.0\n')
+    tasks = {
+        "json": {
+            "source": "jsonl",
+            "files": {"train": "x.jsonl"},
+            "prompt": '{{x}} {"a": 1} {q} {n}: ',
+            "completion": "{l} {b}",
+        },
+        "csv": {
+            "source": "csv",
+            "files": {"train": "x.csv"},
+            "prompt": "{q}",
+            "completion": "{n}",
+        },
+    }
+    data = DataSection(root=str(tmp_path), tasks=tasks)
+    assert fingerprint(load_examples(data, "train", seed=0)) == SUM_OF_0_1_0

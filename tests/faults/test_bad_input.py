@@ -193,6 +193,28 @@ def test_bad_data_names_file_and_row(
     assert not list(Path(settings["output_dir"]).glob("adapter*"))
 
 
+def test_the_faults_of_all_data_files_at_once(
+    command: Command, settings: dict, tmp_path: Path
+) -> None:
+    (tmp_path / "rows.jsonl").write_text(ROW + "{nonsense\n" + '{"prompt": "x"}\n')
+    (tmp_path / "more.csv").write_text("prompt;completion\na\n")
+    (tmp_path / "test.json").write_text(ROW + '{"prompt": "x", "completion": NaN}\n')
+    settings["data"]["tasks"]["sums"]["files"]["test"] = "test.json"
+    settings["data"]["tasks"]["more"] = {"files": "more.csv"}
+    for verb in ("check", "train"):
+        said = command(verb, settings, before=NO_MODEL if verb == "check" else "")
+        assert said.code == 2
+        assert "4 problems in the data" in said.error
+        for words in (
+            "rows.jsonl: row 2 is not JSON",
+            "rows.jsonl: row 3: no column 'completion'",
+            "more.csv: row 1 (line 2) has 1 values",
+            "test.json: row 2: column 'completion' is NaN",
+        ):
+            assert words in said.error, said.error
+    assert not Path(settings["output_dir"], "adapter").exists()
+
+
 def test_a_fully_masked_batch_gives_zero_and_not_nan(base: Path, settings: dict) -> None:
     import yaml
 

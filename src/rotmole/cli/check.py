@@ -11,7 +11,7 @@ from typing import Any
 
 from rotmole.config.load import load_run, sft_arguments
 from rotmole.config.schema import RunFile
-from rotmole.data import Example, data_problems, encode_all, learnt_messages, load_examples
+from rotmole.data import Example, data_problems, encode_all, learnt_messages, load_splits
 from rotmole.data.encode import IGNORED
 from rotmole.models.builtin import built_in_named
 from rotmole.models.load import load_tokenizer
@@ -77,8 +77,7 @@ def _print_tokens(run: RunFile, tokenizer: Any) -> int:
     columns = f"{'rows':>8}{'tokens':>11}{'learnt':>11}{'answers':>9}{'longest':>9}"
     print(f"tokens      {'task':<20}{'split':<12}{columns}")
     longest = 1
-    for split in ("train", "validation"):
-        examples = load_examples(run.data, split, seed=run.seed, tokenizer=tokenizer)
+    for split, examples in load_splits(run.data, seed=run.seed, tokenizer=tokenizer).items():
         for task, rows in examples.items():
             if rows:
                 length = _print_task(task, split, rows, tokenizer, limit)

@@ -35,7 +35,9 @@ def sentences(
     seen: dict[Location, str] = {}
     for error in errors:
         place = _place(error, data)
-        seen.setdefault(place, _sentence(error, place, data, model, prefix, suggest))
+        if any(known[: len(place)] == place for known in seen):
+            continue  # another member of a union, after the one that is most like the value
+        seen[place] = _sentence(error, place, data, model, prefix, suggest)
     return list(seen.values())
 
 
@@ -48,6 +50,8 @@ def _place(error: Mapping[str, Any], data: Any) -> Location:
         try:
             data = data[part]
         except (KeyError, IndexError, TypeError):
+            if str(part).startswith("dict["):
+                continue  # the member of a union that is a mapping; its keys follow
             if error["type"] != "missing":
                 break
         place.append(part)
@@ -75,6 +79,8 @@ def _sentence(
     if is_key or kind == "literal_error":
         subject = f"a key of {name.rpartition('.')[0]}" if is_key else name
         return one_of(subject, place[-1] if is_key else value, _words(context))
+    if kind == "value_error":
+        return f"{name} is {value!r}; {context['error']}"
     bounds = {"greater_than": "above", "greater_than_equal": "at least", "less_than": "below"}
     if kind in bounds:
         limit = context.get("gt", context.get("ge", context.get("lt")))
@@ -107,7 +113,10 @@ def _hint(model: type[BaseModel], place: Location) -> Any:
         elif get_origin(hint) in (dict, list):
             hint = get_args(hint)[-1]
         else:
-            return hint
+            mapping = next((a for a in get_args(hint) if get_origin(a) is dict), None)
+            if mapping is None:
+                return hint
+            hint = get_args(mapping)[-1]
     return None if _section(hint) is not None else hint
 
 

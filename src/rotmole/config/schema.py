@@ -11,7 +11,7 @@ import copy
 import os
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
 
 from rotmole.errors import ConfigError
 
@@ -74,18 +74,34 @@ class ModelSection(Section):
     )
 
 
+def _delimiter(value: object) -> object:
+    value = {"tab": "\t", "\\t": "\t"}.get(value, value) if isinstance(value, str) else value
+    if isinstance(value, str) and (len(value) != 1 or value in '"\r\n'):
+        raise ValueError("it must be one character, such as ; or tab")
+    return value
+
+
 class TaskSection(Section):
     """One task: the source of its rows, and how a row becomes a prompt and a completion."""
 
-    source: Literal["jsonl", "csv", "parquet", "hub", "locale"] = Field(
-        description="File format of the rows; hub: a dataset of the hub; locale: generated from "
-        "the locale data of Babel and num2words.",
+    source: Literal["files", "jsonl", "json", "csv", "parquet", "arrow", "hub", "locale"] = Field(
+        default="files",
+        description="Type of the files; files: by the ending of each name (.jsonl, .ndjson, .json, "
+        ".csv, .tsv, .parquet, .arrow, also compressed, such as .jsonl.gz); hub: a dataset of the "
+        "hub; locale: generated from the locale data of Babel and num2words.",
         examples=["jsonl"],
     )
-    files: dict[Split, str | list[str]] = Field(
+    files: dict[Split, str | list[str]] | str | list[str] = Field(
         default_factory=dict,
-        description="Files of each split (sources jsonl, csv, parquet).",
+        description="Files of each split: names, folders, or patterns such as data/*.jsonl. A "
+        "single folder alone: the names in it say the split (train, validation, test).",
         examples=[{"train": "train.jsonl"}],
+    )
+    delimiter: Annotated[str | None, BeforeValidator(_delimiter)] = Field(
+        default=None,
+        description="Character between the values of csv files; null finds comma, semicolon, tab "
+        "or bar; `tab` is the tab.",
+        examples=[";"],
     )
     dataset: str | None = Field(
         default=None, description="Dataset id (source hub).", examples=["org/name"]
@@ -123,7 +139,8 @@ class TaskSection(Section):
     )
     messages_column: str = Field(
         default="messages",
-        description="Column of the list of messages (format messages).",
+        description="Column of the list of messages (format messages); if there is no column "
+        "messages, it is conversations.",
         examples=["conversation"],
     )
     text_column: str = Field(
@@ -136,7 +153,8 @@ class TaskSection(Section):
     )
     answer_column: str = Field(
         default="answer",
-        description="Column of the index of the right answer (format multiple_choice).",
+        description="Column of the right answer: its index from 0, letter or text (format "
+        "multiple_choice).",
         examples=["gold"],
     )
     label_column: str = Field(
@@ -144,8 +162,8 @@ class TaskSection(Section):
     )
     labels: list[str] | None = Field(
         default=None,
-        description="Label words by label index (format classification); null with format "
-        "regression: 0 to 5.",
+        description="Label words by label index (format classification); a row gives the word or "
+        "the index. null with format regression: 0 to 5.",
         examples=[["negative", "positive"]],
     )
     score_column: str = Field(

@@ -284,11 +284,12 @@ def has_validation(task: TaskSection) -> bool:
 
     Returns:
         True for locale tasks, with a validation_fraction, with validation files, and for datasets
-        of the hub, which may have a validation split.
+        of the hub and folders, which may have a validation split.
     """
     return (
         task.source in ("locale", "hub")
         or task.validation_fraction > 0
+        or isinstance(task.files, str)
         or "validation" in task.files
     )
 

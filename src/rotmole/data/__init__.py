@@ -10,7 +10,7 @@ from rotmole.data.encode import (
     tokenize_pairs,
 )
 from rotmole.data.examples import Example
-from rotmole.data.load import data_problems, load_examples
+from rotmole.data.load import data_problems, load_examples, load_splits
 from rotmole.data.mixture import data_fingerprint, fingerprint, mix
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "fingerprint",
     "learnt_messages",
     "load_examples",
+    "load_splits",
     "mix",
     "tokenize_pair",
     "tokenize_pairs",

@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from rotmole.config.schema import TaskSection
 from rotmole.data.chat import Answer, ChatTemplate
 from rotmole.data.examples import Example
+from rotmole.data.labels import answer_indices, choices_of, label_index, score_of
 from rotmole.data.messages import Message, check_tools, normalised, tools
-from rotmole.data.sources import Row, check_columns, row_error, snippet
+from rotmole.data.sources import Row, column_faults, row_error, snippet, together
 from rotmole.data.templates import (
-    LETTERS,
     fields,
     fill,
     join_choice,
     letter_of,
     lettered,
     move_spaces,
+    template_problem,
 )
-from rotmole.errors import DataError, ModelError, did_you_mean
+from rotmole.errors import DataError, ModelError
 
 DEFAULT_COMPLETION = "{completion}"
 CHOICE_FIELDS = ("choice", "letter")  # of the completion template, in formats with choices
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # fields that templates write too
+HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair
 SCORE_WORDS = ("0", "1", "2", "3", "4", "5")
 
 
@@ -47,23 +50,34 @@ def render(
         DataError: a row does not fit the format; names file and row.
         ModelError: the format is messages and the tokenizer has no chat template.
     """
-    check_columns(list(rows), used_columns(task))
+    columns = dict.fromkeys(column for row in rows for column in row.columns)
+    _check_templates(name, task, rows, columns)
+    used = used_columns(task, columns)
+    faults = column_faults(rows, used)
+    answers = _answers(task, rows, faults)
+    prompted = task.format not in ("messages", "text")
+    asked = fields(task.prompt, columns) if prompted else []
     chats = None
     if task.format == "messages":
         chats = _Chats(task, _chat_template(name, tokenizer, date))
     examples = []
-    for row in rows:
-        if chats is not None:
-            parts = chats.parts(row)
-        elif task.format == "text":
-            parts = {"prompt": "", "completion": _string(row, task.text_column)}
-        elif task.format == "prompt_completion":
-            prompt, completion = move_spaces(fill(task.prompt, row), fill(task.completion, row))
-            parts = {"prompt": prompt, "completion": completion}
-        else:
-            parts = _with_choices(task, row)
-        if not str(parts["completion"]).strip():
-            raise row_error(row, "the answer is empty, so there is nothing to learn from")
+    for index, row in enumerate(rows):
+        if index in faults:
+            continue
+        try:
+            if chats is not None:
+                parts = chats.parts(row)
+            elif task.format == "text":
+                parts = {"prompt": "", "completion": _string(row, task.text_column)}
+            elif task.format == "prompt_completion":
+                prompt, completion = move_spaces(fill(task.prompt, row), fill(task.completion, row))
+                parts = {"prompt": prompt, "completion": completion}
+            else:
+                parts = _with_choices(task, row, answers.get(index, 0))
+            _check_filled(row, asked, str(parts["prompt"]), str(parts["completion"]))
+        except DataError as error:
+            faults[index] = error
+            continue
         examples.append(
             Example(
                 task=name,
@@ -75,23 +89,90 @@ def render(
                 **parts,
             )
         )
+    if faults:
+        raise together([faults[index] for index in sorted(faults)])
     if chats is not None:
         chats.say(name)
     return examples
 
 
-def used_columns(task: TaskSection) -> list[str]:
-    """Return the columns that the format reads, each once."""
+def _check_templates(
+    name: str, task: TaskSection, rows: Sequence[Row], columns: Collection[str]
+) -> None:
+    """Check the braces of prompt and completion against the columns that the rows have."""
+    if task.format in ("messages", "text") or not rows:
+        return
+    with_choices = task.format != "prompt_completion"
+    templates = {"prompt": (task.prompt, columns)}
+    if with_choices:
+        templates["completion"] = (choice_template(task), [*columns, *CHOICE_FIELDS])
+    else:
+        templates["completion"] = (task.completion, columns)
+    problems = []
+    for setting, (template, names) in templates.items():
+        problem = template_problem(template, names)
+        same = with_choices and not set(CHOICE_FIELDS) & set(fields(template, names))
+        if setting == "completion" and same and not problem:
+            problem = "it has neither {choice} nor {letter}, so all answers would be the same"
+        if setting == "prompt" and not template.strip():
+            problem = "it is empty; use format: text for rows without a prompt"
+        if problem:
+            where = f"data.tasks.{name}.{setting}"
+            problems.append(DataError(f"{where}: {snippet(template)!r}: {problem}", source=where))
+    if problems:
+        raise together(problems)
+
+
+def _answers(
+    task: TaskSection, rows: Sequence[Row], faults: dict[int, DataError]
+) -> dict[int, int]:
+    """Return the answer's index of each row of multiple_choice; adds faults to `faults`."""
+    choices = {}
+    if task.format == "multiple_choice":
+        for index, row in enumerate(rows):
+            try:
+                if index not in faults:
+                    choices[index] = choices_of(row, task.choices_column)
+            except DataError as error:
+                faults[index] = error
+    indices, wrong = answer_indices(
+        [rows[index] for index in choices], task.answer_column, list(choices.values())
+    )
+    places = list(choices)
+    faults |= {places[number]: error for number, error in wrong.items()}
+    return dict(zip(places, indices, strict=True))
+
+
+def _check_filled(row: Row, asked: Sequence[str], prompt: str, completion: str) -> None:
+    """Check that there is an answer, and that the prompt's columns are not all empty."""
+    if not completion.strip():
+        raise row_error(row, "the answer is empty, so there is nothing to learn from")
+    if asked and all(isinstance(v := row.columns[c], str) and not v.strip() for c in asked):
+        plural = "s" * (len(asked) > 1)
+        raise row_error(
+            row, f"nothing is in the prompt's column{plural} {', '.join(map(repr, asked))}"
+        )
+    text = prompt + completion
+    if not text.isascii() and (half := HALF.search(text)):
+        raise row_error(row, f"the text has half a character, {half[0]!r}; remove it")
+
+
+def used_columns(task: TaskSection, columns: Iterable[str] = ()) -> list[str]:
+    """Return the columns that the format reads, each once.
+
+    Args:
+        columns: that the rows have; in braces, they may be more than a word.
+    """
     names: list[str] = []
     if task.format == "messages":
         names.append(task.messages_column)
     elif task.format == "text":
         names.append(task.text_column)
     elif task.format == "prompt_completion":
-        names += fields(task.prompt) + fields(task.completion)
+        names += fields(task.prompt, columns) + fields(task.completion, columns)
     else:
-        names += fields(task.prompt)
-        names += [f for f in fields(choice_template(task)) if f not in CHOICE_FIELDS]
+        names += fields(task.prompt, columns)
+        names += [f for f in fields(choice_template(task), columns) if f not in CHOICE_FIELDS]
         names += {
             "multiple_choice": [task.choices_column, task.answer_column],
             "classification": [task.label_column],
@@ -107,18 +188,21 @@ def choice_template(task: TaskSection) -> str:
     return "{choice}" if task.completion == DEFAULT_COMPLETION else task.completion
 
 
-def _with_choices(task: TaskSection, row: Row) -> dict[str, Any]:
-    """Render multiple_choice, classification and regression, which have candidate answers."""
+def _with_choices(task: TaskSection, row: Row, answer: int) -> dict[str, Any]:
+    """Render multiple_choice, classification and regression, which have candidate answers.
+
+    Args:
+        answer: the index of the right choice (format multiple_choice).
+    """
     score = None
     if task.format == "multiple_choice":
-        words = _choices(row, task.choices_column)
-        answer = index_of(row, task.answer_column, words, LETTERS)
+        words = choices_of(row, task.choices_column)
     elif task.format == "classification":
         words = task.labels or []
-        answer = index_of(row, task.label_column, words, words)
+        answer = label_index(row, task.label_column, words)
     else:
         words = task.labels or list(SCORE_WORDS)
-        score = _score(row, task.score_column, len(words) - 1)
+        score = score_of(row, task.score_column, words, len(words) - 1)
         answer = math.floor(score + 0.5)
     prompt = fill(task.prompt, row, {task.choices_column: lettered(words)})
     template = choice_template(task)
@@ -134,56 +218,6 @@ def _with_choices(task: TaskSection, row: Row) -> dict[str, Any]:
         "answer": answer,
         "score": score,
     }
-
-
-def _choices(row: Row, column: str) -> list[str]:
-    words = row.columns[column]
-    if not isinstance(words, list) or len(words) < 2:
-        raise row_error(row, f"column '{column}' must be a list of at least two choices")
-    if not all(isinstance(word, str) and word.strip() for word in words):
-        raise row_error(row, f"column '{column}' must be a list of texts that are not empty")
-    return words
-
-
-def index_of(row: Row, column: str, words: Sequence[str], names: Sequence[str]) -> int:
-    """Return the index a row gives as a number, as digits, or as a name (letter or label word).
-
-    Args:
-        column: the column that gives the index, which counts from 0.
-        words: the candidates.
-        names: of index 0, 1, ...: letters for choices, words for labels.
-
-    Raises:
-        DataError: the value is none of these, or the index is out of range.
-    """
-    value = row.columns[column]
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    index = -1
-    if isinstance(value, int):
-        index = int(value)
-    elif isinstance(value, str):
-        text = value.strip()
-        if text in names:
-            index = list(names).index(text)
-        elif text.isdecimal():
-            index = int(text)
-    if not 0 <= index < len(words):
-        hint = did_you_mean(value, names) if isinstance(value, str) and len(value) > 1 else ""
-        allowed = f"0..{len(words) - 1} or one of {', '.join(list(names)[: len(words)])}"
-        raise row_error(row, f"column '{column}' is {value!r}, it must be {allowed}{hint}")
-    return index
-
-
-def _score(row: Row, column: str, top: int) -> float:
-    value = row.columns[column]
-    try:
-        score = float(value)
-    except (TypeError, ValueError):
-        score = math.nan
-    if not 0 <= score <= top:
-        raise row_error(row, f"column '{column}' is {value!r}, it must be a number in 0..{top}")
-    return score
 
 
 def _string(row: Row, column: str) -> str:

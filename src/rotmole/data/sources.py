@@ -1,18 +1,20 @@
-"""Rows of jsonl, csv and parquet files and of data sets on the hub; errors name file and row."""
+"""Rows and where they come from: their origin in messages, faults of their columns, the hub."""
 
 from __future__ import annotations
 
-import csv
-import io
+import datetime
 import json
-from collections.abc import Iterable
+import math
+import numbers
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rotmole.errors import ConfigError, DataError, did_you_mean
 
 SNIPPET_LENGTH = 100
+LISTED_FAULTS = 5  # of one source
 
 
 @dataclass(frozen=True)
@@ -47,133 +49,38 @@ def snippet(value: object) -> str:
 
 def row_error(row: Row, problem: str) -> DataError:
     """Return a DataError with the row's origin, the problem and the start of the row."""
-    return DataError(f"{row.origin}: {problem}; the row begins: {snippet(row.columns)}")
+    return DataError(
+        f"{row.origin}: {problem}; the row begins: {snippet(row.columns)}",
+        source=row.source,
+        kind=re.sub(r"\d+", "", problem),
+    )
 
 
-def read_file(path: Path, source: str) -> list[Row]:
-    """Return the rows of one file, at least one.
+def together(errors: Sequence[DataError]) -> DataError:
+    """Return one error that says all of `errors`, at most LISTED_FAULTS of a source.
 
-    Args:
-        source: "jsonl", "csv" or "parquet".
-
-    Raises:
-        DataError: the file is missing, empty, not UTF-8, or a row cannot be read.
+    Rows of a source with the same fault are said once, with their number.
     """
-    readers = {"jsonl": read_jsonl, "csv": read_csv, "parquet": read_parquet}
-    rows = readers[source](path)
-    if not rows:
-        raise DataError(f"{path}: the file is empty; it needs at least one row")
-    return rows
-
-
-def _bytes_of(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        hint = did_you_mean(path.name, names)
-        raise DataError(f"{path}: no such file{hint}") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-
-
-def _utf8(path: Path, number: int, raw: bytes) -> str:
-    """Decode one row; the error shows the invalid byte and the bytes around it."""
-    try:
-        return raw.decode("utf-8-sig" if number <= 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        around = raw[max(0, error.start - 20) : error.start + 20]
-        raise DataError(
-            f"{path}: row {number} is not UTF-8: byte 0x{raw[error.start]:02x} at position "
-            f"{error.start}, near {around!r}; save the file as UTF-8"
-        ) from None
-
-
-def read_jsonl(path: Path) -> list[Row]:
-    """Return the rows of a file with one JSON object a line; blank lines are skipped."""
-    rows = []
-    for number, raw in enumerate(_bytes_of(path).split(b"\n"), start=1):
-        line = _utf8(path, number, raw).strip()
-        if not line:
-            continue
-        try:
-            columns = json.loads(line)
-        # ValueError also for numbers with too many digits, RecursionError for too deep nesting
-        except (ValueError, RecursionError) as error:
-            column = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-            reason = getattr(error, "msg", None) or f"{error}"
-            raise DataError(
-                f"{path}: row {number} is not JSON: {reason}{column}; "
-                f"the row begins: {snippet(line)}"
-            ) from None
-        if not isinstance(columns, dict):
-            raise DataError(
-                f"{path}: row {number} is a JSON {_json_type(columns)}, not an object "
-                f'such as {{"prompt": ..., "completion": ...}}: {snippet(line)}'
-            )
-        rows.append(Row(str(path), number, columns))
-    return rows
-
-
-def read_csv(path: Path) -> list[Row]:
-    """Return the rows of a comma-separated file whose first line names the columns."""
-    raw = _bytes_of(path)
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        number = raw[: error.start].count(b"\n")  # 0 is the header, so this is the row's number
-        start = raw.rfind(b"\n", 0, error.start) + 1
-        text = _utf8(path, number, raw[start : error.start + 20])
-    if not text.strip():
-        return []
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    rows: list[Row] = []
-    try:
-        header = next(reader)
-        _check_header(path, header)
-        for number, values in enumerate((v for v in reader if v), start=1):
-            if len(values) != len(header):
-                raise DataError(
-                    f"{path}: row {number} (line {reader.line_num}) has {len(values)} values, but "
-                    f"the header has {len(header)} columns ({', '.join(header)}); quote values "
-                    f"that contain commas; the row begins: {snippet(','.join(values))}"
-                )
-            rows.append(Row(str(path), number, dict(zip(header, values, strict=True))))
-    except csv.Error as error:
-        raise DataError(
-            f"{path}: row {len(rows) + 1} (line {reader.line_num}) is not CSV: {error}"
-        ) from None
-    return rows
-
-
-def _check_header(path: Path, header: list[str]) -> None:
-    names = [name.strip() for name in header]
-    bad = sorted({name for name in names if not name or names.count(name) > 1})
-    if bad:
-        raise DataError(
-            f"{path}: the header (line 1) must name every column once; empty or repeated: "
-            f"{', '.join(repr(name) for name in bad)}"
-        )
-
-
-def read_parquet(path: Path) -> list[Row]:
-    """Return the rows of a parquet file."""
-    try:
-        import pyarrow as arrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise ConfigError(
-            f'{path}: parquet files need pyarrow; install it with: pip install "rotmole[train]"'
-        ) from error
-    raw = _bytes_of(path)
-    if not raw:
-        return []
-    try:
-        table = parquet.read_table(io.BytesIO(raw)).to_pylist()
-    except (arrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{path}: not a readable parquet file: {reason}") from error
-    return [Row(str(path), number, columns) for number, columns in enumerate(table, start=1)]
+    faults = [fault for error in errors for fault in error.faults]
+    if len(faults) == 1:
+        return faults[0]
+    sources: dict[str, dict[str, list[DataError]]] = {}
+    for fault in faults:
+        sources.setdefault(fault.source, {}).setdefault(fault.kind, []).append(fault)
+    lines = []
+    for source, kinds in sources.items():
+        listed = list(kinds.values()) if not source else list(kinds.values())[:LISTED_FAULTS]
+        for same in listed:
+            more = len(same) - 1
+            rows = f" (and {more:,} more row{'s' * (more > 1)} like it)" if more else ""
+            lines.append(f"{same[0]}{rows}")
+        rest = sum(map(len, kinds.values())) - sum(map(len, listed))
+        if rest:
+            lines.append(f"{source}: {rest:,} more row{'s' * (rest > 1)} with other faults")
+    if len(lines) == 1:
+        return DataError(lines[0], source=faults[0].source, faults=faults)
+    text = "".join(f"\n  - {line}" for line in lines)
+    return DataError(f"{len(lines)} problems in the data:{text}", faults=faults)
 
 
 def read_hub(dataset: str, config: str | None, split: str) -> list[Row] | None:
@@ -203,50 +110,81 @@ def read_hub(dataset: str, config: str | None, split: str) -> list[Row] | None:
             f"data set '{dataset}' could not be loaded from the datasets hub "
             f"({type(error).__name__}: {snippet(reason)}); without a connection, or with "
             "HF_HUB_OFFLINE=1, only data sets in the local cache can be loaded: connect once, or "
-            "use source: jsonl with files"
+            "use source: jsonl with files",
+            source=dataset,
         ) from error
     name = f"{dataset}[{split}]"
     return [Row(name, number, dict(columns)) for number, columns in enumerate(table, start=1)]
 
 
-def _json_type(value: object) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "boolean"
-    return {"list": "list", "str": "string"}.get(type(value).__name__, "number")
+KINDS: tuple[tuple[type | tuple[type, ...], str], ...] = (
+    (bool, "boolean"),
+    (str, "string"),
+    ((list, tuple), "list"),
+    (dict, "object"),
+    ((bytes, bytearray, memoryview), "binary"),
+    ((datetime.date, datetime.time, datetime.timedelta), "date"),
+    (numbers.Number, "number"),
+)
 
 
 def kind_of(value: object) -> str:
     """Return the type of a value as messages name it, such as "number"."""
-    if hasattr(value, "isoformat"):
-        return "date"
-    if isinstance(value, dict):
-        return "object"
-    return _json_type(value)
+    if value is None:
+        return "null"
+    named = next((name for type_, name in KINDS if isinstance(value, type_)), None)
+    return named or type(value).__name__
 
 
-def check_columns(rows: list[Row], used: Iterable[str]) -> None:
-    """Check that every row has every used column, not null and of one type.
+def column_faults(rows: Sequence[Row], used: Iterable[str]) -> dict[int, DataError]:
+    """Check that every row has every used column, neither null nor NaN, and of one type.
 
-    Raises:
-        DataError: a column is missing or null, or its type changes; names the row.
+    Returns:
+        Index of a row -> what is wrong with it; rows without faults are left out.
     """
     used = list(dict.fromkeys(used))
     first: dict[str, tuple[str, int]] = {}
-    for row in rows:
+    faults = {}
+    for index, row in enumerate(rows):
         for name in used:
-            if name not in row.columns:
-                hint = did_you_mean(name, row.columns)
-                columns = ", ".join(row.columns)
-                raise row_error(row, f"no column '{name}' (the row has: {columns}){hint}")
-            kind = kind_of(row.columns[name])
-            if kind == "null":
-                raise row_error(row, f"column '{name}' is null; fill it or remove the row")
-            first_kind, number = first.setdefault(name, (kind, row.number))
-            if kind != first_kind:
-                raise row_error(
-                    row,
-                    f"column '{name}' mixes types: a {kind} here, a {first_kind} in row {number}; "
-                    "use one type",
-                )
+            problem = _column_problem(row, name, first)
+            if problem:
+                faults[index] = row_error(row, problem)
+                break
+    return faults
+
+
+def _column_problem(row: Row, name: str, first: dict[str, tuple[str, int]]) -> str | None:
+    if name not in row.columns:
+        hint = did_you_mean(name, row.columns)
+        return f"no column '{name}' (the row has: {', '.join(row.columns)}){hint}"
+    value = row.columns[name]
+    text = type(value) is str  # by far the most, and never missing
+    missing = "" if text else _missing(value)
+    if missing:
+        return f"column '{name}' is {missing}; fill it or remove the row"
+    kind = "string" if text else kind_of(value)
+    first_kind, number = first.setdefault(name, (kind, row.number))
+    if kind != first_kind:
+        return (
+            f"column '{name}' mixes types: a {kind} here, a {first_kind} in row {number}; "
+            "use one type"
+        )
+    if isinstance(value, list | tuple):
+        for place, item in enumerate(value, start=1):
+            if _missing(item):
+                return f"item {place} of column '{name}' is {_missing(item)}; fill or remove it"
+    return None
+
+
+def _missing(value: object) -> str:
+    """Return "null", "NaN" or "infinite" for a value that means none, else ""."""
+    if value is None:
+        return "null"
+    if type(value) in (str, int, bool):
+        return ""
+    if isinstance(value, numbers.Real) and not isinstance(value, numbers.Integral):
+        return "NaN" if math.isnan(value) else "infinite" if math.isinf(value) else ""
+    if type(value).__name__ in ("NaTType", "Decimal") and value != value:  # noqa: PLR0124 NaN's mark
+        return "NaN"
+    return ""

@@ -15,8 +15,8 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set
 from trl import SFTConfig
 
 from rotmole.config.load import sft_arguments
-from rotmole.config.schema import SPLITS, DataSection, RunFile, Split
-from rotmole.data import Collator, Example, encode_all, load_examples, mix
+from rotmole.config.schema import DataSection, RunFile, Split
+from rotmole.data import Collator, Example, encode_all, load_splits, mix
 from rotmole.data.chat import today
 from rotmole.errors import ConfigError, DataError
 from rotmole.models.load import LoadedModel, load_model
@@ -101,10 +101,7 @@ def all_examples(
     Raises:
         DataError: no task has a row to train on.
     """
-    examples = {
-        split: load_examples(run.data, split, seed=run.seed, tokenizer=tokenizer, date=date)
-        for split in SPLITS
-    }
+    examples = load_splits(run.data, seed=run.seed, tokenizer=tokenizer, date=date)
     if not any(examples["train"].values()):
         raise DataError("no task has a row in its train split; name files: {train: ...}.")
     return examples
