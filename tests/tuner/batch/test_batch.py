@@ -182,6 +182,15 @@ def one_by_one(model: PeftModel) -> None:
         balance(model, batch, length / sum(LENGTHS))
 
 
+def in_four_threads(work: Callable[[int], None]) -> None:
+    """Run work(0) to work(3), each in a thread of its own."""
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
 @pytest.mark.parametrize("name", TEXT)
 def test_padding_never_counts_and_a_batch_may_be_split(name: str) -> None:
     make, targets = TEXT[name]
@@ -337,11 +346,7 @@ def test_threads_do_not_see_one_anothers_batches(kind: str, generates: bool) -> 
             if not torch.equal(found, wanted[number]):
                 wrong.append(number)
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_four_threads(work)
     assert not wrong
 
 
