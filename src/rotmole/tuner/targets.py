@@ -95,10 +95,12 @@ def target_notices(model: nn.Module, targets: Any, adapted: list[str]) -> Iterat
         if targets.lower() == "all-linear" and fused:
             yield f"target_modules 'all-linear' leaves out {some}: they {reason}"
         return
+    # a module that is there and was not adapted was left out by another setting of the user's
+    paths = [*adapted, *(path for path, _ in model.named_modules())]
     missing = [
         name
         for name in sorted(targets or ())
-        if not any(path == name or path.endswith(f".{name}") for path in adapted)
+        if not any(path == name or path.endswith(f".{name}") for path in paths)
     ]
     if missing:
         names = ", ".join(repr(name) for name in missing)
