@@ -73,7 +73,7 @@ CAUSAL: dict[str, tuple[Make, list[str]]] = {
     ),
     "phi": (sized("PhiForCausalLM", **GROUPED), ["q_proj", "dense", "fc2"]),
     "gemma2": (
-        sized("Gemma2ForCausalLM", **GROUPED, head_dim=8, sliding_window=4),
+        sized("Gemma2ForCausalLM", **GROUPED, head_dim=8, sliding_window=8),
         ["q_proj", "down_proj"],
     ),
     "mistral": (
@@ -143,7 +143,8 @@ def by_ids(name: str) -> PeftModel:
 def test_a_batch_is_its_rows_weighed_by_their_tokens(name: str) -> None:
     model = model_of(name)
     whole = of_routers(gradients(model, lambda: balance(model, padded())))
-    assert_same(whole, of_routers(gradients(model, lambda: one_by_one(model))))
+    apart = of_routers(gradients(model, lambda: one_by_one(model)))
+    assert_same(whole, apart, rtol=1e-5 if name == "mpt" else 1e-9)  # MPT's softmax is in float32
 
 
 @pytest.mark.parametrize("name", CAUSAL)
