@@ -9,8 +9,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import (
+    BambaConfig,
+    BambaForCausalLM,
     FalconMambaConfig,
     FalconMambaForCausalLM,
+    JambaConfig,
+    JambaForCausalLM,
     Mamba2Config,
     Mamba2ForCausalLM,
     MambaConfig,
@@ -19,6 +23,8 @@ from transformers import (
     MixtralForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
 )
 
 import tiny
@@ -98,5 +104,47 @@ def test_what_is_left_of_mamba_is_trained_whole(kind: str) -> None:
 
 def test_dt_proj_of_the_first_mamba_is_refused_though_lora_takes_it() -> None:
     for kind in ("mamba", "falcon_mamba"):
-        with pytest.raises(ModelError, match="reads the weight of 'dt_proj'"):
+        with pytest.raises(ModelError, match=r"reads the weight of '\S+\.dt_proj'"):
             get_peft_model(MAMBAS[kind](), RotMoleConfig(target_modules=["x_proj", "dt_proj"]))
+
+
+STATES = {
+    "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1,
+    "mamba_chunk_size": 8,
+}  # fmt: skip
+
+
+def test_hybrids_that_peft_does_not_know_are_refused_too() -> None:
+    """Their training kernel reads out_proj.weight; Qwen3-Next, which calls it, is not refused."""
+    bamba = BambaForCausalLM(BambaConfig(**SMALL, **HEADS, **STATES, attn_layer_indices=[1]))
+    with pytest.raises(ModelError, match=r"reads the weight of 'model\.layers\.0\.mamba\.out_proj'"):
+        get_peft_model(bamba, RotMoleConfig(target_modules=["out_proj"]))
+    jamba = JambaForCausalLM(
+        JambaConfig(**SMALL, **HEADS, use_mamba_kernels=False, mamba_d_state=4, num_experts=2)
+    )
+    with pytest.raises(ModelError, match=r"reads the weight of '\S+\.dt_proj'"):
+        get_peft_model(jamba, RotMoleConfig(target_modules=["dt_proj"]))
+    get_peft_model(jamba, RotMoleConfig(target_modules=["out_proj"], init_weights=False))
+    linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    sizes = {"num_experts": 0, "head_dim": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+    nextly = Qwen3NextForCausalLM(Qwen3NextConfig(**SMALL, **HEADS, **sizes, **linear))
+    get_peft_model(nextly, RotMoleConfig(target_modules=["out_proj"]))
+
+
+def test_a_mamba_inside_another_model_is_known_by_its_own_type() -> None:
+    class Pair(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.reader, self.writer = tiny.llama(), MAMBAS["mamba2"]()
+
+    with pytest.raises(ModelError, match="reads the weight of 'writer.backbone"):
+        get_peft_model(Pair(), RotMoleConfig(target_modules=["q_proj", "out_proj"]))
+
+
+def test_a_target_that_another_setting_leaves_out_is_not_missed() -> None:
+    model = tiny.llama()
+    config = RotMoleConfig(target_modules=["q_proj", "v_proj"], exclude_modules=["v_proj"])
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        get_peft_model(model, config)
+    assert not [w for w in said if "target_modules" in str(w.message)]

@@ -105,27 +105,6 @@ class RotMoleModel(BaseTuner):  # type: ignore[misc] # peft ships no types
             for notice in target_notices(model, targets, self.targeted_module_names):
                 warnings.warn(notice, stacklevel=2)
 
-    def _check_target_module_compatiblity(
-        self, peft_config: RotMoleConfig, model: nn.Module, target_name: str
-    ) -> None:
-        """Refuse layers whose weight the model reads without calling them, as PEFT does for LoRA.
-
-        Raises:
-            ModelError: naming the layer.
-        """
-        if target_name in read_as_weights(model):
-            raise ModelError(
-                f"{type(model).__name__} reads the weight of {target_name!r} and never calls the "
-                "layer, or not with every kernel, so an adapter there would not be trained; add "
-                f"exclude_modules: [{', '.join(sorted(read_as_weights(model)))}]"
-            )
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter, also from what generations whose cache still lives have packed."""
-        super().delete_adapter(adapter_name)
-        for stack in self._rotmole_watch.stacks.values():
-            stack.packs.clear()
-
     def _check_base(self, model: nn.Module, config: RotMoleConfig) -> None:
         """Compare the model with the one a saved adapter was made for; note it in a new one."""
         fingerprint = base_fingerprint(model)
@@ -175,6 +154,13 @@ class RotMoleModel(BaseTuner):  # type: ignore[misc] # peft ships no types
         parent: nn.Module,
         current_key: str,
     ) -> None:
+        names = read_as_weights(self.model, current_key)
+        if target_name in names:  # PEFT refuses them for LoRA
+            raise ModelError(
+                f"the model reads the weight of {current_key!r} and never calls the layer, or not "
+                "with every kernel, so an adapter there would not be trained; add "
+                f"exclude_modules: [{', '.join(sorted(names))}]"
+            )
         settings = module_settings(peft_config, self.model, current_key)
         part = None
         if peft_config.router_scope == "block":

@@ -41,14 +41,28 @@ def keep_trainable(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment] # no tensor
 
 
-def read_as_weights(model: nn.Module) -> frozenset[str]:
-    """Return the names of a Mamba model's layers whose weights its kernels read directly.
+def model_type(module: nn.Module) -> str:
+    """Return transformers' name for the architecture of a module, "" if it has none."""
+    config = getattr(module, "config", None)
+    return str(getattr(config, "model_type", None) or "")
 
-    PEFT refuses out_proj and conv1d of such models for LoRA. dt_proj of the first Mamba is never
-    called either: its weight is multiplied by hand.
+
+def read_as_weights(model: nn.Module, path: str) -> frozenset[str]:
+    """Return the names of layers beside `path` whose weights a Mamba's kernels read directly.
+
+    PEFT refuses out_proj and conv1d of some of these models for LoRA. dt_proj of the first Mamba is
+    never called either: its weight is multiplied by hand.
+
+    Args:
+        model: the base model, which may hold the Mamba as one of several parts.
+        path: of a module in it.
     """
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    return _READ_AS_WEIGHTS.get(str(kind), frozenset())
+    around: Any = model
+    kind = model_type(around)
+    for name in path.split(".")[:-1]:
+        around = getattr(around, name)
+        kind = model_type(around) or kind
+    return _READ_AS_WEIGHTS.get(kind, frozenset())
 
 
 _MAMBA_2 = frozenset({"out_proj", "conv1d"})
@@ -56,9 +70,13 @@ _MAMBA_1 = _MAMBA_2 | {"dt_proj"}
 _READ_AS_WEIGHTS = {
     "mamba": _MAMBA_1,
     "falcon_mamba": _MAMBA_1,
+    "jamba": frozenset({"conv1d", "dt_proj"}),
     "mamba2": _MAMBA_2,
+    "bamba": _MAMBA_2,
     "falcon_h1": _MAMBA_2,
+    "granitemoehybrid": _MAMBA_2,
     "nemotron_h": _MAMBA_2,
+    "zamba2": _MAMBA_2,
 }
 
 
@@ -77,10 +95,12 @@ def target_notices(model: nn.Module, targets: Any, adapted: list[str]) -> Iterat
         if targets.lower() == "all-linear" and fused:
             yield f"target_modules 'all-linear' leaves out {some}: they {reason}"
         return
+    # a module that is there and was not adapted was left out by another setting of the user's
+    paths = [*adapted, *(path for path, _ in model.named_modules())]
     missing = [
         name
         for name in sorted(targets or ())
-        if not any(path == name or path.endswith(f".{name}") for path in adapted)
+        if not any(path == name or path.endswith(f".{name}") for path in paths)
     ]
     if missing:
         names = ", ".join(repr(name) for name in missing)

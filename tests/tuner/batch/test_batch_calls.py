@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +20,7 @@ from test_batch import (
     balance,
     bert,
     gradients,
+    in_four_threads,
     of_routers,
     opt,
     padded,
@@ -234,11 +234,7 @@ def test_threads_do_not_share_the_sequences_of_expert_choice() -> None:
             if not torch.equal(model(**inputs[number]).last_hidden_state, wanted[number]):
                 wrong.append(number)
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_four_threads(work)
     assert not wrong
 
 

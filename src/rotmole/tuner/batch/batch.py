@@ -52,6 +52,7 @@ class Batch:
         is_decoders: whether the stack holds an encoder and a decoder; shape, mask and ids are then
             those of the decoder's tokens.
         has_features: whether the call got images or sound too.
+        tokens_first: whether some of the stack's layers read [S, N, D], as the others read [N, S, D].
         encoder: (states, Batch) of the tokens that cross-attention reads.
         before: the batch at hand when this one was opened: a stack may call itself.
         cache: the key-value cache of this call, which tells one generation from another.
@@ -76,6 +77,7 @@ class Batch:
     walks_tokens: bool = False
     is_decoders: bool = False
     has_features: bool = False
+    tokens_first: bool = False
     encoder: tuple[Tensor, Batch] | None = None
     before: Batch | None = None
     cache: Any = None
@@ -122,6 +124,8 @@ class Batch:
             fits = bool(lead) and lead[0] == self.rows
             return Layout(Tokens(sequences=self.rows), rows=self.rows) if fits else None
         rows, positions = self.shape
+        if self.tokens_first and rows == positions and len(lead) > 1:  # which axis is which?
+            return None
         if lead in ((rows, positions), (rows * positions,)):
             return self._all_tokens(x.device)
         if lead == (rows,) and not self.has_features:  # one row a sequence, such as a pooler's

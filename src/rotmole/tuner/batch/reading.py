@@ -63,14 +63,14 @@ def read_batch(
         packed, fill_mask = _packed_sequences(given, batch.shape)
         batch.sequence = packed or batch.sequence
         batch.mask = fill_mask
-        if not same and outer is not None and _is_longer(batch, outer, decodes=decodes):
-            batch.unclear = "its tokens are more than the model's"
+        if not same and outer is not None and _are_others(batch, outer, decodes=decodes):
+            batch.unclear = "its tokens are other than the model's"
     _read_surroundings(batch, given, outer)
     return batch
 
 
-def _is_longer(batch: Batch, outer: Batch, *, decodes: bool) -> bool:
-    """Whether the rows around were filled up before they came here, and nothing says how far."""
+def _are_others(batch: Batch, outer: Batch, *, decodes: bool) -> bool:
+    """Whether the rows around came here longer or shorter, and nothing says what is padding."""
     if decodes or outer.is_decoders or outer.mask is None or batch.mask is not None:
         return False
     assert batch.shape is not None

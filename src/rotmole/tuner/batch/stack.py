@@ -31,7 +31,10 @@ from transformers import PreTrainedModel
 from rotmole.ops.transforms import is_transformed
 from rotmole.tuner.batch.batch import Batch
 from rotmole.tuner.batch.reading import SPEAKING, TASKS, read_batch
+from rotmole.tuner.targets import model_type
 
+# types of models that have layers which read [S, N, D]
+TOKENS_FIRST = {"xlnet", "fsmt", "longformer", "led", "bridgetower"}
 REMEMBERED = 64  # forward passes that may wait for their backward pass under checkpointing
 
 
@@ -50,10 +53,17 @@ class Stack:
     Args:
         names: names of its forward's parameters, in order.
         outer: the stack around it, None for the model itself.
+        tokens_first: whether some of its layers read [S, N, D].
     """
 
-    def __init__(self, names: tuple[str, ...] = (), outer: Stack | None = None) -> None:
-        self.names, self.outer = names, outer
+    def __init__(
+        self,
+        names: tuple[str, ...] = (),
+        outer: Stack | None = None,
+        *,
+        tokens_first: bool = False,
+    ) -> None:
+        self.names, self.outer, self.tokens_first = names, outer, tokens_first
         self.has_sides = "decoder_input_ids" in names  # an encoder and a decoder
         self.takes_tasks = False
         self.warnings: set[str] = set()
@@ -137,6 +147,7 @@ class Stack:
         outer = None if self.outer is None else self.outer.ongoing()
         batch = read_batch(given, args, outer, encoder_decoder=self.has_sides)
         batch.walks_tokens = bool(SPEAKING & set(self.names))
+        batch.tokens_first = self.tokens_first
         batch.before = self.ongoing()
         if not torch.compiler.is_compiling():
             batch.task, batch.frame = torch._C._current_graph_task_id(), sys._getframe(1)
@@ -268,7 +279,8 @@ class Watch:
             if path and not _is_stack(module, names, in_list):
                 continue
             outer = None if path == "" else self.of(path.rpartition(".")[0])
-            stack = self.stacks[path] = Stack(names, outer)
+            first = model_type(module) in TOKENS_FIRST or (outer is not None and outer.tokens_first)
+            stack = self.stacks[path] = Stack(names, outer, tokens_first=first)
             self.handles += [
                 module.register_forward_pre_hook(stack.open, with_kwargs=True),
                 module.register_forward_hook(stack.close, always_call=True),
