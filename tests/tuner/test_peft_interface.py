@@ -12,6 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_layer_status, get_peft_model
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+from transformers import DynamicCache, StaticCache
 
 import tiny
 from rotmole import ModelError, RotMoleConfig
@@ -162,6 +163,34 @@ def test_weights_overwritten_behind_autograds_back_are_used_at_once() -> None:
         parameter.grad = torch.randn_like(parameter)
     optimizer.step()
     check(model)
+
+
+REUSED = [("static", 3), ("static", 1), ("dynamic", 3), ("dynamic", 1)]
+
+
+@pytest.mark.parametrize(("kind", "first"), REUSED)
+def test_a_cache_that_serves_a_second_generation_holds_nothing_of_the_first(
+    kind: str, first: int
+) -> None:
+    model = adapted(target_modules=["q_proj", "down_proj"]).double().eval()
+    ids = tiny.tokens(2, 5)
+    cache: Any = DynamicCache()
+    if kind == "static":
+        cache = StaticCache(config=model.base_model.model.config, max_cache_len=8)
+
+    def decoded() -> torch.Tensor:
+        cache.reset()
+        with torch.no_grad():
+            for piece in (ids[:, :first], *ids[:, first:].split(1, 1)):
+                logits = model(input_ids=piece, past_key_values=cache).logits
+        return logits[:, -1]
+
+    decoded()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad or "rotmole" in name:
+            parameter.data.mul_(1.5)
+    wanted = model(input_ids=ids).logits[:, -1]
+    assert torch.allclose(decoded(), wanted, rtol=0, atol=1e-12)
 
 
 def test_a_quantised_base_layer_is_shown() -> None:
