@@ -120,12 +120,6 @@ class RotMoleModel(BaseTuner):  # type: ignore[misc] # peft ships no types
                 f"exclude_modules: [{', '.join(sorted(read_as_weights(model)))}]"
             )
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter, also from what generations whose cache still lives have packed."""
-        super().delete_adapter(adapter_name)
-        for stack in self._rotmole_watch.stacks.values():
-            stack.packs.clear()
-
     def _check_base(self, model: nn.Module, config: RotMoleConfig) -> None:
         """Compare the model with the one a saved adapter was made for; note it in a new one."""
         fingerprint = base_fingerprint(model)
