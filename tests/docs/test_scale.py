@@ -34,7 +34,7 @@ def sizes() -> ModuleType:
 
 
 def committed(page: str, name: str) -> str:
-    return page.split(f"<!-- {name} -->\n")[1].split(f"\n<!-- end of {name} -->")[0]
+    return page.split(f"<!-- {name} -->\n")[1].split(f"\n<!-- end of {name} -->", maxsplit=1)[0]
 
 
 def test_the_table_of_sizes_is_what_the_script_computes(sizes: ModuleType) -> None:
