@@ -98,7 +98,10 @@ class Variant:
     def reading(self) -> dict[str, Any]:
         """What of a Spec says what its gates read."""
         dim = dict(self.shapes).get("rotation_dim")
-        return {"rotation_input": dict(self.options).get("rotation_input", "x"), "rotation_dim": dim}
+        return {
+            "rotation_input": dict(self.options).get("rotation_input", "x"),
+            "rotation_dim": dim,
+        }
 
     @property
     def rank_options(self) -> dict[str, Any]:

@@ -80,7 +80,7 @@ class Weights(NamedTuple):
     bias_E: Tensor | None = None
 
     def cast(self, spec: Spec, dtype: torch.dtype) -> Weights:
-        """Return the same weights with all that reads drop(x), and B, in the type of the products."""
+        """Return the same weights with B and all that reads drop(x) in the type of the products."""
         gates = dict(self.gates)
         for name in ["rotation_down"] if spec.small_gates else ["rotation_vector"]:
             if name in gates:

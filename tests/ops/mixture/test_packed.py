@@ -39,7 +39,9 @@ def test_one_A_for_all_experts(variant: Variant) -> None:
     layer = weights_of(replace(problem, A_ERD=A_1RD), router_ED)
     many = replace(problem, A_ERD=A_1RD.expand(4, -1, -1))
     wanted, _ = by_reference(how, many, router_ED, None)
-    found = packed_mixture(how.spec, problem.x_TD, pack(how.spec, [layer], torch.float64), how.dtype)
+    found = packed_mixture(
+        how.spec, problem.x_TD, pack(how.spec, [layer], torch.float64), how.dtype
+    )
     assert_close(found, wanted, 1e-12)
 
 

@@ -30,8 +30,10 @@ def test_order_of_experts(variant: Variant, data: st.DataObject) -> None:
             return t.unflatten(1, (E, E))[:, order][:, :, order].flatten(1)
         if name in ("A", "B") or (name.startswith("rotation_") and name != "rotation_down"):
             t = t[order]
-            reads_logits = problem.variant.reads_logits and name in ("rotation_vector",
-                                                                     "rotation_angle")
+            reads_logits = problem.variant.reads_logits and name in (
+                "rotation_vector",
+                "rotation_angle",
+            )
             return t[..., order] if reads_logits else t
         return t  # x, and what experts share
 

@@ -142,7 +142,8 @@ def fused_mixture(
     A_ERD, B_ERO = weights.A_ERD, weights.B_ERO
     if how.spec.rotation_input != "router" or router_ED is not None:
         logits_TE = None
-    parts = Parts(base_TO, x_TD, keep_TD, weight_TE, router_ED, A_ERD, B_ERO, *named, logits_TE)
+    parts = Parts(base_TO, x_TD, keep_TD, weight_TE, router_ED, A_ERD, B_ERO, *named)
+    parts = parts._replace(logits_TE=logits_TE)
     with without_autocast(x_TD):
         if torch.compiler.is_compiling():
             # the very same steps can be traced if nobody differentiates and sort is known

@@ -66,7 +66,7 @@ def pack(spec: Spec, layers: Sequence[Weights], dtype: torch.dtype) -> Pack:
         if name in layers[0].gates:
             named[kind] = together([layer.gates[name] for layer in layers])
     center = named.pop("center", None)
-    small = {}
+    small: dict[str, Tensor] = {}
     if spec.small_gates:
         kept = {name: named.pop(name) for name in ("vector", "angle") if name in named}
         small = {name: at_least_float32(weight) for name, weight in kept.items()}
@@ -127,12 +127,11 @@ def packed_activations(
             weight_ELMN = packed.small.get(name)
             if weight_ELMN is None:
                 return read(name)
+            source = read("down")
             if spec.rotation_input == "z":
                 source = z_ERT.view(experts, layers, rank, tokens)
             elif spec.rotation_input == "router":
                 source = logits.view(experts, layers, tokens).transpose(0, 1)
-            else:
-                source = read("down")
             assert source is not None
             value = weight_ELMN.to(source.dtype) @ source
             return value.view(experts * layers, -1, tokens)
