@@ -61,7 +61,8 @@ class _Group:
         ]
         key = (dtype, *[w.data_ptr() for w in weights], *[w._version for w in weights])
         if self.packed is None or key != self.packed[0]:
-            self.packed = key, pack([layer.weights() for layer in layers], dtype)
+            weights_of_layers = [layer.weights() for layer in layers]
+            self.packed = key, pack(layers[0].spec, weights_of_layers, dtype)
         return self.packed[1]
 
 
