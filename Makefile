@@ -58,7 +58,7 @@ imports: setup  ## check that imports point only to the left of the pipeline and
 docs: setup  ## run every code block of README and docs
 	$(TEST_ENV) $(BIN)/python -m pytest -q tests/docs
 
-pages: setup  ## write what is generated: docs/files.md and reference.md, the tables of sizes and of the demo, the picture
+pages: setup  ## write what is generated: docs/files.md and reference.md, all tables, the picture
 	$(BIN)/python docs/scripts/files.py
 	$(BIN)/python docs/scripts/reference.py
 	$(BIN)/python docs/scripts/model_sizes.py

@@ -1,4 +1,4 @@
-"""Riemannian preconditioning (and runs of Muon): its closed form, its law, which parameters it touches, its runs."""
+"""Riemannian preconditioning: closed form, law, which parameters it touches, runs (and Muon's)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Muon for stacks of experts: every expert's A and B is one matrix, all else is stepped by AdamW."""
+"""Muon for stacks of experts: each expert's A and B is one matrix; AdamW steps all else."""
 
 from __future__ import annotations
 

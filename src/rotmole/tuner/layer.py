@@ -99,11 +99,6 @@ class RotMoleLayer(BaseTunerLayer):  # type: ignore[misc] # peft ships no types
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter, also from what generations whose cache still lives have packed."""
-        super().delete_adapter(adapter_name)
-        self.rotmole_stack.packs.clear()
-
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Activate adapters; what the setting `frozen` names stays untrained."""
         super().set_adapter(adapter_names, inference_mode=inference_mode)
