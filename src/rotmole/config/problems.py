@@ -79,15 +79,14 @@ def _sentence(
     if is_key or kind == "literal_error":
         subject = f"a key of {name.rpartition('.')[0]}" if is_key else name
         return one_of(subject, place[-1] if is_key else value, _words(context))
-    if kind == "value_error":
-        return f"{name} is {value!r}; {context['error']}"
     bounds = {"greater_than": "above", "greater_than_equal": "at least", "less_than": "below"}
     if kind in bounds:
         limit = context.get("gt", context.get("ge", context.get("lt")))
         return f"{name}: {value!r} must be {bounds[kind]} {limit}."
     if kind in ("too_short", "string_too_short"):
         return f"{name} is empty{_meaning(model, place)}"
-    return f"{name}: {value!r} is not {_wanted(_hint(model, place), place, value)}."
+    rule = context.get("error") if kind == "value_error" else None
+    return f"{name}: {value!r} is not {rule or _wanted(_hint(model, place), place, value)}."
 
 
 def _wanted(hint: Any, place: Location, value: Any) -> str:
