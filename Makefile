@@ -58,11 +58,13 @@ imports: setup  ## check that imports point only to the left of the pipeline and
 docs: setup  ## run every code block of README and docs
 	$(TEST_ENV) $(BIN)/python -m pytest -q tests/docs
 
-pages: setup  ## write what is generated: docs/files.md and reference.md, the demo's table in README.md, the picture
+pages: setup  ## write what is generated: docs/files.md and reference.md, the tables of sizes and of the demo, the picture
 	$(BIN)/python docs/scripts/files.py
 	$(BIN)/python docs/scripts/reference.py
+	$(BIN)/python docs/scripts/model_sizes.py
 	$(BIN)/python docs/scripts/demo_table.py
 	$(BIN)/python docs/scripts/turn.py
+	$(BIN)/python docs/scripts/gate_table.py
 
 # FULL=--full measures every case, in two hours; a shorter run later keeps the rows of those it does not measure.
 # ORIGINALS=folder adds the layers of other systems, which benchmarks/originals.py names.

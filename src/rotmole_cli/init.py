@@ -17,7 +17,7 @@ class InitError(Exception):
 
 
 def templates() -> dict[str, Path]:
-    """Find the shipped templates: run files, and accelerate's files for several processes.
+    """Find the shipped templates: run files, and files that launch several processes.
 
     Returns:
         Name -> file, run files first, each kind in alphabetical order.
@@ -26,9 +26,7 @@ def templates() -> dict[str, Path]:
     spec = find_spec("rotmole")
     folders = list(spec.submodule_search_locations or []) if spec else []
     kinds = ("config/templates", "config/launch")
-    files = [
-        file for f in folders for kind in kinds for file in sorted(Path(f, kind).glob("*.yaml"))
-    ]
+    files = [file for f in folders for kind in kinds for file in sorted(Path(f, kind).glob("*.*"))]
     return {file.stem: file for file in files}
 
 
@@ -50,7 +48,8 @@ def init(path: Path, template: str, *, force: bool = False, show: bool = False) 
     files = templates()
     if show:
         for name, file in files.items():
-            first = file.read_text(encoding="utf-8").splitlines()[0]
+            lines = file.read_text(encoding="utf-8").splitlines()
+            first = next(line for line in lines if not line.startswith("#!"))
             print(f"{name:<18}{first.lstrip('# ')}")
         return 0
     if template not in files:
@@ -61,7 +60,7 @@ def init(path: Path, template: str, *, force: bool = False, show: bool = False) 
         path = path / "run.yaml"
     launches = files[template].parent.name == "launch"
     if launches and path.name == "run.yaml":
-        path = path.with_name(f"{template}.yaml")
+        path = path.with_name(files[template].name)
     text = files[template].read_text(encoding="utf-8")
     try:
         _write(path, text, force)
@@ -74,6 +73,7 @@ def init(path: Path, template: str, *, force: bool = False, show: bool = False) 
     print(f"wrote {path} (template {template})")
     if sys.stdout.isatty():
         launch = f"accelerate launch --config_file {path} -m rotmole_cli train run.yaml"
+        launch = f"sbatch {path}" if path.suffix == ".sh" else launch
         check = f"rotmole check {path}, then rotmole train {path}"
         print(f"next: {launch if launches else check}")
     return 0

@@ -452,7 +452,8 @@ def rows_for(task, folder):
     for name in task.get("files", {}).values():
         file = folder / name
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text((json.dumps(row) + "\n") * 3)
+        table = "question,answer\n" + "why,so\n" * 3
+        file.write_text(table if file.suffix == ".csv" else (json.dumps(row) + "\n") * 3)
 
 
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.stem)
@@ -469,5 +470,5 @@ def test_every_template_is_right(template, tmp_path, monkeypatch):
 
 
 def test_the_templates_are_the_promised_ones():
-    names = {"quickstart", "multitask-jsonl", "chat-sft", "quantised", "multi-gpu"}
+    names = {"quickstart", "multitask-jsonl", "chat-sft", "csv", "hub", "quantised", "multi-gpu"}
     assert {path.stem for path in TEMPLATES} == names

@@ -132,6 +132,12 @@ TWO_ADAPTERS = [
         _pair_on("lin0", rotation="givens"),
     ),
 ]
+# all experts are chosen: a quantised model chooses others, which says nothing of its layers
+BLOCKS = {
+    "target_modules": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+    "lora_alpha": 1,
+    **PAIR,
+}
 TOKENS = {"embed_tokens": [0, 1, 3]}
 # every test but two of prompt learning (test_prompt_learning_*), which have lists of their own
 NOT_PROMPTS = ("*.test_[!p]*", "*.test_p[!r]*", "*.test_pre*", "*.test_prompt_t*")
@@ -183,6 +189,7 @@ AIMS = [
         _by_task("QUESTION_ANS"),
         ("TestQuestionAnsweringModels.*",),
     ),
+    Aim("test_quantization", "config_cls,config_kwargs", [(RotMoleConfig, BLOCKS)]),
     Aim("test_config", "config_class,mandatory_kwargs", [(RotMoleConfig, {})]),
     Aim("test_config", "config_class", [RotMoleConfig]),
     Aim(

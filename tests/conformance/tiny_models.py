@@ -93,11 +93,18 @@ MODELS: dict[str, tuple[str, str, dict[str, object]]] = {
         "OPTConfig",
         {**_OPT, "hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 32},
     ),
-    # one test of tied embeddings has this model's width, 768, written into its body
+    # one test of tied embeddings has this model's width, 768, written into its body; those of
+    # quantisation count 24 quantised layers, six in each of four blocks
     "peft-internal-testing/opt-125m": (
         "OPTForCausalLM",
         "OPTConfig",
-        {**_OPT, "hidden_size": 768, "word_embed_proj_dim": 768, "ffn_dim": 32},
+        {
+            **_OPT,
+            "hidden_size": 768,
+            "word_embed_proj_dim": 768,
+            "ffn_dim": 64,  # a block of 4-bit weights
+            "num_hidden_layers": 4,
+        },
     ),
     "peft-internal-testing/tiny-random-GPT2LMHeadModel": ("GPT2LMHeadModel", "GPT2Config", _GPT),
     "peft-internal-testing/tiny-random-GPTJForCausalLM": (

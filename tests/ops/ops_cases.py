@@ -30,8 +30,17 @@ def fast_mixture(
     **settings: Any,
 ) -> Tensor:
     """`mixture`, called as its slow twin is."""
-    spec, weights = Spec(num_experts=len(B_ERO), **settings), Weights(A_ERD, B_ERO, gates)
-    return dense.mixture(spec, x_TD, dropped_TD, weights, weight_TE, selected_TE)
+    logits_TE = settings.pop("logits_TE", None)
+    spec, weights = _layer(A_ERD, B_ERO, gates, settings)
+    return dense.mixture(spec, x_TD, dropped_TD, weights, weight_TE, selected_TE, logits_TE)
+
+
+def _layer(
+    A_ERD: Tensor, B_ERO: Tensor, gates: dict[str, Tensor], settings: dict[str, Any]
+) -> tuple[Spec, Weights]:
+    dim = len(gates["rotation_down"]) if "rotation_down" in gates else None
+    spec = Spec(num_experts=len(B_ERO), rotation_dim=dim, **settings)
+    return spec, Weights(A_ERD, B_ERO, gates)
 
 
 def fast_rotated(
@@ -43,8 +52,9 @@ def fast_rotated(
     **settings: Any,
 ) -> tuple[Tensor, Tensor]:
     """`rotated`, called as its slow twin is."""
-    spec, weights = Spec(num_experts=len(B_ERO), **settings), Weights(A_ERD, B_ERO, gates)
-    return dense.rotated(spec, x_TD, dropped_TD, weights)
+    logits_TE = settings.pop("logits_TE", None)
+    spec, weights = _layer(A_ERD, B_ERO, gates, settings)
+    return dense.rotated(spec, x_TD, dropped_TD, weights, logits_TE)
 
 
 FAST = SimpleNamespace(route=select, mixture=fast_mixture, rotated=fast_rotated)
@@ -60,7 +70,7 @@ class Variant:
 
     rotation: str
     options: tuple[tuple[str, Any], ...] = ()  # keywords of mixture
-    shapes: tuple[tuple[str, Any], ...] = ()  # keywords of gate_shapes
+    shapes: tuple[tuple[str, Any], ...] = ()  # keywords of gate_shapes alone
 
     def __str__(self) -> str:
         return "-".join([self.rotation, *(f"{k}={v}" for k, v in self.options + self.shapes)])
@@ -74,6 +84,26 @@ class Variant:
         return dict(self.options).get("rotation_input") == "z"
 
     @property
+    def small(self) -> bool:
+        """Whether gates read few numbers in place of x."""
+        return dict(self.options).get("rotation_input", "x") != "x" or bool(
+            dict(self.shapes).get("rotation_dim")
+        )
+
+    @property
+    def reads_logits(self) -> bool:
+        return dict(self.options).get("rotation_input") == "router"
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """What of a Spec says what its gates read."""
+        dim = dict(self.shapes).get("rotation_dim")
+        return {
+            "rotation_input": dict(self.options).get("rotation_input", "x"),
+            "rotation_dim": dim,
+        }
+
+    @property
     def rank_options(self) -> dict[str, Any]:
         """The keywords that `rotated` takes too."""
         return {k: v for k, v in self.options if k.startswith("rotation_")}
@@ -85,6 +115,9 @@ class Variant:
         ]  # max_rank is far above
 
 
+FEW = ("tangent", "plane", "givens", "centroid")  # modes tried with gates of few inputs
+
+
 def _variants() -> list[Variant]:
     found = []
     for name, row in ROTATIONS.items():
@@ -94,8 +127,11 @@ def _variants() -> list[Variant]:
             found.append(Variant(name, tuple(inputs[0])))
         if row.metric:
             found.append(Variant(name, tuple(inputs[1])))
-        if row.input_z and row.metric:
+        if row.input_z and row.metric and name == "bias":
             found.append(Variant(name, tuple(inputs[0] + inputs[1])))
+        if row.linear_gates and name in FEW:
+            found.append(Variant(name, shapes=(("rotation_dim", 2),)))
+            found.append(Variant(name, (("rotation_input", "router"),)))
     found.append(Variant("givens", shapes=(("rotation_planes", 1),)))
     found.append(Variant("radar", options=(("radar_normalize", False),)))
     found.append(Variant("radar_pairs", shapes=(("radar_rank", 2),)))
@@ -139,6 +175,7 @@ class Problem:
             rotation=self.variant.rotation,
             scale=self.scale,
             selected_TE=routed.selected_TE,
+            logits_TE=self.logits_TE,
             **dict(self.variant.options),
         )
 
@@ -151,8 +188,22 @@ class Problem:
             self.B_ERO,
             self.gates,
             rotation=self.variant.rotation,
+            logits_TE=self.logits_TE,
             **self.variant.rank_options,
         )
+
+    def gate_value(self, name: str) -> Tensor:
+        """The value of the gate "rotation_vector" or "rotation_angle": [T, E, its rows]."""
+        weight_EMN = self.gates[name]
+        if self.variant.input_z:
+            return torch.einsum("emr,ter->tem", weight_EMN, self.rotated()[0])
+        if self.variant.reads_logits:
+            source_TN = self.logits_TE
+        elif "rotation_down" in self.gates:
+            source_TN = self.dropped_TD @ self.gates["rotation_down"].T
+        else:
+            source_TN = self.dropped_TD if name == "rotation_vector" else self.x_TD
+        return torch.einsum("emn,tn->tem", weight_EMN, source_TN)
 
     def tensors(self) -> dict[str, Tensor]:
         named = {
@@ -213,7 +264,7 @@ def make(
         R=R,
         D=D,
         O=O,
-        rotation_input="z" if variant.input_z else "x",
+        rotation_input=dict(variant.options).get("rotation_input", "x"),
         **dict(variant.shapes),
     )
     keep_TD = (torch.rand(T, D, generator=generator) > 0.25) / 0.75

@@ -94,6 +94,7 @@ def test_without_selected_it_means_weight_not_zero(variant: Variant) -> None:
             problem.gates,
             rotation=variant.rotation,
             scale=problem.scale,
+            logits_TE=problem.logits_TE,
             **dict(variant.options),
         )
         assert_close(found, given_selected, 1e-13)
@@ -119,14 +120,17 @@ def test_autocast_leaves_norms_and_angles_alone(variant: Variant) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = problem.run()
         assert torch.isfinite(y).all()
-        if ROTATIONS[variant.rotation].kind == "output" or "rotation_vector" in problem.gates:
+        rounds = {"rotation_vector", "rotation_down"} & problem.gates.keys()
+        if ROTATIONS[variant.rotation].kind == "output" or rounds:
             return
         z_TER, turned_TER = problem.rotated()
     assert turned_TER.dtype == torch.float32
     for e in range(3):
         for t in range(6):
             gates = {name: gate[e] for name, gate in problem.gates.items()}
-            angle = gates["rotation_angle"] @ problem.x_TD[t] if gates else z_TER.new_zeros(0)
+            reads = {"x": problem.x_TD[t], "z": z_TER[t, e], "router": problem.logits_TE[t]}
+            read = reads[dict(variant.options).get("rotation_input", "x")]
+            angle = gates["rotation_angle"] @ read if gates else z_TER.new_zeros(0)
             q = gates.get("rotation_center", z_TER.new_zeros(0))
             metric = dict(variant.options).get("rotation_metric", "rank")
             M_RR = reference.metric_matrix(problem.B_ERO[e], metric)

@@ -1,4 +1,4 @@
-"""Riemannian preconditioning: its closed form, its law, which parameters it touches, its runs."""
+"""Riemannian preconditioning (and runs of Muon): its closed form, its law, which parameters it touches, its runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.distributed.tensor import Replicate, distribute_tensor
 import tiny
 from rotmole import ConfigError, RotMoleConfig
 from rotmole.config.load import load_run
-from rotmole.optim import RiemannianAdamW, RiemannianSGD, parameter_groups
+from rotmole.optim import Muon, RiemannianAdamW, RiemannianSGD, parameter_groups
 from rotmole.optim.riemannian import expert_modules, preconditioned
 from rotmole.training.run import train
 from rotmole.tuner.experts.experts import Experts
@@ -141,21 +141,21 @@ def test_a_closure_is_evaluated_once_and_hooks_run_once() -> None:
     assert calls == ["closure", "hook"]
 
 
-def test_sharded_factors_are_refused_with_the_reason() -> None:
+@pytest.mark.parametrize("kind", [RiemannianAdamW, Muon])
+def test_sharded_factors_are_refused_with_the_reason(kind: type) -> None:
     model = _adapted()
     _backward(model)
-    optimizer = RiemannianAdamW(parameter_groups(model, lr=0.1), model=model)
     torch.distributed.init_process_group(
         "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
     )
     try:
         mesh = init_device_mesh("cpu", (1,))
-        experts = optimizer.expert_modules[0]
+        experts = expert_modules(model)[0]
         whole = experts.expert_A
         parts = distribute_tensor(whole.detach(), mesh, [Replicate()])
         experts.expert_A = torch.nn.Parameter(parts)
         experts.expert_A.grad = distribute_tensor(whole.grad, mesh, [Replicate()])
-        optimizer.param_groups[0]["params"].append(experts.expert_A)
+        optimizer = kind(parameter_groups(model, lr=0.1), model=model)
         with pytest.raises(ConfigError, match="FSDP shards them"):
             optimizer.step()
     finally:
@@ -167,8 +167,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return write_model(tmp_path_factory.mktemp("m")), write_data(tmp_path_factory.mktemp("d"))
 
 
-@pytest.mark.parametrize("name", ["riemannian_adamw", "riemannian_sgd"])
-@pytest.mark.filterwarnings("ignore:training.learning_rate is 0.3:UserWarning")
+@pytest.mark.parametrize("name", ["riemannian_adamw", "riemannian_sgd", "muon"])
 def test_a_run_learns_and_resumes_bit_equal(
     name: str, folders: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -176,12 +175,13 @@ def test_a_run_learns_and_resumes_bit_equal(
         values = settings(*folders, tmp_path / output, max_steps=steps, save_steps=4,
                           eval_strategy="no", lr_scheduler_type="constant")  # fmt: skip
         del values["training"]["eval_steps"]
-        values["optimizer"] = {"name": name, "riemannian_delta": 1e-4}
-        values["training"]["learning_rate"] = 1e-2 if name.endswith("adamw") else 0.3
+        delta = 1e-4 if name.startswith("riemannian") else None
+        values["optimizer"] = {"name": name, "riemannian_delta": delta}
+        values["training"]["learning_rate"] = 0.1 if name.endswith("sgd") else 1e-2
         result = train(load_run(None, text=yaml.safe_dump(values)), progress=False, resume=resume)
         optimizer = result.built.trainer.optimizer.optimizer
         assert type(optimizer).__name__.lower() == name.replace("_", "")
-        assert optimizer.delta == 1e-4
+        assert getattr(optimizer, "delta", None) == delta
         losses = [r["loss"] for r in result.built.trainer.state.log_history if "loss" in r]
         assert steps < 8 or sum(losses[-3:]) < sum(losses[:3])
         return {n: p for n, p in result.built.model.named_parameters() if p.requires_grad}
@@ -203,6 +203,7 @@ def test_what_does_not_go_together_is_said_before_anything_loads(
         load_run(None, text=yaml.safe_dump(values))
     assert any("needs the whole of A and B" in problem for problem in error.value.problems)
     values = settings(*folders, tmp_path / "o")
-    values["optimizer"] = {"riemannian_delta": 0.1}
-    with pytest.warns(UserWarning, match="riemannian_delta has no effect"):
-        load_run(None, text=yaml.safe_dump(values))
+    for name in (None, "muon"):
+        values["optimizer"] = {"name": name, "riemannian_delta": 0.1}
+        with pytest.warns(UserWarning, match="riemannian_delta has no effect"):
+            load_run(None, text=yaml.safe_dump(values))

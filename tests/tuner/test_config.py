@@ -26,7 +26,16 @@ BROKEN: list[tuple[dict[str, object], str]] = [
     ({"rotation": "plane", "r": 2}, "at least 3; r is 2"),
     ({"rotation": "cayley", "r": 17}, "at most 16; r is 17"),
     ({"rotation": "givens", "r": 4, "rotation_planes": 3}, "rotation_planes is 3; r=4 has 2"),
-    ({"rotation_input": "z"}, "rotation_input is 'z' but rotation is 'tangent'; only bias can"),
+    (
+        {"rotation_input": "z", "rotation": "cayley"},
+        "rotation_input is 'z' but rotation is 'cayley'; only tangent, bivector, plane, givens, "
+        "bias can",
+    ),
+    ({"rotation_input": "z", "rotation_dim": 4}, "rotation_dim is 4 but rotation_input is 'z'"),
+    ({"rotation_input": "router", "rotation": "radar"}, "rotation_input is 'router' but rotation"),
+    ({"rotation_input": "router", "router": "hash"}, "needs a learned router in every layer"),
+    ({"rotation_input": "router", "num_experts": 1}, "needs a learned router in every layer"),
+    ({"rotation_input": "router", "router_scope": "block"}, "needs a learned router in every"),
     ({"rotation": "givens", "rotation_metric": "output"}, "rotation_metric is 'output'"),
     ({"router_aux_loss_coef": -0.1}, "router_aux_loss_coef is -0.1"),
     ({"router_aux_loss_scope": "batch"}, "router_aux_loss_scope is 'batch'"),
@@ -68,7 +77,7 @@ def test_all_broken_rules_are_named_at_once() -> None:
     with pytest.raises(
         ConfigError
     ) as caught:  # rules between settings that are right by themselves
-        RotMoleConfig(r="four", num_experts=2, top_k=3, rotation_input="z")
+        RotMoleConfig(r="four", num_experts=2, top_k=3, rotation_input="z", rotation="cayley")
     assert len(caught.value.problems) == 3
 
 

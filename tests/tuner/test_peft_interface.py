@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_layer_status, get_peft_model
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+from transformers import DynamicCache, StaticCache
 
 import tiny
 from rotmole import ModelError, RotMoleConfig
@@ -116,6 +121,69 @@ def test_a_pickle_is_never_left_behind(tmp_path: Path) -> None:
     assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_second_save_leaves_no_older_weights(first: bool, tmp_path: Path) -> None:
+    model, ids = adapted().eval(), tiny.tokens(2, 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save_pretrained(tmp_path, safe_serialization=first)
+        for parameter in model.parameters():
+            parameter.data.mul_(1 + 0.5 * parameter.requires_grad)
+        model.save_pretrained(tmp_path, safe_serialization=False)
+    again = PeftModel.from_pretrained(tiny.llama(), tmp_path).eval()
+    assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_an_old_pickle_beside_new_weights_does_not_replace_them(tmp_path: Path) -> None:
+    (tmp_path / "adapter_model.bin").write_bytes(b"old")
+    os.utime(tmp_path / "adapter_model.bin", (1, 1))
+    adapted().save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.bin").read_bytes() == b"old"
+
+
+def test_others_can_read_what_the_umask_lets_them_read(tmp_path: Path) -> None:
+    model = adapted()
+    model.add_adapter("other", RotMoleConfig(r=2, target_modules=["v_proj"], init_weights=False))
+    before = os.umask(0o027)
+    try:
+        model.save_pretrained(tmp_path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model.save_pretrained(tmp_path / "pickled", safe_serialization=False)
+    finally:
+        os.umask(before)
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert len(files) == 10
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o640}
+
+
+@pytest.mark.filterwarnings("ignore:Could not find a config file in org/model:UserWarning")
+def test_a_card_says_how_the_adapter_is_loaded_and_names_no_folder(tmp_path: Path) -> None:
+    base = tiny.llama()
+    base.save_pretrained(tmp_path / "base")
+    for name in ("org/model", str(tmp_path / "base")):
+        base.config._name_or_path = base.name_or_path = name
+        config = RotMoleConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        model = get_peft_model(base, config)
+        for _ in range(2):
+            model.save_pretrained(tmp_path / "adapter")
+        card = ModelCard.load(tmp_path / "adapter" / "README.md")
+        model.unload()
+        assert card.text.count("import rotmole\n") == 1
+        assert str(tmp_path) not in card.content
+        assert card.data.library_name == "peft"
+        assert card.data.pipeline_tag == "text-generation"
+        assert {"peft", "rotmole"} <= set(card.data.tags)
+        assert card.data.base_model == (name if name == "org/model" else None)
+        (tmp_path / "adapter" / "README.md").unlink()
+    model = get_peft_model(base, config, adapter_name="other")
+    model.save_pretrained(tmp_path / "named")
+    assert "import rotmole" in (tmp_path / "named" / "README.md").read_text(encoding="utf-8")
+    (tmp_path / "README.md").write_text("mine")
+    config.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
 def test_other_adapters_of_one_model_are_saved_without_a_pickle_too(tmp_path: Path) -> None:
     model = adapted()
     model.add_adapter("other", RotMoleConfig(r=2, target_modules=["v_proj"], init_weights=False))
@@ -123,6 +191,37 @@ def test_other_adapters_of_one_model_are_saved_without_a_pickle_too(tmp_path: Pa
         model.save_pretrained(tmp_path, safe_serialization=False)
     files = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("adapter_model.*")}
     assert files == {"adapter_model.safetensors", "other/adapter_model.safetensors"}
+
+
+@pytest.mark.parametrize("how", ["peft", "transformers", "unload"])
+@pytest.mark.filterwarnings("ignore:Adapter default was active:UserWarning")
+def test_an_adapter_that_is_deleted_frees_its_memory_at_once(how: str) -> None:
+    """Also while a generation that used it has its cache still."""
+    fields = {"r": 4, "target_modules": ["q_proj", "v_proj"], "init_weights": False}
+    if how == "transformers":
+        model: Any = tiny.llama()
+        model.add_adapter(RotMoleConfig(**fields), adapter_name="default")
+        delete = model.delete_adapter
+    else:
+        model = adapted(**fields)
+        model.add_adapter("other", RotMoleConfig(**fields))
+        delete = model.delete_adapter if how == "peft" else lambda name: model.unload()
+    model.eval()
+    with torch.no_grad():
+        cache = model(input_ids=tiny.tokens(2, 5), use_cache=True).past_key_values
+        for _ in range(2):
+            model(input_ids=tiny.tokens(2, 1), past_key_values=cache)
+    held = [
+        weakref.ref(p) for n, p in model.named_parameters() if "rotmole" in n and ".default." in n
+    ]
+    storages = {p().untyped_storage().data_ptr() for p in held}
+    assert len(held) >= 8
+    delete("default")
+    assert not [one for one in held if one() is not None]
+    gc.collect()
+    alive = [t for t in gc.get_objects() if type(t) is torch.Tensor]
+    assert not [t for t in alive if t.untyped_storage().data_ptr() in storages]
+    assert cache is not None
 
 
 def test_weights_overwritten_behind_autograds_back_are_used_at_once() -> None:
@@ -161,6 +260,34 @@ def test_weights_overwritten_behind_autograds_back_are_used_at_once() -> None:
         parameter.grad = torch.randn_like(parameter)
     optimizer.step()
     check(model)
+
+
+REUSED = [("static", 3), ("static", 1), ("dynamic", 3), ("dynamic", 1)]
+
+
+@pytest.mark.parametrize(("kind", "first"), REUSED)
+def test_a_cache_that_serves_a_second_generation_holds_nothing_of_the_first(
+    kind: str, first: int
+) -> None:
+    model = adapted(target_modules=["q_proj", "down_proj"]).double().eval()
+    ids = tiny.tokens(2, 5)
+    cache: Any = DynamicCache()
+    if kind == "static":
+        cache = StaticCache(config=model.base_model.model.config, max_cache_len=8)
+
+    def decoded() -> torch.Tensor:
+        cache.reset()
+        with torch.no_grad():
+            for piece in (ids[:, :first], *ids[:, first:].split(1, 1)):
+                logits = model(input_ids=piece, past_key_values=cache).logits
+        return logits[:, -1]
+
+    decoded()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad or "rotmole" in name:
+            parameter.data.mul_(1.5)
+    wanted = model(input_ids=ids).logits[:, -1]
+    assert torch.allclose(decoded(), wanted, rtol=0, atol=1e-12)
 
 
 def test_a_quantised_base_layer_is_shown() -> None:

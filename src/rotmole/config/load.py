@@ -259,8 +259,10 @@ def _warn_idle_sections(run: RunFile, adapter: Mapping[str, Any]) -> None:
     if grouped and not adapter.get("router_task_loss_coef"):
         setting = f"data.tasks.{grouped[0]}.task_group"
         idle.append((setting, "adapter.router_task_loss_coef is 0"))
-    if run.optimizer.riemannian_delta is not None and run.optimizer.name is None:
-        idle.append(("optimizer.riemannian_delta", "optimizer.name is not set"))
+    name = run.optimizer.name
+    if run.optimizer.riemannian_delta is not None and not (name or "").startswith("riemannian"):
+        reason = "optimizer.name is " + (name or "not set")
+        idle.append(("optimizer.riemannian_delta", reason))
     if run.optimizer.rotation_gate_lr is not None and adapter.get("rotation") == "none":
         idle.append(("optimizer.rotation_gate_lr", "adapter.rotation is none"))
     if run.optimizer.scaling_gate_lr is not None and adapter.get("num_experts") == 1:

@@ -243,11 +243,12 @@ class DataSection(Section):
 
 
 class OptimizerSection(Section):
-    """Riemannian optimizers, and learning rates by role; null means training.learning_rate."""
+    """Optimizers of our own, and learning rates by role; null means training.learning_rate."""
 
-    name: Literal["riemannian_adamw", "riemannian_sgd"] | None = Field(
+    name: Literal["riemannian_adamw", "riemannian_sgd", "muon"] | None = Field(
         default=None,
-        description="Optimizer that preconditions the experts' gradients; null: training.optim.",
+        description="Optimizer that preconditions the experts' gradients (riemannian_...) or "
+        "makes them orthogonal (muon, AdamW for all else); null: training.optim.",
         examples=["riemannian_adamw"],
     )
     riemannian_delta: float | None = Field(

@@ -9,7 +9,7 @@ from rotmole.config.schema import TaskSection
 
 
 def optimizer_problems(section: Mapping[str, Any], training: Mapping[str, Any]) -> list[str]:
-    """Say which settings a Riemannian optimizer cannot work with.
+    """Say which settings an optimizer of our own cannot work with.
 
     Args:
         section: `optimizer:` as parsed.

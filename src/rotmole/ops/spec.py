@@ -38,6 +38,7 @@ class Spec:
     norm_topk_prob: bool = True
     rotation: str = "none"
     rotation_input: str = "x"
+    rotation_dim: int | None = None
     rotation_metric: str = "rank"
     rotation_planes: int | None = None
     radar_rank: int | None = None
@@ -48,10 +49,15 @@ class Spec:
     compute_dtype: str = "adapter"
 
     @property
+    def small_gates(self) -> bool:
+        """Whether rotation gates read few numbers (C x, z or the logits) in place of x."""
+        return self.rotation_dim is not None or self.rotation_input != "x"
+
+    @property
     def has_plain_gate(self) -> bool:
         """Whether the scaling gate is softmax over a linear router, by top_k or dense."""
         usual = (self.router, self.scoring, self.router_jitter) == ("linear", "softmax", 0.0)
-        usual = usual and self.router_bias_rate == 0
+        usual = usual and self.router_bias_rate == 0 and self.router_dim is None
         return usual and self.router_temperature is None and self.selection in ("top_k", "dense")
 
 
@@ -73,11 +79,12 @@ class Weights(NamedTuple):
     router: Mapping[str, Tensor] = {}
     bias_E: Tensor | None = None
 
-    def cast(self, dtype: torch.dtype) -> Weights:
-        """Return the same weights with A, B and the vector gate in the type of the products."""
+    def cast(self, spec: Spec, dtype: torch.dtype) -> Weights:
+        """Return the same weights with B and all that reads drop(x) in the type of the products."""
         gates = dict(self.gates)
-        if "rotation_vector" in gates:
-            gates["rotation_vector"] = gates["rotation_vector"].to(dtype)
+        for name in ["rotation_down"] if spec.small_gates else ["rotation_vector"]:
+            if name in gates:
+                gates[name] = gates[name].to(dtype)
         return self._replace(A_ERD=self.A_ERD.to(dtype), B_ERO=self.B_ERO.to(dtype), gates=gates)
 
 

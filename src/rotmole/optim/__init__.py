@@ -1,6 +1,7 @@
-"""Optimisation: parameter groups with their learning rates, and Riemannian optimisers."""
+"""Optimisation: parameter groups with their learning rates, Riemannian optimisers, and Muon."""
 
 from rotmole.optim.groups import parameter_groups
+from rotmole.optim.muon import Muon
 from rotmole.optim.riemannian import RiemannianAdamW, RiemannianSGD
 
-__all__ = ["RiemannianAdamW", "RiemannianSGD", "parameter_groups"]
+__all__ = ["Muon", "RiemannianAdamW", "RiemannianSGD", "parameter_groups"]

@@ -64,7 +64,7 @@ def _preconditioned_gradients(
         A, B = experts.expert_A, experts.expert_B
         for factor, other in ((A, B), (B, A)):
             if factor.grad is not None and id(factor) in trained:
-                _check_unsharded(factor, other)
+                check_unsharded(factor, other)
                 plain.append((factor, factor.grad))
                 scaled.append(preconditioned(factor.grad, other, delta))
     try:
@@ -77,23 +77,29 @@ def _preconditioned_gradients(
             parameter.grad = grad
 
 
-def _check_unsharded(factor: Tensor, other: Tensor) -> None:
-    """Refuse parameters of which this process holds only a shard."""
+def check_unsharded(*factors: Tensor) -> None:
+    """Refuse parameters of which this process holds only a shard.
+
+    Raises:
+        ConfigError: one of them is sharded.
+    """
     # not isinstance(DTensor): builds without torch.distributed lack that class
-    if any(hasattr(tensor, "placements") or tensor.dim() != 3 for tensor in (factor, other)):
+    if any(hasattr(tensor, "placements") or tensor.dim() != 3 for tensor in factors):
         raise ConfigError(
-            "Riemannian preconditioning needs the whole matrices A and B, but FSDP shards them; "
-            "train with DDP or in one process, or choose another optimizer, such as adamw_torch"
+            "the Riemannian optimizers and Muon need the whole matrices A and B, but FSDP shards "
+            "them; train with DDP or in one process, or choose another optimizer, such as "
+            "adamw_torch"
         )
 
 
-def _plain_step(kind: type[torch.optim.Optimizer]) -> Callable[..., Any]:
+def plain_step(kind: type[torch.optim.Optimizer]) -> Callable[..., Any]:
     """Return a torch optimiser's step without the wrapper that would run step hooks twice."""
     step: Any = kind.step
     return step.__wrapped__ if getattr(step, "hooked", False) else step  # type: ignore[no-any-return] # untyped
 
 
-def _loss(closure: Callable[[], Any] | None) -> Any:
+def loss_of(closure: Callable[[], Any] | None) -> Any:
+    """Return what a closure of `step` returns, with gradients on; None if there is none."""
     if closure is None:
         return None
     with torch.enable_grad():
@@ -132,9 +138,9 @@ class RiemannianAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make one update; the gradients are restored afterwards."""
-        loss = _loss(closure)
+        loss = loss_of(closure)
         with _preconditioned_gradients(self.expert_modules, self.param_groups, self.delta):
-            _plain_step(torch.optim.AdamW)(self)
+            plain_step(torch.optim.AdamW)(self)
         return loss
 
 
@@ -164,9 +170,9 @@ class RiemannianSGD(torch.optim.SGD):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make one update; the gradients are restored afterwards."""
-        loss = _loss(closure)
+        loss = loss_of(closure)
         with _preconditioned_gradients(self.expert_modules, self.param_groups, self.delta):
-            _plain_step(torch.optim.SGD)(self)
+            plain_step(torch.optim.SGD)(self)
         return loss
 
 

@@ -25,9 +25,9 @@ _SHAPES = {
     f"adapter.{name}"
     for name in (
         "r", "num_experts", "num_experts_pattern", "share_A", "router", "router_scope", "rotation",
-        "rotation_input", "rotation_planes", "radar_rank", "rank_pattern", "target_modules",
-        "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save",
-        "trainable_token_indices",
+        "rotation_input", "rotation_dim", "router_dim", "rotation_planes", "radar_rank",
+        "rank_pattern", "target_modules", "exclude_modules", "layers_to_transform",
+        "layers_pattern", "modules_to_save", "trainable_token_indices",
     )
 }  # fmt: skip
 """Settings that decide which tensors there are; `check_tensors` finds what others change."""

@@ -23,7 +23,7 @@ from rotmole.config.schema import OptimizerSection
 from rotmole.errors import ConfigError, NonFiniteError
 from rotmole.files import atomic_write_text
 from rotmole.models.memory import peak_rss_bytes
-from rotmole.optim import RiemannianAdamW, RiemannianSGD, parameter_groups
+from rotmole.optim import Muon, RiemannianAdamW, RiemannianSGD, parameter_groups
 from rotmole.optim.riemannian import DELTA
 from rotmole.training.callbacks.balance import balance_logs
 from rotmole.training.checkpoints.checkpoints import Checkpoints, CheckpointsCallback
@@ -125,7 +125,7 @@ class RotMoleTrainer(ValidatingTrainer):
         model = self.model if model is None else model
         section = self.optimizer_section
         if section.name is not None:
-            self.optimizer = riemannian_optimizer(model, section, self.args)
+            self.optimizer = own_optimizer(model, section, self.args)
             return self.optimizer
         factory, options = self.get_optimizer_cls_and_kwargs(self.args, model)
         if {"params", "model", "optimizer_dict"} & set(options) or not isinstance(factory, type):
@@ -288,7 +288,7 @@ def groups_of(
     return parameter_groups(model, lr=args.learning_rate, weight_decay=args.weight_decay, **rates)
 
 
-def riemannian_optimizer(
+def own_optimizer(
     model: torch.nn.Module, section: OptimizerSection, args: TrainingArguments
 ) -> torch.optim.Optimizer:
     """Build the optimiser that optimizer.name asks for.
@@ -306,6 +306,8 @@ def riemannian_optimizer(
     if section.name == "riemannian_sgd":
         return RiemannianSGD(groups, model=model, delta=delta)
     betas = (args.adam_beta1, args.adam_beta2)
+    if section.name == "muon":
+        return Muon(groups, model=model, betas=betas, eps=args.adam_epsilon)
     return RiemannianAdamW(groups, model=model, delta=delta, betas=betas, eps=args.adam_epsilon)
 
 

@@ -17,14 +17,8 @@ from rotmole.tuner.settings.presets import preset_fields
 from rotmole.tuner.settings.rules import setting_problems
 from rotmole.tuner.settings.settings import Settings
 from rotmole.tuner.storage.fingerprint import fingerprint_problems
-from rotmole.tuner.storage.weights import (
-    PICKLE,
-    WEIGHTS,
-    header_problems,
-    read_header,
-    refuse_pickle,
-    replace_pickle,
-)
+from rotmole.tuner.storage.saved import complete_folder
+from rotmole.tuner.storage.weights import WEIGHTS, header_problems, read_header, refuse_pickle
 
 FORMAT_VERSION = 1
 
@@ -115,20 +109,12 @@ class RotMoleConfig(Settings, PeftConfig):  # type: ignore[misc] # peft ships no
         return cls(**preset_fields(name, overrides))
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Save the configuration; PEFT calls this last, so weights that became a pickle are seen.
+        """Save the configuration, which PEFT does last; then complete what else it saved.
 
-        With safe_serialization=False PEFT writes adapter_model.bin, which no version of rotmole
-        opens (SECURITY.md); it becomes adapter_model.safetensors, and a warning says so.
+        See rotmole.tuner.storage.saved: no pickles, readable files, a card that can be followed.
         """
         super().save_pretrained(save_directory, **kwargs)
-        folder = Path(save_directory)
-        if (folder / PICKLE).is_file() and not (folder / WEIGHTS).exists():
-            replace_pickle(folder)
-            warnings.warn(
-                "safe_serialization=False would save the adapter as a pickle, which can run code "
-                f"when it is loaded and which rotmole does not open; it was saved as {WEIGHTS}",
-                stacklevel=3,
-            )
+        complete_folder(Path(save_directory), self.base_model_name_or_path)
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:

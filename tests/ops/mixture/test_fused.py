@@ -25,8 +25,7 @@ from rotmole.ops.spec import Spec, Weights
 
 def _fusible(variant: Variant) -> bool:
     options = dict(variant.options)
-    return can_fuse(variant.rotation, options.get("rotation_input", "x"),
-                    options.get("rotation_metric", "rank"))  # fmt: skip
+    return can_fuse(variant.rotation, options.get("rotation_metric", "rank"))
 
 
 FUSED = [v for v in VARIANTS if _fusible(v)]
@@ -39,6 +38,7 @@ def how_of(problem: Problem, dtype: torch.dtype | None = None, **changes: Any) -
         scale=problem.scale,
         top_k=problem.top_k,
         rotation=problem.variant.rotation,
+        **problem.variant.reading,
     )
     return How(replace(spec, **changes), dtype or problem.x_TD.dtype, keep_scale=1 / 0.75)
 
@@ -68,7 +68,8 @@ def by_reference(
     )
     y_TO = reference.mixture(
         x_TD, dropped_TD, routing.weight_TE, problem.A_ERD, problem.B_ERO, problem.gates,
-        rotation=how.spec.rotation, scale=how.spec.scale,
+        rotation=how.spec.rotation, scale=how.spec.scale, logits_TE=logits_TE,
+        rotation_input=how.spec.rotation_input,
     )  # fmt: skip
     return y_TO, logits_TE
 
@@ -210,13 +211,17 @@ def test_given_weights_and_frozen_inputs(variant: Variant) -> None:
     arguments = (problem.A_ERD, problem.B_ERO, problem.gates)
     how = how_of(problem)
     x_TD = problem.x_TD.detach()
-    y_TO, *said = fused_mixture(how, x_TD, weights_of(problem), weight_TE=weight_TE)
+    logits_TE = problem.logits_TE
+    weights = weights_of(problem)
+    y_TO, *said = fused_mixture(how, x_TD, weights, weight_TE=weight_TE, logits_TE=logits_TE)
     assert said == [None, None]
     wanted_TO = reference.mixture(
         problem.x_TD, problem.x_TD, weight_TE, *arguments,
-        rotation=how.spec.rotation, scale=how.spec.scale,
+        rotation=how.spec.rotation, scale=how.spec.scale, logits_TE=logits_TE,
+        rotation_input=how.spec.rotation_input,
     )  # fmt: skip
     inputs = {"weight": weight_TE, "A": problem.A_ERD, "B": problem.B_ERO} | problem.gates
+    inputs["logits"] = logits_TE
     found, wanted = gradients((y_TO, None), inputs), gradients((wanted_TO, None), inputs)
     for name in inputs:
         assert_close(found[name], wanted[name], 1e-11, name)
@@ -251,8 +256,12 @@ def test_what_is_kept_for_the_backward_pass(
     rows = gates.vector_rows(R) if gates.vector_rows else 0
     if gates.angle_rows and not rows:  # beside a vector the angle is computed again
         rows = problem.gates["rotation_angle"].shape[1]
+    few = 0
+    if variant.small:  # gates of few inputs are computed again from them
+        rows, few = 0, {"x": 2, "z": 0, "router": E}[variant.reading["rotation_input"]]
     softmax = 0 if norm_topk_prob else 4 * E
-    assert found == T * (4 * E * (R + rows) + 5 * K + softmax + (D if dropped else 0))
+    kept_rows = 4 * E * (R + rows) + 4 * few
+    assert found == T * (kept_rows + 5 * K + softmax + (D if dropped else 0))
 
 
 @every
@@ -413,7 +422,7 @@ def test_products_in_bfloat16_give_nearly_the_gradients_of_float32() -> None:
 def test_unknown_rotations_are_left_to_the_slow_twin() -> None:
     assert {v.rotation for v in IN_RANK_SPACE} == {v.rotation for v in FUSED}
     assert not can_fuse("radar")
-    assert not can_fuse("bias", rotation_input="z")
     assert not can_fuse("tangent", rotation_metric="output")
-    assert set(GATES) == {"rotation_vector", "rotation_angle", "rotation_center"}
+    gates = {"rotation_vector", "rotation_angle", "rotation_center", "rotation_down"}
+    assert set(GATES) == gates
     assert fused.GATES is GATES

@@ -50,6 +50,7 @@ TWINS = {
     "rotation.adjoint:adjoint": "rotation:adjoint",
     "mixture.products:project": "products:project",
     "mixture.products:activations": "products:activations",
+    "mixture.products:read_gate": "products:read_gate",
     "mixture.products:combine": "products:combine",
     "mixture.products:add_product": "products:add_product",
     "mixture.dense:rotated": "method:rotated",

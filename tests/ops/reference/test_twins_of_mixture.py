@@ -23,7 +23,8 @@ from rotmole.ops.reference import rotation as slow_rotation
 from rotmole.ops.rotation.table import ROTATIONS
 from rotmole.ops.spec import Spec, Weights
 
-FUSED = [v for v in IN_RANK_SPACE if can_fuse(v.rotation) and not v.options]
+FUSED = [v for v in IN_RANK_SPACE if can_fuse(v.rotation) and not v.metric]
+READS_X = ("rotation_vector", "rotation_angle")
 every = pytest.mark.parametrize("variant", FUSED, ids=str)
 selections = pytest.mark.parametrize(
     "options", [{}, {"norm_topk_prob": False}, {"selection": "dense"}], ids=str
@@ -40,6 +41,8 @@ def test_products() -> None:
     assert_close(products.project(x, weight), slow.project(x, weight), 1e-13)
     for A in (weight, weight[:1]):
         assert_close(products.activations(x, A, 2), slow.activations(x, A, 2), 1e-13)
+    for source in (normal(5, 5, 3), normal(6, 2, 5, 3)):
+        assert_close(products.read_gate(weight, source), slow.read_gate(weight, source), 1e-13)
     assert_close(products.combine(m, B), slow.combine(m, B), 1e-13)
     m_TN, B_NO = m.flatten(0, 1).T, B.flatten(0, 1)
     for before in (None, base):
@@ -82,10 +85,8 @@ def test_slots() -> None:
 
 @pytest.mark.parametrize("rotation", ROTATIONS)
 def test_can_fuse(rotation: str) -> None:
-    for input_ in ("x", "z"):
-        for metric in ("rank", "output"):
-            wanted = slow_rotation.can_fuse(rotation, input_, metric)
-            assert can_fuse(rotation, input_, metric) == wanted
+    for metric in ("rank", "output"):
+        assert can_fuse(rotation, metric) == slow_rotation.can_fuse(rotation, metric)
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -121,7 +122,7 @@ def test_radar_pairs_weights(reads_x: bool) -> None:
 def spec_of(problem: Problem, **options: Any) -> Spec:
     return Spec(
         num_experts=len(problem.B_ERO), scale=problem.scale, top_k=problem.top_k,
-        rotation=problem.variant.rotation, **options,
+        rotation=problem.variant.rotation, **problem.variant.reading, **options,
     )  # fmt: skip
 
 
@@ -152,7 +153,7 @@ def test_passes_and_fused_mixture(
     } | problem.gates  # fmt: skip
     settings = options | {
         "rotation": variant.rotation, "scale": problem.scale, "top_k": 2, "keep_TD": keep_TD,
-        "keep_scale": 1 / 0.75,
+        "keep_scale": 1 / 0.75, "rotation_input": variant.reading["rotation_input"],
     }  # fmt: skip
     arguments = {name: x for name, x in tensors.items() if name not in GATES}
     wanted_TO, logits_TE = layer.layer(
@@ -168,21 +169,24 @@ def test_passes_and_fused_mixture(
     dy_TO, dlogits_TE = normal(5, 3, 6), normal(6, 3, 4)
     found = backward(how, parts, saved, dy_TO, dlogits_TE, needs_x=True)._asdict()
     wanted = layer.layer_gradients(tensors, dy_TO, dlogits_TE, **settings)
-    fields = dict(zip(GATES, ("vector_EVD", "angle_EMD", "center_ER"), strict=True))
+    names = ("vector_EVN", "angle_EMN", "center_ER", "down_HD")
+    fields = dict(zip(GATES, names, strict=True))
     for name, gradient in wanted.items():
         assert_close(found[fields.get(name, name)], gradient, 1e-11, name)
 
 
-@every
+@pytest.mark.parametrize("variant", [v for v in FUSED if not v.input_z], ids=str)
 def test_grouped_mixture(variant: Variant) -> None:
     problem = make(variant, 5, T=3, E=5, K=2, D=5, O=6)
     routed = method.route(problem.logits_TE, top_k=2)
     arguments = problem.x_TD, problem.dropped_TD
     weights = Weights(problem.A_ERD, problem.B_ERO, problem.gates)
-    found = grouped_mixture(spec_of(problem), *arguments, weights, *routed[:2])
+    logits_TE = problem.logits_TE
+    found = grouped_mixture(spec_of(problem), *arguments, weights, *routed[:2], logits_TE)
     wanted = method.mixture(
         *arguments, routed.weight_TE, problem.A_ERD, problem.B_ERO, problem.gates,
-        rotation=variant.rotation, scale=problem.scale,
+        rotation=variant.rotation, scale=problem.scale, logits_TE=logits_TE,
+        rotation_input=variant.reading["rotation_input"],
     )  # fmt: skip
     assert_close(found, wanted, 1e-12)
 
@@ -198,24 +202,28 @@ def test_packed_activations_and_mixture(
         problems = [replace(problem, A_ERD=problem.A_ERD[:1]) for problem in problems]
     x_TD, routers = problems[0].x_TD, [normal(1, 4, 5), normal(2, 4, 5)]
     spec, base_TO = spec_of(problems[0], **options), normal(3, 3, 6)
+    reads = variant.reading["rotation_input"]
     layers = [weights_of(p, router) for p, router in zip(problems, routers, strict=True)]
-    packed = pack(layers, torch.float64)
-    named = [
-        {"A": p.A_ERD, "router": router, **p.gates}
-        for p, router in zip(problems, routers, strict=True)
-    ]
+    packed = pack(spec, layers, torch.float64)
+    named = []
+    for p, router in zip(problems, routers, strict=True):
+        reads_x = {name: p.gates[name] for name in READS_X if name in p.gates}
+        if spec.small_gates:
+            down = p.gates.get("rotation_down")
+            reads_x = {} if down is None else {"rotation_down": down.unsqueeze(0)}
+        named.append({"A": p.A_ERD, "router": router, **reads_x})
     assert torch.equal(packed.rows_ND, layer.pack(named))
     activations = packed_activations(spec, x_TD, packed, torch.float64)
     for p, router, m_TN in zip(problems, routers, activations, strict=True):
         tensors = x_TD, p.A_ERD, p.B_ERO, p.gates
         wanted = layer.weighted_activations(
-            *tensors, router, rotation=variant.rotation, top_k=2, **options
+            *tensors, router, rotation=variant.rotation, top_k=2, rotation_input=reads, **options
         )
         assert_close(m_TN, wanted, 1e-12)
-        alone = pack([weights_of(p, router)], torch.float64)
+        alone = pack(spec, [weights_of(p, router)], torch.float64)
         found = packed_mixture(spec, x_TD, alone, torch.float64, base_TO)
         wanted, _ = layer.layer(
             *tensors, router_ED=router, rotation=variant.rotation, scale=p.scale, top_k=2,
-            base_TO=base_TO, **options,
+            base_TO=base_TO, rotation_input=reads, **options,
         )  # fmt: skip
         assert_close(found, wanted, 1e-12)

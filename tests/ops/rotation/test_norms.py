@@ -38,10 +38,7 @@ def gate_vector(problem: Problem, z_TER: Tensor) -> Tensor:
     """q_TER of the modes that have one."""
     if "rotation_center" in problem.gates:
         return problem.gates["rotation_center"].expand_as(z_TER)
-    Q = problem.gates["rotation_vector"]
-    if problem.variant.input_z:
-        return torch.einsum("evr,ter->tev", Q, z_TER)
-    return torch.einsum("evd,td->tev", Q, problem.dropped_TD)
+    return problem.gate_value("rotation_vector")
 
 
 def metric(problem: Problem) -> Tensor:
@@ -161,8 +158,8 @@ def test_planar_modes_against_the_explicit_matrix(variant: Variant, seed: int, O
         length = float(t.norm() / (B.square().sum() / 4).sqrt())
     if float(t.norm()) < 0.1 * float(q.norm()) or float((z + q).norm()) < 0.1 * float(z.norm()):
         return  # inside the floors
-    angle = problem.gates.get("rotation_angle")
-    theta = 0.0 if angle is None else float(angle[0, 0] @ problem.x_TD[0])
+    angles = "rotation_angle" in problem.gates
+    theta = float(problem.gate_value("rotation_angle")[0, 0, 0]) if angles else 0.0
     assert_close(turned, expected_turn(variant.rotation, z, q, theta, length), 1e-9)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,6 +68,61 @@ def test_every_way_gives_one_result(rotation: str, dispatch: str) -> None:
     assert torch.allclose(decoded(model, ids), whole(other, ids), rtol=0, atol=1e-12)
     packed = packs_made(model, ids)
     assert packed == {one: dispatch == "fused" for one in experts(model)}
+
+
+SMALL = {
+    "dim": {"rotation": "plane", "rotation_dim": 2},
+    "z": {"rotation": "tangent", "rotation_input": "z"},
+    "router": {"rotation": "givens", "rotation_input": "router"},
+    "router-sigmoid": {"rotation": "plane", "rotation_input": "router", "scoring": "sigmoid"},
+    "factored": {"router_dim": 3, "rotation": "tangent", "rotation_input": "router"},
+    "bias-dim": {"rotation": "bias", "rotation_dim": 3, "rotation_metric": "output"},
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("dispatch", ["fused", "grouped"])
+def test_gates_of_few_inputs_give_one_result_every_way(name: str, dispatch: str) -> None:
+    """Cached decoding, whole rows, gradients; the dense way by functorch is the slow twin."""
+    settings = SMALL[name]
+    if dispatch == "grouped" and ("rotation_metric" in settings or name == "z"):
+        dispatch = "auto"
+    model, ids = adapted(dispatch=dispatch, **settings).eval(), tiny.tokens(3, 7)
+    assert torch.allclose(decoded(model, ids), whole(model, ids), rtol=0, atol=1e-12)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+    def loss(values: dict[str, torch.Tensor]) -> torch.Tensor:
+        inputs = {"input_ids": ids, "labels": ids}
+        return torch.func.functional_call(model, values, kwargs=inputs).loss
+
+    wanted = torch.func.grad(loss)({n: p.detach() for n, p in trained.items()})
+    model(input_ids=ids, labels=ids).loss.backward()
+    for key, parameter in trained.items():
+        assert torch.allclose(parameter.grad, wanted[key], rtol=0, atol=1e-11), key
+        assert wanted[key].any(), key
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_gates_of_few_inputs_start_at_none_and_come_back(name: str, tmp_path: Path) -> None:
+    ids = tiny.tokens(2, 6)
+    others = {key: value for key, value in SMALL[name].items() if not key.startswith("rotation")}
+    plain = adapted(rotation="none", init_weights=True, **others).train()
+    model = adapted(init_weights=True, **SMALL[name]).train()
+    state = {n: p for n, p in plain.named_parameters() if "expert_" in n or "router" in n}
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if key.endswith("expert_B"):
+                parameter.normal_()
+            if key in state and state[key].shape == parameter.shape:
+                state[key].copy_(parameter)
+    assert torch.equal(whole(model, ids), whole(plain, ids))
+    model(input_ids=ids, labels=ids).loss.backward()
+    gates = [p for n, p in model.named_parameters() if "rotation_" in n]
+    assert all(p.grad is not None for p in gates)
+    assert any(p.grad.any() for p in gates)  # no gate sleeps
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny.llama().double(), tmp_path).double()
+    assert torch.equal(whole(again, ids), whole(model.eval(), ids))
 
 
 @pytest.mark.parametrize("dispatch", ["fused", "grouped"])
@@ -337,6 +393,9 @@ def test_copies_and_pickles_decode_alike() -> None:
 SETTINGS: list[tuple[str, object, object, dict[str, object]]] = [
     ("radar_normalize", True, False, {"rotation": "radar"}),
     ("rotation_input", "x", "z", {"rotation": "bias"}),
+    ("rotation_input", "z", "router", {"rotation": "plane"}),
+    ("rotation_dim", 2, 3, {"rotation": "tangent"}),
+    ("router_dim", 2, 3, {}),
     ("rotation_metric", "rank", "output", {"rotation": "plane"}),
     ("router_temperature", 1.0, 0.2, {}),
     ("router_seed", 0, 1, {"router": "hash"}),

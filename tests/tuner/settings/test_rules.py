@@ -35,7 +35,8 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     ({"selection": "expert_choice", "task_type": "CAUSAL_LM"}, "not written yet"),
 ]
 IDLE: list[tuple[dict[str, Any], str]] = [
-    ({"router_dim": 8}, "router_dim=8 has no effect"),
+    ({"router": "hash", "router_dim": 8}, "router_dim=8 has no effect"),
+    ({"rotation": "none", "rotation_dim": 8}, "rotation_dim=8 has no effect"),
     ({"router": "hash", "router_temperature": 0.5}, "router_temperature=0.5 has no effect"),
     ({"router": "hash", "router_jitter": 0.5}, "router_jitter=0.5 has no effect"),
     ({"router_seed": 3}, "router_seed=3 has no effect"),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rotmole.ops.mixture.products import activations, combine, project
+from rotmole.ops.mixture.products import activations, combine, project, read_gate
 from rotmole.ops.mixture.radar import radar_pairs_weights, radar_sum
 from rotmole.ops.mixture.sqrt_gate import combine_sqrt_gate
 from rotmole.ops.precision import at_least_float32, without_autocast
@@ -19,19 +19,39 @@ from rotmole.ops.rotation.table import ROTATIONS, Gate
 from rotmole.ops.spec import Spec, Weights
 
 
-def _gate(spec: Spec, x_TD: Tensor, dropped_TD: Tensor, z_ERT: Tensor, weights: Weights) -> Gate:
+def _small_source(
+    spec: Spec, dropped_TD: Tensor, z_ERT: Tensor, weights: Weights, logits_TE: Tensor | None
+) -> Tensor:
+    """Return what small gates read, in at least float32: z [E, R, T], logits [E, T], C x [H, T]."""
+    if spec.rotation_input == "z":
+        return z_ERT
+    if spec.rotation_input == "router":
+        assert logits_TE is not None, "rotation_input 'router' needs the router's logits"
+        return at_least_float32(logits_TE).mT.to(z_ERT.dtype)
+    return at_least_float32(project(dropped_TD, weights.gates["rotation_down"].unsqueeze(0))[0])
+
+
+def _gate(
+    spec: Spec,
+    x_TD: Tensor,
+    dropped_TD: Tensor,
+    z_ERT: Tensor,
+    weights: Weights,
+    logits_TE: Tensor | None,
+) -> Gate:
     """Compute what the rotation reads besides z, in at least float32; see `rotated`."""
-    vector = angle = center = metric = None
+    vector = angle = center = metric = source = None
     gates = weights.gates
-    if "rotation_vector" in gates:
-        weight = gates["rotation_vector"]
-        if spec.rotation_input == "z":
-            with without_autocast(x_TD):
-                vector = weight.to(z_ERT.dtype) @ z_ERT
-        else:
-            vector = at_least_float32(project(dropped_TD, weight))
+    if spec.small_gates and ROTATIONS[spec.rotation].linear_gates:
+        source = _small_source(spec, dropped_TD, z_ERT, weights, logits_TE)
+    if "rotation_vector" in gates and source is None:
+        vector = at_least_float32(project(dropped_TD, gates["rotation_vector"]))
     with without_autocast(x_TD):
-        if "rotation_angle" in gates:
+        if "rotation_vector" in gates and source is not None:
+            vector = read_gate(gates["rotation_vector"], source)
+        if "rotation_angle" in gates and source is not None:
+            angle = read_gate(gates["rotation_angle"], source)
+        elif "rotation_angle" in gates:
             weight = at_least_float32(gates["rotation_angle"])
             angle = project(x_TD.to(weight.dtype), weight)
         if "rotation_center" in gates:
@@ -42,18 +62,23 @@ def _gate(spec: Spec, x_TD: Tensor, dropped_TD: Tensor, z_ERT: Tensor, weights: 
 
 
 def rotated(
-    spec: Spec, x_TD: Tensor, dropped_TD: Tensor, weights: Weights
+    spec: Spec,
+    x_TD: Tensor,
+    dropped_TD: Tensor,
+    weights: Weights,
+    logits_TE: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return every expert's activation before and after its rotation.
 
         z_e = A_e drop(x);   z'_e = R_e(x)[z_e]
 
     Args:
-        spec: its rotation, not of kind "output"; rotation_input ("x", or "z" for bias);
-            rotation_metric ("rank" keeps |z|, "output" the length of z B_e).
+        spec: its rotation, not of kind "output"; what its gates read (rotation_input,
+            rotation_dim); rotation_metric ("rank" keeps |z|, "output" the length of z B_e).
         x_TD: [T, D] layer input; angle gates read it.
-        dropped_TD: [T, D] the same after dropout; A and vector gates read it.
+        dropped_TD: [T, D] the same after dropout; A, vector gates and C read it.
         weights: of the layer; B is read by the output metric alone.
+        logits_TE: [T, E] the router's; only rotation_input "router" reads them.
 
     Returns:
         (z_TER, z'_TER), both [T, E, R] in at least float32.
@@ -66,12 +91,12 @@ def rotated(
     >>> rotated(Spec(num_experts=2), x, x, weights)[1].shape
     torch.Size([5, 2, 4])
     """
-    z_ERT, turned_ERT = _rotated(spec, x_TD, dropped_TD, weights)
+    z_ERT, turned_ERT = _rotated(spec, x_TD, dropped_TD, weights, logits_TE)
     return z_ERT.permute(2, 0, 1), turned_ERT.permute(2, 0, 1)
 
 
 def _rotated(
-    spec: Spec, x_TD: Tensor, dropped_TD: Tensor, weights: Weights
+    spec: Spec, x_TD: Tensor, dropped_TD: Tensor, weights: Weights, logits_TE: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     rotate = ROTATIONS[spec.rotation].rotate
     if rotate is None:
@@ -79,7 +104,7 @@ def _rotated(
     z_ERT = activations(dropped_TD, weights.A_ERD, weights.B_ERO.shape[0])
     if spec.rotation == "none":
         return z_ERT, z_ERT
-    gate = _gate(spec, x_TD, dropped_TD, z_ERT, weights)
+    gate = _gate(spec, x_TD, dropped_TD, z_ERT, weights, logits_TE)
     with without_autocast(x_TD):
         return z_ERT, rotate(z_ERT, gate)
 
@@ -91,6 +116,7 @@ def mixture(
     weights: Weights,
     weight_TE: Tensor,
     selected_TE: Tensor | None = None,
+    logits_TE: Tensor | None = None,
 ) -> Tensor:
     """Return what the adapter adds to W x: s sum_e g_e R_e(x)[A_e drop(x)] B_e.
 
@@ -103,6 +129,7 @@ def mixture(
         weight_TE: [T, E] g, zero where an expert is not selected.
         selected_TE: [T, E] which experts are selected; None means where weight_TE is not 0. Only
             radar and radar_pairs read it.
+        logits_TE: [T, E] the router's; only rotation_input "router" reads them.
 
     Returns:
         [T, O] in the type of B.
@@ -119,7 +146,7 @@ def mixture(
     if selected_TE is None:
         selected_TE = weight_TE != 0
     if ROTATIONS[spec.rotation].kind != "output":
-        _, turned_ERT = _rotated(spec, x_TD, dropped_TD, weights)
+        _, turned_ERT = _rotated(spec, x_TD, dropped_TD, weights, logits_TE)
         if spec.router_sqrt_gate:
             return combine_sqrt_gate(weight_TE, turned_ERT.permute(2, 0, 1), B_ERO, scale=scale)
         return combine((scale * weight_TE).mT.unsqueeze(1) * turned_ERT, B_ERO)

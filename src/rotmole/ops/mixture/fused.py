@@ -22,19 +22,19 @@ from rotmole.ops.routing.route import route
 from rotmole.ops.spec import Weights
 from rotmole.ops.transforms import is_transformed
 
-GATES = ("rotation_vector", "rotation_angle", "rotation_center")
+GATES = ("rotation_vector", "rotation_angle", "rotation_center", "rotation_down")
 
 
-def can_fuse(rotation: str, rotation_input: str = "x", rotation_metric: str = "rank") -> bool:
-    """Say whether the function knows the rotation: it acts on z, reads x, and needs no metric."""
-    in_rank_space = ROTATIONS[rotation].kind != "output"
-    return in_rank_space and rotation_input == "x" and rotation_metric == "rank"
+def can_fuse(rotation: str, rotation_metric: str = "rank") -> bool:
+    """Say whether the function knows the rotation: it acts on z and needs no metric."""
+    return ROTATIONS[rotation].kind != "output" and rotation_metric == "rank"
 
 
 def _plain(how: How, parts: Parts) -> tuple[Tensor, Tensor | None]:
     """Compute the same by the slow twin, one autograd step at a time."""
-    x_TD, weight_TE, logits_TE = parts.x_TD, parts.weight_TE, None
-    gates = (parts.vector_EVD, parts.angle_EMD, parts.center_ER)
+    x_TD, weight_TE = parts.x_TD, parts.weight_TE
+    logits_TE = parts.logits_TE
+    gates = (parts.vector_EVN, parts.angle_EMN, parts.center_ER, parts.down_HD)
     named = {name: gate for name, gate in zip(GATES, gates, strict=True) if gate is not None}
     weights = Weights(parts.A_ERD, parts.B_ERO, named)
     if parts.router_ED is not None:
@@ -43,7 +43,10 @@ def _plain(how: How, parts: Parts) -> tuple[Tensor, Tensor | None]:
         weight_TE = routing.weight_TE
     assert weight_TE is not None
     dropped_TD = dropped(x_TD, parts.keep_TD, how)
-    y_TO = mixture(how.spec, x_TD, dropped_TD, weights.cast(how.dtype), weight_TE)
+    cast = weights.cast(how.spec, how.dtype)
+    y_TO = mixture(how.spec, x_TD, dropped_TD, cast, weight_TE, None, logits_TE)
+    if parts.router_ED is None:
+        logits_TE = None
     return y_TO if parts.base_TO is None else parts.base_TO + y_TO, logits_TE
 
 
@@ -106,6 +109,7 @@ def fused_mixture(
     weights: Weights,
     *,
     weight_TE: Tensor | None = None,
+    logits_TE: Tensor | None = None,
     keep_TD: Tensor | None = None,
     base_TO: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -118,6 +122,7 @@ def fused_mixture(
         x_TD: [T, D] layer input, of any floating type.
         weights: of the layer; its linear router is read only if no weight_TE is given.
         weight_TE: [T, E] the experts' weights, zero where not selected; None: by the router.
+        logits_TE: [T, E] those behind weight_TE, for rotation_input "router".
         keep_TD: [T, D] bool, inputs that dropout keeps; None keeps all.
         base_TO: [T, O] W x, of any floating type; None leaves it out. It is not changed.
 
@@ -135,13 +140,16 @@ def fused_mixture(
     router_ED = weights.router["router_weight"] if weight_TE is None else None
     named = [weights.gates.get(name) for name in GATES]
     A_ERD, B_ERO = weights.A_ERD, weights.B_ERO
+    if how.spec.rotation_input != "router" or router_ED is not None:
+        logits_TE = None
     parts = Parts(base_TO, x_TD, keep_TD, weight_TE, router_ED, A_ERD, B_ERO, *named)
+    parts = parts._replace(logits_TE=logits_TE)
     with without_autocast(x_TD):
         if torch.compiler.is_compiling():
             # the very same steps can be traced if nobody differentiates and sort is known
             same = not (torch.is_grad_enabled() or torch.onnx.is_in_onnx_export())
-            y_TO, logits_TE = forward(how, parts)[:2] if same else _plain(how, parts)
-            return y_TO, logits_TE, None
+            traced = forward(how, parts)[:2] if same else _plain(how, parts)
+            return (*traced, None)
         if is_transformed():
             return (*_plain(how, parts), None)
         result: tuple[Tensor, Tensor | None, Tensor | None] = _Fused.apply(how, *parts)  # type: ignore[no-untyped-call] # torch's own types

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag
+from torch.nn.functional import embedding_bag, linear
 
 from rotmole.ops.precision import at_least_float32, without_autocast
 from rotmole.ops.rotation.table import ROTATIONS, Gate
@@ -144,16 +144,18 @@ def grouped_mixture(
     weights: Weights,
     weight_TE: Tensor,
     selected_TE: Tensor,
+    logits_TE: Tensor | None = None,
 ) -> Tensor:
     """Return s sum_e g_e R_e(x)[A_e drop(x)] B_e over the K selected experts of each token.
 
     Args:
-        spec: scale, top_k, and a rotation that fused.can_fuse accepts.
+        spec: scale, top_k, and a rotation that fused.can_fuse accepts; its gates do not read z.
         x_TD: [T, D] layer input; angle gates read it.
         dropped_TD: [T, D] the same after dropout, in the type of A.
         weights: of the layer, A and B of one type.
         weight_TE: [T, E] g.
         selected_TE: [T, E] bool, K of them in each row.
+        logits_TE: [T, E] the router's; only rotation_input "router" reads them.
 
     Returns:
         [T, O] in the type of B.
@@ -167,13 +169,22 @@ def grouped_mixture(
     expert_TK = torch.topk(selected_TE.to(weight_TE.dtype), spec.top_k, dim=-1).indices
     weight_K1T = weight_TE.gather(1, expert_TK).mT.unsqueeze(1)
     z_KRT = at_least_float32(_chosen(dropped_TD, weights.A_ERD, expert_TK))
-    vector = angle = None
-    if "rotation_vector" in gates:
+    vector = angle = few_TN = None
+    if spec.small_gates and ROTATIONS[rotation].linear_gates:
+        few_TN = logits_TE
+        if "rotation_down" in gates:
+            few_TN = linear(dropped_TD, gates["rotation_down"])
+        assert few_TN is not None, "rotation_input 'router' needs the router's logits"
+        few_TN = at_least_float32(few_TN)
+    if "rotation_vector" in gates and few_TN is None:
         vector = at_least_float32(_chosen(dropped_TD, gates["rotation_vector"], expert_TK))
     with without_autocast(x_TD):
+        if "rotation_vector" in gates and few_TN is not None:
+            vector = _chosen(few_TN, gates["rotation_vector"].to(few_TN.dtype), expert_TK)
         if "rotation_angle" in gates:
-            wide_EMD = at_least_float32(gates["rotation_angle"])
-            angle = _chosen(x_TD.to(wide_EMD.dtype), wide_EMD, expert_TK)
+            wide_EMN = at_least_float32(gates["rotation_angle"])
+            source_TN = (x_TD if few_TN is None else few_TN).to(wide_EMN.dtype)
+            angle = _chosen(source_TN, wide_EMN, expert_TK)
         if "rotation_center" in gates:  # centroid is plane with a learned vector
             rotation = "plane"
             vector = at_least_float32(gates["rotation_center"])[expert_TK].permute(1, 2, 0)

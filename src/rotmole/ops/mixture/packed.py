@@ -29,6 +29,7 @@ class Pack(NamedTuple):
         rows_ND: [N, D] all A, vector gates, and what else is computed in the same type.
         parts: name -> (first row, experts, rows of an expert in a layer) of what is in rows_ND.
         apart: name -> [E L, rows, D] weight of what is computed in a wider type.
+        small: name -> [E, L, rows, N] gate that reads few numbers in place of x.
         center_ER: [E L, R] learned vectors, or None.
         B_NO: the layers' output factors in that type, N = E R.
         sizes: E, L, R.
@@ -37,15 +38,17 @@ class Pack(NamedTuple):
     rows_ND: Tensor
     parts: dict[str, tuple[int, int, int]]
     apart: dict[str, Tensor]
+    small: dict[str, Tensor]
     center_ER: Tensor | None
     B_NO: list[Tensor]
     sizes: tuple[int, int, int]
 
 
-def pack(layers: Sequence[Weights], dtype: torch.dtype) -> Pack:
+def pack(spec: Spec, layers: Sequence[Weights], dtype: torch.dtype) -> Pack:
     """Lay out the weights of layers that read the same x.
 
     Args:
+        spec: of each of the layers.
         layers: with E, R, D and kinds of gates in common.
         dtype: type of the products.
 
@@ -63,6 +66,12 @@ def pack(layers: Sequence[Weights], dtype: torch.dtype) -> Pack:
         if name in layers[0].gates:
             named[kind] = together([layer.gates[name] for layer in layers])
     center = named.pop("center", None)
+    small: dict[str, Tensor] = {}
+    if spec.small_gates:
+        kept = {name: named.pop(name) for name in ("vector", "angle") if name in named}
+        small = {name: at_least_float32(weight) for name, weight in kept.items()}
+    if "rotation_down" in layers[0].gates:
+        named["down"] = together([layer.gates["rotation_down"].unsqueeze(0) for layer in layers])
     wide = dtype in (torch.float32, torch.float64)
     apart = {} if wide else {name: named.pop(name) for name in ("router", "angle") if name in named}
     parts, start = {}, 0
@@ -73,6 +82,7 @@ def pack(layers: Sequence[Weights], dtype: torch.dtype) -> Pack:
         torch.cat([weight.to(dtype).flatten(0, 2) for weight in named.values()]),
         parts,
         {name: at_least_float32(weight.flatten(0, 1)) for name, weight in apart.items()},
+        small,
         None if center is None else at_least_float32(center.flatten(0, 1)),
         [layer.B_ERO.detach().to(dtype).flatten(0, 1) for layer in layers],
         (layers[0].B_ERO.shape[0], len(layers), layers[0].B_ERO.shape[1]),
@@ -106,16 +116,30 @@ def packed_activations(
                 return None if weight is None else project(x_TD.to(weight.dtype), weight)
             start, count, each = part
             value = at_least_float32(rows_NT[start : start + count * layers * each])
-            if count != experts:  # one A for all experts
-                value = value.view(layers, each, tokens).repeat(experts, 1, 1)
-            return value.view(experts * layers, each, tokens)
+            value = value.view(count * layers, each, tokens)
+            return value.repeat(experts, 1, 1) if name == "A" and count != experts else value
 
         logits, z_ERT = read("router"), read("A")
         assert logits is not None
         assert z_ERT is not None
+
+        def read_small(name: str) -> Tensor | None:
+            weight_ELMN = packed.small.get(name)
+            if weight_ELMN is None:
+                return read(name)
+            source = read("down")
+            if spec.rotation_input == "z":
+                source = z_ERT.view(experts, layers, rank, tokens)
+            elif spec.rotation_input == "router":
+                source = logits.view(experts, layers, tokens).transpose(0, 1)
+            assert source is not None
+            value = weight_ELMN.to(source.dtype) @ source
+            return value.view(experts * layers, -1, tokens)
+
         rotate = ROTATIONS[spec.rotation].rotate
         assert rotate is not None
-        turned_ERT = rotate(z_ERT, Gate(read("vector"), read("angle"), packed.center_ER))
+        gate = Gate(read_small("vector"), read_small("angle"), packed.center_ER)
+        turned_ERT = rotate(z_ERT, gate)
         chosen = choose(
             logits.reshape(experts, layers * tokens),
             top_k=spec.top_k,
@@ -148,8 +172,9 @@ def packed_mixture(
 
     >>> weights = Weights(torch.ones(2, 4, 3), torch.ones(2, 4, 6))
     >>> weights = weights._replace(router={"router_weight": torch.ones(2, 3)})
-    >>> packed = pack([weights], torch.float32)
-    >>> packed_mixture(Spec(num_experts=2), torch.ones(5, 3), packed, torch.float32).shape
+    >>> spec = Spec(num_experts=2)
+    >>> packed = pack(spec, [weights], torch.float32)
+    >>> packed_mixture(spec, torch.ones(5, 3), packed, torch.float32).shape
     torch.Size([5, 6])
     """
     (m_TN,) = packed_activations(spec, x_TD, packed, dtype)

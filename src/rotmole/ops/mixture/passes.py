@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rotmole.ops.mixture.products import add_product, project
+from rotmole.ops.mixture.products import add_product, project, read_gate
 from rotmole.ops.precision import at_least_float32
 from rotmole.ops.rotation.adjoint import Adjoint, adjoint
 from rotmole.ops.rotation.table import ROTATIONS, Gate
@@ -45,9 +45,11 @@ class Parts(NamedTuple):
     router_ED: Tensor | None
     A_ERD: Tensor
     B_ERO: Tensor
-    vector_EVD: Tensor | None
-    angle_EMD: Tensor | None
+    vector_EVN: Tensor | None
+    angle_EMN: Tensor | None
     center_ER: Tensor | None
+    down_HD: Tensor | None = None
+    logits_TE: Tensor | None = None
 
 
 class Saved(NamedTuple):
@@ -55,7 +57,8 @@ class Saved(NamedTuple):
 
     Attributes:
         z_ERT, vector_EVT, angle_EMT: activations and gates' values; the angle is computed again
-            where there is a vector gate too.
+            where there is a vector gate too, and both are if they are small.
+        few_NT: what small gates read, C x or the router's own logits; None if they read z, or x.
         weight_KT, index_KT: weights and numbers of the chosen experts; or all weights and None;
             or None, None where weights were given.
         probability_ET: softmax over all, where weights are not normalised over the chosen.
@@ -67,6 +70,7 @@ class Saved(NamedTuple):
     weight_KT: Tensor | None
     index_KT: Tensor | None
     probability_ET: Tensor | None
+    few_NT: Tensor | None
 
 
 class Gradients(NamedTuple):
@@ -79,9 +83,11 @@ class Gradients(NamedTuple):
     router_ED: Tensor | None
     A_ERD: Tensor | None
     B_ERO: Tensor
-    vector_EVD: Tensor | None
-    angle_EMD: Tensor | None
+    vector_EVN: Tensor | None
+    angle_EMN: Tensor | None
     center_ER: Tensor | None
+    down_HD: Tensor | None
+    logits_TE: Tensor | None
 
 
 def dropped(x_TD: Tensor, keep_TD: Tensor | None, how: How) -> Tensor:
@@ -90,14 +96,33 @@ def dropped(x_TD: Tensor, keep_TD: Tensor | None, how: How) -> Tensor:
     return x_TD if keep_TD is None else x_TD * keep_TD * how.keep_scale
 
 
-def _read(how: How, parts: Parts) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Return z, logits [E, T], vector and angle, all in at least float32.
+class Read(NamedTuple):
+    """What the maps make of x, all in at least float32.
+
+    Attributes:
+        z_ERT: activations.
+        logits_ET: of the router, if the weights are not given.
+        vector_EVT, angle_EMT: values of gates that read x.
+        few_NT: C x, or given logits: what small gates read, unless it is z.
+    """
+
+    z_ERT: Tensor
+    logits_ET: Tensor | None
+    vector_EVT: Tensor | None
+    angle_EMT: Tensor | None
+    few_NT: Tensor | None
+
+
+def _read(how: How, parts: Parts) -> Read:
+    """Apply all maps that read x.
 
     A and the router are one product where types and dropout allow, vector and angle gate another;
     A is never in one product with a gate, so every mode finds the same z and logits to the bit.
     """
     x_TD, A, router = parts.x_TD, parts.A_ERD, parts.router_ED
-    vector_EVD, angle_EMD = parts.vector_EVD, parts.angle_EMD
+    vector_EVD = angle_EMD = None
+    if not how.spec.small_gates:
+        vector_EVD, angle_EMD = parts.vector_EVN, parts.angle_EMN
     wide_dtype = torch.promote_types(A.dtype, torch.float32)
     together = parts.keep_TD is None and how.dtype == wide_dtype
     reads_wide = together or router is not None or angle_EMD is not None
@@ -117,7 +142,13 @@ def _read(how: How, parts: Parts) -> tuple[Tensor, Tensor | None, Tensor | None,
             vector = at_least_float32(project(dropped_TD, vector_EVD.to(how.dtype)))
         if angle_EMD is not None:
             angle = project(wide_TD, angle_EMD.to(wide_dtype))
-    return z, None if logits is None else logits.squeeze(1), vector, angle
+    few = None
+    if parts.down_HD is not None:
+        few = at_least_float32(project(dropped_TD, parts.down_HD.to(how.dtype).unsqueeze(0))[0])
+    elif parts.logits_TE is not None:
+        few = parts.logits_TE.mT.to(z.dtype)
+    logits_ET = None if logits is None else logits.squeeze(1)
+    return Read(z, logits_ET, vector, angle, few)
 
 
 def _products(x_TD: Tensor, weights: list[Tensor]) -> list[Tensor]:
@@ -134,8 +165,10 @@ def _products(x_TD: Tensor, weights: list[Tensor]) -> list[Tensor]:
 
 def forward(how: How, parts: Parts) -> tuple[Tensor, Tensor | None, Saved]:
     """Return y [T, O] (the base's output added), the logits [T, E] or None, and what to keep."""
-    z_ERT, logits_ET, vector, angle = _read(how, parts)
+    z_ERT, logits_ET, vector, angle, few_NT = _read(how, parts)
     weight_KT = index_KT = probability_ET = None
+    if how.spec.rotation_input == "router" and few_NT is None:
+        few_NT = logits_ET
     if logits_ET is not None:
         chosen = choose(
             logits_ET,
@@ -153,14 +186,29 @@ def forward(how: How, parts: Parts) -> tuple[Tensor, Tensor | None, Saved]:
     rotate = ROTATIONS[how.spec.rotation].rotate
     assert rotate is not None
     experts = parts.B_ERO.shape[0]
+    each_ERT = z_ERT.expand(experts, -1, -1)  # one A may serve all experts
+    if how.spec.small_gates:
+        vector, angle = _small(parts, few_NT, each_ERT)
     gate = Gate(vector, angle, _wide(parts.center_ER))
-    turned_ERT = rotate(z_ERT.expand(experts, -1, -1), gate)
+    turned_ERT = rotate(each_ERT, gate)
     m_ERT = (how.spec.scale * weight_ET).unsqueeze(1) * turned_ERT
     m_TN, B_NO = m_ERT.to(how.dtype).flatten(0, 1).mT, parts.B_ERO.flatten(0, 1)
     y_TO = add_product(parts.base_TO, m_TN, B_NO.to(how.dtype))
+    if how.spec.small_gates:
+        vector = angle = None  # computed again
     saved_angle = angle if vector is None else None
-    saved = Saved(z_ERT, vector, saved_angle, weight_KT, index_KT, probability_ET)
+    saved = Saved(z_ERT, vector, saved_angle, weight_KT, index_KT, probability_ET, few_NT)
     return y_TO, None if logits_ET is None else logits_ET.mT, saved
+
+
+def _small(
+    parts: Parts, few_NT: Tensor | None, z_ERT: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the values of vector and angle gate, which read few_NT, or z if that is None."""
+    source = z_ERT if few_NT is None else few_NT
+    gates = (parts.vector_EVN, parts.angle_EMN)
+    vector, angle = [None if gate is None else read_gate(gate, source) for gate in gates]
+    return vector, angle
 
 
 def _wide(center_ER: Tensor | None) -> Tensor | None:
@@ -175,15 +223,51 @@ def _weights(parts: Parts, saved: Saved) -> Tensor:
     return parts.weight_TE.mT
 
 
-def _gate_again(x_TD: Tensor, parts: Parts, saved: Saved) -> Gate:
+def _gate_again(how: How, x_TD: Tensor, z_ERT: Tensor, parts: Parts, saved: Saved) -> Gate:
     """Return what the rotation read besides z; x in any type."""
-    angle = saved.angle_EMT
-    if angle is None and parts.angle_EMD is not None:
-        wide_EMD = at_least_float32(parts.angle_EMD)
+    vector, angle = saved.vector_EVT, saved.angle_EMT
+    if how.spec.small_gates:
+        vector, angle = _small(parts, saved.few_NT, z_ERT)
+    elif angle is None and parts.angle_EMN is not None:
+        wide_EMD = at_least_float32(parts.angle_EMN)
         angle = project(
             (x_TD if x_TD.dtype == wide_EMD.dtype else parts.x_TD).to(wide_EMD), wide_EMD
         )
-    return Gate(saved.vector_EVT, angle, _wide(parts.center_ER))
+    return Gate(vector, angle, _wide(parts.center_ER))
+
+
+class _Back(NamedTuple):
+    """What small gates send back: to z [E, R, T] or few [N, T], and their own gradients."""
+
+    z_ERT: Tensor | None
+    few_NT: Tensor | None
+    vector_EVN: Tensor | None
+    angle_EMN: Tensor | None
+
+
+def _small_back(parts: Parts, saved: Saved, z_ERT: Tensor, gradient: Adjoint) -> _Back:
+    """Go back through gates that read z or few numbers."""
+    dsource: Tensor | None = None
+    grads: list[Tensor | None] = []
+    pairs = (
+        (parts.vector_EVN, gradient.vector_EVT),
+        (parts.angle_EMN, gradient.angle_EMT),
+    )
+    for weight_EMN, value in pairs:
+        if weight_EMN is None or value is None:
+            grads.append(None)
+            continue
+        if saved.few_NT is None:
+            grad_EMN = value @ z_ERT.mT
+            back = weight_EMN.to(value.dtype).mT @ value
+        else:
+            flat_MT = value.flatten(0, 1)
+            grad_EMN = (flat_MT @ saved.few_NT.mT).view(weight_EMN.shape)
+            back = weight_EMN.to(value.dtype).flatten(0, 1).mT @ flat_MT
+        grads.append(grad_EMN.to(weight_EMN.dtype))
+        dsource = back if dsource is None else dsource + back
+    in_z = saved.few_NT is None
+    return _Back(dsource if in_z else None, None if in_z else dsource, *grads)
 
 
 def _router_gradient(moved_ET: Tensor, p_ET: Tensor, dlogits_TE: Tensor | None) -> Tensor:
@@ -210,7 +294,13 @@ def backward(
     weight_ET = _weights(parts, saved)
     G_E1T = (how.spec.scale * weight_ET).unsqueeze(1)
     z_ERT = saved.z_ERT.expand(B_ERO.shape[0], -1, -1)
-    gradient = adjoint(how.spec.rotation, z_ERT, _gate_again(x_TD, parts, saved), G_E1T, dm_ERT)
+    gate = _gate_again(how, x_TD, z_ERT, parts, saved)
+    gradient = adjoint(how.spec.rotation, z_ERT, gate, G_E1T, dm_ERT)
+    small = _Back(None, None, None, None)
+    if how.spec.small_gates:
+        small = _small_back(parts, saved, z_ERT, gradient)
+        z_grad = gradient.z_ERT if small.z_ERT is None else gradient.z_ERT + small.z_ERT
+        gradient = gradient._replace(z_ERT=z_grad, vector_EVT=None, angle_EMT=None)
     dB = (gradient.m_ERT.to(dtype).flatten(0, 1) @ dy_TO).view(B_ERO.shape).to(B_ERO.dtype)
     dweight = drouter_ET = dcenter = None
     if router is None:
@@ -219,10 +309,20 @@ def backward(
         p_ET = weight_ET if saved.probability_ET is None else saved.probability_ET
         moved_ET = (G_E1T * gradient.weight_E1T).squeeze(1)
         drouter_ET = _router_gradient(moved_ET, p_ET, dlogits_TE)
+        if how.spec.rotation_input == "router" and small.few_NT is not None:
+            drouter_ET = drouter_ET + small.few_NT
     if parts.center_ER is not None and gradient.center_ER is not None:
         dcenter = gradient.center_ER.to(parts.center_ER.dtype)
-    dx, dA, dvector, drouter, dangle = _linear(how, parts, x_TD, gradient, drouter_ET, needs_x)
-    return Gradients(None, dx, None, dweight, drouter, dA, dB, dvector, dangle, dcenter)
+    maps = _linear(how, parts, x_TD, gradient, drouter_ET, small, needs_x)
+    dx, dA, dvector, ddown, drouter, dangle = maps
+    dlogits = None
+    if how.spec.small_gates:
+        dvector, dangle = small.vector_EVN, small.angle_EMN
+        if parts.logits_TE is not None and small.few_NT is not None:
+            dlogits = small.few_NT.mT.to(parts.logits_TE.dtype)
+    return Gradients(
+        None, dx, None, dweight, drouter, dA, dB, dvector, dangle, dcenter, ddown, dlogits
+    )
 
 
 def _linear(
@@ -231,13 +331,18 @@ def _linear(
     x_TD: Tensor,
     gradient: Adjoint,
     drouter_ET: Tensor | None,
+    small: _Back,
     needs_x: bool,
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of x, A, vector gate, router and angle gate: the maps that read x."""
+    """Return the gradients of x, A, vector gate, C, router and angle gate: what reads x."""
     A_ERD, keep_TD = parts.A_ERD, parts.keep_TD
     dz = gradient.z_ERT if len(A_ERD) == len(gradient.z_ERT) else gradient.z_ERT.sum(0)
-    reads_dropped = [(A_ERD, dz), (parts.vector_EVD, gradient.vector_EVT)]
-    reads_x = [(parts.router_ED, drouter_ET), (parts.angle_EMD, gradient.angle_EMT)]
+    reads_dropped = [
+        (A_ERD, dz),
+        (parts.vector_EVN, gradient.vector_EVT),
+        (parts.down_HD, small.few_NT),
+    ]
+    reads_x = [(parts.router_ED, drouter_ET), (parts.angle_EMN, gradient.angle_EMT)]
     if keep_TD is None:
         dx, grads = _into_x(x_TD, [*reads_dropped, *reads_x], needs_x)
     else:

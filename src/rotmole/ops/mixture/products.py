@@ -29,6 +29,22 @@ def activations(dropped_TD: Tensor, A_ERD: Tensor, experts: int) -> Tensor:
     return at_least_float32(project(dropped_TD, A_ERD)).expand(experts, -1, -1)
 
 
+def read_gate(weight_EMN: Tensor, source: Tensor) -> Tensor:
+    """Apply a gate of few inputs to them: [E, M, T] in the type of the source.
+
+    Args:
+        weight_EMN: [E, M, N] the gate of each expert.
+        source: [N, T] inputs that the experts share, or [E, N, T] each expert's own.
+
+    >>> read_gate(torch.ones(2, 4, 3), torch.ones(3, 5)).shape
+    torch.Size([2, 4, 5])
+    """
+    weight_EMN = weight_EMN.to(source.dtype)
+    if source.dim() == 3:
+        return weight_EMN @ source
+    return (weight_EMN.flatten(0, 1) @ source).view(*weight_EMN.shape[:2], -1)
+
+
 def combine(weighted_ERT: Tensor, B_ERO: Tensor) -> Tensor:
     """Send weighted activations through all experts' B at once: [T, O] in the type of B.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from rotmole.ops.reference.method import mixture, rotated, route
 from rotmole.ops.reference.products import dropped
 
-GATES = ("rotation_vector", "rotation_angle", "rotation_center")
+GATES = ("rotation_vector", "rotation_angle", "rotation_center", "rotation_down")
 
 
 def logits_of(x_TD: Tensor, router_ED: Tensor) -> Tensor:
@@ -35,6 +35,7 @@ def layer(
     keep_TD: Tensor | None = None,
     keep_scale: float = 1.0,
     base_TO: Tensor | None = None,
+    rotation_input: str = "x",
 ) -> tuple[Tensor, Tensor | None]:
     """Return base + s sum_e g_e R_e(x)[A_e drop(x)] B_e, and the router's logits.
 
@@ -48,7 +49,10 @@ def layer(
             logits_TE, top_k=top_k, selection=selection, norm_topk_prob=norm_topk_prob
         ).weight_TE
     dropped_TD = dropped(x_TD, keep_TD, keep_scale)
-    y_TO = mixture(x_TD, dropped_TD, weight_TE, A_ERD, B_ERO, gates, rotation=rotation, scale=scale)
+    y_TO = mixture(
+        x_TD, dropped_TD, weight_TE, A_ERD, B_ERO, gates,
+        rotation=rotation, scale=scale, rotation_input=rotation_input, logits_TE=logits_TE,
+    )  # fmt: skip
     return y_TO if base_TO is None else base_TO + y_TO, logits_TE
 
 
@@ -81,11 +85,16 @@ def weighted_activations(
     router_ED: Tensor,
     *,
     rotation: str,
+    rotation_input: str = "x",
     **settings: Any,
 ) -> Tensor:
     """Return m_e = g_e R_e(x)[A_e x], all experts' side by side: [T, E R]. Settings: of `route`."""
-    weight_TE = route(logits_of(x_TD, router_ED), **settings).weight_TE
-    _, turned_TER = rotated(x_TD, x_TD, A_ERD, B_ERO, gates, rotation=rotation)
+    logits_TE = logits_of(x_TD, router_ED)
+    weight_TE = route(logits_TE, **settings).weight_TE
+    _, turned_TER = rotated(
+        x_TD, x_TD, A_ERD, B_ERO, gates,
+        rotation=rotation, rotation_input=rotation_input, logits_TE=logits_TE,
+    )  # fmt: skip
     rows = []
     for weight_E, turned_ER in zip(weight_TE, turned_TER, strict=True):
         rows.append(torch.cat([g * z_R for g, z_R in zip(weight_E, turned_ER, strict=True)]))
@@ -96,14 +105,15 @@ def pack(layers: Sequence[Mapping[str, Tensor]]) -> Tensor:
     """Lay rows of layers' weights under one another: [N, D].
 
     Args:
-        layers: for each layer A [E, R, D], router [E, D], vector and angle gate, by name.
+        layers: for each layer A [E, R, D], router [E, D], and what else reads x: vector and angle
+            gate, or C [1, H, D], by name.
 
     Returns:
-        All rows of A, then of the router, of the vector and of the angle gate; in each of these
-        expert by expert, and for each expert layer by layer.
+        All rows of A, then of the router, of the vector and of the angle gate, of C; in each of
+        these expert by expert, and for each expert layer by layer.
     """
     rows = []
-    for name in ("A", "router", "rotation_vector", "rotation_angle"):
+    for name in ("A", "router", "rotation_vector", "rotation_angle", "rotation_down"):
         if name not in layers[0]:
             continue
         for e in range(len(layers[0][name])):

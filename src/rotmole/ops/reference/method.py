@@ -191,11 +191,14 @@ def rotated(
     rotation: str,
     rotation_input: str = "x",
     rotation_metric: str = "rank",
+    logits_TE: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return every expert's z = A_e drop(x) and z' = R_e(x) z, both [T, E, R].
 
-    Vector gates read drop(x) as A does (or z itself), angle gates read x. Only for modes that act
-    within one expert's rank space (not radar, radar_pairs). A of [1, R, D] serves all experts.
+    Vector gates read drop(x) as A does, angle gates read x. With rotation_input "z" or "router"
+    both read z itself or the router's logits, and with a map C (rotation_down) both read
+    C drop(x). Only for modes that act within one expert's rank space (not radar, radar_pairs). A of
+    [1, R, D] serves all experts.
     """
     T, (E, R) = x_TD.shape[0], B_ERO.shape[:2]
     before, after = [], []
@@ -203,13 +206,22 @@ def rotated(
         for e in range(E):
             z_R = wide(A_ERD[e if len(A_ERD) > 1 else 0] @ dropped_TD[t])
             q = angle = z_R.new_zeros(0)
+            few = None  # what gates read in place of x
+            if rotation_input == "z":
+                few = z_R
+            elif rotation_input == "router":
+                assert logits_TE is not None
+                few = wide(logits_TE[t])
+            elif "rotation_down" in gates:
+                few = wide(gates["rotation_down"] @ dropped_TD[t])
             if "rotation_vector" in gates:
                 Q = gates["rotation_vector"][e]
-                q = wide(Q) @ z_R if rotation_input == "z" else wide(Q @ dropped_TD[t])
+                q = wide(Q @ dropped_TD[t]) if few is None else wide(Q) @ few
             if "rotation_center" in gates:
                 q = wide(gates["rotation_center"][e])
             if "rotation_angle" in gates:
-                angle = wide(gates["rotation_angle"][e]) @ wide(x_TD[t])
+                W = wide(gates["rotation_angle"][e])
+                angle = W @ (wide(x_TD[t]) if few is None else few)
             M_RR = metric_matrix(B_ERO[e], rotation_metric)
             before.append(z_R)
             after.append(RANK_MODES[rotation](z_R, q, angle, M_RR))
@@ -273,6 +285,7 @@ def mixture(
     rotation_input: str = "x",
     rotation_metric: str = "rank",
     radar_normalize: bool = True,
+    logits_TE: Tensor | None = None,
 ) -> Tensor:
     """Return s * sum over the selected experts of g_e R_e(x)[A_e drop(x)] B_e, [T, O].
 
@@ -288,6 +301,7 @@ def mixture(
         rotation="none" if crosses else rotation,
         rotation_input=rotation_input,
         rotation_metric=rotation_metric,
+        logits_TE=logits_TE,
     )
     rows = []
     for t in range(x_TD.shape[0]):

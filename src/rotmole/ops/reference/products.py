@@ -32,6 +32,15 @@ def activations(dropped_TD: Tensor, A_ERD: Tensor, experts: int) -> Tensor:
     return wide(project(dropped_TD, torch.stack(A)))
 
 
+def read_gate(weight_EMN: Tensor, source: Tensor) -> Tensor:
+    """Return <weight_em, source_t> as [E, M, T]; the source is [N, T], or each expert's own."""
+    E, T = len(weight_EMN), source.shape[-1]
+    own = [source if source.dim() == 2 else source[e] for e in range(E)]
+    return torch.stack(
+        [torch.stack([weight_EMN[e] @ own[e][:, t] for t in range(T)], dim=1) for e in range(E)]
+    )
+
+
 def combine(weighted_ERT: Tensor, B_ERO: Tensor) -> Tensor:
     """Return sum over e and r of m_ert B_er as [T, O]."""
     E, R, T = weighted_ERT.shape

@@ -90,6 +90,6 @@ def is_rotation(matrix_RR: Tensor, tolerance: float = 1e-9) -> bool:
     return abs(determinant(rows) - 1) <= tolerance
 
 
-def can_fuse(rotation: str, rotation_input: str = "x", rotation_metric: str = "rank") -> bool:
-    """Say whether each expert is rotated by itself, by what a gate reads from x, with M = I."""
-    return (rotation in RANK_MODES, rotation_input, rotation_metric) == (True, "x", "rank")
+def can_fuse(rotation: str, rotation_metric: str = "rank") -> bool:
+    """Say whether each expert is rotated by itself, with M = I."""
+    return (rotation in RANK_MODES, rotation_metric) == (True, "rank")

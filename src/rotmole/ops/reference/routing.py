@@ -22,7 +22,11 @@ Parameters = Mapping[str, Tensor]
 
 def linear(x_D: Tensor, p: Parameters, e: int, A_RD: Tensor, id_: int, seed: int) -> Tensor:
     """w_e . x."""
-    return torch.dot(p["router_weight"][e], x_D)
+    if "router_hidden" not in p:
+        return torch.dot(p["router_weight"][e], x_D)
+    hidden = [torch.dot(w_D, x_D) for w_D in p["router_hidden"]]
+    weights = zip(p["router_weight"][e], hidden, strict=True)
+    return sum((w * h for w, h in weights), start=x_D.new_zeros(()))
 
 
 def gelu(x: Tensor) -> Tensor:

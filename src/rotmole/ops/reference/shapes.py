@@ -17,41 +17,48 @@ def gate_shapes(
     D: int,
     O: int,  # noqa: E741  the legend's letter for out_features
     rotation_input: str = "x",
+    rotation_dim: int | None = None,
     rotation_planes: int | None = None,
     radar_rank: int | None = None,
 ) -> Shapes:
     """Return name and shape of every parameter of a rotation gate."""
     P = rotation_planes or R // 2
+    N = {"x": rotation_dim or D, "z": R, "router": E}[rotation_input]
+    down: Shapes = {"rotation_down": (rotation_dim, D)} if rotation_dim else {}
     rho = radar_rank or 8
     pairs: Shapes = {"radar_pair_angle": (E, E)}
     if radar_rank:
         pairs |= {"radar_pair_down": (D, radar_rank), "radar_pair_up": (radar_rank, E * E)}
     shapes: dict[str, Shapes] = {
         "none": {},
-        "tangent": {"rotation_vector": (E, R, D)},
-        "bivector": {"rotation_vector": (E, R - 1, D)},
-        "plane": {"rotation_vector": (E, R, D), "rotation_angle": (E, 1, D)},
-        "centroid": {"rotation_angle": (E, 1, D), "rotation_center": (E, R)},
-        "givens": {"rotation_angle": (E, P, D)},
-        "cayley": {"rotation_angle": (E, R * (R - 1) // 2, D)},
-        "bias": {"rotation_vector": (E, R, R if rotation_input == "z" else D)},
+        "tangent": down | {"rotation_vector": (E, R, N)},
+        "bivector": down | {"rotation_vector": (E, R - 1, N)},
+        "plane": down | {"rotation_vector": (E, R, N), "rotation_angle": (E, 1, N)},
+        "centroid": down | {"rotation_angle": (E, 1, N), "rotation_center": (E, R)},
+        "givens": down | {"rotation_angle": (E, P, N)},
+        "cayley": down | {"rotation_angle": (E, R * (R - 1) // 2, N)},
+        "bias": down | {"rotation_vector": (E, R, N)},
         "radar": {"radar_down": (2 * O, rho), "radar_up": (rho, O // 2)},
         "radar_pairs": pairs,
-        "offset": {"rotation_vector": (E, R, D)},
-        "scale": {"rotation_angle": (E, 1, D)},
-        "core": {"rotation_angle": (E, R * R, D)},
+        "offset": down | {"rotation_vector": (E, R, N)},
+        "scale": down | {"rotation_angle": (E, 1, N)},
+        "core": down | {"rotation_angle": (E, R * R, N)},
     }
     return shapes[rotation]
 
 
 def router_shapes(router: str, *, E: int, D: int, H: int | None = None) -> Shapes:
-    """Return name and shape of every parameter of a router; H is 16 if it is not given."""
+    """Return name and shape of every parameter of a router.
+
+    H is 16 if it is not given; a linear router has a hidden width only if it is given.
+    """
+    factored = H is not None
     H = H or 16
     query_and_key: Shapes = {"router_query": (H, D), "router_key": (E, H)}
     linear: Shapes = {"router_weight": (E, D)}
     hidden: Shapes = {"router_hidden": (H, D), "router_weight": (E, H)}
     shapes: dict[str, Shapes] = {
-        "linear": linear,
+        "linear": hidden if factored else linear,
         "mlp": hidden,
         "mlp_hadamard": hidden | {"router_factor": (H, D)},
         "cosine": query_and_key,

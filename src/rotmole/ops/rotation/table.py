@@ -80,6 +80,11 @@ class Rotation:
     metric: bool = False
     input_z: bool = False
 
+    @property
+    def linear_gates(self) -> bool:
+        """Whether it has a vector or an angle gate, which may read C x or the router's logits."""
+        return self.vector_rows is not None or self.angle_rows is not None
+
 
 def _all(rank: int) -> int:
     return rank
@@ -93,16 +98,17 @@ _TABLE = (
     Rotation("none", "identity", lambda z, gate: z),
     Rotation(
         "tangent", "rotation", lambda z, gate: modes.tangent(z, _vector(gate), gate.metric_ERR),
-        vector_rows=_all, zero=("rotation_vector",), min_rank=2, metric=True,
+        vector_rows=_all, zero=("rotation_vector",), min_rank=2, metric=True, input_z=True,
     ),
     Rotation(
         "bivector", "rotation", lambda z, gate: modes.bivector(z, _vector(gate)),
-        vector_rows=lambda rank: rank - 1, zero=("rotation_vector",), min_rank=2,
+        vector_rows=lambda rank: rank - 1, zero=("rotation_vector",), min_rank=2, input_z=True,
     ),
     Rotation(
         "plane", "rotation",
         lambda z, gate: modes.plane(z, _vector(gate), _angle(gate), gate.metric_ERR),
         vector_rows=_all, angle_rows=_one, zero=("rotation_angle",), min_rank=3, metric=True,
+        input_z=True,
     ),
     Rotation(
         "centroid", "rotation",
@@ -112,7 +118,7 @@ _TABLE = (
     Rotation(
         "givens", "rotation", lambda z, gate: modes.givens(z, _angle(gate)),
         angle_rows=lambda rank, planes: planes, zero=("rotation_angle",),
-        min_rank=2, even_rank=True,
+        min_rank=2, even_rank=True, input_z=True,
     ),
     Rotation(
         "cayley", "rotation", lambda z, gate: modes.cayley(z, _angle(gate)),
@@ -150,6 +156,7 @@ def gate_shapes(
     D: int,
     O: int,  # noqa: E741  the legend's letter for out_features
     rotation_input: str = "x",
+    rotation_dim: int | None = None,
     rotation_planes: int | None = None,
     radar_rank: int | None = None,
 ) -> dict[str, tuple[int, ...]]:
@@ -158,7 +165,8 @@ def gate_shapes(
     Args:
         rotation: a name in ROTATIONS.
         E, R, D, O: experts, rank, in_features, out_features.
-        rotation_input: "x", or "z" where the mode defines it.
+        rotation_input: "x"; "z" where the mode defines it; "router": the E logits.
+        rotation_dim: H, inputs that a map C makes of x for all gates; None: they read x.
         rotation_planes: planes of givens; None is R/2.
         radar_rank: rho of radar (None is 8) and radar_pairs (None leaves the input out).
 
@@ -170,12 +178,14 @@ def gate_shapes(
     """
     row = ROTATIONS[rotation]
     shapes: dict[str, tuple[int, ...]] = {}
+    inputs = {"x": D if rotation_dim is None else rotation_dim, "z": R, "router": E}[rotation_input]
+    if row.linear_gates and rotation_dim is not None:
+        shapes["rotation_down"] = (rotation_dim, D)
     if row.vector_rows is not None:
-        inputs = R if rotation_input == "z" else D
         shapes["rotation_vector"] = (E, row.vector_rows(R), inputs)
     if row.angle_rows is not None:
         planes = R // 2 if rotation_planes is None else rotation_planes
-        shapes["rotation_angle"] = (E, row.angle_rows(R, planes), D)
+        shapes["rotation_angle"] = (E, row.angle_rows(R, planes), inputs)
     if row.center:
         shapes["rotation_center"] = (E, R)
     if rotation == "radar":

@@ -38,7 +38,8 @@ Parameters = Mapping[str, Tensor]
 
 
 def _linear(view: View, p: Parameters) -> Tensor:
-    return linear(view.x_TD, p["router_weight"])
+    x_TD = linear(view.x_TD, p["router_hidden"]) if "router_hidden" in p else view.x_TD
+    return linear(x_TD, p["router_weight"])
 
 
 def _mlp(view: View, p: Parameters) -> Tensor:
@@ -105,8 +106,9 @@ class Router:
     Attributes:
         name: the value of the `router` setting.
         score: (view, parameters) -> [T, E] logits, before the temperature.
-        shapes: (E, D, H) -> name and shape of each parameter.
-        hidden: whether it has a hidden width H, `router_dim`.
+        shapes: (E, D, H) -> name and shape of each parameter; H = 0 if it has no hidden width.
+        hidden: whether it has a hidden width H, `router_dim`, also if none is given.
+        factors: whether it has a hidden width only if one is given.
         temperature: what its logits are divided by if nothing is said.
         weight: "learned", or the constant weight of a selected expert: "mean" (1/K) or "one".
         reads: "x", "ids" (token ids) or "A" (x through the experts' A).
@@ -117,6 +119,7 @@ class Router:
     score: Callable[[View, Parameters], Tensor]
     shapes: Callable[[int, int, int], Shapes]
     hidden: bool = False
+    factors: bool = False
     temperature: float = 1.0
     weight: str = "learned"
     reads: str = "x"
@@ -127,13 +130,19 @@ def _none(E: int, D: int, H: int) -> Shapes:
     return {}
 
 
+def _linear_shapes(E: int, D: int, H: int) -> Shapes:
+    if not H:
+        return {"router_weight": (E, D)}
+    return {"router_hidden": (H, D), "router_weight": (E, H)}
+
+
 def _query_and_key(E: int, D: int, H: int) -> Shapes:
     return {"router_query": (H, D), "router_key": (E, H)}
 
 
 _TABLE = (
     Router(
-        "linear", _linear, lambda E, D, H: {"router_weight": (E, D)}, equation="w_e.x",
+        "linear", _linear, _linear_shapes, factors=True, equation="w_e.x, or w_e.(W1 x)",
     ),
     Router(
         "mlp", _mlp, lambda E, D, H: {"router_hidden": (H, D), "router_weight": (E, H)},
@@ -175,7 +184,7 @@ def router_shapes(router: str, *, E: int, D: int, H: int | None = None) -> Shape
     Args:
         router: a name in ROUTERS.
         E, D: experts, in_features.
-        H: hidden width of the routers that have one; None is 16.
+        H: hidden width of the routers that have one; None is 16, for linear one whole matrix.
 
     Returns:
         For example {"router_weight": (E, D)} for linear; {} for hash and magnitude.
@@ -183,7 +192,9 @@ def router_shapes(router: str, *, E: int, D: int, H: int | None = None) -> Shape
     >>> router_shapes("attention", E=4, D=32, H=8)
     {'router_query': (8, 32), 'router_key': (4, 8)}
     """
-    return ROUTERS[router].shapes(E, D, DEFAULT_DIM if H is None else H)
+    row = ROUTERS[router]
+    default = 0 if row.factors else DEFAULT_DIM
+    return row.shapes(E, D, default if H is None else H)
 
 
 def router_scores(
@@ -200,7 +211,7 @@ def router_scores(
 ) -> Tensor:
     """Score every expert for every token, in at least float32, also under autocast.
 
-        linear        w_e.x                             hash       hash(seed, token id, e)
+        linear        w_e.x, or w_e.(W1 x)              hash       hash(seed, token id, e)
         mlp           W2 gelu(W1 x)                     magnitude  |A_e x|, no gradient
         mlp_hadamard  W2 (gelu(W1 x) * (W3 x))          attention  (Wq x).k_e / sqrt(H)
         cosine        (Wq x).k_e / (|Wq x| |k_e|)       hybrid     a linear + (1 - a) attention

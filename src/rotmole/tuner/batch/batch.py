@@ -55,7 +55,7 @@ class Batch:
         tokens_first: whether some of the stack's layers read [S, N, D], as the others read [N, S, D].
         encoder: (states, Batch) of the tokens that cross-attention reads.
         before: the batch at hand when this one was opened: a stack may call itself.
-        cache: the key-value cache of this call, which tells one generation from another.
+        cache: the key-value cache of this call, if it can hold packed weights.
         last_read: what decoding layers share in this call, see experts/decoding.py.
         blocks: what the layers of block-routed blocks share in this call, see experts/blocks.py.
         calls: storages of the arguments of this call's blocks, to recognise a second run by; the

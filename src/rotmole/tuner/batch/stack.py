@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import PreTrainedModel
+from transformers.cache_utils import StaticLayer
 
 from rotmole.ops.transforms import is_transformed
 from rotmole.tuner.batch.batch import Batch
@@ -151,6 +152,10 @@ class Stack:
         batch.before = self.ongoing()
         if not torch.compiler.is_compiling():
             batch.task, batch.frame = torch._C._current_graph_task_id(), sys._getframe(1)
+            if not may_hold_packs(batch.cache):
+                batch.cache = None
+            elif begins_generation(batch):  # one cache can serve several; weights may change
+                self.packs.pop(batch.cache, None)
         self.set(batch)
         if self.takes_tasks and TASKS in kwargs:  # the model itself does not know it
             return args, {name: value for name, value in kwargs.items() if name != TASKS}
@@ -220,6 +225,29 @@ def _goes_on(frame: FrameType | None) -> bool:
     while outer is not None and outer is not frame:
         outer = outer.f_back
     return outer is not None
+
+
+def may_hold_packs(cache: Any) -> bool:
+    """Tell whether packs can be found by a cache and die with it: no tuples, no lists.
+
+    A static cache cannot tell whether it is empty without waiting for the device.
+    """
+    kind = type(cache)
+    if cache is None or kind.__weakrefoffset__ == 0 or kind.__hash__ is None:
+        return False
+    return not any(isinstance(layer, StaticLayer) for layer in _layers(cache))
+
+
+def begins_generation(batch: Batch) -> bool:
+    """Tell whether a call writes the first tokens into its cache, or several at once."""
+    several = batch.shape is not None and batch.shape[1] > 1
+    first = next(iter(_layers(batch.cache)), None)
+    return several or not getattr(first, "is_initialized", True)
+
+
+def _layers(cache: Any) -> Sequence[Any]:
+    layers: Sequence[Any] = getattr(getattr(cache, "self_attention_cache", cache), "layers", ())
+    return layers
 
 
 def _storages(value: Any) -> list[StorageWeakRef]:

@@ -6,9 +6,9 @@ steps but the last: the first of them computes for the others too. The layers of
 observed, not configured: a layer that is called with the tensor of the call before joins the group
 of that call's first layer, and one that fails to come leaves it.
 
-Packs live as long as the key-value cache of the generation, so no later call can see a stale one,
-and deleting an adapter drops all packs. What the layers of one step
-share lives in the step's Batch.
+Packs live as long as one generation: they are kept by its key-value cache, and dropped when the
+cache begins another or an adapter is deleted. What the layers of one step share lives in the
+step's Batch.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ class _Group:
         ]
         key = (dtype, *[w.data_ptr() for w in weights], *[w._version for w in weights])
         if self.packed is None or key != self.packed[0]:
-            self.packed = key, pack([layer.weights() for layer in layers], dtype)
+            weights_of_layers = [layer.weights() for layer in layers]
+            self.packed = key, pack(layers[0].spec, weights_of_layers, dtype)
         return self.packed[1]
 
 
@@ -166,9 +167,6 @@ def decoding_of(x: Tensor, batch: Batch, stack: Stack) -> Decoding | None:
     if x.dim() != 3 or x.shape[1] != 1 or torch.is_grad_enabled() or batch.cache is None:
         return None
     if torch.compiler.is_compiling() or x.shape[0] > FEW_TOKENS:
-        return None
-    kind = type(batch.cache)  # packs are found by the cache and die with it: no tuples, no lists
-    if kind.__weakrefoffset__ == 0 or kind.__hash__ is None:
         return None
     return Decoding(x, batch, stack)
 

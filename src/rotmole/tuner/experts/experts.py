@@ -92,6 +92,7 @@ class Experts(nn.Module):
             D=in_features,
             O=out_features,
             rotation_input=spec.rotation_input,
+            rotation_dim=spec.rotation_dim,
             rotation_planes=spec.rotation_planes,
             radar_rank=spec.radar_rank,
         )

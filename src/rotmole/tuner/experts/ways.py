@@ -83,7 +83,7 @@ def compute_dtype(x: Tensor, weight: Tensor, spec: Spec) -> torch.dtype:
 
 
 def _in_rank_space(spec: Spec) -> bool:
-    fuses = can_fuse(spec.rotation, spec.rotation_input, spec.rotation_metric)
+    fuses = can_fuse(spec.rotation, spec.rotation_metric)
     return fuses and not spec.router_sqrt_gate
 
 
@@ -94,6 +94,7 @@ def _routes_inside(spec: Spec) -> bool:
 
 def _is_grouped(spec: Spec) -> bool:
     able = spec.selection == "top_k" and spec.num_experts > 1 and not spec.share_A
+    able = able and spec.rotation_input != "z"
     if not (able and _in_rank_space(spec)) or spec.dispatch == "fused":
         return False
     return spec.dispatch == "grouped" or spec.num_experts >= GROUPED_FROM * spec.top_k
@@ -145,9 +146,10 @@ def _by_groups(experts: Experts, call: Call) -> Added:
         spec,
         call.x_TD,
         call.dropout(call.x_TD.to(dtype)),
-        weights.cast(dtype),
+        weights.cast(spec, dtype),
         routed.routing.weight_TE,
         routed.routing.selected_TE,
+        routed.logits_TE,
     )
     return _added(delta_TO, call), routed
 
@@ -172,11 +174,17 @@ def _fused(experts: Experts, call: Call) -> Added:
         assert logits_TE is not None
         return y_TO, Routed(logits_TE, None, index_KT)
     routed = _routed(experts, call, weights)
-    weight_TE = x_TD.new_ones(x_TD.shape[0], 1)
+    weight_TE, logits_TE = x_TD.new_ones(x_TD.shape[0], 1), None
     if routed is not None and routed.routing is not None:
-        weight_TE = routed.routing.weight_TE
+        weight_TE, logits_TE = routed.routing.weight_TE, routed.logits_TE
     y_TO, _, _ = fused_mixture(
-        how, x_TD, weights, weight_TE=weight_TE, keep_TD=keep_TD, base_TO=call.base_TO
+        how,
+        x_TD,
+        weights,
+        weight_TE=weight_TE,
+        logits_TE=logits_TE,
+        keep_TD=keep_TD,
+        base_TO=call.base_TO,
     )
     return y_TO, routed
 
@@ -186,11 +194,12 @@ def _dense(experts: Experts, call: Call) -> Added:
     dtype = compute_dtype(call.x_TD, experts.expert_A, spec)
     routed = _routed(experts, call, weights)
     weight_TE = call.x_TD.new_ones(call.x_TD.shape[0], 1)
-    selected_TE = None
+    selected_TE = logits_TE = None
     if routed is not None and routed.routing is not None:
         weight_TE, selected_TE = routed.routing.weight_TE, routed.routing.selected_TE
-    x_TD = call.x_TD.to(dtype)
-    delta_TO = mixture(spec, x_TD, call.dropout(x_TD), weights.cast(dtype), weight_TE, selected_TE)
+        logits_TE = routed.logits_TE
+    x_TD, cast = call.x_TD.to(dtype), weights.cast(spec, dtype)
+    delta_TO = mixture(spec, x_TD, call.dropout(x_TD), cast, weight_TE, selected_TE, logits_TE)
     return _added(delta_TO, call), routed
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from rotmole.ops.rotation.table import ROTATIONS
 from rotmole.ops.routing.routers import ROUTERS
 from rotmole.ops.routing.selection import SELECTIONS
 from rotmole.tuner.settings.settings import Settings
@@ -33,7 +34,8 @@ def _idle_in_router(s: Settings) -> dict[str, bool]:
         "norm_topk_prob": not s.norm_topk_prob and not normalises,
         "top_p": s.top_p != Settings.top_p and not (routed and selection.name == "top_p"),
         "top_k_pattern": bool(s.top_k_pattern) and s.selection not in ("top_k", "expert_choice"),
-        "router_dim": s.router_dim is not None and not (routed and router.hidden),
+        "router_dim": s.router_dim is not None
+        and not (routed and (router.hidden or router.factors)),
         "router_temperature": s.router_temperature is not None and not learned,
         "router_jitter": s.router_jitter > 0 and not (routed and router.reads != "ids"),
         "router_seed": s.router_seed != 0 and not (routed and router.reads == "ids"),
@@ -61,6 +63,7 @@ def _idle_in_experts(s: Settings) -> dict[str, bool]:
         "share_A": s.share_A and not s.is_routed,
         "use_rslora": s.use_rslora and s.goat_eta is not None,
         "alpha_pattern": bool(s.alpha_pattern) and s.goat_eta is not None,
+        "rotation_dim": s.rotation_dim is not None and not ROTATIONS[s.rotation].linear_gates,
         "rotation_planes": s.rotation_planes is not None and s.rotation != "givens",
         "radar_rank": s.radar_rank is not None and not s.rotation.startswith("radar"),
         "radar_normalize": not s.radar_normalize and s.rotation != "radar",

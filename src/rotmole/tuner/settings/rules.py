@@ -54,12 +54,39 @@ def _rotation_rules(s: Settings, wrong: Names) -> Iterator[str]:
         yield from _rank_rules(row, "r", s.r, s.rotation_planes)
         for pattern, rank in s.rank_pattern.items():
             yield from _rank_rules(row, f"rank_pattern[{pattern!r}]", rank, s.rotation_planes)
-    if s.rotation_input == "z" and not row.input_z:
-        able = ", ".join(name for name, other in ROTATIONS.items() if other.input_z)
-        yield f"rotation_input is 'z' but rotation is {row.name!r}; only {able} can read z"
+    if not wrong & {"rotation_input", "rotation_dim"}:
+        yield from _input_rules(s, row)
     if s.rotation_metric == "output" and not row.metric:
         able = ", ".join(name for name, other in ROTATIONS.items() if other.metric)
         yield f"rotation_metric is 'output' but rotation is {row.name!r}; only {able} have it"
+
+
+def _input_rules(s: Settings, row: Rotation) -> Iterator[str]:
+    """Yield why a rotation's gates cannot read what they are to read."""
+    if s.rotation_input == "z" and not row.input_z:
+        able = ", ".join(name for name, other in ROTATIONS.items() if other.input_z)
+        yield f"rotation_input is 'z' but rotation is {row.name!r}; only {able} can read z"
+    if s.rotation_input != "x" and s.rotation_dim is not None:
+        yield (
+            f"rotation_dim is {s.rotation_dim} but rotation_input is {s.rotation_input!r}; "
+            "rotation_dim says through how many numbers gates read x, so leave one of them out"
+        )
+    if s.rotation_input != "router":
+        return
+    if not row.linear_gates:
+        able = ", ".join(name for name, other in ROTATIONS.items() if other.linear_gates)
+        yield (
+            f"rotation_input is 'router' but rotation is {row.name!r}; only {able} can read the "
+            "router's logits"
+        )
+    learned = s.router in ROUTERS and ROUTERS[s.router].weight == "learned"
+    counts = {s.num_experts, *(count for _, count in entries_of(s.num_experts_pattern))}
+    if not learned or 1 in counts or s.router_scope == "block":
+        yield (
+            "rotation_input is 'router', which needs a learned router in every layer "
+            f"(here: router {s.router!r}, num_experts {sorted(counts, key=str)}, router_scope "
+            f"{s.router_scope!r})"
+        )
 
 
 def _rank_rules(row: Rotation, name: str, rank: int, planes: int | None) -> Iterator[str]:
@@ -108,11 +135,13 @@ def _sharing_rules(s: Settings, wrong: Names) -> Iterator[str]:
 def _dispatch_rules(s: Settings, wrong: Names) -> Iterator[str]:
     if s.dispatch != "grouped" or "rotation" in wrong:
         return
-    fits = can_fuse(s.rotation, s.rotation_input, s.rotation_metric) and s.selection == "top_k"
+    fits = can_fuse(s.rotation, s.rotation_metric) and s.selection == "top_k"
+    fits = fits and s.rotation_input != "z"
     if not fits or s.share_A or s.router_sqrt_gate:
         yield (
             "dispatch is 'grouped', which needs selection top_k and a rotation of each expert by "
-            "itself in rank space, without share_A and router_sqrt_gate; use dispatch auto"
+            "itself in rank space, without share_A, router_sqrt_gate and rotation_input z; use "
+            "dispatch auto"
         )
 
 

@@ -96,7 +96,7 @@ class Settings:
         metadata=_about(
             or_null(whole(1)),
             "Hidden width of the routers mlp, mlp_hadamard, cosine, attention and hybrid; null "
-            "means 16.",
+            "means 16. It factors router linear into two matrices, null leaves it whole.",
             example=32,
         ),
     )
@@ -174,9 +174,20 @@ class Settings:
     rotation_input: str = field(
         default="x",
         metadata=_about(
-            choice(("x", "z")),
-            "What the vector gate of rotation bias reads: x, or z = A x.",
+            choice(("x", "z", "router")),
+            "What the gates of a rotation read: the layer's input x, the expert's activation z = "
+            "A x (tangent, bivector, plane, givens and bias), or the router's logits. z and "
+            "router make them nearly free.",
             example="z",
+        ),
+    )
+    rotation_dim: int | None = field(
+        default=None,
+        metadata=_about(
+            or_null(whole(1)),
+            "H: all gates of a layer's rotation read C x, H numbers that one map makes of x; null "
+            "means that they read x itself.",
+            example=4,
         ),
     )
     rotation_metric: str = field(
