@@ -172,6 +172,7 @@ def test_a_file_of_two_splits_is_read_and_blamed_once(tmp_path):
     with pytest.raises(DataError, match=r"^\S+train\.jsonl: row 2 is not JSON") as caught:
         load_splits(data, seed=0)
     assert "\n" not in str(caught.value)
+    assert "more row" not in str(caught.value)
 
 
 def test_a_fraction_without_rows_is_said_by_name(tmp_path):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from rotmole.config.load import load_run
 from rotmole.config.schema import DataSection
 from rotmole.data import data_problems, load_examples
+from rotmole.errors import ConfigError
 
 ROW = '{"prompt": "p", "completion": "c"}\n'
 
@@ -71,6 +73,12 @@ def test_a_source_that_is_set_reads_its_own_files_alone(tmp_path):
     assert origins(tmp_path, "d", source="jsonl") == ["d/2.jsonl", "d/3.json"]
     (tmp_path / "rows.txt").write_text(ROW)
     assert origins(tmp_path, "rows.txt", source="jsonl") == ["rows.txt"]
+
+
+def test_a_delimiter_is_one_character():
+    text = "output_dir: x\ndata: {tasks: {a: {files: x.csv, delimiter: ';;'}}}\n"
+    with pytest.raises(ConfigError, match=r"delimiter: ';;' is not one character, such as ; or"):
+        load_run(None, text=text)
 
 
 @pytest.mark.parametrize(

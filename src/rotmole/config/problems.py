@@ -85,16 +85,8 @@ def _sentence(
         return f"{name}: {value!r} must be {bounds[kind]} {limit}."
     if kind in ("too_short", "string_too_short"):
         return f"{name} is empty{_meaning(model, place)}"
-    return _of_value(name, value, error, place, model)
-
-
-def _of_value(
-    name: str, value: Any, error: Mapping[str, Any], place: Location, model: type[BaseModel]
-) -> str:
-    """Write what a value is, in the words of the schema's own check if it has one."""
-    if error["type"] == "value_error":
-        return f"{name} is {value!r}; {error['ctx']['error']}"
-    return f"{name}: {value!r} is not {_wanted(_hint(model, place), place, value)}."
+    rule = context.get("error") if kind == "value_error" else None
+    return f"{name}: {value!r} is not {rule or _wanted(_hint(model, place), place, value)}."
 
 
 def _wanted(hint: Any, place: Location, value: Any) -> str:

@@ -77,7 +77,7 @@ class ModelSection(Section):
 def _delimiter(value: object) -> object:
     value = {"tab": "\t", "\\t": "\t"}.get(value, value) if isinstance(value, str) else value
     if isinstance(value, str) and (len(value) != 1 or value in '"\r\n'):
-        raise ValueError("it must be one character, such as ; or tab")
+        raise ValueError("one character, such as ; or tab")
     return value
 
 
