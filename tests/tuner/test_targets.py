@@ -117,7 +117,9 @@ STATES = {
 def test_hybrids_that_peft_does_not_know_are_refused_too() -> None:
     """Their training kernel reads out_proj.weight; Qwen3-Next, which calls it, is not refused."""
     bamba = BambaForCausalLM(BambaConfig(**SMALL, **HEADS, **STATES, attn_layer_indices=[1]))
-    with pytest.raises(ModelError, match=r"reads the weight of 'model\.layers\.0\.mamba\.out_proj'"):
+    with pytest.raises(
+        ModelError, match=r"reads the weight of 'model\.layers\.0\.mamba\.out_proj'"
+    ):
         get_peft_model(bamba, RotMoleConfig(target_modules=["out_proj"]))
     jamba = JambaForCausalLM(
         JambaConfig(**SMALL, **HEADS, use_mamba_kernels=False, mamba_d_state=4, num_experts=2)
@@ -137,7 +139,7 @@ def test_a_mamba_inside_another_model_is_known_by_its_own_type() -> None:
             super().__init__()
             self.reader, self.writer = tiny.llama(), MAMBAS["mamba2"]()
 
-    with pytest.raises(ModelError, match="reads the weight of 'writer.backbone"):
+    with pytest.raises(ModelError, match=r"reads the weight of 'writer\.backbone"):
         get_peft_model(Pair(), RotMoleConfig(target_modules=["q_proj", "out_proj"]))
 
 

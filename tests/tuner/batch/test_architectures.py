@@ -17,14 +17,11 @@ import torch
 import transformers as hf
 from peft import PeftModel
 from test_batch import (
-    LENGTHS,
-    MOE,
     NO_DROPOUT,
     ROUTERS,
     SIZES,
     TEXT,
     adapted,
-    alone,
     assert_same,
     balance,
     gradients,
@@ -36,7 +33,7 @@ from test_batch import (
 )
 
 import tiny
-from rotmole import ModelError, RotMoleConfig, balance_states
+from rotmole import ModelError, RotMoleConfig
 
 Make = Callable[[], torch.nn.Module]
 GROUPED = SIZES | {"num_key_value_heads": 2}
@@ -204,7 +201,7 @@ def test_a_deleted_adapter_is_freed(name: str) -> None:
 
 
 def test_sound_is_its_rows_weighed_by_their_frames() -> None:
-    """A convolution over positions lets padding reach its neighbours' values, never their number."""
+    """The mask is of samples; what counts is the frames that are left of them."""
     off = ("hidden", "attention", "feat_proj", "activation")
     config = hf.Wav2Vec2Config(
         hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48,
