@@ -49,9 +49,7 @@ def test_experts_are_stepped_as_by_torchs_muon_and_all_else_as_by_adamw(
     modules = expert_modules(model)
     factors = {id(p): p for m in modules for p in (m.expert_A, m.expert_B) if p.requires_grad}
     copies = {p: torch.nn.Parameter(p.detach().clone()) for g in groups for p in g["params"]}
-    singles = {
-        p: [torch.nn.Parameter(one.detach().clone()) for one in p] for p in factors.values()
-    }
+    singles = {p: [torch.nn.Parameter(one.detach().clone()) for one in p] for p in factors.values()}
     flat = [single for group in singles.values() for single in group]
     muon = torch.optim.Muon(flat, lr=LR, weight_decay=DECAY, adjust_lr_fn="match_rms_adamw")
     rest = [
