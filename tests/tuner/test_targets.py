@@ -139,7 +139,7 @@ def test_a_mamba_inside_another_model_is_known_by_its_own_type() -> None:
             super().__init__()
             self.reader, self.writer = tiny.llama(), MAMBAS["mamba2"]()
 
-    with pytest.raises(ModelError, match=r"reads the weight of 'writer.backbone"):
+    with pytest.raises(ModelError, match=r"reads the weight of 'writer\.backbone"):
         get_peft_model(Pair(), RotMoleConfig(target_modules=["q_proj", "out_proj"]))
 
 

@@ -41,8 +41,7 @@ def keep_trainable(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment] # no tensor
 
 
-def model_type(module: nn.Module) -> str:
-    """Return transformers' name for the architecture of a module, "" if it has none."""
+def _model_type(module: nn.Module) -> str:
     config = getattr(module, "config", None)
     return str(getattr(config, "model_type", None) or "")
 
@@ -58,10 +57,10 @@ def read_as_weights(model: nn.Module, path: str) -> frozenset[str]:
         path: of a module in it.
     """
     around: Any = model
-    kind = model_type(around)
+    kind = _model_type(around)
     for name in path.split(".")[:-1]:
         around = getattr(around, name)
-        kind = model_type(around) or kind
+        kind = _model_type(around) or kind
     return _READ_AS_WEIGHTS.get(kind, frozenset())
 
 

@@ -201,7 +201,7 @@ def test_a_deleted_adapter_is_freed(name: str) -> None:
 
 
 def test_sound_is_its_rows_weighed_by_their_frames() -> None:
-    """A convolution over positions lets padding reach neighbours' values, never their number."""
+    """The mask is of samples; what counts is the frames that are left of them."""
     off = ("hidden", "attention", "feat_proj", "activation")
     config = hf.Wav2Vec2Config(
         hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48,

@@ -52,7 +52,7 @@ class Batch:
         is_decoders: whether the stack holds an encoder and a decoder; shape, mask and ids are then
             those of the decoder's tokens.
         has_features: whether the call got images or sound too.
-        tokens_first: whether some of the stack's layers read [S, N, D]; the others read [N, S, D].
+        tokens_first: whether some of the stack's layers read [S, N, D].
         encoder: (states, Batch) of the tokens that cross-attention reads.
         before: the batch at hand when this one was opened: a stack may call itself.
         cache: the key-value cache of this call, if it can hold packed weights.

@@ -32,7 +32,6 @@ from transformers.cache_utils import StaticLayer
 from rotmole.ops.transforms import is_transformed
 from rotmole.tuner.batch.batch import Batch
 from rotmole.tuner.batch.reading import SPEAKING, TASKS, read_batch
-from rotmole.tuner.targets import model_type
 
 # types of models that have layers which read [S, N, D]
 TOKENS_FIRST = {"xlnet", "fsmt", "longformer", "led", "bridgetower"}
@@ -307,7 +306,8 @@ class Watch:
             if path and not _is_stack(module, names, in_list):
                 continue
             outer = None if path == "" else self.of(path.rpartition(".")[0])
-            first = model_type(module) in TOKENS_FIRST or (outer is not None and outer.tokens_first)
+            kind = getattr(getattr(module, "config", None), "model_type", None)
+            first = kind in TOKENS_FIRST or (outer is not None and outer.tokens_first)
             stack = self.stacks[path] = Stack(names, outer, tokens_first=first)
             self.handles += [
                 module.register_forward_pre_hook(stack.open, with_kwargs=True),
