@@ -188,6 +188,8 @@ def test_a_card_says_how_the_adapter_is_loaded_and_names_no_folder(tmp_path: Pat
     model.save_pretrained(tmp_path / "named")
     assert "import rotmole" in (tmp_path / "named" / "README.md").read_text(encoding="utf-8")
     (tmp_path / "README.md").write_text("mine")
+    model.save_pretrained(tmp_path / "named")
+    get_peft_model(model.unload(), config).save_pretrained(tmp_path / "adapter")
     config.save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == "mine"
 
