@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from peft import LoraConfig, PeftModel, get_layer_status, get_peft_model
+from peft import LoraConfig, PeftModel, convert_to_lora, get_layer_status, get_peft_model
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from transformers import DynamicCache, StaticCache
 
@@ -36,6 +36,9 @@ REFUSED: dict[str, tuple[Callable[[PeftModel], object], str]] = {
     "unmerge_adapter": (lambda m: m.unmerge_adapter(), "disable_adapter"),
     "merge_adapter": (lambda m: m.merge_adapter(), "keep the adapter"),
     "merge_and_unload": (lambda m: m.merge_and_unload(), "keep the adapter"),
+    "subtract_mutated_init": (
+        lambda m: m.base_model.subtract_mutated_init({}, "default"), "saves it whole",
+    ),
     "adapter_names": (lambda m: m(input_ids=tiny.tokens(1, 3), adapter_names=["default"]), "rows"),
 }  # fmt: skip
 
@@ -50,13 +53,18 @@ def test_what_a_mixture_cannot_do_says_what_to_do_and_changes_nothing(name: str)
     assert torch.equal(model(input_ids=ids).logits, before)
 
 
-def test_hotswap_is_refused_by_peft_in_words(tmp_path: Path) -> None:
+def test_what_peft_offers_for_lora_alone_is_refused_by_peft_in_words(tmp_path: Path) -> None:
     model = adapted()
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="only supports LORA but ROTMOLE was passed"):
         hotswap_adapter(model, str(tmp_path), "default")
     with pytest.raises(ValueError, match="No adapter layers found"):
         prepare_model_for_compiled_hotswap(model, target_rank=8)
+    with pytest.raises(ValueError, match="not supported for RotMoleModel"):
+        model.save_pretrained(tmp_path, path_initial_model_for_weight_conversion=str(tmp_path))
+    assert not model.supports_lora_conversion()
+    with pytest.raises(TypeError, match="do not support LoRA conversion"):
+        convert_to_lora(model, rank=4)
 
 
 TIED: list[dict[str, Any]] = [
@@ -180,6 +188,8 @@ def test_a_card_says_how_the_adapter_is_loaded_and_names_no_folder(tmp_path: Pat
     model.save_pretrained(tmp_path / "named")
     assert "import rotmole" in (tmp_path / "named" / "README.md").read_text(encoding="utf-8")
     (tmp_path / "README.md").write_text("mine")
+    model.save_pretrained(tmp_path / "named")
+    get_peft_model(model.unload(), config).save_pretrained(tmp_path / "adapter")
     config.save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == "mine"
 

@@ -271,6 +271,17 @@ class RotMoleModel(BaseTuner):  # type: ignore[misc] # peft ships no types
             "unmerge; use disable_adapter() for the base model, or unload() to remove the adapter"
         )
 
+    def subtract_mutated_init(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse: a mixture has no difference of two low-rank products to be saved as.
+
+        Raises:
+            ModelError: always.
+        """
+        raise ModelError(
+            "a mixture cannot be saved as the difference from its start, because its gates change "
+            "while it is trained; save_pretrained() saves it whole"
+        )
+
     def _check_merge_allowed(self) -> None:
         raise ModelError(
             "a mixture of experts cannot be merged into the base weights: which experts act, how "
