@@ -17,6 +17,7 @@ from trl import SFTConfig
 from rotmole.config.load import sft_arguments
 from rotmole.config.schema import SPLITS, DataSection, RunFile, Split
 from rotmole.data import Collator, Example, encode_all, load_examples, mix
+from rotmole.data.load import within_limit
 from rotmole.errors import ConfigError, DataError
 from rotmole.models.load import LoadedModel, load_model
 from rotmole.training.callbacks.balance import BiasCallback
@@ -39,6 +40,7 @@ class Built:
         base: the base model as loaded, with its tokenizer and note.
         model: the base with the adapter.
         examples: split -> task -> rows as text, every split that the tasks have.
+        validation: task -> the validation rows that are scored while training.
         trainer: ready to train.
     """
 
@@ -46,6 +48,7 @@ class Built:
     base: LoadedModel
     model: PeftModel
     examples: dict[Split, dict[str, list[Example]]]
+    validation: dict[str, list[Example]]
     trainer: RotMoleTrainer
 
 
@@ -75,8 +78,31 @@ def build(
     say("loading data")
     examples = all_examples(run, base.tokenizer)
     model = add_adapter(run, base.model)
-    trainer = build_trainer(run, model, base.tokenizer, examples, callbacks, checkpoints)
-    return Built(run, base, model, examples, trainer)
+    validation = validation_rows(run, examples["validation"])
+    used = {"train": examples["train"], "validation": validation}
+    trainer = build_trainer(run, model, base.tokenizer, used, callbacks, checkpoints)
+    return Built(run, base, model, examples, validation, trainer)
+
+
+def validation_rows(
+    run: RunFile, examples: Mapping[str, list[Example]]
+) -> dict[str, list[Example]]:
+    """Choose the validation rows that are scored while training: evaluation.validation_limit.
+
+    Args:
+        run: the run; its seed decides which.
+        examples: task -> all validation rows.
+
+    Returns:
+        Tasks that have rows -> at most that many rows of each group.
+    """
+    limit = run.evaluation.validation_limit
+    chosen = {}
+    for task, rows in examples.items():
+        groups = [row.group for row in rows]
+        places = within_limit(groups, limit, seed=f"{run.seed}|{task}|while training|")
+        chosen[task] = [rows[i] for i in places]
+    return {task: rows for task, rows in chosen.items() if rows}
 
 
 def all_examples(run: RunFile, tokenizer: Any) -> dict[Split, dict[str, list[Example]]]:
@@ -125,14 +151,14 @@ def build_trainer(
         run: a checked run file.
         model: base with adapter.
         tokenizer: the model's.
-        examples: from `all_examples`.
+        examples: the rows to train on, by task, and those that validation scores.
         callbacks: besides those of every run.
         checkpoints: of the run; None begins anew.
 
     Raises:
         ConfigError, DataError: settings or rows that cannot be trained on.
     """
-    validation = {task: rows for task, rows in examples["validation"].items() if rows}
+    validation = examples["validation"]
     arguments = training_arguments(run, validated=bool(validation))
     length = arguments.max_length or UNLIMITED
     train = mix(dict(examples["train"]), run.data, seed=run.seed)

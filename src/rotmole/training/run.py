@@ -28,6 +28,7 @@ from rotmole.training.changes import (
     check_tensors,
     facts_of,
     loaded_facts,
+    scores_differ,
 )
 from rotmole.training.checkpoints.checkpoints import (
     Checkpoints,
@@ -37,6 +38,7 @@ from rotmole.training.checkpoints.checkpoints import (
 from rotmole.training.checkpoints.find import find_resume
 from rotmole.training.checkpoints.seal import step_of
 from rotmole.training.folder.card import model_card
+from rotmole.training.folder.figures import duration, final_metrics, readable
 from rotmole.training.folder.layout import (
     MANIFEST,
     METRICS,
@@ -46,7 +48,7 @@ from rotmole.training.folder.layout import (
     save_adapter,
 )
 from rotmole.training.folder.lock import run_lock
-from rotmole.training.folder.manifest import earlier_resumes, final_metrics, manifest
+from rotmole.training.folder.manifest import earlier_resumes, manifest
 from rotmole.training.folder.plots import loss_svg
 from rotmole.training.sharding import adapter_state
 from rotmole.training.trainer import RotMoleTrainer
@@ -64,6 +66,7 @@ class TrainResult:
         adapter_dir: the saved adapter, None where the run was interrupted and in all processes but
             the first.
         steps: updates made, those before a resume included.
+        weights_step: the update that the result's weights are of.
         metrics: the run's figures: training and validation losses, tokens/s, peak memory.
         seconds: wall time of training alone, since the resume if there was one.
         trainable_parameters: gates included.
@@ -75,6 +78,7 @@ class TrainResult:
     run_dir: Path
     adapter_dir: Path | None
     steps: int
+    weights_step: int
     metrics: dict[str, Any]
     seconds: float
     trainable_parameters: int
@@ -191,9 +195,11 @@ def prepare_folder(built: Built) -> None:
     run_dir, origin = checkpoints.run_dir, checkpoints.origin
     same_everywhere("model.dtype", built.base.model.dtype)
     fingerprint = data_fingerprint(built.run.data, built.examples)
-    facts = loaded_facts(fingerprint, built.base.model.dtype)
+    used = {"train": built.examples["train"], "validation": built.validation}
+    facts = loaded_facts(data_fingerprint(built.run.data, used), built.base.model.dtype)
     if origin is not None:
         checkpoints.changes += check_changes(origin, facts, allow=checkpoints.allow_change)
+        checkpoints.scores_differ = scores_differ(checkpoints.changes)
         check_tensors(built.model, origin)
         weights_only = checkpoints.weights_only
         if not check_engine(origin, engine_of(trainer), weights_only=weights_only):
@@ -233,7 +239,7 @@ def _nothing_left(trainer: RotMoleTrainer, origin: Path) -> bool:
         return False
     trainer.state, checkpoints = state, trainer.checkpoints
     checkpoints.restore_best(trainer)
-    if validation_is_missing(trainer.args, state):
+    if trainer.args.eval_on_start:
         trainer._load_from_checkpoint(str(origin))
         trainer._evaluate(None, None, skip_scheduler=True)
     best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
@@ -255,6 +261,7 @@ def _result(built: Built, stop: StopOnSignal, seconds: float) -> TrainResult:
         run_dir=run_dir,
         adapter_dir=None,
         steps=state.global_step,
+        weights_step=step,
         metrics=final_metrics(read_metrics(run_dir / METRICS), step),
         seconds=seconds,
         trainable_parameters=built.model.get_nb_trainable_parameters()[0],
@@ -313,10 +320,10 @@ def finish(result: TrainResult) -> TrainResult:
     atomic_write_text(result.run_dir / "loss.svg", loss_svg(rows, result.run_dir.name))
     result.adapter_dir = save_adapter(result.built.model, result.run_dir, state)
     figures = {
-        "updates": result.steps,
-        "trainable parameters (gates included)": result.trainable_parameters,
-        **{name.replace("_", " "): value for name, value in result.metrics.items()},
-        "training seconds": result.seconds,
+        "weights of update": f"{result.weights_step:,} of {result.steps:,}",
+        "trainable parameters": f"{result.trainable_parameters:,}, gates included",
+        **readable(result.metrics),
+        "time": duration(result.seconds),
     }
     atomic_write_text(result.adapter_dir / "README.md", model_card(run, base.note, figures))
     (result.run_dir / UNFINISHED).unlink(missing_ok=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rotmole.errors import InputError
-from rotmole.files import storage_errors, sync
+from rotmole.files import share, storage_errors, sync
 from rotmole.training.checkpoints.find import checkpoints
 from rotmole.training.checkpoints.seal import is_half_written, is_sealed
 
@@ -105,6 +105,7 @@ def save_adapter(model: Any, run_dir: Path, state: dict[str, Any] | None = None)
     with storage_errors(target):
         try:
             model.save_pretrained(fresh, state_dict=state)
+            share(fresh)
             for file in (*fresh.iterdir(), fresh):
                 sync(file)
             if target.exists():
