@@ -81,7 +81,7 @@ def share(folder: Path) -> None:
         StorageError: a mode cannot be changed.
     """
     with storage_errors(folder):
-        probe = folder / f".mode.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+        probe = folder.parent / f".mode.{os.getpid()}.{secrets.token_hex(4)}.tmp"
         probe.touch()
         try:
             mode = probe.stat().st_mode  # the umask itself can only be read by changing it

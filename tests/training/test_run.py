@@ -9,6 +9,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from rotmole.config.load import load_run
@@ -16,7 +17,7 @@ from rotmole.errors import InputError, NonFiniteError
 from rotmole.evaluation.target import find_target
 from rotmole.training.callbacks.metrics import TIMING_SUFFIXES, read_metrics
 from rotmole.training.checkpoints.find import checkpoints
-from rotmole.training.folder.layout import UNFINISHED
+from rotmole.training.folder.layout import UNFINISHED, is_finished
 from rotmole.training.run import TrainResult, train
 from training_cases import run_file
 
@@ -134,7 +135,9 @@ def test_the_card_is_what_the_hub_reads_and_its_code_runs(straight, model_folder
     exec(code, namespace)
     assert type(namespace["model"]).__name__ == "PeftModelForCausalLM"
     step = straight.metrics["eval_step"]
-    assert f"| validation loss | {straight.metrics['eval_loss']:.4f} at update {step} |" in card.text
+    assert (
+        f"| validation loss | {straight.metrics['eval_loss']:.4f} at update {step} |" in card.text
+    )
     assert f"| weights of update | {step} of 20 |" in card.text
 
 
@@ -193,6 +196,27 @@ def test_a_finished_run_that_goes_on_is_unfinished_until_it_ends(
         find_target(tmp_path)
     run(6, "auto")
     assert not (tmp_path / UNFINISHED).exists()
+
+
+def test_a_finished_run_survives_a_successor_that_dies(model_folder, data_folder, tmp_path, caplog):
+    def run(**more):
+        given = run_file(
+            model_folder, data_folder, tmp_path, max_steps=3, save_steps=9, eval_steps=9
+        )
+        return train(given, progress=False, **more)
+
+    first = weights(run())
+    for how in ("exception", "interrupt"):
+        stop = Dies(2) if how == "exception" else PowerCut(1)
+        with pytest.raises((ZeroDivisionError, RuntimeError)):
+            run(callbacks=[stop])
+        assert f"is kept in {tmp_path / 'previous'} until this one is complete" in caplog.text
+        target = find_target(tmp_path / "previous")
+        saved = load_file(target.adapter / "adapter_model.safetensors")
+        assert len(saved) == len(first)
+    run()
+    assert is_finished(tmp_path)
+    assert not (tmp_path / "previous").exists()
 
 
 class Dies(TrainerCallback):

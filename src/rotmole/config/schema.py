@@ -319,7 +319,8 @@ class RunFile(Section):
         default_factory=OptimizerSection, description="Optimizer and learning rates by role."
     )
     evaluation: EvaluationSection = Field(
-        default_factory=EvaluationSection, description="Settings of `rotmole eval` and of validation."
+        default_factory=EvaluationSection,
+        description="Settings of `rotmole eval` and of validation.",
     )
     _adapter_config: Any = PrivateAttr(default=None)
     _config_settings: dict[str, Any] = PrivateAttr(default_factory=dict)

@@ -45,6 +45,9 @@ from rotmole.training.folder.layout import (
     UNFINISHED,
     check_free,
     clear,
+    drop_previous,
+    is_being_cleared,
+    is_finished,
     save_adapter,
 )
 from rotmole.training.folder.lock import run_lock
@@ -162,9 +165,11 @@ def find_origin(
         InputError: there is no such checkpoint, it is of another run, or the folder is in use.
     """
     run_dir = Path(run.output_dir)
-    origin = find_resume(run_dir, resume, weights_only=weights_only)
-    if origin is None:
-        check_free(run_dir)
+    origin = None
+    if resume not in (None, "auto") or not is_being_cleared(run_dir):
+        origin = find_resume(run_dir, resume, weights_only=weights_only)
+        if origin is None:
+            check_free(run_dir)
     facts = facts_of(run)
     changes = []
     if origin is not None:
@@ -182,7 +187,8 @@ def find_origin(
 def prepare_folder(built: Built) -> None:
     """Compare the loaded parts with the checkpoint, check the disk, clear up, describe the run.
 
-    The files of an earlier run stay until its successor is ready to train.
+    The files of an earlier run stay until its successor is ready to train, and those of a finished
+    one until its successor is complete.
 
     Args:
         built: the parts of the run; its trainer's checkpoints say where it begins.
@@ -208,9 +214,7 @@ def prepare_folder(built: Built) -> None:
         checkpoints.resume(trainer)
     checkpoints.facts |= facts
     if is_main_process():
-        checkpoints.check_space(trainer)
-        with storage_errors(run_dir):
-            (run_dir / UNFINISHED).touch()
+        checkpoints.check_space(trainer, frees=origin is not None or not is_finished(run_dir))
         clear(run_dir, resuming=origin is not None)
         describe_run(built, fingerprint)
 
@@ -327,4 +331,6 @@ def finish(result: TrainResult) -> TrainResult:
     }
     atomic_write_text(result.adapter_dir / "README.md", model_card(run, base.note, figures))
     (result.run_dir / UNFINISHED).unlink(missing_ok=True)
+    with storage_errors(result.run_dir):
+        drop_previous(result.run_dir)
     return result

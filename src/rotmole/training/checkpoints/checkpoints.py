@@ -145,14 +145,17 @@ class Checkpoints:
         logger.warning("%s, the best so far, %s; the best is sought anew", best, reason)
         state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
-    def check_space(self, trainer: Trainer) -> None:
+    def check_space(self, trainer: Trainer, *, frees: bool = True) -> None:
         """Refuse to start if the disk cannot take the run's checkpoints.
 
             need = (kept + 1) * checkpoint + adapter + 32 MiB for tokenizer, documents and logs
             checkpoint = bytes of the trained weights (1 + optimizer's states)
 
-        Checkpoints that lie there already will be removed. Optimizers whose number of states is
-        unknown count as having none.
+        Optimizers whose number of states is unknown count as having none.
+
+        Args:
+            trainer: of the run.
+            frees: checkpoints that lie there already will be removed.
 
         Raises:
             StorageError: there is less free space than that.
@@ -163,7 +166,7 @@ class Checkpoints:
         states = 2 if optimizer.startswith("adamw") and "bit" not in optimizer else 0
         checkpoint, number = weights * (1 + states), (self.keep or 1) + 1
         files = self.run_dir.glob("checkpoint-*/**/*")
-        present = sum(file.stat().st_size for file in files if file.is_file())
+        present = sum(file.stat().st_size for file in files if file.is_file()) if frees else 0
         need = number * checkpoint + weights + (32 << 20) - present
         with storage_errors(self.run_dir):
             free = shutil.disk_usage(self.run_dir).free
