@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from rotmole.errors import NonFiniteError
 from rotmole.files import atomic_write_text, storage_errors
 from rotmole.processes import is_main_process, same_everywhere
 from rotmole.training.build import Built, build
+from rotmole.training.callbacks.batch_size import BatchSizeCallback
+from rotmole.training.callbacks.early import validations_without_a_better
 from rotmole.training.callbacks.metrics import read_metrics
 from rotmole.training.callbacks.progress import ProgressCallback
 from rotmole.training.callbacks.stop import StopOnSignal
@@ -51,10 +54,9 @@ from rotmole.training.folder.layout import (
     save_adapter,
 )
 from rotmole.training.folder.lock import run_lock
-from rotmole.training.folder.manifest import earlier_resumes, manifest
+from rotmole.training.folder.manifest import add_to_manifest, earlier_resumes, manifest
 from rotmole.training.folder.plots import loss_svg
 from rotmole.training.sharding import adapter_state
-from rotmole.training.trainer import RotMoleTrainer
 from rotmole.training.validation import ValidationCut
 
 logger = logging.getLogger(__name__)
@@ -74,6 +76,7 @@ class TrainResult:
         seconds: wall time of training alone, since the resume if there was one.
         trainable_parameters: gates included.
         interrupted: the signal that stopped the run, None where it ended by itself.
+        stopped_early: evaluation.early_stopping_patience ended it before its last update.
         best_checkpoint: the checkpoint whose weights are the result, None for the last ones.
         built: model, data and trainer, to go on with.
     """
@@ -86,6 +89,7 @@ class TrainResult:
     seconds: float
     trainable_parameters: int
     interrupted: int | None
+    stopped_early: bool
     best_checkpoint: str | None
     built: Built = field(repr=False)
 
@@ -135,12 +139,14 @@ def train(
             (say or logger.info)(f"going on from {checkpoints.origin}")
         built = build(
             run,
-            callbacks=[stop, *bars, *callbacks],
+            callbacks=[stop, *bars, BatchSizeCallback(partial(_found_size, run_dir)), *callbacks],
             say=say,
             trust_remote_code=trust_remote_code,
             checkpoints=checkpoints,
         )
         prepare_folder(built)
+        for bar in bars:
+            bar.plan(built.trainer)
         if prepare is not None and is_main_process():
             prepare(built)
         started = time.perf_counter()
@@ -151,6 +157,16 @@ def train(
                 bar.close()
         result = _result(built, stop, time.perf_counter() - started)
         return finish(result) if result.interrupted is None else result
+
+
+def _found_size(run_dir: Path, asked: int, size: int) -> None:
+    """Say, and note in the manifest, what training.auto_find_batch_size came to."""
+    logger.warning(
+        "batches of %d rows (training.per_device_train_batch_size) did not fit into memory; "
+        "training goes on with %d",
+        asked, size,
+    )  # fmt: skip
+    add_to_manifest(run_dir / MANIFEST, {"per_device_train_batch_size_found": size})
 
 
 def find_origin(
@@ -223,7 +239,7 @@ def _fit(built: Built, stop: StopOnSignal) -> None:
     trainer, origin = built.trainer, built.trainer.checkpoints.origin
     try:
         with stop.listening(), suppress(ValidationCut):
-            if origin is not None and _nothing_left(trainer, origin):
+            if origin is not None and _nothing_left(built, origin):
                 return
             trainer.train(resume_from_checkpoint=str(origin) if origin else None)
     except NonFiniteError as error:
@@ -232,16 +248,19 @@ def _fit(built: Built, stop: StopOnSignal) -> None:
         raise
 
 
-def _nothing_left(trainer: RotMoleTrainer, origin: Path) -> bool:
+def _nothing_left(built: Built, origin: Path) -> bool:
     """Load a checkpoint after the last update; the Trainer would make one more before it looks."""
+    trainer = built.trainer
     state = TrainerState.load_from_json(str(origin / "trainer_state.json"))
     last = trainer.args.max_steps
     if last <= 0:
         same = trainer.args.num_train_epochs <= state.num_train_epochs
         last = state.max_steps if same else state.global_step + 1
-    if state.global_step < last:
+    checkpoints, patience = trainer.checkpoints, built.run.evaluation.early_stopping_patience
+    stopped = patience is not None and validations_without_a_better(state) >= patience
+    if state.global_step < last and (checkpoints.scores_differ or not stopped):
         return False
-    trainer.state, checkpoints = state, trainer.checkpoints
+    trainer.state = state
     checkpoints.restore_best(trainer)
     if trainer.args.eval_on_start:
         trainer._load_from_checkpoint(str(origin))
@@ -261,6 +280,7 @@ def _result(built: Built, stop: StopOnSignal, seconds: float) -> TrainResult:
     best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
     step = step_of(Path(best)) if best else state.global_step
     stopped = state.global_step < state.max_steps or validation_is_missing(trainer.args, state)
+    interrupted = stop.agreed if stopped else None
     return TrainResult(
         run_dir=run_dir,
         adapter_dir=None,
@@ -269,7 +289,8 @@ def _result(built: Built, stop: StopOnSignal, seconds: float) -> TrainResult:
         metrics=final_metrics(read_metrics(run_dir / METRICS), step),
         seconds=seconds,
         trainable_parameters=built.model.get_nb_trainable_parameters()[0],
-        interrupted=stop.agreed if stopped else None,
+        interrupted=interrupted,
+        stopped_early=interrupted is None and state.global_step < state.max_steps,
         best_checkpoint=best,
         built=built,
     )

@@ -7,6 +7,10 @@ from typing import Any
 
 from rich.filesize import decimal
 
+USAGE = (
+    "experts_unused", "experts_total", "largest_expert_share", "largest_expert_share_mean",
+    "expert_share_even", "expert_share_ceiling",
+)  # fmt: skip
 _FIGURES = (
     "train_loss", "train_tokens_per_second", "num_input_tokens_seen", "peak_memory_bytes",
 )  # fmt: skip
@@ -20,12 +24,13 @@ def final_metrics(rows: Sequence[dict[str, Any]], step: int) -> dict[str, Any]:
         step: the update that the result's weights are of.
 
     Returns:
-        train_loss, train_tokens_per_second, peak_memory_bytes, num_input_tokens_seen, and, if
-        there was a validation by then, every eval loss of the last one and the step it was made
-        at. Of two validations at one update the later one counts: a resume had other rows.
+        train_loss, train_tokens_per_second, peak_memory_bytes, num_input_tokens_seen, how the
+        experts were used in the last log line, and, if there was a validation by then, every eval loss
+        of the last one and the step it was made at. Of two validations at one update the later one counts: a resume had other rows.
     """
     figures: dict[str, Any] = {}
     for row in rows:
+        figures |= {name: row[name] for name in USAGE if name in row}
         if "train_loss" in row:
             figures |= {name: row[name] for name in _FIGURES if name in row}
     validated = [r for r in rows if r.get("eval_loss") is not None and r["step"] <= step]
@@ -49,12 +54,28 @@ def readable(metrics: Mapping[str, Any]) -> dict[str, str]:
         words["validation loss"] = f"{metrics['eval_loss']:.4f} at update {metrics['eval_step']:,}"
     for task, loss in task_losses(metrics).items():
         words[f"  {task}"] = f"{loss:.4f}"
+    words |= _usage(metrics)
     if "num_input_tokens_seen" in metrics:
         words["tokens"] = f"{metrics['num_input_tokens_seen']:,} trained on"
     if "train_tokens_per_second" in metrics:
         words["speed"] = speed(metrics["train_tokens_per_second"]) + ", validation left out"
     if "peak_memory_bytes" in metrics:
         words["memory"] = f"{decimal(metrics['peak_memory_bytes'])} at most"
+    return words
+
+
+def _usage(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """Say how the experts were used, with what these figures are measured by."""
+    words = {}
+    if "experts_total" in metrics:
+        unused, total = metrics["experts_unused"], metrics["experts_total"]
+        words["experts"] = f"{unused:,} of {total:,} unused in the last logged update"
+    if "largest_expert_share" in metrics:
+        most, mean, even, ceiling = (f"{100 * metrics[name]:.0f} %" for name in USAGE[2:])
+        words["busiest expert"] = (
+            f"{mean} of a layer's choices on average, {most} in the worst layer "
+            f"(even is {even}, {ceiling} is the most there can be)"
+        )
     return words
 
 

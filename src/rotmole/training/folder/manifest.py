@@ -16,6 +16,7 @@ import torch
 
 from rotmole import __version__
 from rotmole.config.schema import RunFile
+from rotmole.files import atomic_write_text
 
 PACKAGES = (
     "torch",
@@ -94,6 +95,20 @@ def earlier_resumes(path: Path) -> list[dict[str, Any]]:
     return resumes if isinstance(resumes, list) else []
 
 
+def add_to_manifest(path: Path, content: Mapping[str, Any]) -> None:
+    """Add what became known after the start of the run.
+
+    Raises:
+        StorageError: the disk refused.
+    """
+    whole = json.loads(path.read_text(encoding="utf-8")) | dict(content)
+    atomic_write_text(path, _text(whole))
+
+
+def _text(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n"
+
+
 def manifest(
     run: RunFile,
     fingerprint: Mapping[str, Any],
@@ -122,4 +137,4 @@ def manifest(
         "git_commit": git_commit(),
         "resumes": list(resumes),
     }
-    return json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n"
+    return _text(content)
