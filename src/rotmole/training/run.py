@@ -342,7 +342,9 @@ def finish(result: TrainResult) -> TrainResult:
     if not is_main_process():
         return result
     rows = read_metrics(result.run_dir / METRICS)
-    atomic_write_text(result.run_dir / "loss.svg", loss_svg(rows, result.run_dir.name))
+    resumed = [step_of(Path(entry["from"])) for entry in earlier_resumes(result.run_dir / MANIFEST)]
+    drawn = loss_svg(rows, result.run_dir.name, resumed=resumed, kept=result.weights_step)
+    atomic_write_text(result.run_dir / "loss.svg", drawn)
     result.adapter_dir = save_adapter(result.built.model, result.run_dir, state)
     figures = {
         "weights of update": f"{result.weights_step:,} of {result.steps:,}",
