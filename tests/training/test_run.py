@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from rotmole.config.load import load_run
@@ -15,7 +17,7 @@ from rotmole.errors import InputError, NonFiniteError
 from rotmole.evaluation.target import find_target
 from rotmole.training.callbacks.metrics import TIMING_SUFFIXES, read_metrics
 from rotmole.training.checkpoints.find import checkpoints
-from rotmole.training.folder.layout import UNFINISHED
+from rotmole.training.folder.layout import UNFINISHED, is_finished
 from rotmole.training.run import TrainResult, train
 from training_cases import run_file
 
@@ -116,14 +118,36 @@ def test_the_adapter_loads_with_equal_logits(straight, model_folder):
         assert torch.equal(loaded(ids).logits, straight.built.model.eval()(ids).logits)
 
 
-def test_the_card_starts_with_the_import_and_its_code_runs(straight):
-    card = (straight.adapter_dir / "README.md").read_text(encoding="utf-8")
-    code = card.removeprefix("```python\n").partition("```")[0]
+def test_the_card_is_what_the_hub_reads_and_its_code_runs(straight, model_folder, data_folder):
+    text = (straight.adapter_dir / "README.md").read_text(encoding="utf-8")
+    card = ModelCard(text)
+    assert card.data.library_name == "peft"
+    assert "rotmole" in card.data.tags
+    assert card.data.license is None
+    assert card.data.base_model is None  # a folder of this machine
+    for path in (model_folder, data_folder, straight.run_dir, Path.home()):
+        assert str(path) not in text
+    code = card.text.partition("```python\n")[2].partition("```")[0]
     assert code.startswith("import rotmole\n")
+    code = code.replace('"path/to/this/folder"', repr(str(straight.adapter_dir)))
+    code = code.replace(f'"{model_folder.name}"', repr(str(model_folder)))
     namespace: dict = {}
     exec(code, namespace)
     assert type(namespace["model"]).__name__ == "PeftModelForCausalLM"
-    assert f"{straight.metrics['eval_loss']:.4g}" in card
+    step = straight.metrics["eval_step"]
+    assert (
+        f"| validation loss | {straight.metrics['eval_loss']:.4f} at update {step} |" in card.text
+    )
+    assert f"| weights of update | {step} of 20 |" in card.text
+
+
+def test_everybody_may_read_what_a_run_leaves(straight):
+    """safetensors writes files that only their owner may read."""
+    probe = straight.run_dir.with_name("probe")
+    probe.touch()
+    files = [path for path in straight.run_dir.rglob("*") if path.is_file()]
+    assert {path.name for path in files} >= {"adapter_model.safetensors", "manifest.json"}
+    assert {path.stat().st_mode for path in files} == {probe.stat().st_mode}
 
 
 def test_the_same_command_twice_gives_equal_metrics(straight, model_folder, data_folder, tmp_path):
@@ -172,6 +196,27 @@ def test_a_finished_run_that_goes_on_is_unfinished_until_it_ends(
         find_target(tmp_path)
     run(6, "auto")
     assert not (tmp_path / UNFINISHED).exists()
+
+
+def test_a_finished_run_survives_a_successor_that_dies(model_folder, data_folder, tmp_path, caplog):
+    def run(**more):
+        given = run_file(
+            model_folder, data_folder, tmp_path, max_steps=3, save_steps=9, eval_steps=9
+        )
+        return train(given, progress=False, **more)
+
+    first = weights(run())
+    for how in ("exception", "interrupt"):
+        stop = Dies(2) if how == "exception" else PowerCut(1)
+        with pytest.raises((ZeroDivisionError, RuntimeError)):
+            run(callbacks=[stop])
+        assert f"is kept in {tmp_path / 'previous'} until this one is complete" in caplog.text
+        target = find_target(tmp_path / "previous")
+        saved = load_file(target.adapter / "adapter_model.safetensors")
+        assert len(saved) == len(first)
+    run()
+    assert is_finished(tmp_path)
+    assert not (tmp_path / "previous").exists()
 
 
 class Dies(TrainerCallback):

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 INTERVAL = 10.0  # seconds between two lines of progress
+LABEL = 14  # width of the names of facts
 
 
 def note(text: str) -> None:
     """Print one line to standard error at once."""
     print(text, file=sys.stderr, flush=True)
+
+
+def fact(name: str, text: str) -> None:
+    """Print a name and a text; on a terminal, long texts break at words below themselves."""
+    line = f"{name:<{LABEL}} {text}"
+    if sys.stdout.isatty():
+        line = textwrap.fill(
+            line, max(shutil.get_terminal_size().columns, LABEL + 20),
+            subsequent_indent=" " * (LABEL + 1), drop_whitespace=True, break_long_words=False,
+            break_on_hyphens=False,
+        )  # fmt: skip
+    print(line, flush=True)
 
 
 @contextmanager

@@ -8,13 +8,17 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rotmole.cli.screen import note
+from rotmole.cli.screen import fact, note
 from rotmole.config.load import load_run
 from rotmole.data import data_problems
 from rotmole.errors import ConfigError
 from rotmole.models.preview import adapter_problems
+from rotmole.training.folder.figures import duration, readable
+
+if TYPE_CHECKING:
+    from rotmole.training.run import TrainResult
 
 
 def train(
@@ -74,28 +78,38 @@ def _header(built: Any) -> None:
     """Say what will be trained on what, before the first update."""
     modules = Counter(n.rpartition(".")[2] for n in built.model.base_model.targeted_module_names)
     trainable, total = built.model.get_nb_trainable_parameters()
-    print(f"model       {built.base.name}" + (f" ({built.base.note})" if built.base.note else ""))
-    print("modules     " + ", ".join(f"{name} x {count}" for name, count in modules.items()))
-    print(f"parameters  {trainable:,} trainable of {total:,}, gates included")
+    name = built.base.name
+    fact("model", f"{name} ({built.base.note})" if built.base.note else name)
+    fact("modules", ", ".join(f"{name} x {count}" for name, count in modules.items()))
+    share = 100 * trainable / total
+    fact("parameters", f"{trainable:,} trainable of {total:,} ({share:.2g} %), gates included")
     for split, tasks in built.examples.items():
         if tasks:
-            counts = ", ".join(f"{task} {len(rows):,}" for task, rows in tasks.items())
-            print(f"{split:<11} {counts} rows")
+            fact(
+                split, ", ".join(f"{task} {len(rows):,}" for task, rows in tasks.items()) + " rows"
+            )
+    scored = {task: len(rows) for task, rows in built.validation.items()}
+    if sum(scored.values()) < sum(map(len, built.examples["validation"].values())):
+        counts = ", ".join(f"{task} {count:,}" for task, count in scored.items())
+        fact("", f"scored while training: {counts} (evaluation.validation_limit)")
     args = built.trainer.args
     each = args.per_device_train_batch_size * args.world_size
     batches = math.ceil(len(built.trainer.train_dataset) / each)
     updates = max(math.ceil(batches / args.gradient_accumulation_steps), 1)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(updates * args.num_train_epochs)
-    rows = each * args.gradient_accumulation_steps
-    print(f"updates     {steps:,} of {rows} rows", flush=True)
+    fact("updates", f"{steps:,} of {each * args.gradient_accumulation_steps:,} rows")
 
 
-def _summary(result: Any) -> None:
-    print(f"done        {result.steps:,} updates in {result.seconds:.0f} s")
-    for name, value in result.metrics.items():
-        shown = f"{value:.4f}" if isinstance(value, float) else f"{value:,}"
-        print(f"{name.replace('_', ' '):<34} {shown}")
+def _summary(result: TrainResult) -> None:
+    end = f"{result.steps:,} updates in {duration(result.seconds)}"
+    if result.stopped_early:
+        end += ", stopped early: validation found nothing better (early_stopping_patience)"
+    fact("done", end)
+    for name, text in readable(result.metrics).items():
+        fact(name, text)
     if result.best_checkpoint:
-        print(f"the result is the best checkpoint, {Path(result.best_checkpoint).name}")
-    print(f"adapter     {result.adapter_dir}")
-    print(f"score it    rotmole eval {result.run_dir}", flush=True)
+        fact("weights", f"of update {result.weights_step:,}, the best checkpoint")
+    else:
+        fact("weights", f"of update {result.weights_step:,}, the last")
+    fact("adapter", str(result.adapter_dir))
+    fact("score it", f"rotmole eval {shlex.quote(str(result.run_dir))}")

@@ -15,8 +15,9 @@ from rotmole.config.names import did_you_mean_place
 from rotmole.config.paths import anchor_paths
 from rotmole.config.problems import sentences
 from rotmole.config.schema import METRICS, DataSection, ModelSection, RunFile, TaskSection
-from rotmole.config.sections import optimizer_problems, task_group_problems
+from rotmole.config.sections import early_stopping_problems, optimizer_problems, task_group_problems
 from rotmole.config.training import (
+    arguments,
     best_problems,
     check_training,
     has_validation,
@@ -130,6 +131,9 @@ def _check_sections(
     )
     problems += training_problems
     problems += best_problems(training, tasks)
+    if not training_problems:
+        merged = arguments(training, "run", 0, model or ModelSection(), validated)
+        problems += early_stopping_problems(_section(raw, "evaluation"), merged, validated)
     problems += task_group_problems(tasks, adapter)
     for name, task in tasks.items():
         problems += _metric_problems(name, task)

@@ -272,7 +272,7 @@ class OptimizerSection(Section):
 
 
 class EvaluationSection(Section):
-    """What `rotmole eval` does after or without training."""
+    """What `rotmole eval` does after or without training, and validation while training."""
 
     split: Split = Field(
         default="validation", description="Split that is scored.", examples=["test"]
@@ -297,6 +297,20 @@ class EvaluationSection(Section):
         default=True,
         description="Whether the base model without the adapter is scored too.",
         examples=[False],
+    )
+    validation_limit: int | None = Field(
+        default=None,
+        gt=0,
+        description="Largest number of rows of each task and group that validation scores while "
+        "training; the seed decides which. null means all.",
+        examples=[200],
+    )
+    early_stopping_patience: int | None = Field(
+        default=None,
+        gt=0,
+        description="Training stops after this number of validations in a row without a better "
+        "training.metric_for_best_model; null: it goes on to its end.",
+        examples=[3],
     )
 
 
@@ -325,7 +339,8 @@ class RunFile(Section):
         default_factory=OptimizerSection, description="Optimizer and learning rates by role."
     )
     evaluation: EvaluationSection = Field(
-        default_factory=EvaluationSection, description="Settings of `rotmole eval`."
+        default_factory=EvaluationSection,
+        description="Settings of `rotmole eval` and of validation.",
     )
     _adapter_config: Any = PrivateAttr(default=None)
     _config_settings: dict[str, Any] = PrivateAttr(default_factory=dict)

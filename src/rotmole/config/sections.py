@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rotmole.config.schema import TaskSection
+from rotmole.config.training import saves_when_it_validates
 
 
 def optimizer_problems(section: Mapping[str, Any], training: Mapping[str, Any]) -> list[str]:
@@ -32,6 +33,38 @@ def optimizer_problems(section: Mapping[str, Any], training: Mapping[str, Any]) 
             "train with DDP (leave training.fsdp out), or drop optimizer.name."
         )
     return problems
+
+
+def early_stopping_problems(
+    section: Mapping[str, Any], training: Mapping[str, Any], validated: bool
+) -> list[str]:
+    """Say what early stopping lacks.
+
+    Args:
+        section: `evaluation:` as parsed.
+        training: the arguments of SFTConfig, with all defaults.
+        validated: whether any task may have validation rows.
+
+    Returns:
+        One sentence per problem.
+    """
+    patience = section.get("early_stopping_patience")
+    head = f"evaluation.early_stopping_patience: {patience} needs"
+    if not patience:
+        return []
+    if not validated:
+        return [
+            f"{head} validation rows, but no task has any; give files: {{validation: ...}} or "
+            "validation_fraction."
+        ]
+    if training.get("eval_strategy", "no") == "no":
+        return [f"{head} validation, but training.eval_strategy is no; write steps or epoch."]
+    if not training.get("load_best_model_at_end", saves_when_it_validates(training)):
+        return [
+            f"{head} the best checkpoint at the end: training.load_best_model_at_end must not be "
+            "false, and save_strategy and save_steps must follow eval_strategy and eval_steps."
+        ]
+    return []
 
 
 def task_group_problems(tasks: Mapping[str, TaskSection], adapter: Mapping[str, Any]) -> list[str]:

@@ -279,6 +279,22 @@ def arguments(
     return {k: v for k, v in merged.items() if k in names}
 
 
+def saves_when_it_validates(values: Mapping[str, Any]) -> bool:
+    """Tell whether each checkpoint has a validation loss, so that the best is known.
+
+    Args:
+        values: the arguments of SFTConfig, with all defaults.
+    """
+    save, validate = values.get("save_strategy"), values.get("eval_strategy", "no")
+    if save == "best" or (save == validate and save == "epoch"):
+        return True
+    if save == validate == "steps":
+        steps = values.get("save_steps", 500), values.get("eval_steps") or values["logging_steps"]
+        if round(steps[0] * 10**6) % round(steps[1] * 10**6) == 0:
+            return bool((steps[0] < 1) == (steps[1] < 1))
+    return False
+
+
 def has_validation(task: TaskSection) -> bool:
     """Tell whether a task may have validation rows.
 

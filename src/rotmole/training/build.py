@@ -12,16 +12,23 @@ from typing import Any
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
+from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 from trl import SFTConfig
 
 from rotmole.config.load import sft_arguments
 from rotmole.config.schema import DataSection, RunFile, Split
+from rotmole.config.sections import early_stopping_problems
+from rotmole.config.training import saves_when_it_validates
 from rotmole.data import Collator, Example, encode_all, load_splits, mix
 from rotmole.data.chat import today
+from rotmole.data.load import within_limit
 from rotmole.errors import ConfigError, DataError
 from rotmole.models.load import LoadedModel, load_model
 from rotmole.training.callbacks.balance import BiasCallback
+from rotmole.training.callbacks.early import EarlyStopping
+from rotmole.training.callbacks.gradients import GradientCallback
 from rotmole.training.callbacks.metrics import JsonLinesCallback
+from rotmole.training.callbacks.tensorboard import SameNamesCallback
 from rotmole.training.callbacks.usage import UsageCallback
 from rotmole.training.checkpoints.checkpoints import Checkpoints
 from rotmole.training.folder.layout import METRICS
@@ -41,6 +48,7 @@ class Built:
         base: the base model as loaded, with its tokenizer and note.
         model: the base with the adapter.
         examples: split -> task -> rows as text, every split that the tasks have.
+        validation: task -> the validation rows that are scored while training.
         trainer: ready to train.
         date: ISO date on which chats were rendered.
     """
@@ -49,6 +57,7 @@ class Built:
     base: LoadedModel
     model: PeftModel
     examples: dict[Split, dict[str, list[Example]]]
+    validation: dict[str, list[Example]]
     trainer: RotMoleTrainer
     date: str
 
@@ -81,8 +90,31 @@ def build(
     date = today() if origin is None else run_date(origin.parent)
     examples = all_examples(run, base.tokenizer, date=date)
     model = add_adapter(run, base.model)
-    trainer = build_trainer(run, model, base.tokenizer, examples, callbacks, checkpoints)
-    return Built(run, base, model, examples, trainer, date)
+    validation = validation_rows(run, examples["validation"])
+    used = {"train": examples["train"], "validation": validation}
+    trainer = build_trainer(run, model, base.tokenizer, used, callbacks, checkpoints)
+    return Built(run, base, model, examples, validation, trainer, date)
+
+
+def validation_rows(
+    run: RunFile, examples: Mapping[str, list[Example]]
+) -> dict[str, list[Example]]:
+    """Choose the validation rows that are scored while training: evaluation.validation_limit.
+
+    Args:
+        run: the run; its seed decides which.
+        examples: task -> all validation rows.
+
+    Returns:
+        Tasks that have rows -> at most that many rows of each group.
+    """
+    limit = run.evaluation.validation_limit
+    chosen = {}
+    for task, rows in examples.items():
+        groups = [row.group for row in rows]
+        places = within_limit(groups, limit, seed=f"{run.seed}|{task}|while training|")
+        chosen[task] = [rows[i] for i in places]
+    return {task: rows for task, rows in chosen.items() if rows}
 
 
 def all_examples(
@@ -131,14 +163,14 @@ def build_trainer(
         run: a checked run file.
         model: base with adapter.
         tokenizer: the model's.
-        examples: from `all_examples`.
+        examples: the rows to train on, by task, and those that validation scores.
         callbacks: besides those of every run.
         checkpoints: of the run; None begins anew.
 
     Raises:
         ConfigError, DataError: settings or rows that cannot be trained on.
     """
-    validation = {task: rows for task, rows in examples["validation"].items() if rows}
+    validation = examples["validation"]
     arguments = training_arguments(run, validated=bool(validation))
     length = arguments.max_length or UNLIMITED
     train = mix(dict(examples["train"]), run.data, seed=run.seed)
@@ -156,13 +188,27 @@ def build_trainer(
         callbacks=[
             BiasCallback(),
             UsageCallback(),
+            GradientCallback(),
             JsonLinesCallback(Path(run.output_dir, METRICS)),
             *callbacks,
         ],
     )
+    if run.evaluation.early_stopping_patience is not None:
+        trainer.add_callback(EarlyStopping(run.evaluation.early_stopping_patience))
     for printing in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printing)
+    _report_last(trainer)
     return trainer
+
+
+def _report_last(trainer: RotMoleTrainer) -> None:
+    """Let trackers see a log line when it is complete; TensorBoard gets metrics.jsonl's names."""
+    for kind in get_reporting_integration_callbacks(trainer.args.report_to):
+        tracker = trainer.pop_callback(kind)
+        if kind is TensorBoardCallback:
+            tracker = SameNamesCallback()
+        if tracker is not None:
+            trainer.add_callback(tracker)
 
 
 def training_arguments(run: RunFile, *, validated: bool) -> SFTConfig:
@@ -186,9 +232,18 @@ def training_arguments(run: RunFile, *, validated: bool) -> SFTConfig:
     if not validated:
         values |= {"eval_strategy": "no", "eval_steps": None, "load_best_model_at_end": False}
     elif values.get("eval_strategy", "no") != "no" and "load_best_model_at_end" not in values:
-        values["load_best_model_at_end"] = _saves_when_it_validates(values)
+        values["load_best_model_at_end"] = saves_when_it_validates(values)
+        if not values["load_best_model_at_end"] and values.get("save_strategy") != "no":
+            warnings.warn(
+                "the last checkpoint will be the result, not the best: training.save_strategy and "
+                "save_steps must follow eval_strategy and eval_steps for that.",
+                stacklevel=2,
+            )
     if values.get("load_best_model_at_end"):
         values.setdefault("metric_for_best_model", "eval_loss")
+    section = run.evaluation.model_dump()
+    if problems := early_stopping_problems(section, values, validated):
+        raise ConfigError(problems)
     idle = [n for n, d in {"loss_type": "nll", "activation_offloading": False}.items()
             if values.get(n, d) != d]  # fmt: skip
     if idle:
@@ -202,24 +257,6 @@ def training_arguments(run: RunFile, *, validated: bool) -> SFTConfig:
         )
         arguments._n_gpu = 1
     return arguments
-
-
-def _saves_when_it_validates(values: Mapping[str, Any]) -> bool:
-    """Tell whether each checkpoint has a validation loss; warn where the best cannot be known."""
-    save, validate = values.get("save_strategy"), values["eval_strategy"]
-    if save == "best" or (save == validate and save == "epoch"):
-        return True
-    if save == validate == "steps":
-        steps = values.get("save_steps", 500), values.get("eval_steps") or values["logging_steps"]
-        if round(steps[0] * 10**6) % round(steps[1] * 10**6) == 0:
-            return (steps[0] < 1) == (steps[1] < 1)
-    if save != "no":
-        warnings.warn(
-            "the last checkpoint will be the result, not the best: training.save_strategy and "
-            "save_steps must follow eval_strategy and eval_steps for that.",
-            stacklevel=2,
-        )
-    return False
 
 
 def task_groups(data: DataSection, config: RotMoleConfig) -> dict[str, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -52,8 +52,20 @@ _TRAINING = (
 )  # fmt: skip
 _LENGTH = ("training.max_steps", "training.num_train_epochs")
 _ORDER = "order of data.tasks"
-_LOADED = ("rows of ", "dtype of ")
+_VALIDATION, _VALIDATED = "validation rows of ", "tasks with validation rows"
+_LOADED = ("rows of ", _VALIDATION, _VALIDATED, "dtype of ")
 """How the names of facts begin that are known when model and data are loaded."""
+_CHOICE = ("training.metric_for_best_model", "training.greater_is_better")
+"""Settings that say which checkpoint is the best."""
+_MEASURED = (_VALIDATION, _VALIDATED, "dtype of ", *_CHOICE, "training.max_length", "model.",
+             "adapter.")  # fmt: skip
+"""How the names begin of what decides a validation loss, for given weights."""
+_ONLY_WHILE_TRAINING = (
+    "adapter.lora_dropout", "adapter.router_jitter", "adapter.router_aux_loss",
+    "adapter.router_z_loss", "adapter.router_task_", "adapter.router_bias_rate",
+    "adapter.router_sqrt_gate", "adapter.frozen", "adapter.init_weights",
+)  # fmt: skip
+"""Beginnings of those adapter settings that do not."""
 _PACKAGES = ("rotmole", "torch", "transformers", "peft", "accelerate", "tokenizers")
 
 
@@ -88,6 +100,8 @@ def facts_of(run: RunFile) -> dict[str, Any]:
     facts["model.name"] = _model_name(run.model.name)
     names = (*_TRAINING, *(name.partition(".")[2] for name in _LENGTH))
     facts |= {f"training.{name}": training.get(name) for name in names}
+    metric = str(training.get("metric_for_best_model") or "loss").removeprefix("eval_")
+    facts |= dict(zip(_CHOICE, (metric, bool(training.get("greater_is_better"))), strict=True))
     facts |= {f"optimizer.{k}": v for k, v in run.optimizer.model_dump().items()}
     facts["data.temperature"] = run.data.temperature
     facts[_ORDER] = list(run.data.tasks)
@@ -115,17 +129,38 @@ def loaded_facts(fingerprint: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
     """Collect what decides a run's numbers and is known when model and data are loaded.
 
     Args:
-        fingerprint: of the data, from rotmole.data.data_fingerprint.
+        fingerprint: of the rows that are trained on and of those that validation scores, from
+            rotmole.data.data_fingerprint.
         dtype: of the base model's weights, which model.dtype: auto leaves to the machine.
 
     Returns:
         Dotted name -> plain value.
     """
-    rows = {
-        f"rows of {task}": _rows_fact(entry["rows"], entry["sha256"])
-        for task, entry in fingerprint["splits"]["train"].items()
-    }
-    return {"dtype of the base model": str(dtype).removeprefix("torch.")} | rows
+    facts: dict[str, Any] = {"dtype of the base model": str(dtype).removeprefix("torch.")}
+    splits = fingerprint["splits"]
+    facts |= {f"rows of {task}": _rows(entry) for task, entry in splits["train"].items()}
+    validated = splits.get("validation", {})
+    facts |= {f"{_VALIDATION}{task}": _rows(entry) for task, entry in validated.items()}
+    return facts | {_VALIDATED: list(validated)}
+
+
+def _rows(entry: Mapping[str, Any]) -> str:
+    return _rows_fact(entry["rows"], entry["sha256"])
+
+
+def scores_differ(changes: Iterable[str]) -> bool:
+    """Tell whether validation losses from before these changes compare with those after them.
+
+    Args:
+        changes: from check_changes.
+
+    Returns:
+        True if other rows are scored, by another metric, or by a model that computes otherwise.
+    """
+    return any(
+        change.startswith(_MEASURED) and not change.startswith(_ONLY_WHILE_TRAINING)
+        for change in changes
+    )
 
 
 def check_changes(
@@ -154,8 +189,7 @@ def check_changes(
         saved["model.name"] = _model_name(saved["model.name"])
     late = all(name.startswith(_LOADED) for name in now)
     removed = [name for name in saved if name not in now and name.startswith(_LOADED) == late]
-    # an older checkpoint holds no setting that was left to its default
-    comparable = [name for name in now if name in saved or _ORDER in saved]
+    comparable = [name for name in now if _is_known(name, saved)]
     changes = [
         Change(name, saved.get(name), now.get(name))
         for name in (*comparable, *removed)
@@ -208,6 +242,14 @@ def check_answers(checkpoint: Path, examples: Mapping[str, Sequence[Example]]) -
 
 def _rows_fact(number: int, sha256: str) -> str:
     return f"{number} rows, sha256 {sha256[:12]}"
+
+
+def _is_known(name: str, saved: Mapping[str, Any]) -> bool:
+    """Tell whether a checkpoint's facts say something about a name, if only by leaving it out."""
+    if name.startswith((_VALIDATION, _VALIDATED, *_CHOICE)):  # since 0.2
+        return name in saved or (name.startswith(_VALIDATION) and _VALIDATED in saved)
+    # an older checkpoint holds no setting that was left to its default
+    return name in saved or _ORDER in saved
 
 
 def check_tensors(model: PeftModel, checkpoint: Path) -> None:

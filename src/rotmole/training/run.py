@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from rotmole.files import atomic_write_text, storage_errors
 from rotmole.models.endings import endings_of
 from rotmole.processes import is_main_process, same_everywhere
 from rotmole.training.build import Built, build
+from rotmole.training.callbacks.batch_size import BatchSizeCallback
+from rotmole.training.callbacks.early import validations_without_a_better
 from rotmole.training.callbacks.metrics import read_metrics
 from rotmole.training.callbacks.progress import ProgressCallback
 from rotmole.training.callbacks.stop import StopOnSignal
@@ -30,6 +33,7 @@ from rotmole.training.changes import (
     check_tensors,
     facts_of,
     loaded_facts,
+    scores_differ,
 )
 from rotmole.training.checkpoints.checkpoints import (
     Checkpoints,
@@ -39,19 +43,22 @@ from rotmole.training.checkpoints.checkpoints import (
 from rotmole.training.checkpoints.find import find_resume
 from rotmole.training.checkpoints.seal import step_of
 from rotmole.training.folder.card import model_card
+from rotmole.training.folder.figures import duration, final_metrics, readable
 from rotmole.training.folder.layout import (
     MANIFEST,
     METRICS,
     UNFINISHED,
     check_free,
     clear,
+    drop_previous,
+    is_being_cleared,
+    is_finished,
     save_adapter,
 )
 from rotmole.training.folder.lock import run_lock
-from rotmole.training.folder.manifest import earlier_resumes, final_metrics, manifest
+from rotmole.training.folder.manifest import add_to_manifest, earlier_resumes, manifest
 from rotmole.training.folder.plots import loss_svg
 from rotmole.training.sharding import adapter_state
-from rotmole.training.trainer import RotMoleTrainer
 from rotmole.training.validation import ValidationCut
 
 logger = logging.getLogger(__name__)
@@ -66,10 +73,12 @@ class TrainResult:
         adapter_dir: the saved adapter, None where the run was interrupted and in all processes but
             the first.
         steps: updates made, those before a resume included.
+        weights_step: the update that the result's weights are of.
         metrics: the run's figures: training and validation losses, tokens/s, peak memory.
         seconds: wall time of training alone, since the resume if there was one.
         trainable_parameters: gates included.
         interrupted: the signal that stopped the run, None where it ended by itself.
+        stopped_early: evaluation.early_stopping_patience ended it before its last update.
         best_checkpoint: the checkpoint whose weights are the result, None for the last ones.
         built: model, data and trainer, to go on with.
     """
@@ -77,10 +86,12 @@ class TrainResult:
     run_dir: Path
     adapter_dir: Path | None
     steps: int
+    weights_step: int
     metrics: dict[str, Any]
     seconds: float
     trainable_parameters: int
     interrupted: int | None
+    stopped_early: bool
     best_checkpoint: str | None
     built: Built = field(repr=False)
 
@@ -130,12 +141,14 @@ def train(
             (say or logger.info)(f"going on from {checkpoints.origin}")
         built = build(
             run,
-            callbacks=[stop, *bars, *callbacks],
+            callbacks=[stop, *bars, BatchSizeCallback(partial(_found_size, run_dir)), *callbacks],
             say=say,
             trust_remote_code=trust_remote_code,
             checkpoints=checkpoints,
         )
         prepare_folder(built)
+        for bar in bars:
+            bar.plan(built.trainer)
         if prepare is not None and is_main_process():
             prepare(built)
         started = time.perf_counter()
@@ -146,6 +159,16 @@ def train(
                 bar.close()
         result = _result(built, stop, time.perf_counter() - started)
         return finish(result) if result.interrupted is None else result
+
+
+def _found_size(run_dir: Path, asked: int, size: int) -> None:
+    """Say, and note in the manifest, what training.auto_find_batch_size came to."""
+    logger.warning(
+        "batches of %d rows (training.per_device_train_batch_size) did not fit into memory; "
+        "training goes on with %d",
+        asked, size,
+    )  # fmt: skip
+    add_to_manifest(run_dir / MANIFEST, {"per_device_train_batch_size_found": size})
 
 
 def find_origin(
@@ -160,9 +183,11 @@ def find_origin(
         InputError: there is no such checkpoint, it is of another run, or the folder is in use.
     """
     run_dir = Path(run.output_dir)
-    origin = find_resume(run_dir, resume, weights_only=weights_only)
-    if origin is None:
-        check_free(run_dir)
+    origin = None
+    if resume not in (None, "auto") or not is_being_cleared(run_dir):
+        origin = find_resume(run_dir, resume, weights_only=weights_only)
+        if origin is None:
+            check_free(run_dir)
     facts = facts_of(run)
     changes = []
     if origin is not None:
@@ -180,7 +205,8 @@ def find_origin(
 def prepare_folder(built: Built) -> None:
     """Compare the loaded parts with the checkpoint, check the disk, clear up, describe the run.
 
-    The files of an earlier run stay until its successor is ready to train.
+    The files of an earlier run stay until its successor is ready to train, and those of a finished
+    one until its successor is complete.
 
     Args:
         built: the parts of the run; its trainer's checkpoints say where it begins.
@@ -194,11 +220,13 @@ def prepare_folder(built: Built) -> None:
     same_everywhere("model.dtype", built.base.model.dtype)
     same_everywhere("one date on all machines", built.date)
     fingerprint = data_fingerprint(built.run.data, built.examples)
-    facts = loaded_facts(fingerprint, built.base.model.dtype)
+    used = {"train": built.examples["train"], "validation": built.validation}
+    facts = loaded_facts(data_fingerprint(built.run.data, used), built.base.model.dtype)
     if origin is not None:
         if not checkpoints.allow_change:
             check_answers(origin, built.examples["train"])
         checkpoints.changes += check_changes(origin, facts, allow=checkpoints.allow_change)
+        checkpoints.scores_differ = scores_differ(checkpoints.changes)
         check_tensors(built.model, origin)
         weights_only = checkpoints.weights_only
         if not check_engine(origin, engine_of(trainer), weights_only=weights_only):
@@ -207,9 +235,7 @@ def prepare_folder(built: Built) -> None:
         checkpoints.resume(trainer)
     checkpoints.facts |= facts
     if is_main_process():
-        checkpoints.check_space(trainer)
-        with storage_errors(run_dir):
-            (run_dir / UNFINISHED).touch()
+        checkpoints.check_space(trainer, frees=origin is not None or not is_finished(run_dir))
         clear(run_dir, resuming=origin is not None)
         describe_run(built, fingerprint)
 
@@ -218,7 +244,7 @@ def _fit(built: Built, stop: StopOnSignal) -> None:
     trainer, origin = built.trainer, built.trainer.checkpoints.origin
     try:
         with stop.listening(), suppress(ValidationCut):
-            if origin is not None and _nothing_left(trainer, origin):
+            if origin is not None and _nothing_left(built, origin):
                 return
             trainer.train(resume_from_checkpoint=str(origin) if origin else None)
     except NonFiniteError as error:
@@ -227,18 +253,21 @@ def _fit(built: Built, stop: StopOnSignal) -> None:
         raise
 
 
-def _nothing_left(trainer: RotMoleTrainer, origin: Path) -> bool:
+def _nothing_left(built: Built, origin: Path) -> bool:
     """Load a checkpoint after the last update; the Trainer would make one more before it looks."""
+    trainer = built.trainer
     state = TrainerState.load_from_json(str(origin / "trainer_state.json"))
     last = trainer.args.max_steps
     if last <= 0:
         same = trainer.args.num_train_epochs <= state.num_train_epochs
         last = state.max_steps if same else state.global_step + 1
-    if state.global_step < last:
+    checkpoints, patience = trainer.checkpoints, built.run.evaluation.early_stopping_patience
+    stopped = patience is not None and validations_without_a_better(state) >= patience
+    if state.global_step < last and (checkpoints.scores_differ or not stopped):
         return False
-    trainer.state, checkpoints = state, trainer.checkpoints
+    trainer.state = state
     checkpoints.restore_best(trainer)
-    if validation_is_missing(trainer.args, state):
+    if trainer.args.eval_on_start:
         trainer._load_from_checkpoint(str(origin))
         trainer._evaluate(None, None, skip_scheduler=True)
     best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
@@ -256,14 +285,17 @@ def _result(built: Built, stop: StopOnSignal, seconds: float) -> TrainResult:
     best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
     step = step_of(Path(best)) if best else state.global_step
     stopped = state.global_step < state.max_steps or validation_is_missing(trainer.args, state)
+    interrupted = stop.agreed if stopped else None
     return TrainResult(
         run_dir=run_dir,
         adapter_dir=None,
         steps=state.global_step,
+        weights_step=step,
         metrics=final_metrics(read_metrics(run_dir / METRICS), step),
         seconds=seconds,
         trainable_parameters=built.model.get_nb_trainable_parameters()[0],
-        interrupted=stop.agreed if stopped else None,
+        interrupted=interrupted,
+        stopped_early=interrupted is None and state.global_step < state.max_steps,
         best_checkpoint=best,
         built=built,
     )
@@ -317,17 +349,21 @@ def finish(result: TrainResult) -> TrainResult:
     if not is_main_process():
         return result
     rows = read_metrics(result.run_dir / METRICS)
-    atomic_write_text(result.run_dir / "loss.svg", loss_svg(rows, result.run_dir.name))
+    resumed = [step_of(Path(entry["from"])) for entry in earlier_resumes(result.run_dir / MANIFEST)]
+    drawn = loss_svg(rows, result.run_dir.name, resumed=resumed, kept=result.weights_step)
+    atomic_write_text(result.run_dir / "loss.svg", drawn)
     rows_of = result.built.examples.values()
     ends = {row.end for tasks in rows_of for task in tasks.values() for row in task} - {""}
     endings = endings_of(base.model, base.tokenizer, sorted(ends))
     result.adapter_dir = save_adapter(result.built.model, result.run_dir, state, endings)
     figures = {
-        "updates": result.steps,
-        "trainable parameters (gates included)": result.trainable_parameters,
-        **{name.replace("_", " "): value for name, value in result.metrics.items()},
-        "training seconds": result.seconds,
+        "weights of update": f"{result.weights_step:,} of {result.steps:,}",
+        "trainable parameters": f"{result.trainable_parameters:,}, gates included",
+        **readable(result.metrics),
+        "time": duration(result.seconds),
     }
     atomic_write_text(result.adapter_dir / "README.md", model_card(run, base.note, figures))
     (result.run_dir / UNFINISHED).unlink(missing_ok=True)
+    with storage_errors(result.run_dir):
+        drop_previous(result.run_dir)
     return result

@@ -10,6 +10,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ import torch
 from datasets import Dataset
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Sampler
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rotmole.config.schema import OptimizerSection
 from rotmole.errors import ConfigError, NonFiniteError
@@ -39,6 +42,20 @@ from rotmole.tuner.batch.losses import balance_states
 logger = logging.getLogger(__name__)
 
 
+class _FreshCallback(TrainerCallback):
+    """Forget what a try of auto_find_batch_size left that ran out of memory."""
+
+    def __init__(self, trainer: RotMoleTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Begin anew."""
+        self.trainer.micro_batches.clear()
+        self.trainer.seconds_aside = 0.0
+
+
 class RotMoleTrainer(ValidatingTrainer):
     """Trainer of a causal language model on rows that are already token ids.
 
@@ -53,6 +70,10 @@ class RotMoleTrainer(ValidatingTrainer):
         optimizer_section: learning rates by role.
         checkpoints: those of the run; None begins anew in args.output_dir.
         kwargs: as Trainer's; eval_dataset may be {task: rows}.
+
+    Attributes:
+        seconds_aside: what validation and checkpoints took since training began, so that speeds
+            are those of training alone.
     """
 
     def __init__(
@@ -68,9 +89,35 @@ class RotMoleTrainer(ValidatingTrainer):
         self.checkpoints.keep = self.args.save_total_limit
         self.args.save_total_limit = None  # Checkpoints prunes
         self.add_callback(CheckpointsCallback(self, self.checkpoints))
+        self.add_callback(_FreshCallback(self))
+        self.seconds_aside = 0.0
         self.micro_batches: list[tuple[dict[str, Any], torch.Tensor]] = []
         self.fault: Fault | None = None
         self.update_tokens: torch.Tensor | None = None
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's, without its words on other logging_steps, eval_steps, save_steps.
+
+        They change no result, and shares of a run are not the numbers that a checkpoint holds.
+        """
+        source = logging.getLogger("transformers.trainer_utils")
+        source.addFilter(_says_no_mismatch)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            source.removeFilter(_says_no_mismatch)
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds_aside += time.perf_counter() - started
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with self._aside():
+            return super()._evaluate(*args, **kwargs)
 
     def create_accelerator_and_postprocess(self) -> None:
         """As Trainer's; FSDP that is asked for happens on CPUs too."""
@@ -193,7 +240,7 @@ class RotMoleTrainer(ValidatingTrainer):
 
     def rows_an_update(self) -> int:
         """Return the rows of a full update, all processes' together."""
-        each = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        each = self._train_batch_size * self.args.gradient_accumulation_steps
         return each * self.args.world_size
 
     def rows_of_update(self, step: int) -> list[dict[str, str]]:
@@ -215,7 +262,8 @@ class RotMoleTrainer(ValidatingTrainer):
         now = self.state.global_step, self._globalstep_last_logged
         if self.checkpoints.last_saved == now:  # the same update, such as at the end of an epoch
             return
-        with self.checkpoints.save(self, Path(self.args.output_dir, METRICS)):
+        log = Path(self.args.output_dir, METRICS)
+        with self._aside(), self.checkpoints.save(self, log):
             super()._save_checkpoint(model, trial)
 
     def _load_best_model(self) -> None:
@@ -270,8 +318,16 @@ class RotMoleTrainer(ValidatingTrainer):
             seen = self.state.num_input_tokens_seen
             since = seen - getattr(self, "_initial_num_input_tokens_seen", 0)
             logs["num_input_tokens_seen"] = seen
-            logs["train_tokens_per_second"] = since / max(logs.get("train_runtime", 0.0), 1e-9)
-        super().log(logs, start_time)
+            whole = max(logs.get("train_runtime", 0.0), 1e-9)
+            alone = max(whole - self.seconds_aside, 1e-9)
+            for rate in ("train_samples_per_second", "train_steps_per_second"):
+                logs[rate] = logs.get(rate, 0.0) * whole / alone
+            logs["train_tokens_per_second"] = since / alone
+        super().log(logs, None if start_time is None else start_time + self.seconds_aside)
+
+
+def _says_no_mismatch(record: logging.LogRecord) -> bool:
+    return "arguments do not match" not in record.getMessage()
 
 
 def groups_of(

@@ -20,7 +20,11 @@ from training_cases import run_file
 
 def test_shares_and_unused_experts() -> None:
     counts = {"a": [3, 1, 0, 0], "b": [2, 2, 2, 2], "c": [0, 0]}
-    assert usage_logs(counts) == {"experts_unused": 4, "largest_expert_share": 0.75}
+    logs = usage_logs(counts, {"a": 1, "b": 2, "c": 1})
+    assert logs == {
+        "experts_unused": 4, "experts_total": 10, "largest_expert_share": 0.75,
+        "largest_expert_share_mean": 0.5, "expert_share_even": 0.25, "expert_share_ceiling": 1.0,
+    }  # fmt: skip
 
 
 def collapse(trainer: object, share: float) -> None:

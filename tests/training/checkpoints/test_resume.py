@@ -177,6 +177,52 @@ def test_the_balance_loss_between_log_lines_is_carried(straight, cut, again):
     assert lines[0][0]["loss"] == lines[1][0]["loss"]
 
 
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("data.tasks.colours.files.validation={other}", "validation rows of colours is '2 rows, "),
+        ("data.tasks.colours.completion='a {completion}'", "rows of colours is '6 rows, "),
+        ("evaluation.validation_limit=3", "validation rows of sums is '3 rows, sha256 "),
+        ("training.metric_for_best_model=colours_loss", "metric_for_best_model is 'colours_loss'"),
+        ("training.greater_is_better=true", "training.greater_is_better is True"),
+        ("adapter.top_k=3", "adapter.top_k is 3, the checkpoint has 2"),
+    ],
+)  # fmt: skip
+def test_a_best_that_was_chosen_by_other_losses_is_forgotten(
+    straight, cut, again, caplog, tmp_path, override, told
+):
+    """Its loss is on other rows or of another computation, so it may not beat this run's."""
+    step = 17
+    folder, rows = cut(step), [{"prompt": f"{c} 1 then ", "completion": "pink"} for c in "ab"]
+    (tmp_path / "other").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    state = folder / f"checkpoint-{step}" / "trainer_state.json"
+    content = json.loads(state.read_text(encoding="utf-8"))
+    content |= {"best_metric": -1.0, "best_global_step": 3}  # nothing beats it
+    state.write_text(json.dumps(content), encoding="utf-8")
+    seal(state.parent, {"facts": read_seal(state.parent)["facts"]})
+    change = override.replace("{other}", str(tmp_path / "other"))
+    resumed = again(folder, change, allow_change=True)
+    assert told in caplog.text
+    assert f"{folder / 'checkpoint-3'}, the best so far, was chosen by losses that" in caplog.text
+    lines = [r for r in read_metrics(folder / "metrics.jsonl") if "eval_loss" in r]
+    assert [r["step"] for r in lines][-5:] == [17, 17, 18, 19, 20]
+    name = "eval_colours_loss" if "metric_for_best" in change else "eval_loss"
+    pick = max if "greater" in change else min
+    best = pick(lines[-4:], key=lambda row: row[name])
+    assert Path(resumed.best_checkpoint) == folder / f"checkpoint-{best['step']}"
+    assert resumed.metrics["eval_loss"] == best["eval_loss"]
+    card = (folder / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert f"| weights of update | {best['step']} of 20 |" in card
+
+
+def test_what_only_training_feels_keeps_the_best(straight, cut, again, caplog):
+    folder = cut(17)
+    again(folder, "adapter.router_aux_loss_coef=0.2", "adapter.lora_dropout=0", allow_change=True)
+    assert "the best so far" not in caplog.text
+    steps = [r["step"] for r in read_metrics(folder / "metrics.jsonl") if "eval_loss" in r]
+    assert steps == list(range(1, 21))
+
+
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
 def test_lost_state_is_refused_unless_weights_are_enough(cut, again, straight, name):
     folder = cut(6, keep=1)

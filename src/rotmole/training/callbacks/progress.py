@@ -1,15 +1,68 @@
-"""How far training is: a bar on a terminal, plain lines elsewhere."""
+"""How far training is: a bar below the newest figures on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
 import sys
-from typing import Any
+import textwrap
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from rotmole.training.folder.figures import duration, speed, task_losses
+
+if TYPE_CHECKING:
+    from rotmole.training.trainer import RotMoleTrainer
+
+INTERVAL = 10.0
+"""Seconds between two lines of a validation's progress in a file or pipe."""
+_MARGIN = 18
+_TOGETHER = "\N{NO-BREAK SPACE}"
+"""Between the words of one figure, so that lines break between figures."""
+
+
+@dataclass
+class Clock:
+    """What updates, validations and checkpoints take, told apart by the event that ends each.
+
+    Attributes:
+        rows_an_update, validation_rows: to estimate a validation before there was one.
+    """
+
+    rows_an_update: int = 0
+    validation_rows: int = 0
+    last: float = field(default_factory=time.monotonic)
+    updates: deque[float] = field(default_factory=lambda: deque(maxlen=50))
+    validations: deque[float] = field(default_factory=lambda: deque(maxlen=5))
+    saves: deque[float] = field(default_factory=lambda: deque(maxlen=5))
+
+    def lap(self) -> float:
+        """Return the seconds since the lap before."""
+        now = time.monotonic()
+        seconds, self.last = now - self.last, now
+        return seconds
+
+    def left(self, args: TrainingArguments, state: TrainerState) -> tuple[float, float] | None:
+        """Estimate the seconds of training and of validation that are left; None: not yet."""
+        if not self.updates:
+            return None
+        update = _mean(self.updates)
+        training = (state.max_steps - state.global_step) * update
+        training += _times(args.save_strategy, state.save_steps, state) * _mean(self.saves)
+        validation = _mean(self.validations)
+        if not self.validations and self.rows_an_update:  # forward alone is a third of a step
+            validation = update / 3 * self.validation_rows / self.rows_an_update
+        return training, _times(args.eval_strategy, state.eval_steps, state) * validation
 
 
 class ProgressCallback(TrainerCallback):
     """Show progress on standard error: a bar on a terminal, plain lines elsewhere.
+
+    A line stays for every log line and every validation. The time left has the validations in it
+    that are still to come.
 
     Args:
         label: what the bar is called, such as the adapter's name.
@@ -18,30 +71,86 @@ class ProgressCallback(TrainerCallback):
     def __init__(self, label: str = "training") -> None:
         self.label = label
         self.bar: Any = None
-        self.job: Any = None
+        self.jobs: dict[str, Any] = {}
+        self.clock = Clock()
+        self.batches = 0
+        self.validation_batches = 0
+        self.said = 0.0
+
+    def plan(self, trainer: RotMoleTrainer) -> None:
+        """Learn from the trainer how large an update and a validation are."""
+        rows = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {}
+        each = trainer.args.eval_batch_size * trainer.args.world_size
+        self.validation_batches = sum(-(-len(task) // each) for task in rows.values())
+        self.clock.validation_rows = sum(map(len, rows.values()))
+        self.clock.rows_an_update = trainer.rows_an_update()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Open the bar if somebody watches."""
+        self.close()  # auto_find_batch_size begins more than once
+        self.clock.lap()
+        self.batches = 0
         if not state.is_world_process_zero or not sys.stderr.isatty():
             return
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress
 
-        columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self.bar = Progress(*columns, "{task.fields[note]}", console=Console(stderr=True))
-        self.job = self.bar.add_task(
-            self.label, total=state.max_steps, completed=state.global_step, note=""
+        columns = ("{task.description}", BarColumn(None), MofNCompleteColumn())
+        console = Console(stderr=True)
+        if console.is_dumb_terminal:
+            return
+        self.bar = Progress(
+            *columns, "{task.fields[note]}", console=console, transient=True, expand=True
         )
+        done = {"completed": state.global_step, "note": ""}
+        self.jobs["updates"] = self.bar.add_task(self.label, total=state.max_steps, **done)
         self.bar.start()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Move the bar."""
+        self.clock.updates.append(self.clock.lap())
         if self.bar is not None:
-            self.bar.update(self.job, completed=state.global_step)
+            left = time_left(self.clock.left(args, state))
+            self.bar.update(self.jobs["updates"], completed=state.global_step, note=left)
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note what a checkpoint took."""
+        self.clock.saves.append(self.clock.lap())
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Show how far a validation is."""
+        self.batches += 1
+        if not state.is_world_process_zero:
+            return
+        if self.bar is not None:
+            if "validation" not in self.jobs:
+                total = self.validation_batches or None
+                self.jobs["validation"] = self.bar.add_task("validation", total=total, note="")
+            self.bar.update(self.jobs["validation"], completed=self.batches)
+        elif time.monotonic() - max(self.said, self.clock.last) > INTERVAL:
+            self.said = time.monotonic()
+            total = f" of {self.validation_batches}" if self.validation_batches else ""
+            _print(f"validation: batch {self.batches}{total}")
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note what a validation took."""
+        self.clock.validations.append(self.clock.lap())
+        self._end_validation()
+
+    def _end_validation(self) -> None:
+        self.batches = 0
+        if self.bar is not None and "validation" in self.jobs:
+            self.bar.remove_task(self.jobs.pop("validation"))
 
     def on_log(
         self,
@@ -51,39 +160,98 @@ class ProgressCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Show the newest losses."""
-        note = describe(logs or {})
-        if not note or not state.is_world_process_zero:
+        """Print the newest figures."""
+        figures = describe(logs or {})
+        if not figures or not state.is_world_process_zero:
             return
-        if self.bar is not None:
-            self.bar.update(self.job, note=note)
-        else:
-            line = f"{self.label}: step {state.global_step}/{state.max_steps}  {note}"
-            print(line, file=sys.stderr, flush=True)
+        figures = [figure.replace(" ", _TOGETHER) for figure in figures]
+        update = f"{state.global_step:,}/{state.max_steps:,}"
+        label = f"{'validation' if 'eval_loss' in (logs or {}) else 'update':<11}{update:>6}"
+        if self.bar is None:
+            left = time_left(self.clock.left(args, state))
+            more = [left] if left and "loss" in (logs or {}) else []
+            _print("  ".join([label, *figures, *more]).replace(_TOGETHER, " "))
+            return
+        line = f"{label:<{_MARGIN}} " + "  ".join(figures)
+        shown = textwrap.fill(
+            line, max(self.bar.console.width, 40), subsequent_indent=" " * (_MARGIN + 1),
+            break_long_words=False, break_on_hyphens=False,
+        )  # fmt: skip
+        self.bar.console.print(
+            shown.replace(_TOGETHER, " "), markup=False, highlight=False, soft_wrap=True
+        )
 
     def close(self) -> None:
         """Leave the terminal as it was; safe to call at any time."""
         if self.bar is not None:
             self.bar.stop()
-            self.bar = None
+            self.bar, self.jobs = None, {}
 
 
-def describe(logs: dict[str, Any]) -> str:
-    """Say a log in a few words.
+def _print(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def describe(logs: dict[str, Any]) -> list[str]:
+    """Say a log in a few words, a figure each.
 
     Args:
         logs: what the trainer logged.
 
     Returns:
-        Such as "loss 1.2345  774 tokens/s", "" where nothing is worth a line.
+        Such as ["loss 1.2345", "774 tokens/s"]; none if nothing is worth a line.
     """
-    parts = []
+    if "eval_loss" in logs:
+        words = [f"loss {logs['eval_loss']:.4f}"]
+        tasks = task_losses(logs)
+        if len(tasks) > 1:
+            words += [f"{task} {loss:.4f}" for task, loss in tasks.items()]
+        if "eval_runtime" in logs:
+            words.append(f"in {duration(logs['eval_runtime'])}")
+        return words
+    if "loss" not in logs:
+        return []
+    words = [f"loss {logs['loss']:.4f}"]
     for name, text in (
-        ("loss", "loss {:.4f}"),
-        ("eval_loss", "validation loss {:.4f}"),
+        ("learning_rate", "rate {:.2e}"),
+        ("grad_norm", "gradient {:.3g}"),
         ("router_aux_loss", "balance {:.3f}"),
-        ("train_tokens_per_second", "{:.0f} tokens/s"),
     ):
-        if name in logs and ("loss" in logs or "eval_loss" in logs):
-            parts.append(text.format(logs[name]))
-    return "  ".join(parts)
+        if logs.get(name) is not None:
+            words.append(text.format(logs[name]))
+    if "train_tokens_per_second" in logs:
+        words.append(speed(logs["train_tokens_per_second"]))
+    if logs.get("experts_unused"):
+        words.append(f"{logs['experts_unused']:,} of {logs['experts_total']:,} experts unused")
+    if "largest_expert_share_mean" in logs:
+        share, even = logs["largest_expert_share_mean"], logs["expert_share_even"]
+        words.append(f"busiest expert {100 * share:.0f} % (even {100 * even:.0f} %)")
+    return words
+
+
+def time_left(seconds: tuple[float, float] | None) -> str:
+    """Say the time left, and how much of it is validation.
+
+    >>> time_left((600.0, 0.0)), time_left((600.0, 130.0)), time_left(None)
+    ('10 min left', '12 min left (2 min 10 s validation)', '')
+    """
+    if seconds is None or not sum(seconds):
+        return ""
+    part = f" ({duration(seconds[1])} validation)" if seconds[1] >= 1 else ""
+    return f"{duration(sum(seconds))} left{part}"
+
+
+def _mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return sum(values) / len(values) if values else 0.0
+
+
+def _times(strategy: Any, every: float | None, state: TrainerState) -> int:
+    """Count how often something with a strategy is still to happen."""
+    kind = str(getattr(strategy, "value", strategy))
+    if kind == "epoch":
+        return max(round(state.num_train_epochs - float(state.epoch or 0)), 0)
+    if kind != "steps" or not every:
+        return 0
+    every = max(int(every), 1)
+    return state.max_steps // every - state.global_step // every

@@ -1,8 +1,9 @@
-"""How the experts are used while training: two figures a log line, and one warning at collapse."""
+"""How the experts are used while training: figures of a log line, and one warning at collapse."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,25 +26,35 @@ class UsageCallback(TrainerCallback):
     """Count how often the update's tokens chose each expert; padding does not count.
 
     Adds to each training log, over the micro-batches of the update at hand:
-        experts_unused: (layer, expert) pairs that no token chose, of all layers with a router.
+        experts_unused, experts_total: (layer, expert) pairs that no token chose, and all of them,
+            of the layers with a router.
         largest_expert_share: the most chosen expert's share of a layer's choices, the largest of
-            all layers; 1/E when balanced.
+            all layers.
+        largest_expert_share_mean: the same, the mean of the layers.
+        expert_share_even, expert_share_ceiling: what that share is at best, 1/E, and at most, 1/K,
+            in the layer where it is largest.
     A layer whose K most chosen experts took 99 % of all choices in three log lines in a row
     is reported once, by a warning.
     """
 
     def __init__(self) -> None:
+        self.reset()
+        self.warned = False
+
+    def reset(self) -> None:
+        """Forget all counts."""
         self.chosen: dict[str, torch.Tensor] = {}
         self.top_k: dict[str, int] = {}
         self.streak: dict[str, int] = {}
         self.handles: list[Any] = []
-        self.warned = False
         self.counting = True
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Hook the experts that choose: more than one, not all of them."""
+        self.on_train_end(args, state, control)  # auto_find_batch_size begins more than once
+        self.reset()
         for path, layer in kwargs["model"].named_modules():
             if not isinstance(layer, RotMoleLayer):
                 continue
@@ -92,11 +103,11 @@ class UsageCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add the two figures to a training log; warn once."""
+        """Add the figures to a training log; warn once."""
         if logs is None or "loss" not in logs or not self.chosen:
             return
         counts = {name: _summed(count).tolist() for name, count in self.chosen.items()}
-        logs.update(usage_logs(counts))
+        logs.update(usage_logs(counts, self.top_k))
         for name, count in counts.items():
             taken = sum(sorted(count, reverse=True)[: self.top_k[name]])
             whole = sum(count)
@@ -132,22 +143,35 @@ def _chooses(spec: Spec) -> bool:
     return spec.selection == "top_k" and spec.top_k < spec.num_experts
 
 
-def usage_logs(counts: dict[str, list[int]]) -> dict[str, float]:
+def usage_logs(counts: Mapping[str, list[int]], top_k: Mapping[str, int]) -> dict[str, float]:
     """Sum up how often the experts of each layer were chosen.
 
     Args:
         counts: layer -> choices of each expert.
+        top_k: layer -> experts that a token chooses.
 
     Returns:
-        experts_unused and largest_expert_share, as in UsageCallback.
+        The figures of UsageCallback.
 
-
-    >>> usage_logs({"a": [3, 1, 0, 0], "b": [2, 2, 2, 2]})
-    {'experts_unused': 2, 'largest_expert_share': 0.75}
+    >>> usage_logs({"a": [4, 3, 1, 0], "b": [2, 2, 2, 2]}, {"a": 2, "b": 2})
+    ... # doctest: +NORMALIZE_WHITESPACE
+    {'experts_unused': 1, 'experts_total': 8, 'largest_expert_share': 0.5,
+     'largest_expert_share_mean': 0.375, 'expert_share_even': 0.25, 'expert_share_ceiling': 0.5}
     """
-    shares = [max(count) / sum(count) for count in counts.values() if sum(count)]
-    unused = sum(chosen == 0 for count in counts.values() for chosen in count)
-    return {"experts_unused": unused, "largest_expert_share": max(shares, default=0.0)}
+    shares = {name: max(count) / sum(count) for name, count in counts.items() if sum(count)}
+    figures: dict[str, float] = {
+        "experts_unused": sum(chosen == 0 for count in counts.values() for chosen in count),
+        "experts_total": sum(map(len, counts.values())),
+    }
+    if not shares:
+        return figures
+    most = max(shares, key=lambda name: shares[name])
+    return figures | {
+        "largest_expert_share": shares[most],
+        "largest_expert_share_mean": sum(shares.values()) / len(shares),
+        "expert_share_even": 1 / len(counts[most]),
+        "expert_share_ceiling": 1 / top_k[most],
+    }
 
 
 def _summed(count: torch.Tensor) -> torch.Tensor:

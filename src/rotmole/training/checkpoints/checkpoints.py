@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from rotmole.errors import StorageError
-from rotmole.files import storage_errors, sync
+from rotmole.files import share, storage_errors, sync
 from rotmole.training.checkpoints.find import prune
 from rotmole.training.checkpoints.seal import UNSHARDED, begin, faults, seal, storage_of
 from rotmole.training.checkpoints.sums import restore_sums, save_sums
@@ -51,6 +51,7 @@ class Checkpoints:
         weights_loaded: origin's weights are in the model already, as another engine wrote them.
         last_saved: (update, last logged update) of the checkpoint that was saved last.
         summed_from: the update at which the sum of the training loss begins.
+        scores_differ: validation losses from before the resume do not compare with those after it.
     """
 
     run_dir: Path
@@ -63,6 +64,7 @@ class Checkpoints:
     weights_loaded: bool = False
     last_saved: tuple[int, int] | None = None
     summed_from: int = 0
+    scores_differ: bool = False
 
     def of_step(self, step: int) -> Path:
         """Return the folder of the checkpoint after an update."""
@@ -96,6 +98,7 @@ class Checkpoints:
             if writes:
                 if log.is_file():
                     sync(log)
+                share(checkpoint)
                 seal(checkpoint, {"facts": self.facts})
         if writes:
             self.prune(checkpoint, trainer.state.best_model_checkpoint)
@@ -111,7 +114,8 @@ class Checkpoints:
         assert self.origin is not None
         state = TrainerState.load_from_json(str(self.origin / "trainer_state.json"))
         # otherwise it would be made again at every resume
-        trainer.args.eval_on_start = validation_is_missing(trainer.args, state)
+        missing = validation_is_missing(trainer.args, state)
+        trainer.args.eval_on_start = missing or (self.scores_differ and _validates(trainer.args))
 
     def best_place(self, trainer: Trainer) -> Path | None:
         """Return where the best checkpoint of a resumed run lies now, None if it is lost.
@@ -130,24 +134,28 @@ class Checkpoints:
         state = trainer.state
         if not state.best_global_step:
             return
-        place = self.best_place(trainer)
+        place = None if self.scores_differ else self.best_place(trainer)
         if place is not None:
             state.best_model_checkpoint = str(place)
             return
-        logger.warning(
-            "%s, the best so far, is gone, damaged or of another engine; the best is sought anew",
-            self.of_step(state.best_global_step),
-        )
+        reason = "was chosen by losses that do not compare with those of this run"
+        if not self.scores_differ:
+            reason = "is gone, damaged or of another engine"
+        best = self.of_step(state.best_global_step)
+        logger.warning("%s, the best so far, %s; the best is sought anew", best, reason)
         state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
-    def check_space(self, trainer: Trainer) -> None:
+    def check_space(self, trainer: Trainer, *, frees: bool = True) -> None:
         """Refuse to start if the disk cannot take the run's checkpoints.
 
             need = (kept + 1) * checkpoint + adapter + 32 MiB for tokenizer, documents and logs
             checkpoint = bytes of the trained weights (1 + optimizer's states)
 
-        Checkpoints that lie there already will be removed. Optimizers whose number of states is
-        unknown count as having none.
+        Optimizers whose number of states is unknown count as having none.
+
+        Args:
+            trainer: of the run.
+            frees: checkpoints that lie there already will be removed.
 
         Raises:
             StorageError: there is less free space than that.
@@ -158,7 +166,7 @@ class Checkpoints:
         states = 2 if optimizer.startswith("adamw") and "bit" not in optimizer else 0
         checkpoint, number = weights * (1 + states), (self.keep or 1) + 1
         files = self.run_dir.glob("checkpoint-*/**/*")
-        present = sum(file.stat().st_size for file in files if file.is_file())
+        present = sum(file.stat().st_size for file in files if file.is_file()) if frees else 0
         need = number * checkpoint + weights + (32 << 20) - present
         with storage_errors(self.run_dir):
             free = shutil.disk_usage(self.run_dir).free
@@ -188,6 +196,10 @@ class CheckpointsCallback(TrainerCallback):
         checkpoints.restore_best(self.trainer)
         if checkpoints.weights_only or not restore_sums(self.trainer, checkpoints.origin):
             checkpoints.summed_from = state.global_step
+
+
+def _validates(args: TrainingArguments) -> bool:
+    return str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no"
 
 
 def validation_is_missing(args: TrainingArguments, state: TrainerState) -> bool:

@@ -3,69 +3,63 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 from rotmole import __version__
 from rotmole.config.schema import RunFile
 from rotmole.models.builtin import built_in_named
+from rotmole.tuner.card import adapter_card, shown_name
 
 
-def model_card(run: RunFile, note: str | None, figures: Mapping[str, Any]) -> str:
+def model_card(run: RunFile, note: str | None, figures: Mapping[str, str]) -> str:
     """Write the adapter's README: how to load it, what it is, the run's figures.
 
     Args:
         run: the run.
         note: a line about the base model that belongs beside every figure, or None.
-        figures: name -> value, in order.
+        figures: what -> figure in words, in order.
 
     Returns:
-        Markdown that starts with the import without which PEFT does not know the adapter.
+        Markdown with the hub's header; it names no folder of this machine.
     """
+    built_in = built_in_named(run.model.name)
+    base = built_in.hub_id if built_in else run.model.name
+    tasks = run.data.tasks
+    data = ", ".join(
+        f"{name} ({task.dataset})" if task.dataset else name for name, task in tasks.items()
+    )
+    datasets = sorted({task.dataset for task in tasks.values() if task.dataset})
     settings = ", ".join(f"{key} {value}" for key, value in run.adapter.items()) or "defaults"
-    rows = "\n".join(f"| {name} | {_figure(value)} |" for name, value in figures.items())
-    return f"""```python
-import rotmole
-{_loading_code(run)}
-```
-
-`import rotmole` registers the method with PEFT; without it PEFT cannot read this adapter.
-
-# RotMoLE adapter for {run.model.name}
-
-A mixture of low-rank experts gated by scaling and rotation. Settings: {settings}.
-Trained on: {", ".join(run.data.tasks)}. Seed {run.seed}; rotmole {__version__}.
-{f"Base model: {note}." if note else ""}
-
+    rows = "\n".join(f"| {name.strip()} | {value} |" for name, value in figures.items())
+    remark = f"\nBase model: {note}.\n" if note else ""
+    return adapter_card(
+        base,
+        code=_loading_code(run),
+        datasets=datasets,
+        text=f"""
+Settings: {settings}.
+Trained on: {data}. Seed {run.seed}; rotmole {__version__}.
+{remark}
 | figure | value |
 |---|---|
 {rows}
 
 One seed decides nothing: another seed may give figures that differ by more than two methods do.
-"""
-
-
-def _loading_code(run: RunFile) -> str:
-    name = run.model.name
-    folder = str(Path(run.output_dir, "adapter"))
-    if built_in_named(name) or name.lower().endswith(".gguf"):  # transformers alone cannot
-        return (
-            "from peft import PeftModel\n"
-            "from rotmole.config.schema import ModelSection\n"
-            "from rotmole.models.load import load_model\n\n"
-            f"base = load_model(ModelSection(name={name!r}))\n"
-            f"model, tokenizer = PeftModel.from_pretrained(base.model, {folder!r}), base.tokenizer"
-        )
-    return (
-        "from peft import PeftModel\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({name!r})\n"
-        f"base = AutoModelForCausalLM.from_pretrained({name!r})\n"
-        f"model = PeftModel.from_pretrained(base, {folder!r})"
+""",
     )
 
 
-def _figure(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+def _loading_code(run: RunFile) -> str | None:
+    """Return the code for models that transformers alone cannot load as they were trained on."""
+    name = run.model.name
+    if not built_in_named(name) and not name.lower().endswith(".gguf"):
+        return None
+    where = "  # the file" if name.lower().endswith(".gguf") else ""
+    return f"""import rotmole
+from peft import PeftModel
+from rotmole.config.schema import ModelSection
+from rotmole.models.load import load_model
+
+base = load_model(ModelSection(name="{shown_name(name)}")){where}
+adapter = "path/to/this/folder"  # or its hub id
+model, tokenizer = PeftModel.from_pretrained(base.model, adapter), base.tokenizer
+"""

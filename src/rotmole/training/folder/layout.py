@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rotmole.errors import InputError
-from rotmole.files import storage_errors, sync
+from rotmole.files import atomic_write_text, share, storage_errors, sync
 from rotmole.training.checkpoints.find import checkpoints
 from rotmole.training.checkpoints.seal import is_half_written, is_sealed
 
@@ -23,7 +24,11 @@ METRICS = "metrics.jsonl"
 ADAPTER = "adapter"
 UNFINISHED = ".unfinished"
 """Lies in a run folder from the start, or a resume, until the result is written."""
-SCORES = "evaluation.json"
+PREVIOUS = "previous"
+"""Folder in a run folder: the finished run that the one at work will replace."""
+SCORES = ("evaluation.json", "eval.json", "predictions.jsonl")
+_CLEARING = "clearing"
+"""In UNFINISHED while an earlier run's files go: what is left of them is no run."""
 _PRODUCTS = (MANIFEST, METRICS, "run.yaml", "loss.svg", "failure.json")
 
 
@@ -56,6 +61,12 @@ def check_free(run_dir: Path) -> None:
                 f"output_dir {str(run_dir)!r} holds {', '.join(foreign)}, which a run would "
                 "replace and which no run of rotmole wrote; choose another output_dir."
             )
+    aside = run_dir / PREVIOUS
+    if aside.exists() and not (aside / MANIFEST).is_file():
+        raise InputError(
+            f"{str(aside)!r} is where a finished run would be kept, and no run of rotmole wrote "
+            "it; move it away, or choose another output_dir."
+        )
 
 
 def is_finished(run_dir: Path) -> bool:
@@ -63,29 +74,82 @@ def is_finished(run_dir: Path) -> bool:
     return (run_dir / ADAPTER).is_dir() and not (run_dir / UNFINISHED).exists()
 
 
+def is_being_cleared(run_dir: Path) -> bool:
+    """Tell whether a process died while it removed an earlier run; what is left is no run."""
+    try:
+        return (run_dir / UNFINISHED).read_text(encoding="utf-8") == _CLEARING
+    except (OSError, ValueError):
+        return False
+
+
 def clear(run_dir: Path, *, resuming: bool) -> None:
-    """Remove what an earlier run left: all of it if `check_free` let a new one start.
+    """Mark the run as unfinished, and remove what an earlier one left if a new one starts.
+
+    A finished run stays whole, in the folder `previous`, until the new one is complete: it is
+    there before the first of its files goes.
 
     Args:
-        run_dir: the run folder.
+        run_dir: the run folder, which `check_free` let a new run start in, or which goes on.
         resuming: the run goes on, so only failure.json is removed, and what a crash left.
 
     Raises:
         StorageError: the folder cannot be written.
     """
     with storage_errors(run_dir):
-        for remains in (*run_dir.glob(f".{ADAPTER}-*"), *run_dir.glob(".*.tmp")):
+        for remains in (
+            *run_dir.glob(f".{ADAPTER}-*"), *run_dir.glob(f".{PREVIOUS}-*"), *run_dir.glob(".*.tmp")
+        ):  # fmt: skip
             shutil.rmtree(remains) if remains.is_dir() else remains.unlink()
         if resuming:
+            atomic_write_text(run_dir / UNFINISHED, "")
             (run_dir / "failure.json").unlink(missing_ok=True)
             return
-        if (run_dir / MANIFEST).is_file():
-            logger.warning("the finished run in %s is replaced", run_dir)
-            (run_dir / SCORES).unlink(missing_ok=True)
+        if is_finished(run_dir) and (run_dir / MANIFEST).is_file():
+            _set_aside(run_dir)
+        atomic_write_text(run_dir / UNFINISHED, _CLEARING)
+        scores = SCORES if (run_dir / MANIFEST).is_file() else ()
         for path in [*checkpoints(run_dir), run_dir / ADAPTER]:
             shutil.rmtree(path, ignore_errors=True)
-        for name in _PRODUCTS:
+        for name in (*scores, *_PRODUCTS):
             (run_dir / name).unlink(missing_ok=True)
+        atomic_write_text(run_dir / UNFINISHED, "")
+
+
+def _set_aside(run_dir: Path) -> None:
+    """Give the finished run a second place, complete by one rename; its files exist once."""
+    staging = run_dir / f".{PREVIOUS}-{secrets.token_hex(4)}"
+    staging.mkdir()
+    for name in (ADAPTER, *(path.name for path in checkpoints(run_dir)), *_PRODUCTS, *SCORES):
+        path = run_dir / name
+        if path.is_dir():
+            shutil.copytree(path, staging / name, copy_function=_link)
+        elif path.is_file():
+            _link(path, staging / name)
+    for folder in (staging, *(path for path in staging.rglob("*") if path.is_dir())):
+        sync(folder)
+    drop_previous(run_dir)
+    staging.rename(run_dir / PREVIOUS)
+    sync(run_dir)
+    logger.warning(
+        "the finished run in %s is kept in %s until this one is complete",
+        run_dir, run_dir / PREVIOUS,
+    )  # fmt: skip
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target)
+        sync(Path(target))
+
+
+def drop_previous(run_dir: Path) -> None:
+    """Remove the run that was kept in `previous`; the one in the folder itself is complete."""
+    old = run_dir / f".{PREVIOUS}-{secrets.token_hex(4)}"
+    if (run_dir / PREVIOUS).is_dir():
+        (run_dir / PREVIOUS).rename(old)  # half a run must not look like one
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def save_adapter(
@@ -116,6 +180,7 @@ def save_adapter(
             model.save_pretrained(fresh, state_dict=state)
             if endings is not None:
                 endings.save_pretrained(fresh)
+            share(fresh)
             for file in (*fresh.iterdir(), fresh):
                 sync(file)
             if target.exists():

@@ -1,4 +1,4 @@
-"""manifest.json: what has to be known to repeat a run; and the figures of its result."""
+"""manifest.json: what has to be known to repeat a run."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import torch
 from rotmole import __version__
 from rotmole.config.schema import RunFile
 from rotmole.data.chat import today
+from rotmole.files import atomic_write_text
 from rotmole.training.folder.layout import MANIFEST
 
 PACKAGES = (
@@ -31,10 +32,6 @@ PACKAGES = (
     "babel",
     "num2words",
 )
-
-_FIGURES = (
-    "train_loss", "train_tokens_per_second", "num_input_tokens_seen", "peak_memory_bytes",
-)  # fmt: skip
 
 
 def versions() -> dict[str, str]:
@@ -116,6 +113,20 @@ def run_date(run_dir: Path) -> str:
         return today()
 
 
+def add_to_manifest(path: Path, content: Mapping[str, Any]) -> None:
+    """Add what became known after the start of the run.
+
+    Raises:
+        StorageError: the disk refused.
+    """
+    whole = json.loads(path.read_text(encoding="utf-8")) | dict(content)
+    atomic_write_text(path, _text(whole))
+
+
+def _text(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n"
+
+
 def manifest(
     run: RunFile,
     fingerprint: Mapping[str, Any],
@@ -147,27 +158,4 @@ def manifest(
         "git_commit": git_commit(),
         "resumes": list(resumes),
     }
-    return json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n"
-
-
-def final_metrics(rows: Sequence[dict[str, Any]], step: int) -> dict[str, Any]:
-    """Pick a run's figures from its log: those of the weights that are its result.
-
-    Args:
-        rows: the lines of metrics.jsonl.
-        step: the update that the result's weights are of.
-
-    Returns:
-        train_loss, train_tokens_per_second, peak_memory_bytes, num_input_tokens_seen, and, where
-        there was validation by then, every eval loss of the last one and the step it was made at.
-    """
-    figures: dict[str, Any] = {}
-    for row in rows:
-        if "train_loss" in row:
-            figures |= {name: row[name] for name in _FIGURES if name in row}
-    validated = [r for r in rows if r.get("eval_loss") is not None and r["step"] <= step]
-    if validated:
-        row = max(validated, key=lambda row: row["step"])
-        figures |= {name: value for name, value in row.items() if name.endswith("_loss")}
-        figures["eval_step"] = row["step"]
-    return figures
+    return _text(content)
