@@ -186,6 +186,11 @@ class RotMoleLayer(BaseTunerLayer):  # type: ignore[misc] # peft ships no types
             )
         return result
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter, also from what generations whose cache still lives have packed."""
+        super().delete_adapter(adapter_name)
+        self.rotmole_stack.packs.clear()
+
 
 class Linear(nn.Module, RotMoleLayer):
     """An adapted nn.Linear, GPT-2 Conv1D or quantised linear layer; the base weight stays."""
