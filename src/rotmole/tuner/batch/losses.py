@@ -58,7 +58,7 @@ class BalanceState:
 
     @property
     def loss_scale(self) -> float | Tensor:
-        """The scale; scale_as_tensor holds it for torch.compile, which compiles each number anew."""
+        """The scale; torch.compile, which compiles each number anew, reads scale_as_tensor."""
         return self._scale
 
     @loss_scale.setter
