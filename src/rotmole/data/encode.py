@@ -175,7 +175,7 @@ def _encoded(
         labels[begin:end] = ids[begin:end]
     if all(label == IGNORED for label in labels[1:]):  # nothing predicts the first token
         raise DataError(
-            f"{_where(example)}: all labels are masked, so nothing can be learned from this row; "
+            f"{example.place}: all labels are masked, so nothing can be learned from this row; "
             "give it an answer"
         )
     return {"input_ids": ids, "labels": labels, "task": example.task, "group": example.group}
@@ -210,13 +210,9 @@ def _shorten(
         f"shorten the row, or set long_rows: cut for task '{example.task}'"
     )
     raise DataError(
-        f"{_where(example)}: {len(ids)} tokens are more than training.max_length {max_length}: "
+        f"{example.place}: {len(ids)} tokens are more than training.max_length {max_length}: "
         f"{advice}"
     )
-
-
-def _where(example: Example) -> str:
-    return example.origin or f"task '{example.task}', row {example.id}"
 
 
 class Collator:

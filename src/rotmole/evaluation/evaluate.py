@@ -4,29 +4,34 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import Any
 
 from peft import PeftModel
 
 from rotmole.config.schema import EvaluationSection
+from rotmole.data.encode import encode_all
 from rotmole.data.examples import Example
 from rotmole.data.load import within_limit
 from rotmole.errors import ConfigError, did_you_mean
 from rotmole.evaluation import generation
 from rotmole.evaluation.few_shot import with_examples
+from rotmole.evaluation.generation import prompt_tokens
 from rotmole.evaluation.metrics import METRICS, Answer, default_metrics
 from rotmole.evaluation.report import Report, System, compare, summarise
 from rotmole.evaluation.scoring import (
-    context_window,
+    Scored,
     log_likelihoods,
     scored_answers,
     scored_choices,
 )
+from rotmole.models.limits import check_readable, window_of
 
 Tasks = Mapping[str, Sequence[Example]]
 Progress = Callable[[str, int, int], None]
+UNLIMITED = 1 << 30
 
 
 def evaluate(
@@ -39,6 +44,7 @@ def evaluate(
     demonstrations: Tasks | None = None,
     progress: Progress | None = None,
     seed: int = 0,
+    max_length: int | None = None,
     spread: bool = False,
 ) -> Report:
     """Measure a model; if it has an adapter, also with the adapter disabled.
@@ -51,6 +57,9 @@ def evaluate(
         demonstrations: training rows by task; required if section.examples_in_prompt > 0.
         progress: called with (what, done, total) as rows finish.
         seed: of the rows within the limit, the examples in prompts, and the bootstrap.
+        max_length: the most tokens of a row, as in training; None is no limit. A longer row is an
+            error, or its prompt loses its beginning if its `long_rows` is "cut". With k worked
+            examples in its prompt it may have (k + 1) times as many.
         spread: share the batches among the processes of the default process group, all of which
             must call this; each gets the whole report, equal to that of one process in every bit.
 
@@ -59,6 +68,7 @@ def evaluate(
 
     Raises:
         ConfigError: a task has no rows, or a metric does not exist or does not fit its task.
+        DataError: a row is too long, or the model cannot read it; nothing was scored.
     """
     run = partial(
         measure,
@@ -69,6 +79,7 @@ def evaluate(
         metrics_by_task=metrics_by_task,
         demonstrations=demonstrations,
         seed=seed,
+        max_length=max_length,
         spread=spread,
     )
     systems: dict[str, System] = {}
@@ -90,6 +101,7 @@ def measure(
     demonstrations: Tasks | None = None,
     progress: Progress | None = None,
     seed: int = 0,
+    max_length: int | None = None,
     spread: bool = False,
 ) -> System:
     """Measure one system: the model as it is now, on all rows; for arguments see `evaluate`.
@@ -109,12 +121,17 @@ def measure(
         ]
         for task, rows in examples_by_task.items()
     }
+    plain = [row for rows in examples_by_task.values() for row in rows]
+    encode_all(plain, tokenizer, max_length=max_length or UNLIMITED)  # training's rule for rows
+    inputs = _inputs(model, tokenizer, shown, needs, section, max_length)
     started = time.perf_counter()
-    options: dict[str, Any] = {"needs": needs, "progress": progress, "spread": spread}
-    answers = _scored_answers(model, tokenizer, shown, batch_size=section.batch_size, **options)
-    _add_texts(answers, model, tokenizer, shown, section=section, **options)
+    options: dict[str, Any] = {
+        "batch_size": section.batch_size, "progress": progress, "spread": spread,
+    }  # fmt: skip
+    answers = _scored_answers(model, shown, inputs, **options)
+    _add_texts(answers, model, tokenizer, shown, inputs, section.max_new_tokens, **options)
     seconds = time.perf_counter() - started
-    return summarise(examples_by_task, answers, metrics, seconds=seconds, seed=seed)
+    return summarise(shown, answers, metrics, seconds=seconds, seed=seed, cut=inputs.cut)
 
 
 def limit_rows(
@@ -181,36 +198,107 @@ def _metric_problems(task: str, rows: Sequence[Example], names: Sequence[str]) -
     return problems
 
 
-def _scored_answers(
+@dataclass(frozen=True)
+class _Inputs:
+    """What the model reads.
+
+    Attributes:
+        choices: task -> the choices of its first row, of its second, and so on.
+        losses: task -> its rows with their correct answers.
+        prompts: task -> the token ids of its prompts, to be continued.
+        cut: task -> ids of rows that were shortened.
+    """
+
+    choices: dict[str, list[Scored]]
+    losses: dict[str, list[Scored]]
+    prompts: dict[str, list[list[int]]]
+    cut: dict[str, set[str]]
+
+
+def _inputs(
     model: Any,
     tokenizer: Any,
     shown: Tasks,
-    *,
     needs: Mapping[str, set[str]],
+    section: EvaluationSection,
+    max_length: int | None,
+) -> _Inputs:
+    """Tokenise all rows, cut those that may be cut, and check that the model can read them."""
+    whole = (max_length or UNLIMITED) * (1 + section.examples_in_prompt)
+    window = window_of(model)
+    most = window.positions if window is not None and window.fixed else UNLIMITED
+    longest = {t: min(whole, most) for t, rows in shown.items() if rows[0].long_rows == "cut"}
+    # the longest prompt of a row in training leaves room for one token and the end
+    prompt = {
+        t: max(1, min(limit - 2, most - section.max_new_tokens)) for t, limit in longest.items()
+    }
+    inputs = _Inputs({}, {}, {}, {})
+    for task, rows in shown.items():
+        if needs[task] & {"choices", "score"}:
+            inputs.choices[task] = scored_choices(rows, tokenizer, longest=longest)
+        if "loss" in needs[task]:
+            inputs.losses[task] = scored_answers(rows, tokenizer, longest=longest)
+        if "text" in needs[task]:
+            inputs.prompts[task] = [
+                prompt_tokens(row.prompt, tokenizer, longest=prompt.get(task)) for row in rows
+            ]
+        if task in longest:
+            texts = scored_answers(rows, tokenizer)
+            inputs.cut[task] = {
+                row.id
+                for row, text in zip(rows, texts, strict=True)
+                if len(text.tokens) > longest[task]
+            }
+    fix = (
+        "set long_rows: cut for this task"
+        + ", lower evaluation.examples_in_prompt" * bool(section.examples_in_prompt)
+        + " or shorten the row"
+    )
+    for task, rows in shown.items():
+        places = [row.place for row in rows]
+        longest_choice = (
+            (row.place, text.tokens)
+            for row, texts in zip(rows, _by_row(rows, inputs.choices.get(task, [])), strict=True)
+            for text in texts
+        )
+        answers = zip(places, (t.tokens for t in inputs.losses.get(task, ())), strict=False)
+        check_readable(model, tokenizer, [*longest_choice, *answers], fix=fix)
+        prompts = zip(places, inputs.prompts.get(task, ()), strict=False)
+        check_readable(
+            model, tokenizer, prompts, new_tokens=section.max_new_tokens,
+            fix=f"lower evaluation.max_new_tokens, {fix}",
+        )  # fmt: skip
+    return inputs
+
+
+def _by_row(rows: Sequence[Example], texts: Sequence[Scored]) -> list[list[Scored]]:
+    """Group the texts of choices by row; rows without texts get none."""
+    following = iter(texts)
+    return [list(islice(following, len(row.choices))) for row in rows]
+
+
+def _scored_answers(
+    model: Any,
+    shown: Tasks,
+    inputs: _Inputs,
+    *,
     batch_size: int,
     progress: Progress | None,
     spread: bool,
 ) -> dict[str, list[Answer]]:
     """Return answers with log-likelihoods and losses, the rows of all tasks batched together."""
-    window = context_window(model)
-    compared = [t for t in shown if needs[t] & {"choices", "score"}]
-    measured = [t for t in shown if "loss" in needs[t]]
-    pairs = [(row.prompt, choice) for t in compared for row in shown[t] for choice in row.choices]
-    measured_rows = [row for t in measured for row in shown[t]]
-    texts = scored_choices(pairs, tokenizer, window=window)
-    texts += scored_answers(measured_rows, tokenizer, window=window)
+    texts = [text for part in (inputs.choices, inputs.losses) for t in part.values() for text in t]
     tick = _counter(progress, "likelihoods", len(texts))
     values = log_likelihoods(model, texts, batch_size=batch_size, tick=tick, spread=spread)
-    results = iter(zip(values, texts, strict=True))
+    results = iter(values)
     answers = {task: [Answer()] * len(rows) for task, rows in shown.items()}
-    for task in compared:
+    for task in inputs.choices:
         for index, row in enumerate(shown[task]):
-            likelihoods = tuple(next(results)[0] for _ in row.choices)
+            likelihoods = tuple(next(results) for _ in row.choices)
             answers[task][index] = replace(answers[task][index], log_likelihoods=likelihoods)
-    for task in measured:
-        for index in range(len(shown[task])):
-            value, text = next(results)
-            loss = replace(answers[task][index], loss=-value, tokens=len(text.positions))
+    for task, measured in inputs.losses.items():
+        for index, text in enumerate(measured):
+            loss = replace(answers[task][index], loss=-next(results), tokens=len(text.positions))
             answers[task][index] = loss
     return answers
 
@@ -220,9 +308,10 @@ def _add_texts(
     model: Any,
     tokenizer: Any,
     shown: Tasks,
+    inputs: _Inputs,
+    max_new_tokens: int,
     *,
-    needs: Mapping[str, set[str]],
-    section: EvaluationSection,
+    batch_size: int,
     progress: Progress | None,
     spread: bool,
 ) -> None:
@@ -230,25 +319,25 @@ def _add_texts(
     for one_line in (True, False):
         places = [
             (task, index)
-            for task, rows in shown.items()
-            if "text" in needs[task]
-            and one_line == (not any("\n" in row.completion.strip() for row in rows))
-            for index in range(len(rows))
+            for task in inputs.prompts
+            if one_line == (not any("\n" in row.completion.strip() for row in shown[task]))
+            for index in range(len(shown[task]))
         ]
         if not places:
             continue
-        texts = generation.answers(
+        texts = generation.continuations(
             model,
             tokenizer,
-            [shown[task][index].prompt for task, index in places],
-            max_new_tokens=section.max_new_tokens,
-            batch_size=section.batch_size,
+            [inputs.prompts[task][index] for task, index in places],
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
             one_line=one_line,
             ends=sorted({shown[task][index].end for task, index in places} - {""}),
             tick=_counter(progress, "answers", len(places)),
             spread=spread,
         )
-        for (task, index), text in zip(places, texts, strict=True):
+        for (task, index), found in zip(places, texts, strict=True):
+            text = generation.cut_answer(found.text, one_line=one_line)
             answers[task][index] = replace(answers[task][index], text=text)
 
 
@@ -259,9 +348,10 @@ def _named(progress: Progress | None, name: str) -> Progress | None:
 
 
 def _counter(progress: Progress | None, what: str, total: int) -> Callable[[int], None] | None:
-    if progress is None:
+    if progress is None or not total:
         return None
     done = 0
+    progress(what, done, total)  # the first batch may take minutes
 
     def tick(count: int) -> None:
         nonlocal done

@@ -9,7 +9,7 @@ log(perplexity) is the validation loss.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +24,7 @@ from rotmole.processes import over_batches
 
 Tick = Callable[[int], None]
 _NO_LIMIT = 1 << 30
+_ANY: Mapping[str, int] = {}
 
 
 @dataclass(frozen=True)
@@ -53,51 +54,71 @@ def evaluating(model: Any) -> Iterator[None]:
         model.train(training)
 
 
-def context_window(model: Any) -> int:
-    """Return the maximum number of tokens of a text; very large if the model does not have one."""
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else None
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
-        limit = getattr(config or model.config, name, None)
-        if isinstance(limit, int) and limit > 0:
-            return limit
-    return _NO_LIMIT
-
-
 def scored_answers(
-    examples: Sequence[Example], tokenizer: Any, *, window: int = _NO_LIMIT
+    examples: Sequence[Example], tokenizer: Any, *, longest: Mapping[str, int] = _ANY
 ) -> list[Scored]:
     """Return the tokens of each row; those with labels in training are scored.
 
     Args:
-        window: the maximum number of tokens; a longer text loses its beginning.
+        longest: task -> the maximum number of tokens of its rows; a longer row is cut as in
+            training. A task without an entry is not limited.
     """
-    result = []
-    for row in encode_all(examples, tokenizer, max_length=_NO_LIMIT):
-        counted = [index for index, label in enumerate(row["labels"]) if label != IGNORED]
-        result.append(_last_tokens(row["input_ids"], counted, window))
-    return result
-
-
-def scored_choices(
-    pairs: Sequence[tuple[str, str]], tokenizer: Any, *, window: int = _NO_LIMIT
-) -> list[Scored]:
-    """Return the tokens of each prompt with its choice; those of the choice are scored.
-
-    Args:
-        pairs: prompt and choice.
-        window: the maximum number of tokens; a longer text loses its beginning.
-
-    Source: agrees with the language model evaluation harness.
-    """
+    encoded: dict[int, dict[str, Any]] = {}
+    for limit in sorted({longest.get(row.task, _NO_LIMIT) for row in examples}):
+        places = [i for i, e in enumerate(examples) if longest.get(e.task, _NO_LIMIT) == limit]
+        rows = encode_all([examples[i] for i in places], tokenizer, max_length=limit)
+        encoded.update(zip(places, rows, strict=True))
     return [
-        _last_tokens(tokens, range(start, len(tokens)), window)
-        for tokens, start in tokenize_pairs(tokenizer, pairs)
+        Scored(
+            tuple(encoded[i]["input_ids"]),
+            tuple(p for p, label in enumerate(encoded[i]["labels"]) if p and label != IGNORED),
+        )
+        for i in range(len(examples))
     ]
 
 
-def _last_tokens(tokens: Sequence[int], counted: Sequence[int], window: int) -> Scored:
-    first = max(0, len(tokens) - window)
-    return Scored(tuple(tokens[first:]), tuple(p - first for p in counted if p > first))
+def scored_choices(
+    examples: Sequence[Example], tokenizer: Any, *, longest: Mapping[str, int] = _ANY
+) -> list[Scored]:
+    """Return the tokens of each prompt with each of its choices; those of the choice are scored.
+
+    Args:
+        longest: task -> the maximum number of tokens of a row, with its end of sequence. If a
+            prompt with one of its choices is longer, the prompt loses its first tokens before
+            all of them, so that the choices are compared after the same prompt.
+
+    Returns:
+        The choices of the first row, then those of the second, and so on.
+
+    Source: agrees with the language model evaluation harness.
+    """
+    pairs = [(row.prompt, choice) for row in examples for choice in row.choices]
+    tokenized = iter(tokenize_pairs(tokenizer, pairs))
+    texts = []
+    for row in examples:
+        choices = [next(tokenized) for _ in row.choices]
+        extra = max(len(ids) + 1 - longest.get(row.task, _NO_LIMIT) for ids, _ in choices)
+        for ids, start in choices:
+            # at least one token of the prompt stays, because nothing predicts the first token
+            ids, start = without_beginning(tokenizer, ids, start, min(extra, start - 1))
+            texts.append(Scored(tuple(ids), tuple(range(max(start, 1), len(ids)))))
+    return texts
+
+
+def without_beginning(
+    tokenizer: Any, ids: list[int], start: int, extra: int
+) -> tuple[list[int], int]:
+    """Remove the first tokens of a text, but no beginning-of-sequence token; `start` moves along.
+
+    Args:
+        start: an index into ids.
+        extra: how many tokens to remove; nothing is removed if it is not positive.
+    """
+    if extra <= 0:
+        return ids, start
+    first = int(ids[0] == tokenizer.bos_token_id)
+    extra = min(extra, len(ids) - first)
+    return ids[:first] + ids[first + extra :], start - extra
 
 
 def log_likelihoods(

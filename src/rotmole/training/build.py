@@ -19,6 +19,7 @@ from rotmole.config.schema import DataSection, RunFile, Split
 from rotmole.data import Collator, Example, encode_all, load_splits, mix
 from rotmole.data.chat import today
 from rotmole.errors import ConfigError, DataError
+from rotmole.models.limits import check_readable
 from rotmole.models.load import LoadedModel, load_model
 from rotmole.training.callbacks.balance import BiasCallback
 from rotmole.training.callbacks.metrics import JsonLinesCallback
@@ -143,14 +144,18 @@ def build_trainer(
     length = arguments.max_length or UNLIMITED
     train = mix(dict(examples["train"]), run.data, seed=run.seed)
     groups = task_groups(run.data, model.peft_config[model.active_adapter])
+    datasets = {"": tokenised(train, tokenizer, length, groups)}
+    datasets |= {task: tokenised(rows, tokenizer, length) for task, rows in validation.items()}
+    for task, dataset in datasets.items():
+        places = [row.place for row in (validation[task] if task else train)]
+        check_readable(model, tokenizer, zip(places, dataset["input_ids"], strict=True))
     trainer = RotMoleTrainer(
         optimizer_section=run.optimizer,
         checkpoints=checkpoints,
         model=model,
         args=arguments,
-        train_dataset=tokenised(train, tokenizer, length, groups),
-        eval_dataset={t: tokenised(rows, tokenizer, length) for t, rows in validation.items()}
-        or None,
+        train_dataset=datasets.pop(""),
+        eval_dataset=datasets or None,
         data_collator=Collator(tokenizer, arguments.pad_to_multiple_of),
         processing_class=tokenizer,
         callbacks=[
