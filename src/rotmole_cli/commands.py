@@ -168,6 +168,18 @@ def evaluate(
             "--limit", min=1, help="Score at most this many rows for each task and group."
         ),
     ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option("--task", metavar="NAME", help="Score this task only; may be given again."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            metavar="DIR",
+            help="Folder for eval.json and predictions.jsonl. [default: the run folder]",
+        ),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     trust_remote_code: Trust = False,
 ) -> int:
@@ -175,8 +187,9 @@ def evaluate(
     from rotmole.cli.eval import evaluate as work
 
     return work(
-        target, overrides or [], config, split, limit, json, trust_remote_code=trust_remote_code
-    )
+        target, overrides or [], config, split, limit, json,
+        tasks=task or [], output=output, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
 
 
 @app.command()

@@ -220,7 +220,7 @@ def test_progress_reaches_its_total(tokenizer):
         progress=lambda what, done, total: seen.__setitem__(what, (done, total)),
     )
     assert list(seen) == [
-        "before: likelihoods", "before: answers", "after: likelihoods", "after: answers",
+        "tokenising", "before: likelihoods", "before: answers", "after: likelihoods", "after: answers",
     ]  # fmt: skip
     assert all(done == total for done, total in seen.values())
 

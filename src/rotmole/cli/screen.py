@@ -16,16 +16,41 @@ def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def duration(seconds: float) -> str:
+    """Return a time in words, such as "40 s" or "2 h 5 min".
+
+    >>> duration(40), duration(150), duration(7500)
+    ('40 s', '2 min', '2 h 5 min')
+    """
+    minutes = int(seconds // 60)
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
 @contextmanager
 def progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Yield show(what, done, total): bars on a terminal, otherwise a line every ten seconds."""
+    """Yield show(what, done, total): bars on a terminal, otherwise lines.
+
+    Without a terminal the first call is shown at once, with the total, and after it a line every
+    ten seconds, with an estimate of the time that is left.
+    """
     if not sys.stderr.isatty():
         yield _lines()
         return
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
-    with Progress(console=Console(stderr=True), transient=True) as bars:
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         tasks: dict[str, Any] = {}
 
         def show(what: str, done: int, total: int) -> None:
@@ -37,12 +62,16 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def _lines() -> Callable[[str, int, int], None]:
+    begun: dict[str, float] = {}
     last: dict[str, float] = {}
 
     def show(what: str, done: int, total: int) -> None:
         now = time.monotonic()
-        if done == total or now - last.setdefault(what, now) > INTERVAL:
+        first = what not in begun
+        start = begun.setdefault(what, now)
+        if first or done == total or now - last[what] > INTERVAL:
             last[what] = now
-            note(f"{what} {done}/{total}")
+            left = (now - start) / done * (total - done) if done else 0
+            note(f"{what} {done}/{total}" + (f", about {duration(left)} left" if left else ""))
 
     return show

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -12,7 +12,6 @@ from typing import Any
 from peft import PeftModel
 
 from rotmole.config.schema import EvaluationSection
-from rotmole.data.encode import encode_all
 from rotmole.data.examples import Example
 from rotmole.data.load import within_limit
 from rotmole.errors import ConfigError, did_you_mean
@@ -70,18 +69,18 @@ def evaluate(
         ConfigError: a task has no rows, or a metric does not exist or does not fit its task.
         DataError: a row is too long, or the model cannot read it; nothing was scored.
     """
-    run = partial(
-        measure,
+    prepared = _prepared(
         model,
         tokenizer,
         limit_rows(examples_by_task, section.limit, seed=seed),
         section,
         metrics_by_task=metrics_by_task,
         demonstrations=demonstrations,
+        progress=progress,
         seed=seed,
         max_length=max_length,
-        spread=spread,
     )
+    run = partial(_measured, model, tokenizer, prepared, section, seed=seed, spread=spread)
     systems: dict[str, System] = {}
     if isinstance(model, PeftModel) and section.before:
         with model.disable_adapter():
@@ -112,26 +111,20 @@ def measure(
     Returns:
         One system; `compare` makes a report of several.
     """
-    metrics = task_metrics(examples_by_task, metrics_by_task or {})
-    needs = {task: {str(METRICS[name].needs) for name in metrics[task]} for task in metrics}
-    shown = {
-        task: [
-            with_examples(row, demonstrations or {}, count=section.examples_in_prompt, seed=seed)
-            for row in rows
-        ]
-        for task, rows in examples_by_task.items()
-    }
-    plain = [row for rows in examples_by_task.values() for row in rows]
-    encode_all(plain, tokenizer, max_length=max_length or UNLIMITED)  # training's rule for rows
-    inputs = _inputs(model, tokenizer, shown, needs, section, max_length)
-    started = time.perf_counter()
-    options: dict[str, Any] = {
-        "batch_size": section.batch_size, "progress": progress, "spread": spread,
-    }  # fmt: skip
-    answers = _scored_answers(model, shown, inputs, **options)
-    _add_texts(answers, model, tokenizer, shown, inputs, section.max_new_tokens, **options)
-    seconds = time.perf_counter() - started
-    return summarise(shown, answers, metrics, seconds=seconds, seed=seed, cut=inputs.cut)
+    prepared = _prepared(
+        model,
+        tokenizer,
+        examples_by_task,
+        section,
+        metrics_by_task=metrics_by_task,
+        demonstrations=demonstrations,
+        progress=None,
+        seed=seed,
+        max_length=max_length,
+    )
+    return _measured(
+        model, tokenizer, prepared, section, progress=progress, seed=seed, spread=spread
+    )
 
 
 def limit_rows(
@@ -199,76 +192,123 @@ def _metric_problems(task: str, rows: Sequence[Example], names: Sequence[str]) -
 
 
 @dataclass(frozen=True)
-class _Inputs:
+class _Prepared:
     """What the model reads.
 
     Attributes:
+        shown: task -> its rows, with the worked examples in their prompts.
+        metrics: task -> names.
         choices: task -> the choices of its first row, of its second, and so on.
         losses: task -> its rows with their correct answers.
         prompts: task -> the token ids of its prompts, to be continued.
         cut: task -> ids of rows that were shortened.
     """
 
-    choices: dict[str, list[Scored]]
-    losses: dict[str, list[Scored]]
-    prompts: dict[str, list[list[int]]]
-    cut: dict[str, set[str]]
+    shown: Tasks
+    metrics: Mapping[str, Sequence[str]]
+    choices: dict[str, list[Scored]] = field(default_factory=dict)
+    losses: dict[str, list[Scored]] = field(default_factory=dict)
+    prompts: dict[str, list[list[int]]] = field(default_factory=dict)
+    cut: dict[str, set[str]] = field(default_factory=dict)
 
 
-def _inputs(
+def _prepared(
     model: Any,
     tokenizer: Any,
-    shown: Tasks,
-    needs: Mapping[str, set[str]],
+    examples_by_task: Tasks,
     section: EvaluationSection,
+    *,
+    metrics_by_task: Mapping[str, Sequence[str] | None] | None,
+    demonstrations: Tasks | None,
+    progress: Progress | None,
+    seed: int,
     max_length: int | None,
-) -> _Inputs:
+) -> _Prepared:
     """Tokenise all rows, cut those that may be cut, and check that the model can read them."""
-    whole = (max_length or UNLIMITED) * (1 + section.examples_in_prompt)
-    window = window_of(model)
-    most = window.positions if window is not None and window.fixed else UNLIMITED
-    longest = {t: min(whole, most) for t, rows in shown.items() if rows[0].long_rows == "cut"}
-    # the longest prompt of a row in training leaves room for one token and the end
-    prompt = {
-        t: max(1, min(limit - 2, most - section.max_new_tokens)) for t, limit in longest.items()
+    count = section.examples_in_prompt
+    shown = {
+        task: [with_examples(row, demonstrations or {}, count=count, seed=seed) for row in rows]
+        for task, rows in examples_by_task.items()
     }
-    inputs = _Inputs({}, {}, {}, {})
-    for task, rows in shown.items():
-        if needs[task] & {"choices", "score"}:
-            inputs.choices[task] = scored_choices(rows, tokenizer, longest=longest)
-        if "loss" in needs[task]:
-            inputs.losses[task] = scored_answers(rows, tokenizer, longest=longest)
-        if "text" in needs[task]:
-            inputs.prompts[task] = [
-                prompt_tokens(row.prompt, tokenizer, longest=prompt.get(task)) for row in rows
-            ]
-        if task in longest:
-            texts = scored_answers(rows, tokenizer)
-            inputs.cut[task] = {
-                row.id
-                for row, text in zip(rows, texts, strict=True)
-                if len(text.tokens) > longest[task]
-            }
-    fix = (
-        "set long_rows: cut for this task"
-        + ", lower evaluation.examples_in_prompt" * bool(section.examples_in_prompt)
-        + " or shorten the row"
+    prepared = _Prepared(shown, task_metrics(examples_by_task, metrics_by_task or {}))
+    limit = max_length or UNLIMITED
+    tick = _counter(progress, "tokenising", sum(map(len, shown.values())))
+    for task, rows in examples_by_task.items():
+        whole = scored_answers(rows, tokenizer, longest=limit)  # training's rule for rows
+        _add_inputs(prepared, model, tokenizer, task, whole, section, limit)
+        _check_inputs(prepared, model, tokenizer, task, section)
+        if tick is not None:
+            tick(len(rows))
+    return prepared
+
+
+def _add_inputs(
+    prepared: _Prepared,
+    model: Any,
+    tokenizer: Any,
+    task: str,
+    whole: list[Scored],
+    section: EvaluationSection,
+    limit: int,
+) -> None:
+    """Tokenise the rows of one task; `whole` are its rows without worked examples."""
+    rows, window = prepared.shown[task], window_of(model)
+    needs = {METRICS[name].needs for name in prepared.metrics[task]}
+    most = window.positions if window is not None and window.fixed else UNLIMITED
+    cuts = rows[0].long_rows == "cut"
+    longest = min(limit * (1 + section.examples_in_prompt), most) if cuts else UNLIMITED
+    if section.examples_in_prompt or longest < limit:
+        whole = scored_answers(rows, tokenizer, longest=longest)
+    if needs & {"choices", "score"}:
+        prepared.choices[task] = scored_choices(rows, tokenizer, longest=longest)
+    if "loss" in needs:
+        prepared.losses[task] = whole
+    if "text" in needs:
+        # a row of training leaves room for one token of the answer and the end
+        room = max(1, min(longest - 2, most - section.max_new_tokens)) if cuts else None
+        prepared.prompts[task] = [
+            prompt_tokens(row.prompt, tokenizer, longest=room) for row in rows
+        ]
+    prepared.cut[task] = {row.id for row, text in zip(rows, whole, strict=True) if text.cut}
+
+
+def _check_inputs(
+    prepared: _Prepared, model: Any, tokenizer: Any, task: str, section: EvaluationSection
+) -> None:
+    rows = prepared.shown[task]
+    places = [row.place for row in rows]
+    fix = "set long_rows: cut for this task, shorten the row"
+    if section.examples_in_prompt:
+        fix += ", or lower evaluation.examples_in_prompt"
+    texts = list(zip(places, (t.tokens for t in prepared.losses.get(task, ())), strict=False))
+    for place, choices in zip(places, _by_row(rows, prepared.choices.get(task, [])), strict=True):
+        texts += [(place, choice.tokens) for choice in choices]
+    check_readable(model, tokenizer, texts, fix=fix)
+    prompts = zip(places, prepared.prompts.get(task, ()), strict=False)
+    fix = f"lower evaluation.max_new_tokens, {fix}"
+    check_readable(model, tokenizer, prompts, new_tokens=section.max_new_tokens, fix=fix)
+
+
+def _measured(
+    model: Any,
+    tokenizer: Any,
+    prepared: _Prepared,
+    section: EvaluationSection,
+    *,
+    progress: Progress | None,
+    seed: int,
+    spread: bool,
+) -> System:
+    started = time.perf_counter()
+    options: dict[str, Any] = {
+        "batch_size": section.batch_size, "progress": progress, "spread": spread,
+    }  # fmt: skip
+    answers = _scored_answers(model, prepared, **options)
+    _add_texts(answers, model, tokenizer, prepared, section.max_new_tokens, **options)
+    seconds = time.perf_counter() - started
+    return summarise(
+        prepared.shown, answers, prepared.metrics, seconds=seconds, seed=seed, cut=prepared.cut
     )
-    for task, rows in shown.items():
-        places = [row.place for row in rows]
-        longest_choice = (
-            (row.place, text.tokens)
-            for row, texts in zip(rows, _by_row(rows, inputs.choices.get(task, [])), strict=True)
-            for text in texts
-        )
-        answers = zip(places, (t.tokens for t in inputs.losses.get(task, ())), strict=False)
-        check_readable(model, tokenizer, [*longest_choice, *answers], fix=fix)
-        prompts = zip(places, inputs.prompts.get(task, ()), strict=False)
-        check_readable(
-            model, tokenizer, prompts, new_tokens=section.max_new_tokens,
-            fix=f"lower evaluation.max_new_tokens, {fix}",
-        )  # fmt: skip
-    return inputs
 
 
 def _by_row(rows: Sequence[Example], texts: Sequence[Scored]) -> list[list[Scored]]:
@@ -279,14 +319,14 @@ def _by_row(rows: Sequence[Example], texts: Sequence[Scored]) -> list[list[Score
 
 def _scored_answers(
     model: Any,
-    shown: Tasks,
-    inputs: _Inputs,
+    inputs: _Prepared,
     *,
     batch_size: int,
     progress: Progress | None,
     spread: bool,
 ) -> dict[str, list[Answer]]:
     """Return answers with log-likelihoods and losses, the rows of all tasks batched together."""
+    shown = inputs.shown
     texts = [text for part in (inputs.choices, inputs.losses) for t in part.values() for text in t]
     tick = _counter(progress, "likelihoods", len(texts))
     values = log_likelihoods(model, texts, batch_size=batch_size, tick=tick, spread=spread)
@@ -307,8 +347,7 @@ def _add_texts(
     answers: dict[str, list[Answer]],
     model: Any,
     tokenizer: Any,
-    shown: Tasks,
-    inputs: _Inputs,
+    inputs: _Prepared,
     max_new_tokens: int,
     *,
     batch_size: int,
@@ -316,6 +355,7 @@ def _add_texts(
     spread: bool,
 ) -> None:
     """Generate text for the tasks that need it and add it to their answers, in place."""
+    shown = inputs.shown
     for one_line in (True, False):
         places = [
             (task, index)

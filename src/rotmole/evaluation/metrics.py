@@ -223,12 +223,15 @@ METRICS: dict[str, Metric] = {
     "matthews": Metric("choices", _labels, _matthews, resampled.matthews),
     "pearson": Metric("score", _scores, _pearson, resampled.pearson),
     "spearman": Metric("score", _scores, _spearman, resampled.spearman),
-    "rouge_l": Metric(
-        "text", _per_row(rouge_l), _mean, resampled.mean, pooled=True, by_row=True
-    ),
+    "rouge_l": Metric("text", _per_row(rouge_l), _mean, resampled.mean, pooled=True, by_row=True),
     "chrf": Metric("text", _chrf_counts, _chrf, _chrf_resampled, by_row=True),
     "perplexity": Metric(
-        "loss", _losses, _perplexity, resampled.perplexity, pooled=True, by_row=True,
+        "loss",
+        _losses,
+        _perplexity,
+        resampled.perplexity,
+        pooled=True,
+        by_row=True,
         higher_is_better=False,
     ),  # fmt: skip
 }

@@ -9,7 +9,7 @@ log(perplexity) is the validation loss.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +24,6 @@ from rotmole.processes import over_batches
 
 Tick = Callable[[int], None]
 _NO_LIMIT = 1 << 30
-_ANY: Mapping[str, int] = {}
 
 
 @dataclass(frozen=True)
@@ -35,10 +34,12 @@ class Scored:
         tokens: of the whole text.
         positions: indices into tokens, ascending, each at least 1, because nothing predicts the
             first token.
+        cut: the prompt lost its beginning.
     """
 
     tokens: tuple[int, ...]
     positions: tuple[int, ...]
+    cut: bool = False
 
 
 @contextmanager
@@ -55,37 +56,36 @@ def evaluating(model: Any) -> Iterator[None]:
 
 
 def scored_answers(
-    examples: Sequence[Example], tokenizer: Any, *, longest: Mapping[str, int] = _ANY
+    examples: Sequence[Example], tokenizer: Any, *, longest: int = _NO_LIMIT
 ) -> list[Scored]:
     """Return the tokens of each row; those with labels in training are scored.
 
     Args:
-        longest: task -> the maximum number of tokens of its rows; a longer row is cut as in
-            training. A task without an entry is not limited.
+        longest: the maximum number of tokens of a row; a longer one is refused or cut, as in
+            training.
+
+    Raises:
+        DataError: a row is too long.
     """
-    encoded: dict[int, dict[str, Any]] = {}
-    for limit in sorted({longest.get(row.task, _NO_LIMIT) for row in examples}):
-        places = [i for i, e in enumerate(examples) if longest.get(e.task, _NO_LIMIT) == limit]
-        rows = encode_all([examples[i] for i in places], tokenizer, max_length=limit)
-        encoded.update(zip(places, rows, strict=True))
     return [
         Scored(
-            tuple(encoded[i]["input_ids"]),
-            tuple(p for p, label in enumerate(encoded[i]["labels"]) if p and label != IGNORED),
+            tuple(row["input_ids"]),
+            tuple(p for p, label in enumerate(row["labels"]) if p and label != IGNORED),
+            row["cut"],
         )
-        for i in range(len(examples))
+        for row in encode_all(examples, tokenizer, max_length=longest)
     ]
 
 
 def scored_choices(
-    examples: Sequence[Example], tokenizer: Any, *, longest: Mapping[str, int] = _ANY
+    examples: Sequence[Example], tokenizer: Any, *, longest: int = _NO_LIMIT
 ) -> list[Scored]:
     """Return the tokens of each prompt with each of its choices; those of the choice are scored.
 
     Args:
-        longest: task -> the maximum number of tokens of a row, with its end of sequence. If a
-            prompt with one of its choices is longer, the prompt loses its first tokens before
-            all of them, so that the choices are compared after the same prompt.
+        longest: the maximum number of tokens of a row, with its end of sequence. If a prompt with
+            one of its choices is longer, the prompt loses its first tokens before all of them, so
+            that the choices are compared after the same prompt.
 
     Returns:
         The choices of the first row, then those of the second, and so on.
@@ -97,11 +97,11 @@ def scored_choices(
     texts = []
     for row in examples:
         choices = [next(tokenized) for _ in row.choices]
-        extra = max(len(ids) + 1 - longest.get(row.task, _NO_LIMIT) for ids, _ in choices)
+        extra = max(len(ids) + 1 - longest for ids, _ in choices)
         for ids, start in choices:
             # at least one token of the prompt stays, because nothing predicts the first token
             ids, start = without_beginning(tokenizer, ids, start, min(extra, start - 1))
-            texts.append(Scored(tuple(ids), tuple(range(max(start, 1), len(ids)))))
+            texts.append(Scored(tuple(ids), tuple(range(max(start, 1), len(ids))), extra > 0))
     return texts
 
 

@@ -209,6 +209,18 @@ def training_arguments(run: RunFile, *, validated: bool) -> SFTConfig:
     return arguments
 
 
+def chooses_by_validation(run: RunFile) -> bool:
+    """Tell whether the result of a run with validation rows is the checkpoint that they choose."""
+    values = sft_arguments(run)
+    if values.get("eval_strategy", "no") == "no":
+        return False
+    if "load_best_model_at_end" in values:
+        return bool(values["load_best_model_at_end"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # training says it
+        return _saves_when_it_validates(values)
+
+
 def _saves_when_it_validates(values: Mapping[str, Any]) -> bool:
     """Tell whether each checkpoint has a validation loss; warn where the best cannot be known."""
     save, validate = values.get("save_strategy"), values["eval_strategy"]

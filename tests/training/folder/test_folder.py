@@ -12,7 +12,8 @@ from rotmole.training.folder.layout import UNFINISHED, check_free, clear
 
 def test_a_finished_run_gives_way_whole(tmp_path):
     checkpoint(tmp_path, 5)
-    for name in ("manifest.json", "metrics.jsonl", "evaluation.json", "notes.txt"):
+    scores = ("eval.json", "predictions.jsonl", "evaluation.json")  # the last one is of 0.1.0
+    for name in ("manifest.json", "metrics.jsonl", *scores, "notes.txt"):
         (tmp_path / name).write_text("x", encoding="utf-8")
     (tmp_path / "adapter").mkdir()
     check_free(tmp_path)
@@ -43,7 +44,7 @@ def test_a_finished_run_that_was_taken_up_again_is_unfinished(tmp_path):
 
 
 def test_figures_of_the_base_model_are_no_reason_to_refuse_and_stay(tmp_path):
-    scores = tmp_path / "evaluation.json"
+    scores = tmp_path / "eval.json"
     scores.touch()
     check_free(tmp_path)
     clear(tmp_path, resuming=False)

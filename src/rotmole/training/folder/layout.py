@@ -23,7 +23,9 @@ METRICS = "metrics.jsonl"
 ADAPTER = "adapter"
 UNFINISHED = ".unfinished"
 """Lies in a run folder from the start, or a resume, until the result is written."""
-SCORES = "evaluation.json"
+SCORES = "eval.json"
+PREDICTIONS = "predictions.jsonl"
+OLD_SCORES = "evaluation.json"  # the name of SCORES in 0.1.0
 _PRODUCTS = (MANIFEST, METRICS, "run.yaml", "loss.svg", "failure.json")
 
 
@@ -81,7 +83,8 @@ def clear(run_dir: Path, *, resuming: bool) -> None:
             return
         if (run_dir / MANIFEST).is_file():
             logger.warning("the finished run in %s is replaced", run_dir)
-            (run_dir / SCORES).unlink(missing_ok=True)
+            for name in (SCORES, OLD_SCORES, PREDICTIONS):
+                (run_dir / name).unlink(missing_ok=True)
         for path in [*checkpoints(run_dir), run_dir / ADAPTER]:
             shutil.rmtree(path, ignore_errors=True)
         for name in _PRODUCTS:
