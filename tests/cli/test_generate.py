@@ -8,7 +8,8 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
-from rotmole.cli.generate import generate, read_prompts
+from rotmole.cli.generate import Sampling, generate
+from rotmole.cli.prompts import read_prompts
 from rotmole.errors import AdapterError, InputError
 from rotmole_cli import main
 from tiny_folders import write_base_model
@@ -26,9 +27,9 @@ def adapter(tmp_path_factory):
 
 
 def test_a_prompt_streamed_or_not(adapter, capsys):
-    assert generate(adapter, "the film", max_new_tokens=8) == 0
+    assert generate(adapter, "the film", sampling=Sampling(8)) == 0
     streamed = capsys.readouterr().out
-    assert generate(adapter, "the film", max_new_tokens=8, stream=False) == 0
+    assert generate(adapter, "the film", sampling=Sampling(8), stream=False) == 0
     assert capsys.readouterr().out == streamed
     assert streamed.strip()
 
@@ -36,30 +37,39 @@ def test_a_prompt_streamed_or_not(adapter, capsys):
 def test_sampling_is_seeded(adapter, capsys):
     texts = []
     for seed in (1, 1, 2):
-        generate(adapter, "the film", max_new_tokens=12, temperature=2.0, seed=seed)
+        generate(adapter, "the film", sampling=Sampling(12, 2.0, seed=seed))
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_a_file_of_prompts(adapter, tmp_path, capsys):
+def texts(prompts) -> list[str]:
+    return [prompt.text for prompt in prompts]
+
+
+def test_a_file_is_one_prompt_or_one_a_line(adapter, tmp_path, capsys):
     file = tmp_path / "prompts.txt"
-    file.write_text("the film\n\nis bad\n", encoding="utf-8")
-    assert read_prompts(None, file) == ["the film", "is bad"]
-    generate(adapter, file=file, max_new_tokens=4, stream=False)
+    file.write_text("the film\n\nis\u2028 bad\n", encoding="utf-8")
+    assert texts(read_prompts(None, file)) == ["the film\n\nis\u2028 bad"]
+    assert texts(read_prompts(None, file, lines=True)) == ["the film", "is\u2028 bad"]
+    generate(adapter, file=file, lines=True, sampling=Sampling(4), stream=False)
     both = capsys.readouterr().out
     singles = []
-    for prompt in ("the film", "is bad"):
-        generate(adapter, prompt, max_new_tokens=4, stream=False)
+    for prompt in ("the film", "is\u2028 bad"):
+        generate(adapter, prompt, sampling=Sampling(4), stream=False)
         singles.append(capsys.readouterr().out)
     assert both == "\n".join(singles)
+    generate(adapter, file=file, lines=True, sampling=Sampling(4))
+    assert capsys.readouterr().out == both
 
 
-def test_standard_input(adapter, monkeypatch, capsys):
-    monkeypatch.setattr("sys.stdin", io.StringIO("the film\n"))
+def test_standard_input_is_one_prompt_or_one_a_line(adapter, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("the film\n is\n"))
     assert main(["generate", str(adapter), "--max-new-tokens", "4"]) == 0
     piped = capsys.readouterr().out
-    generate(adapter, "the film", max_new_tokens=4)
+    generate(adapter, "the film\n is", sampling=Sampling(4))
     assert capsys.readouterr().out == piped
+    monkeypatch.setattr("sys.stdin", io.StringIO("a\n\nb\n"))
+    assert texts(read_prompts(None, None, lines=True)) == ["a", "b"]
 
 
 def test_a_prompt_and_a_file_are_too_much(adapter, tmp_path):
@@ -90,7 +100,7 @@ def test_unreadable_prompts(tmp_path, monkeypatch):
 
 def test_a_setting_without_effect_is_named(adapter, capsys):
     with pytest.warns(UserWarning, match="top_p has no effect"):
-        generate(adapter, "a", max_new_tokens=1, top_p=0.5)
+        generate(adapter, "a", sampling=Sampling(1, top_p=0.5))
 
 
 def test_an_adapter_that_names_no_base(adapter, tmp_path):

@@ -26,8 +26,8 @@ from rotmole.files import atomic_write_text, check_writable
 from rotmole.models.load import load_tokenizer
 from rotmole.processes import is_main_process, joined, same_everywhere
 from rotmole.training.build import chooses_by_validation
-from rotmole.training.folder.layout import PREDICTIONS, SCORES
 
+RESULT, PREDICTIONS = "eval.json", "predictions.jsonl"
 _WITHOUT_EFFECT = {
     "adapter": "the adapter is evaluated as it was saved",
     "training": "nothing is trained",
@@ -107,21 +107,20 @@ def evaluate(
 
 
 def _chosen_tasks(data: DataSection, names: Sequence[str]) -> dict[str, TaskSection]:
-    unknown = [name for name in names if name not in data.tasks]
+    known = f"; the tasks are {', '.join(data.tasks)}"
+    unknown = [
+        f"--task {name}: there is no such task{did_you_mean(name, data.tasks) or known}"
+        for name in names
+        if name not in data.tasks
+    ]
     if unknown:
-        raise ConfigError(
-            [
-                f"--task {name}: there is no such task{did_you_mean(name, data.tasks) or '; '}"
-                f"{'' if did_you_mean(name, data.tasks) else 'the tasks are ' + ', '.join(data.tasks)}"
-                for name in unknown
-            ]
-        )
+        raise ConfigError(unknown)
     return {name: task for name, task in data.tasks.items() if not names or name in names}
 
 
 def _say_if_unwritable(folder: Path) -> None:
     try:
-        check_writable(folder, SCORES, PREDICTIONS)
+        check_writable(folder, RESULT, PREDICTIONS)
     except StorageError as error:
         note(f"{error} The figures will be printed only; --output DIR writes them elsewhere.")
 
@@ -200,13 +199,13 @@ def _deliver(
         print_table(rows(report))
         model_note = [f"model: {origin['note']}"] if origin["note"] else []
         print_lines([*footnotes(report), *advice, *model_note])
-    check_writable(folder, SCORES, PREDICTIONS)
+    check_writable(folder, RESULT, PREDICTIONS)
     lines = (
         json.dumps(row, ensure_ascii=False, allow_nan=False) for row in prediction_rows(report)
     )
     files = [
         atomic_write_text(folder / PREDICTIONS, "".join(f"{line}\n" for line in lines)),
-        atomic_write_text(folder / SCORES, text),
+        atomic_write_text(folder / RESULT, text),
     ]
     if not as_json:
         print(f"written: {', '.join(map(str, files))}")

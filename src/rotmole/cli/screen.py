@@ -62,16 +62,17 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def _lines() -> Callable[[str, int, int], None]:
-    begun: dict[str, float] = {}
+    begun: dict[str, tuple[float, int]] = {}
     last: dict[str, float] = {}
 
     def show(what: str, done: int, total: int) -> None:
         now = time.monotonic()
         first = what not in begun
-        start = begun.setdefault(what, now)
+        start, done_before = begun.setdefault(what, (now, done))
         if first or done == total or now - last[what] > INTERVAL:
             last[what] = now
-            left = (now - start) / done * (total - done) if done else 0
+            new = done - done_before
+            left = (now - start) / new * (total - done) if new else 0
             note(f"{what} {done}/{total}" + (f", about {duration(left)} left" if left else ""))
 
     return show

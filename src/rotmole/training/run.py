@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerState
+from transformers.utils import CHAT_TEMPLATE_FILE
 
 from rotmole.config.load import resolved_yaml
 from rotmole.config.schema import RunFile
@@ -329,5 +330,9 @@ def finish(result: TrainResult) -> TrainResult:
         "training seconds": result.seconds,
     }
     atomic_write_text(result.adapter_dir / "README.md", model_card(run, base.note, figures))
+    if any(task.format == "messages" for task in run.data.tasks.values()):
+        # `rotmole generate` knows by this file that an adapter alone was trained on chats
+        text = str(base.tokenizer.get_chat_template())
+        atomic_write_text(result.adapter_dir / CHAT_TEMPLATE_FILE, text)
     (result.run_dir / UNFINISHED).unlink(missing_ok=True)
     return result

@@ -23,9 +23,7 @@ METRICS = "metrics.jsonl"
 ADAPTER = "adapter"
 UNFINISHED = ".unfinished"
 """Lies in a run folder from the start, or a resume, until the result is written."""
-SCORES = "eval.json"
-PREDICTIONS = "predictions.jsonl"
-OLD_SCORES = "evaluation.json"  # the name of SCORES in 0.1.0
+SCORES = ("evaluation.json", "eval.json", "predictions.jsonl")
 _PRODUCTS = (MANIFEST, METRICS, "run.yaml", "loss.svg", "failure.json")
 
 
@@ -83,7 +81,7 @@ def clear(run_dir: Path, *, resuming: bool) -> None:
             return
         if (run_dir / MANIFEST).is_file():
             logger.warning("the finished run in %s is replaced", run_dir)
-            for name in (SCORES, OLD_SCORES, PREDICTIONS):
+            for name in SCORES:  # the first one is of 0.1.0
                 (run_dir / name).unlink(missing_ok=True)
         for path in [*checkpoints(run_dir), run_dir / ADAPTER]:
             shutil.rmtree(path, ignore_errors=True)
