@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +78,10 @@ class AnswerFile:
     def finish(self) -> None:
         """Say that all rows are there."""
         self._stream.close()
+        left = self.path.parent.glob(f".{escape(self._settings.name)}.*.tmp")  # by a kill
         with storage_errors(self._settings):
-            self._settings.unlink()
+            for file in (self._settings, *left):
+                file.unlink()
 
     def close(self) -> None:
         """Close the file; it may be incomplete."""
