@@ -34,7 +34,9 @@ def test_a_killed_command_goes_on_without_lost_or_doubled_rows(generate, tmp_pat
     aim = AIM.format(below=f"{whole.parent}/", at=0, notes=str(notes))
     assert generate(whole, aim) == 0, (tmp_path / "err.txt").read_text(encoding="utf-8")
     events = notes.read_text(encoding="utf-8").splitlines()
-    written = [event for event in events if event.startswith("write") and event.endswith(whole.name)]
+    written = [
+        event for event in events if event.startswith("write") and event.endswith(whole.name)
+    ]
     assert len(written) == 2  # batches
     rows = [json.loads(line) for line in whole.read_text(encoding="utf-8").splitlines()]
     assert [{key: row[key] for key in ("prompt", "n")} for row in rows] == ROWS
