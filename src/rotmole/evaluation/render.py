@@ -73,8 +73,9 @@ def _by_task_and_group(cells: Sequence[Cell]) -> dict[tuple[str, str], Mapping[s
 def print_table(lines: Sequence[Sequence[str]], *, title: str | None = None) -> None:
     """Print lines of equal length, the header first, as a table with an optional title.
 
-    On a terminal the table fits its width, and no cell is broken within a figure: intervals go
-    below their figures if that is enough, else each line becomes a paragraph.
+    On a terminal the table fits its width, and no cell is cut: if needed, intervals go below their
+    figures, then the cells before the figures share a column, and at last each line becomes a
+    paragraph.
     """
     if not sys.stdout.isatty():
         if title is not None:
@@ -83,22 +84,30 @@ def print_table(lines: Sequence[Sequence[str]], *, title: str | None = None) -> 
         return
     from rich.console import Console
 
-    console = Console()
-    for cells in (lines, [[_broken(text) for text in line] for line in lines]):
-        table = rich_table(cells, title=title)
-        if console.measure(table, options=console.options.update(width=1000)).minimum <= (
-            console.width
-        ):
-            console.print(table)
+    console = Console(width=shutil.get_terminal_size().columns)
+    broken = [[text.replace(" [", "\n[", 1) for text in line] for line in lines]
+    for cells in (lines, broken, _joined(broken)):
+        widths = [max(len(part) for text in column for part in text.split("\n"))
+                  for column in zip(*cells, strict=True)]  # fmt: skip
+        if sum(widths) + 3 * len(widths) + 1 <= console.width:
+            console.print(rich_table(cells, title=title))
             return
     if title is not None:
         print(title)
     print(paragraphs(lines))
 
 
-def _broken(text: str) -> str:
-    """Return a figure and its interval on two lines."""
-    return text.replace(" [", "\n[", 1)
+def _first_figure(lines: Sequence[Sequence[str]]) -> int:
+    """Return the index of the first column with intervals, 1 if there is none."""
+    return next((i for i, cells in enumerate(zip(*lines, strict=True)) if "[" in "".join(cells)), 1)
+
+
+def _joined(lines: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Join the cells before the figures: the last two below the others."""
+    first = _first_figure(lines)
+    halves = ((line[: max(first - 2, 0)], line[max(first - 2, 0) : first]) for line in lines)
+    joined = ["\n".join(" ".join(filter(None, half)) for half in pair if half) for pair in halves]
+    return [[text, *line[first:]] for text, line in zip(joined, lines, strict=True)]
 
 
 def paragraphs(lines: Sequence[Sequence[str]]) -> str:
@@ -108,8 +117,7 @@ def paragraphs(lines: Sequence[Sequence[str]]) -> str:
     name.
     """
     header, *body = lines
-    figures = [i for i in range(len(header)) if any("[" in line[i] for line in body)]
-    first = min(figures, default=1)
+    first = _first_figure(lines)
     width = max(map(len, header[first:]), default=0)
     texts = []
     for line in body:
@@ -148,9 +156,10 @@ def rich_table(lines: Sequence[Sequence[str]], *, title: str | None = None) -> A
     table = Table(title=title)
     for name in lines[0]:
         table.add_column(name, justify="right" if name == "rows" else "left", no_wrap=True)
+    tall = any("\n" in text for text in lines[0])
     for line in lines[1:]:
         # Text, because rich would read "[0.9, 0.95]" in a string as a style.
-        table.add_row(*(Text(text) for text in line), end_section=False)
+        table.add_row(*(Text(text) for text in line), end_section=tall)
     return table
 
 
