@@ -220,8 +220,9 @@ def test_progress_reaches_its_total(tokenizer):
         progress=lambda what, done, total: seen.__setitem__(what, (done, total)),
     )
     assert list(seen) == [
-        "tokenising", "before: likelihoods", "before: answers", "after: likelihoods", "after: answers",
-    ]  # fmt: skip
+        "tokenising",
+        *("before: likelihoods", "before: answers", "after: likelihoods", "after: answers"),
+    ]
     assert all(done == total for done, total in seen.values())
 
 

@@ -233,7 +233,7 @@ METRICS: dict[str, Metric] = {
         pooled=True,
         by_row=True,
         higher_is_better=False,
-    ),  # fmt: skip
+    ),
 }
 
 

@@ -84,7 +84,8 @@ def print_table(lines: Sequence[Sequence[str]], *, title: str | None = None) -> 
         return
     from rich.console import Console
 
-    console = Console(width=shutil.get_terminal_size().columns)
+    size = shutil.get_terminal_size()
+    console = Console(width=size.columns, height=size.lines)
     broken = [[text.replace(" [", "\n[", 1) for text in line] for line in lines]
     for cells in (lines, broken, _joined(broken)):
         widths = [max(len(part) for text in column for part in text.split("\n"))

@@ -98,9 +98,9 @@ def scored_choices(
     for row in examples:
         choices = [next(tokenized) for _ in row.choices]
         extra = max(len(ids) + 1 - longest for ids, _ in choices)
-        for ids, start in choices:
+        for whole, begin in choices:
             # at least one token of the prompt stays, because nothing predicts the first token
-            ids, start = without_beginning(tokenizer, ids, start, min(extra, start - 1))
+            ids, start = without_beginning(tokenizer, whole, begin, min(extra, begin - 1))
             texts.append(Scored(tuple(ids), tuple(range(max(start, 1), len(ids))), extra > 0))
     return texts
 

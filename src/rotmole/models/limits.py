@@ -126,7 +126,7 @@ def check_readable(
         )
     warnings.warn(
         f"{where}: {count} are more than the {window.positions} positions that the model was made "
-        f"for (max_position_embeddings); it computes them, but expect worse text{_others(too_long)}",
+        f"for (max_position_embeddings); it can read them, but not well{_others(too_long)}",
         stacklevel=2,
     )
 
