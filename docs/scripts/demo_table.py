@@ -22,8 +22,7 @@ START, END = "<!-- demo -->", "<!-- end of demo -->"
 def store(new: Path) -> None:
     """Keep the figures of a demo, and what it was made with."""
     demo = json.loads(new.read_text(encoding="utf-8"))
-    for system in demo["report"]["systems"].values():
-        system.pop("predictions", None)
+    demo["report"].pop("predictions", None)
     demo["made_with"] = {
         **{package: version(package) for package in ("rotmole", "torch", "transformers", "peft")},
         "machine": platform.machine(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import secrets
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -105,6 +106,21 @@ def make_folder(path: str | Path) -> Path:
         except FileExistsError as error:
             raise OSError(errno.ENOTDIR, "a file of that name exists") from error
     return path
+
+
+def check_writable(folder: str | Path, *names: str) -> None:
+    """Try whether files of these names could be written into a folder, which is made if missing.
+
+    Raises:
+        StorageError: the folder cannot be made, takes no file, or has a folder of such a name.
+    """
+    folder = make_folder(folder)
+    for name in names:
+        with storage_errors(folder / name):
+            if (folder / name).is_dir():
+                raise OSError(errno.EISDIR, "a folder of that name exists")
+    with storage_errors(folder), tempfile.TemporaryFile(dir=folder) as stream:
+        stream.write(bytes(1 << 16))  # also a full disk may take an empty file
 
 
 def sync(path: Path) -> None:

@@ -168,6 +168,18 @@ def evaluate(
             "--limit", min=1, help="Score at most this many rows for each task and group."
         ),
     ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option("--task", metavar="NAME", help="Score this task only; may be given again."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            metavar="DIR",
+            help="Folder for eval.json and predictions.jsonl. [default: the run folder]",
+        ),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     trust_remote_code: Trust = False,
 ) -> int:
@@ -175,8 +187,9 @@ def evaluate(
     from rotmole.cli.eval import evaluate as work
 
     return work(
-        target, overrides or [], config, split, limit, json, trust_remote_code=trust_remote_code
-    )
+        target, overrides or [], config, split, limit, json,
+        tasks=task or [], output=output, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
 
 
 @app.command()
@@ -186,11 +199,45 @@ def generate(
         str | None,
         typer.Argument(
             metavar="PROMPT",
-            help="The prompt. Without it, prompts are read from --file or stdin, one per line.",
+            help="The prompt. Without it, --file or standard input is the prompt.",
         ),
     ] = None,
     file: Annotated[
-        Path | None, typer.Option("--file", "-f", help="A file with one prompt per line.")
+        Path | None,
+        typer.Option(
+            "--file",
+            "-f",
+            help="A file that is one prompt. If its name ends in .jsonl, each row is one: "
+            '{"prompt": ...} or {"messages": [...]}.',
+        ),
+    ] = None,
+    lines: Annotated[
+        bool,
+        typer.Option("--lines", help="Each line of the file or of standard input is a prompt."),
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE.jsonl",
+            help="Write the answers to this file; an incomplete one is continued.",
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Prompts that are answered together if none is sampled.")
+    ] = 8,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--raw",
+            help="Send prompts by the model's chat template, or as they are. [default: --chat if "
+            "the adapter was trained on chats]",
+        ),
+    ] = None,
+    system: Annotated[
+        str | None,
+        typer.Option("--system", metavar="TEXT", help="A system message before each prompt."),
     ] = None,
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="The most tokens an answer may have.")
@@ -211,11 +258,14 @@ def generate(
     trust_remote_code: Trust = False,
 ) -> int:
     """Generate text with a trained adapter."""
+    from rotmole.cli.generate import Sampling
     from rotmole.cli.generate import generate as work
 
     return work(
-        target, prompt, file, max_new_tokens, temperature, top_p, seed, stream,
-        trust_remote_code=trust_remote_code,
+        target, prompt, file,
+        lines=lines, output=output, batch_size=batch_size, chat=chat, system=system,
+        sampling=Sampling(max_new_tokens, temperature, top_p, seed),
+        stream=stream, trust_remote_code=trust_remote_code,
     )  # fmt: skip
 
 

@@ -86,28 +86,28 @@ def trained(place: Path, shared: Path) -> Path:
 def test_an_untrained_run_file_scores_the_base(place, capsys):
     assert evaluate(place / "run.yaml") == 0
     printed = capsys.readouterr().out
-    result = json.loads((place / "run" / "evaluation.json").read_text(encoding="utf-8"))
+    result = json.loads((place / "run" / "eval.json").read_text(encoding="utf-8"))
     assert list(result["systems"]) == ["base"]
     assert result["adapter"] is None
     assert list(result["systems"]["base"]["tasks"]) == ["film", "mood"]
     assert set(result["systems"]["base"]["tasks"]["film"]["groups"]) == {"de", "en"}
     assert list(result["systems"]["base"]["tasks"]["mood"]["metrics"]) == ["accuracy", "matthews"]
     assert "exact_match" in printed
-    assert "evaluation.json" in printed
+    assert "eval.json" in printed
     assert "\x1b" not in printed
 
 
 def test_a_run_folder_shows_before_beside_after(place, shared, capsys):
     folder = trained(place, shared)
     assert evaluate(folder) == 0
-    result = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    result = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
     before, after = result["systems"]["before"], result["systems"]["after"]
     assert before["tasks"] != after["tasks"]
     assert result["differences"]["after"]["to"] == "before"
     header = capsys.readouterr().out.splitlines()[0].split()
     assert header == ["task", "group", "metric", "rows", "before", "after", "difference"]
     assert evaluate(place / "run.yaml") == 0  # the same through the run file
-    again = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    again = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
     for system in [*result["systems"].values(), *again["systems"].values()]:
         del system["seconds"]
     assert again == result
@@ -116,7 +116,7 @@ def test_a_run_folder_shows_before_beside_after(place, shared, capsys):
 def test_any_adapter_with_a_run_file_for_the_data(shared, place, tmp_path):
     save_adapter(shared, tmp_path / "lone")
     assert evaluate(tmp_path / "lone", config=place / "run.yaml", limit=1) == 0
-    result = json.loads((tmp_path / "lone" / "evaluation.json").read_text(encoding="utf-8"))
+    result = json.loads((tmp_path / "lone" / "eval.json").read_text(encoding="utf-8"))
     assert result["settings"]["limit"] == 1
     film = result["systems"]["after"]["tasks"]["film"]["metrics"]["exact_match"]
     assert film["n"] == 2  # one of each language
@@ -125,7 +125,7 @@ def test_any_adapter_with_a_run_file_for_the_data(shared, place, tmp_path):
 def test_json_on_standard_output(place, capsys):
     assert evaluate(place / "run.yaml", as_json=True) == 0
     printed = json.loads(capsys.readouterr().out)
-    assert printed == json.loads((place / "run" / "evaluation.json").read_text(encoding="utf-8"))
+    assert printed == json.loads((place / "run" / "eval.json").read_text(encoding="utf-8"))
 
 
 def test_worked_examples_come_from_train(place, capsys):
@@ -234,3 +234,119 @@ def test_bad_data_is_exit_2(place, shared, capsys):
 def test_the_command_line(place, capsys):
     assert main(["eval", str(place / "run.yaml"), "--limit", "1"]) == 0
     assert "overall" in capsys.readouterr().out
+
+
+def predictions(folder: Path) -> list[dict]:
+    text = (folder / "predictions.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_every_row_can_be_looked_into(place, shared):
+    folder = trained(place, shared)
+    assert evaluate(folder) == 0
+    rows = predictions(folder)
+    assert [row["task"] for row in rows] == ["film"] * 6 + ["mood"] * 6
+    first, last = rows[0], rows[-1]
+    assert (first["prompt"], first["reference"]) == ("film 0 is", " good")
+    assert first["origin"].endswith("film.jsonl: row 1")
+    assert list(first["systems"]) == ["before", "after"]
+    assert list(first["systems"]["after"]["metrics"]) == ["exact_match", "perplexity"]
+    assert last["choices"] == [" bad", " good"]
+    assert len(last["systems"]["before"]["log_likelihoods"]) == 2
+    result = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
+    for name, system in result["systems"].items():
+        right = [row["systems"][name]["metrics"]["accuracy"] for row in rows[6:]]
+        assert sum(right) / 6 == system["tasks"]["mood"]["metrics"]["accuracy"]["value"]
+
+
+def test_some_tasks_only(place, capsys):
+    assert main(["eval", str(place / "run.yaml"), "--task", "mood", "--json"]) == 0
+    assert list(json.loads(capsys.readouterr().out)["systems"]["base"]["tasks"]) == ["mood"]
+    words = ["eval", str(place / "run.yaml"), "--task", "mod", "--task", "film", "--task", "x"]
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert "--task mod: there is no such task; did you mean 'mood'?" in said
+    assert "--task x: there is no such task; the tasks are film, mood" in said
+
+
+def test_results_in_another_folder(place, shared):
+    folder = trained(place, shared)
+    assert evaluate(folder, limit=1, output=place / "new" / "scores") == 0
+    assert {path.name for path in (place / "new" / "scores").iterdir()} == {
+        "eval.json", "predictions.jsonl",
+    }  # fmt: skip
+    assert not (folder / "eval.json").exists()
+
+
+@pytest.mark.parametrize("where", ["file in place of the folder", "folder in place of the file"])
+def test_where_nothing_can_be_written_the_table_is_printed(place, where, capsys):
+    target = place / "scores"
+    if where.startswith("file"):
+        target.touch()
+    else:
+        (target / "eval.json").mkdir(parents=True)
+    assert main(["eval", str(place / "run.yaml"), "--output", str(target), "--limit", "1"]) == 4
+    screen = capsys.readouterr()
+    assert "overall" in screen.out
+    begin, *_, end = screen.err.splitlines()
+    assert "The figures will be printed only; --output DIR writes them elsewhere." in begin
+    assert end.startswith("rotmole: cannot write ")
+    assert "Traceback" not in screen.err
+
+
+def test_validation_that_chose_the_checkpoint_is_named(place, shared, capsys):
+    folder = trained(place, shared)
+    text = "training: {eval_strategy: steps, eval_steps: 2, save_strategy: steps, save_steps: 4}\n"
+    run = folder / "run.yaml"
+    run.write_text(run.read_text(encoding="utf-8") + text, encoding="utf-8")
+    assert evaluate(folder, limit=1) == 0
+    said = capsys.readouterr().out
+    assert "validation rows chose this checkpoint" in said
+    assert "a test split would not be" in said
+    assert json.loads((folder / "eval.json").read_text())["chosen_on_these_rows"] is True
+    more = ["data.tasks.film.files.test=film.jsonl"]
+    assert evaluate(folder, more, limit=1) == 0
+    assert "--split test scores others" in capsys.readouterr().out
+    with pytest.warns(UserWarning, match="left out: mood"):
+        assert evaluate(folder, more, limit=1, split="test") == 0
+    text = run.read_text(encoding="utf-8").replace("save_steps: 4", "load_best_model_at_end: false")
+    run.write_text(text, encoding="utf-8")
+    assert evaluate(folder, limit=1) == 0
+    assert "chose this checkpoint" not in capsys.readouterr().out
+
+
+def long_rows(place: Path, rows: str = "cut") -> list[str]:
+    """Overrides that give the task film one row of more than 10,000 tokens."""
+    row = {"prompt": "the film is bad " * 2500 + "film is", "completion": " good", "lang": "en"}
+    write_lines(place / "long.jsonl", [row])
+    file = f"data.tasks.film.files.validation={place}/long.jsonl"
+    return [file, f"data.tasks.film.long_rows={rows}", "training.max_length=48"]
+
+
+def test_long_rows_are_cut_in_eval_as_in_training(place, monkeypatch, capsys):
+    lengths = []
+    forward = LlamaForCausalLM.forward
+
+    def seen(self, input_ids=None, **kwargs):
+        lengths.append(input_ids.shape[1])
+        return forward(self, input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", seen)
+    words = ["eval", str(place / "run.yaml"), *long_rows(place), "--task", "film"]
+    assert main(words) == 0
+    assert max(lengths) <= 48
+    screen = capsys.readouterr()
+    assert "rows whose prompt was cut (long_rows): film 1" in screen.out
+    assert "training.max_length=48" not in screen.err  # it has an effect
+    assert "base: likelihoods 0/1" in screen.err.splitlines()
+    (row,) = predictions(place / "run")
+    assert row["cut"] is True
+
+
+def test_a_row_too_long_for_training_is_refused_in_eval(place, capsys):
+    words = ["eval", str(place / "run.yaml"), *long_rows(place, "error")]
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert "long.jsonl: row 1: 12503 tokens are" in said
+    assert "more than training.max_length 48" in said
+    assert "likelihoods" not in said

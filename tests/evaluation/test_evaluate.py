@@ -14,6 +14,7 @@ from rotmole.config.schema import EvaluationSection
 from rotmole.errors import ConfigError
 from rotmole.evaluation import compare, evaluate, limit_rows, measure, to_json
 from rotmole.evaluation.evaluate import task_metrics
+from rotmole.evaluation.report import prediction_rows
 
 SECTION = EvaluationSection(max_new_tokens=4, batch_size=4)
 TASKS = {"animals": choice_rows(), "film": text_rows(), "similar": score_rows()}
@@ -35,7 +36,7 @@ def adapted(tokenizer, *, perturb: float, config=LORA):
 
 
 def without_time(report) -> dict:
-    result = to_json(report, predictions=True)
+    result = to_json(report) | {"predictions": list(prediction_rows(report))}
     for system in result["systems"].values():
         del system["seconds"]
     return result
@@ -48,6 +49,8 @@ def test_an_untrained_adapter_changes_nothing(tokenizer, config):
     assert list(report.systems) == ["before", "after"]
     result = without_time(report)
     assert result["systems"]["before"] == result["systems"]["after"]
+    for row in result["predictions"]:
+        assert row["systems"]["before"] == row["systems"]["after"]
     for cell in report.differences["after"]:
         for measured in cell.metrics.values():
             assert (measured.value, measured.low, measured.high) == (0.0, 0.0, 0.0)
@@ -129,7 +132,7 @@ def test_perplexity_is_the_training_loss(model, tokenizer):
 def test_a_uniform_model_scores_chance(model, tokenizer):
     torch.nn.init.zeros_(model.lm_head.weight)
     report = evaluate(model, tokenizer, {"similar": score_rows(12)}, SECTION)
-    predictions = to_json(report, predictions=True)["systems"]["base"]["predictions"]
+    predictions = [row["systems"]["base"] for row in prediction_rows(report)]
     assert [row["score"] for row in predictions] == pytest.approx([2.5] * 12)
     metrics = report.systems["base"].cells[0].metrics
     assert metrics["pearson"].value == 0.0
@@ -164,8 +167,9 @@ def test_answers_of_several_lines_are_not_cut(model, tokenizer):
         model.lm_head.weight[newline] *= 3
     lines = [replace(row, task="lines", completion=" a\nb") for row in text_rows()]
     report = evaluate(model, tokenizer, {"film": text_rows(), "lines": lines}, SECTION)
-    result = to_json(report, predictions=True)["systems"]["base"]["predictions"]
-    texts = {task: [r["answer"] for r in result if r["task"] == task] for task in ("film", "lines")}
+    texts: dict[str, list[str]] = {"film": [], "lines": []}
+    for row in prediction_rows(report):
+        texts[row["task"]].append(row["systems"]["base"]["prediction"])
     assert any("\n" in text for text in texts["lines"])
     assert texts["film"] == [text.split("\n")[0].strip() for text in texts["lines"]]
 
@@ -216,13 +220,34 @@ def test_progress_reaches_its_total(tokenizer):
         progress=lambda what, done, total: seen.__setitem__(what, (done, total)),
     )
     assert list(seen) == [
-        "before: likelihoods", "before: answers", "after: likelihoods", "after: answers",
-    ]  # fmt: skip
+        "tokenising",
+        *("before: likelihoods", "before: answers", "after: likelihoods", "after: answers"),
+    ]
     assert all(done == total for done, total in seen.values())
 
 
 def test_the_report_is_plain_json(model, tokenizer):
     report = evaluate(model, tokenizer, TASKS, SECTION)
-    text = json.dumps(to_json(report, predictions=True), allow_nan=False)
-    assert json.loads(text) == to_json(report, predictions=True)
-    assert "predictions" not in to_json(report)["systems"]["base"]
+    result = [to_json(report), *prediction_rows(report)]
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+
+
+def test_predictions_add_up_to_the_figures(tokenizer):
+    report = evaluate(adapted(tokenizer, perturb=0.5), tokenizer, TASKS, SECTION)
+    rows = list(prediction_rows(report))
+    keys = ["task", "group", "id", "origin", "prompt", "reference"]
+    assert [list(row)[:6] for row in rows] == [keys] * 17
+    for name, system in report.systems.items():
+        cells = {cell.task: cell.metrics for cell in system.cells if not cell.group}
+        of = {task: [r for r in rows if r["task"] == task] for task in TASKS}
+        for task, metric in (("film", "exact_match"), ("animals", "accuracy")):
+            values = [row["systems"][name]["metrics"][metric] for row in of[task]]
+            assert sum(values) / len(values) == cells[task][metric].value
+        for task, measures in cells.items():
+            answers = [row["systems"][name] for row in of[task]]
+            loss = sum(a["loss"] for a in answers) / sum(a["tokens"] for a in answers)
+            assert math.exp(loss) == pytest.approx(measures["perplexity"].value)
+        assert list(of["animals"][0]["systems"][name]["metrics"]) == ["accuracy", "perplexity"]
+        assert list(of["similar"][0]["systems"][name]["metrics"]) == ["perplexity"]
+    assert of["similar"][1]["right_score"] == 1.0
+    assert of["animals"][1]["choices"][of["animals"][1]["right_choice"]] == " a bird or a bat"

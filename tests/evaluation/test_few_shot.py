@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from rotmole.data.examples import Example
@@ -52,3 +54,13 @@ def test_a_row_never_shows_its_own_answer():
 def test_too_few_rows_are_told():
     with pytest.raises(ConfigError, match="examples_in_prompt is 9, but task 't' has only 8"):
         with_examples(ROW, TRAIN, count=9, seed=0)
+
+
+def test_what_is_learnt_moves_with_the_prompt():
+    row = replace(ROW, learnt=((2, 4), (len(ROW.prompt), len(ROW.prompt + ROW.completion))))
+    shown = with_examples(row, TRAIN, count=2, seed=0)
+    texts = [
+        [(each.prompt + each.completion)[start:stop] for start, stop in each.learnt]
+        for each in (row, shown)
+    ]
+    assert texts[0] == texts[1]

@@ -118,11 +118,11 @@ def test_prompts_are_tokenised_as_before_an_answer(tokenizer):
     row = text_rows()[2]
     trained = encode(row, tokenizer, max_length=1000)
     learnt = [i for i, label in enumerate(trained["labels"]) if label != -100]
-    assert prompt_tokens(row.prompt, tokenizer, window=1000) == trained["input_ids"][: learnt[0]]
-    spaced = prompt_tokens(row.prompt + "  ", tokenizer, window=1000)
-    assert spaced == prompt_tokens(row.prompt, tokenizer, window=1000)
-    assert prompt_tokens("", tokenizer, window=5) == [tokenizer.eos_token_id]
-    assert len(prompt_tokens("the film " * 50, tokenizer, window=5)) == 5
+    assert prompt_tokens(row.prompt, tokenizer) == trained["input_ids"][: learnt[0]]
+    spaced = prompt_tokens(row.prompt + "  ", tokenizer)
+    assert spaced == prompt_tokens(row.prompt, tokenizer)
+    assert prompt_tokens("", tokenizer, longest=5) == [tokenizer.eos_token_id]
+    assert len(prompt_tokens("the film " * 50, tokenizer, longest=5)) == 5
 
 
 def test_sampling_is_seeded_and_leaves_the_global_generator_alone(model, tokenizer):

@@ -2,11 +2,20 @@ from __future__ import annotations
 
 import io
 
+import pytest
 from evaluation_cases import choice_rows, text_rows
 from rich.console import Console
 
 from rotmole.evaluation.metrics import Answer
-from rotmole.evaluation.render import footnotes, format_measure, plain_text, rich_table, rows
+from rotmole.evaluation.render import (
+    footnotes,
+    format_measure,
+    plain_text,
+    print_lines,
+    print_table,
+    rich_table,
+    rows,
+)
 from rotmole.evaluation.report import Measure, compare, summarise
 
 METRICS = {"film": ["exact_match"], "animals": ["choice_accuracy"]}
@@ -67,3 +76,51 @@ def test_figures_that_are_not_finite_are_a_dash():
     assert format_measure("chrf", Measure(41.25, 40.0, 43.0, 3)) == "41.2 [40.0, 43.0]"
     signed = format_measure("pearson", Measure(0.5, -0.25, 1.0, 3), signed=True)
     assert signed == "+0.500 [-0.250, +1.000]"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """A function that returns what `show` prints on a terminal of some width, in lines."""
+
+    def call(show, width: int) -> list[str]:
+        screen = Terminal()
+        monkeypatch.setattr("sys.stdout", screen)
+        monkeypatch.setenv("COLUMNS", str(width))
+        monkeypatch.setenv("NO_COLOR", "1")
+        monkeypatch.setenv("TERM", "dumb")
+        show()
+        return screen.getvalue().splitlines()
+
+    return call
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 120, 160])
+def test_no_line_is_wider_than_the_terminal_and_no_figure_is_broken(terminal, width):
+    lines = rows(compare({"before": system("+---"), "after": system("+++-")}))
+    printed = terminal(lambda: print_table(lines, title="figures"), width)
+    assert max(map(len, printed)) <= width
+    text = "\n".join(printed)
+    figures = [part for line in lines[1:] for cell in line[4:] for part in cell.split(" ", 1)]
+    assert all(figure in text for figure in figures)
+    assert "choice_accuracy" in text
+    assert "\x1b" not in text
+    if width >= 120:  # a line for each line, and the header and borders
+        assert all("".join(cell.strip() for cell in line.split("\u2502")) for line in printed)
+
+
+def test_a_pipe_gets_one_line_for_each_line(capsys):
+    lines = rows(compare({"before": system("+---"), "after": system("+++-")}))
+    print_table(lines)
+    assert len(capsys.readouterr().out.splitlines()) == len(lines)
+
+
+def test_sentences_are_wrapped_at_words(terminal):
+    sentence = "settings: " + ", ".join(f"setting_{i} {i}" for i in range(20))
+    printed = terminal(lambda: print_lines([sentence]), 80)
+    assert max(map(len, printed)) <= 80
+    assert " ".join(line.strip() for line in printed) == sentence

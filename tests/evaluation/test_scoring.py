@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from evaluation_cases import choice_rows, make_model, score_rows
+from evaluation_cases import choice_rows, make_model, make_tokenizer, score_rows
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from rotmole.data.encode import encode
@@ -13,10 +13,10 @@ from rotmole.data.examples import Example
 from rotmole.errors import ModelError
 from rotmole.evaluation.scoring import (
     Scored,
-    context_window,
     log_likelihoods,
     scored_answers,
     scored_choices,
+    without_beginning,
 )
 
 
@@ -33,12 +33,11 @@ def scored_answer(row, tokenizer, **arguments) -> Scored:
 
 
 def scored_choice(row, choice, tokenizer) -> Scored:
-    return scored_choices([(row.prompt, choice)], tokenizer)[0]
+    return scored_choices([replace(row, choices=(choice,))], tokenizer)[0]
 
 
 def texts_of(rows, tokenizer):
-    pairs = [(row.prompt, choice) for row in rows for choice in row.choices]
-    return scored_choices(pairs, tokenizer) + scored_answers(rows, tokenizer)
+    return scored_choices(rows, tokenizer) + scored_answers(rows, tokenizer)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
@@ -115,20 +114,35 @@ def test_a_uniform_model_gives_chance(model, tokenizer):
     assert value == pytest.approx(-len(text.positions) * math.log(len(tokenizer)))
 
 
-def test_a_long_prompt_loses_its_beginning(model, tokenizer):
-    row = replace(choice_rows()[0], prompt="the film was bad " * 100 + "Answer:")
-    text = scored_answer(row, tokenizer, window=20)
-    whole = scored_answer(row, tokenizer)
-    assert text.tokens == whole.tokens[-20:]
-    assert [text.tokens[p] for p in text.positions] == [whole.tokens[p] for p in whole.positions]
-    assert context_window(model) == 256
+def test_a_long_prompt_is_cut_as_in_training(tokenizer):
+    row = replace(choice_rows()[0], prompt="the film was bad " * 100 + "Answer:", long_rows="cut")
+    trained = encode(row, tokenizer, max_length=30)
+    text = scored_answer(row, tokenizer, longest=30)
+    assert list(text.tokens) == trained["input_ids"]
+    assert [i for i, label in enumerate(trained["labels"]) if label != -100] == list(text.positions)
+    assert text.cut
+    assert not scored_answer(row, tokenizer).cut
 
 
-def test_an_answer_longer_than_the_window_keeps_its_end(tokenizer):
-    row = Example("t", "", "0", "p", "the film was good " * 20)
-    text = scored_answer(row, tokenizer, window=10)
-    assert len(text.tokens) == 10
-    assert text.positions == tuple(range(1, 10))  # the first token has no context
+def test_all_choices_of_a_long_row_follow_the_same_prompt(tokenizer):
+    row = replace(choice_rows()[0], prompt="the film was bad " * 100 + "Answer:", long_rows="cut")
+    texts = scored_choices([row], tokenizer, longest=30)
+    prompts = {text.tokens[: text.positions[0]] for text in texts}
+    assert len(prompts) == 1
+    assert max(len(text.tokens) for text in texts) == 29  # and the end of sequence
+    whole = scored_choices([row], tokenizer)
+    ends = [tuple(text.tokens[p] for p in text.positions) for text in texts]
+    assert ends == [tuple(text.tokens[p] for p in text.positions) for text in whole]
+
+
+def test_the_beginning_of_sequence_stays(tokenizer):
+    begun = make_tokenizer()
+    begun.bos_token = "<|turn|>"
+    first = begun.bos_token_id
+    assert without_beginning(begun, [first, 5, 6, 7], 3, 2) == ([first, 7], 1)
+    assert without_beginning(begun, [4, 5, 6, 7], 3, 2) == ([6, 7], 1)
+    assert without_beginning(begun, [first, 5], 1, 9) == ([first], 0)
+    assert without_beginning(begun, [4, 5], 1, 0) == ([4, 5], 1)
 
 
 def test_the_mode_and_gradients_come_back(model, tokenizer):

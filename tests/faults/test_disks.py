@@ -128,3 +128,32 @@ def test_a_disk_that_fills_up_leaves_the_old_checkpoint(train, disk, tmp_path):
     assert train(copy, "", *words).code == 0
     steps = [row["step"] for row in read_metrics(copy / "metrics.jsonl") if "loss" in row]
     assert steps == list(range(1, step + 3))
+
+
+def test_figures_that_cannot_be_written_are_printed_and_may_go_elsewhere(
+    rotmole_command, content, disk, tmp_path
+):
+    """The disk is read-only for the command, or full; the run's file lies on it."""
+    run = disk / "run.yaml"
+    run.write_text(yaml.safe_dump(content | {"output_dir": str(disk)}), encoding="utf-8")
+    mounted = READ_ONLY.format(folder=str(disk))
+    words = ["eval", run, "--limit", "1", "evaluation.max_new_tokens=2"]
+    said = rotmole_command(*words, before=mounted)
+    assert said.code == 4
+    assert "perplexity" in said.output
+    assert "written" not in said.output
+    before, _, after = said.error.partition("likelihoods")
+    assert "the file system is read-only; choose another folder." in before
+    assert "--output DIR writes them elsewhere" in before
+    assert after.splitlines()[-1].startswith("rotmole: cannot write ")
+    elsewhere = rotmole_command(*words, "--output", tmp_path / "scores", before=mounted)
+    assert elsewhere.code == 0, elsewhere.error
+    names = {path.name for path in (tmp_path / "scores").iterdir()}
+    assert names == {"eval.json", "predictions.jsonl"}
+    full = TMPFS.format(folder=str(tmp_path / "full"), size="64k")
+    full += f"open({str(tmp_path / 'full' / 'ballast')!r}, 'wb').write(bytes(60000))\n"
+    (tmp_path / "full").mkdir()
+    said = rotmole_command(*words, "--output", tmp_path / "full", before=full)
+    assert said.code == 4
+    assert "perplexity" in said.output
+    assert "the disk is full" in said.error.partition("likelihoods")[0]

@@ -83,7 +83,7 @@ def runs(case) -> dict[str, list[warm.Rank]]:
 
 
 def figures(case: Path, name: str) -> dict[str, Any]:
-    found = json.loads((case / name / "evaluation.json").read_text(encoding="utf-8"))
+    found = json.loads((case / name / "eval.json").read_text(encoding="utf-8"))
     for system in found["systems"].values():
         del system["seconds"]
     return {key: value for key, value in found.items() if key != "adapter"}

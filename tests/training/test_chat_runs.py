@@ -106,6 +106,8 @@ def test_answers_end_where_they_ended_in_training(finished: Path, tmp_path: Path
         train(chat_run(folder, end, max_steps=45), progress=False)
     kept = GenerationConfig.from_pretrained(folder / "run" / "adapter")
     words = AutoTokenizer.from_pretrained(folder / "model")
+    mark = (folder / "run" / "adapter" / "chat_template.jinja").read_text(encoding="utf-8")
+    assert mark == words.chat_template
     assert turn_end(words) == end
     if end == TURN:
         assert kept.eos_token_id == sorted([words.eos_token_id, words.convert_tokens_to_ids(TURN)])

@@ -14,6 +14,7 @@ from rotmole.config.schema import RunFile
 from rotmole.data import Example, data_problems, encode_all, learnt_messages, load_splits
 from rotmole.data.encode import IGNORED
 from rotmole.models.builtin import built_in_named
+from rotmole.models.limits import check_readable, check_vocabulary
 from rotmole.models.load import load_tokenizer
 from rotmole.models.memory import MemoryEstimate, estimate_memory, resident_bytes
 from rotmole.models.precision import QUANTIZATION_PACKAGE, choose_device, choose_dtype
@@ -44,7 +45,9 @@ def check(path: Path, overrides: Sequence[str], *, trust_remote_code: bool = Fal
     if built_in:
         print(f"            {built_in.note}")
     _print_modules(model)
-    longest = _print_tokens(run, load_tokenizer(run.model, trust_remote_code=trust_remote_code))
+    tokenizer = load_tokenizer(run.model, trust_remote_code=trust_remote_code)
+    check_vocabulary(model, tokenizer, run.model.name)
+    longest = _print_tokens(run, model, tokenizer)
     importlib.import_module("rotmole.training.build")  # so resident_bytes counts its imports
     settings = sft_arguments(run)
     batch = settings["per_device_train_batch_size"]
@@ -71,7 +74,7 @@ def _print_modules(model: Any) -> None:
         print(f"            {count:>12,} {role.replace('_', ' ')}")
 
 
-def _print_tokens(run: RunFile, tokenizer: Any) -> int:
+def _print_tokens(run: RunFile, model: Any, tokenizer: Any) -> int:
     """Print the table of tokens by task; return the length of the longest training row."""
     limit = run.training.get("max_length", sft_arguments(run)["max_length"]) or 1 << 30
     columns = f"{'rows':>8}{'tokens':>11}{'learnt':>11}{'answers':>9}{'longest':>9}"
@@ -80,15 +83,19 @@ def _print_tokens(run: RunFile, tokenizer: Any) -> int:
     for split, examples in load_splits(run.data, seed=run.seed, tokenizer=tokenizer).items():
         for task, rows in examples.items():
             if rows:
-                length = _print_task(task, split, rows, tokenizer, limit)
+                length = _print_task(task, split, rows, model, tokenizer, limit)
                 longest = max(longest, length) if split == "train" else longest
     return longest
 
 
-def _print_task(task: str, split: str, rows: Sequence[Example], tokenizer: Any, limit: int) -> int:
+def _print_task(
+    task: str, split: str, rows: Sequence[Example], model: Any, tokenizer: Any, limit: int
+) -> int:
     """Print one line of the table of tokens; return the length of the longest row."""
     encoded = encode_all(rows, tokenizer, max_length=limit)
-    lengths = [len(row["input_ids"]) for row in encoded]
+    texts = [row["input_ids"] for row in encoded]
+    check_readable(model, tokenizer, zip([row.place for row in rows], texts, strict=True))
+    lengths = [len(text) for text in texts]
     labels = sum(label != IGNORED for row in encoded for label in row["labels"])
     answers = sum(map(learnt_messages, rows))
     numbers = f"{len(rows):>8,}{sum(lengths):>11,}{labels:>11,}{answers:>9,}{max(lengths):>9,}"

@@ -12,24 +12,28 @@ from pathlib import Path
 from typing import Any
 
 from rotmole.cli.screen import note, progress
-from rotmole.config.schema import RunFile
+from rotmole.config.load import sft_arguments
+from rotmole.config.schema import DataSection, RunFile, TaskSection
 from rotmole.data import Example, load_examples
-from rotmole.errors import ConfigError
+from rotmole.errors import ConfigError, StorageError, did_you_mean
 from rotmole.evaluation import Report, to_json
 from rotmole.evaluation import evaluate as work
 from rotmole.evaluation.evaluate import task_metrics
-from rotmole.evaluation.render import footnotes, print_table, rows
+from rotmole.evaluation.render import footnotes, print_lines, print_table, rows
+from rotmole.evaluation.report import prediction_rows
 from rotmole.evaluation.target import Target, find_target, load_target
-from rotmole.files import atomic_write_text, make_folder
+from rotmole.files import atomic_write_text, check_writable
 from rotmole.models.load import load_tokenizer
 from rotmole.processes import is_main_process, joined, same_everywhere
+from rotmole.training.build import chooses_by_validation
 
-RESULT = "evaluation.json"
+RESULT, PREDICTIONS = "eval.json", "predictions.jsonl"
 _WITHOUT_EFFECT = {
     "adapter": "the adapter is evaluated as it was saved",
     "training": "nothing is trained",
     "optimizer": "nothing is trained",
 }
+_WITH_EFFECT = ("training.max_length",)  # the length at which rows are refused or cut
 
 
 def evaluate(
@@ -40,26 +44,35 @@ def evaluate(
     limit: int | None = None,
     as_json: bool = False,
     *,
+    tasks: Sequence[str] = (),
+    output: Path | None = None,
     trust_remote_code: bool = False,
 ) -> int:
-    """Evaluate a target, print the table, and write evaluation.json.
+    """Evaluate a target, print the table, and write eval.json and predictions.jsonl.
 
-    The file is written to the run folder, or to the adapter's folder if that is not in one. If a
-    launcher such as torchrun starts several processes, they share the batches, and only the first
-    one prints and writes.
+    If the files cannot be written, that is said before anything is scored, and the table is
+    printed all the same. If a launcher such as torchrun starts several processes, they share the
+    batches, and only the first one prints and writes.
 
     Args:
         config: run file for an adapter folder.
         split: train, validation or test; None means evaluation.split.
         limit: rows per task and group; None means evaluation.limit.
         as_json: print JSON instead of the table.
+        tasks: names of the tasks to score; none means all.
+        output: folder of the files; None means the run folder, or the adapter's folder if that is
+            not in one.
+
+    Raises:
+        StorageError: the files cannot be written; the table was printed.
     """
+    for word in overrides:
+        key = word.partition("=")[0].strip()
+        reason = _WITHOUT_EFFECT.get(key.partition(".")[0])
+        if reason and key not in _WITH_EFFECT:
+            warnings.warn(f"{word} has no effect on eval, because {reason}.", stacklevel=2)
     chosen = {"split": split, "limit": limit}
     given = [f"evaluation.{key}={value}" for key, value in chosen.items() if value is not None]
-    for word in overrides:
-        reason = _WITHOUT_EFFECT.get(word.partition("=")[0].strip().partition(".")[0])
-        if reason:
-            warnings.warn(f"{word} has no effect on eval, because {reason}.", stacklevel=2)
     place = find_target(target, overrides=[*overrides, *given], config=config)
     run = place.run
     if run is None:
@@ -67,11 +80,16 @@ def evaluate(
             f"{target} is not in a run folder, so there is no data to evaluate it on; add "
             "--config RUN.yaml."
         )
-    examples, shown = _examples(run, place.date, trust_remote_code)
-    metrics = {name: task.metrics for name, task in run.data.tasks.items()}
-    task_metrics(examples, metrics)  # raises before the model is loaded, which takes long
+    data = run.data.model_copy(update={"tasks": _chosen_tasks(run.data, tasks)})
+    folder = (place.folder if output is None else output).expanduser()
     is_main = is_main_process()
     say = note if is_main else lambda text: None
+    if is_main:
+        _say_if_unwritable(folder)
+    say(f"loading data (split {run.evaluation.split})")
+    examples, shown = _examples(run, data, place.date, trust_remote_code)
+    metrics = {name: task.metrics for name, task in data.tasks.items()}
+    task_metrics(examples, metrics)  # raises before the model is loaded, which takes long
     loaded = load_target(place, say=say, trust_remote_code=trust_remote_code)
 
     with joined() as spread, progress() if is_main else nullcontext() as show:
@@ -79,25 +97,46 @@ def evaluate(
         report = work(
             loaded.model, loaded.tokenizer, examples, run.evaluation,
             metrics_by_task=metrics, demonstrations=shown,
-            progress=show, seed=run.seed, spread=spread,
+            progress=show, seed=run.seed, max_length=sft_arguments(run)["max_length"],
+            spread=spread,
         )  # fmt: skip
     if is_main:
-        _deliver(report, _origin(place, loaded.name, loaded.note), place.folder, as_json=as_json)
+        origin = _origin(place, loaded.name, loaded.note)
+        _deliver(report, origin, folder, _split_advice(place, data), as_json=as_json)
     return 0
 
 
+def _chosen_tasks(data: DataSection, names: Sequence[str]) -> dict[str, TaskSection]:
+    known = f"; the tasks are {', '.join(data.tasks)}"
+    unknown = [
+        f"--task {name}: there is no such task{did_you_mean(name, data.tasks) or known}"
+        for name in names
+        if name not in data.tasks
+    ]
+    if unknown:
+        raise ConfigError(unknown)
+    return {name: task for name, task in data.tasks.items() if not names or name in names}
+
+
+def _say_if_unwritable(folder: Path) -> None:
+    try:
+        check_writable(folder, RESULT, PREDICTIONS)
+    except StorageError as error:
+        note(f"{error} The figures will be printed only; --output DIR writes them elsewhere.")
+
+
 def _examples(
-    run: RunFile, date: str, trust_remote_code: bool
+    run: RunFile, data: DataSection, date: str, trust_remote_code: bool
 ) -> tuple[dict[str, list[Example]], dict[str, list[Example]]]:
     """Return the rows to evaluate, and the training rows for examples in prompts."""
     tokenizer = None
-    if any(task.format == "messages" for task in run.data.tasks.values()):
+    if any(task.format == "messages" for task in data.tasks.values()):
         # its chat template renders the rows
         tokenizer = load_tokenizer(run.model, trust_remote_code=trust_remote_code)
     split = run.evaluation.split
-    examples = load_examples(run.data, split, seed=run.seed, tokenizer=tokenizer, date=date)
-    left_out = [name for name in run.data.tasks if not examples.get(name)]
-    if len(left_out) == len(run.data.tasks):
+    examples = load_examples(data, split, seed=run.seed, tokenizer=tokenizer, date=date)
+    left_out = [name for name in data.tasks if not examples.get(name)]
+    if len(left_out) == len(data.tasks):
         raise ConfigError(
             f"no task has rows in split {split!r}; choose another one with --split, or give the "
             "tasks files for it."
@@ -110,14 +149,7 @@ def _examples(
     examples = {name: rows for name, rows in examples.items() if rows}
     if not run.evaluation.examples_in_prompt:
         return examples, {}
-    chats = [name for name in examples if run.data.tasks[name].format == "messages"]
-    if chats:
-        raise ConfigError(
-            f"evaluation.examples_in_prompt is {run.evaluation.examples_in_prompt}, but examples "
-            f"cannot be put before a chat ({', '.join(chats)}); set it to 0, or write them into "
-            "the chats as earlier turns."
-        )
-    return examples, load_examples(run.data, "train", seed=run.seed, tokenizer=tokenizer, date=date)
+    return examples, load_examples(data, "train", seed=run.seed, tokenizer=tokenizer, date=date)
 
 
 def _origin(target: Target, name: str, note: str | None) -> dict[str, Any]:
@@ -126,19 +158,54 @@ def _origin(target: Target, name: str, note: str | None) -> dict[str, Any]:
         "model": name,
         "note": note,
         "adapter": str(target.adapter) if target.adapter else None,
+        "chosen_on_these_rows": _is_chosen_here(target),
         "versions": {package: version(package) for package in packages},
     }
 
 
-def _deliver(report: Report, origin: dict[str, Any], folder: Path, *, as_json: bool) -> None:
-    """Write evaluation.json; print it, or the table."""
+def _is_chosen_here(target: Target) -> bool:
+    """Tell whether the split that is scored has chosen the checkpoint that is scored."""
+    run = target.run
+    if run is None or target.adapter is None or run.evaluation.split != "validation":
+        return False
+    return chooses_by_validation(run)
+
+
+def _split_advice(target: Target, data: DataSection) -> list[str]:
+    if not _is_chosen_here(target):
+        return []
+    tested = [
+        name
+        for name, task in data.tasks.items()
+        if task.source == "locale" or "test" in task.files or "test" in task.splits
+    ]
+    advice = "--split test scores others" if tested else "a test split would not be"
+    return [
+        "validation rows chose this checkpoint in training, so their figures are a little too "
+        f"good; {advice}."
+    ]
+
+
+def _deliver(
+    report: Report, origin: dict[str, Any], folder: Path, advice: list[str], *, as_json: bool
+) -> None:
+    """Print the table, or JSON; then write the files."""
     result = {**origin, **to_json(report)}
     text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    file = atomic_write_text(make_folder(folder) / RESULT, text)
     if as_json:
         sys.stdout.write(text)
-        return
-    print_table(rows(report))
-    model_note = [f"model: {origin['note']}"] if origin["note"] else []
-    for line in [*footnotes(report), *model_note, f"written: {file}"]:
-        print(line)
+        sys.stdout.flush()
+    else:
+        print_table(rows(report))
+        model_note = [f"model: {origin['note']}"] if origin["note"] else []
+        print_lines([*footnotes(report), *advice, *model_note])
+    check_writable(folder, RESULT, PREDICTIONS)
+    lines = (
+        json.dumps(row, ensure_ascii=False, allow_nan=False) for row in prediction_rows(report)
+    )
+    files = [
+        atomic_write_text(folder / PREDICTIONS, "".join(f"{line}\n" for line in lines)),
+        atomic_write_text(folder / RESULT, text),
+    ]
+    if not as_json:
+        print(f"written: {', '.join(map(str, files))}")

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from rotmole.training.folder.figures import duration
+
 INTERVAL = 10.0  # seconds between two lines of progress
 LABEL = 14  # width of the names of facts
 
@@ -33,14 +35,27 @@ def fact(name: str, text: str) -> None:
 
 @contextmanager
 def progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Yield show(what, done, total): bars on a terminal, otherwise a line every ten seconds."""
+    """Yield show(what, done, total): bars on a terminal, otherwise lines.
+
+    Without a terminal the first call is shown at once, with the total, and after it a line every
+    ten seconds, with an estimate of the time that is left.
+    """
     if not sys.stderr.isatty():
         yield _lines()
         return
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
-    with Progress(console=Console(stderr=True), transient=True) as bars:
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         tasks: dict[str, Any] = {}
 
         def show(what: str, done: int, total: int) -> None:
@@ -52,12 +67,17 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def _lines() -> Callable[[str, int, int], None]:
+    begun: dict[str, tuple[float, int]] = {}
     last: dict[str, float] = {}
 
     def show(what: str, done: int, total: int) -> None:
         now = time.monotonic()
-        if done == total or now - last.setdefault(what, now) > INTERVAL:
+        first = what not in begun
+        start, done_before = begun.setdefault(what, (now, done))
+        if first or done == total or now - last[what] > INTERVAL:
             last[what] = now
-            note(f"{what} {done}/{total}")
+            new = done - done_before
+            left = (now - start) / new * (total - done) if new else 0
+            note(f"{what} {done}/{total}" + (f", about {duration(left)} left" if left else ""))
 
     return show

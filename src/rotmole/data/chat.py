@@ -32,7 +32,12 @@ def today() -> str:
 
 
 def chat_prompt(
-    tokenizer: Any, messages: Messages, *, system: str | None = None, date: str | None = None
+    tokenizer: Any,
+    messages: Messages,
+    *,
+    system: str | None = None,
+    date: str | None = None,
+    tools: list[Any] | None = None,
 ) -> str:
     """Return a chat as the text that a model continues with its answer.
 
@@ -41,6 +46,7 @@ def chat_prompt(
         messages: with role and content; the last one is usually the user's.
         system: text of a system message before them.
         date: ISO date that the template sees as today's; None is today's.
+        tools: descriptions of functions, for templates that write them.
 
     Raises:
         ModelError: the tokenizer has no chat template.
@@ -57,7 +63,7 @@ def chat_prompt(
                 "the model's chat template does not write system messages; put the text into the "
                 "first message of the user"
             )
-    return template.render(chat, prompt=True)
+    return template.render(chat, tools, prompt=True)
 
 
 def turn_end(tokenizer: Any) -> str:

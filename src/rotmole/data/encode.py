@@ -125,7 +125,7 @@ def encode(example: Example, tokenizer: Any, *, max_length: int) -> dict[str, An
         max_length: the maximum number of tokens, EOS included.
 
     Returns:
-        input_ids, labels (lists of equal length), task, group.
+        input_ids, labels (lists of equal length), task, group, and whether the row was cut.
 
     Raises:
         DataError: the row is too long, or all its labels are masked; names the row.
@@ -161,6 +161,7 @@ def _encoded(
     example: Example, tokenizer: Any, ids: list[int], spans: list[Span], *, max_length: int
 ) -> dict[str, Any]:
     ids = ids + _ending(tokenizer, example.end)
+    whole = len(ids)
     start = spans[-1][0]
     spans = [*spans[:-1], (start, len(ids))]
     if len(ids) > max_length:
@@ -175,10 +176,16 @@ def _encoded(
         labels[begin:end] = ids[begin:end]
     if all(label == IGNORED for label in labels[1:]):  # nothing predicts the first token
         raise DataError(
-            f"{_where(example)}: all labels are masked, so nothing can be learned from this row; "
+            f"{example.place}: all labels are masked, so nothing can be learned from this row; "
             "give it an answer"
         )
-    return {"input_ids": ids, "labels": labels, "task": example.task, "group": example.group}
+    return {
+        "input_ids": ids,
+        "labels": labels,
+        "task": example.task,
+        "group": example.group,
+        "cut": len(ids) < whole,
+    }
 
 
 def _ending(tokenizer: Any, end: str) -> list[int]:
@@ -210,13 +217,9 @@ def _shorten(
         f"shorten the row, or set long_rows: cut for task '{example.task}'"
     )
     raise DataError(
-        f"{_where(example)}: {len(ids)} tokens are more than training.max_length {max_length}: "
+        f"{example.place}: {len(ids)} tokens are more than training.max_length {max_length}: "
         f"{advice}"
     )
-
-
-def _where(example: Example) -> str:
-    return example.origin or f"task '{example.task}', row {example.id}"
 
 
 class Collator:

@@ -43,3 +43,8 @@ class Example:
     long_rows: str = "error"
     origin: str = ""
     learnt: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def place(self) -> str:
+        """File and row, else task and id, for error messages."""
+        return self.origin or f"task '{self.task}', row {self.id}"

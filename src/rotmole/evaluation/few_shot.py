@@ -41,4 +41,7 @@ def with_examples(
         )
     draw = random.Random(f"{seed}/{example.task}/{example.id}").sample(pool, count)
     shown = [row.prompt + row.completion for row in draw]
-    return replace(example, prompt=SEPARATOR.join([*shown, example.prompt]))
+    prompt = SEPARATOR.join([*shown, example.prompt])
+    moved = len(prompt) - len(example.prompt)
+    learnt = tuple((start + moved, stop + moved) for start, stop in example.learnt)
+    return replace(example, prompt=prompt, learnt=learnt)

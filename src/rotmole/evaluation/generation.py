@@ -8,13 +8,14 @@ untrained model continues after its answer and would otherwise never match.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from rotmole.data.encode import tokenize_pair
-from rotmole.evaluation.scoring import Tick, context_window, evaluating
+from rotmole.evaluation.scoring import Tick, evaluating, without_beginning
 from rotmole.models.endings import end_strings, end_tokens
 from rotmole.models.logits import accepts_logits_to_keep
 from rotmole.processes import over_batches
@@ -31,20 +32,22 @@ def cut_answer(text: str, *, one_line: bool) -> str:
     return text.split("\n", 1)[0].strip() if one_line else text
 
 
-def prompt_tokens(prompt: str, tokenizer: Any, *, window: int) -> list[int]:
+def prompt_tokens(prompt: str, tokenizer: Any, *, longest: int | None = None) -> list[int]:
     """Return a prompt's token ids, at least one, as they are before an answer in training.
 
     Trailing spaces are removed because they belong to the answer: most vocabularies tokenise
     "Answer: 7" as "Answer:" + " 7".
 
     Args:
-        window: the maximum number of tokens; a longer prompt loses its beginning.
+        longest: the maximum number of tokens; a longer prompt loses its beginning. None keeps all.
     """
     tokens, _ = tokenize_pair(tokenizer, prompt.rstrip(" "), "")
     if not tokens:
         start = tokenizer.bos_token_id
         tokens = [tokenizer.eos_token_id if start is None else start]
-    return tokens[-window:]
+    if longest is not None:
+        tokens, _ = without_beginning(tokenizer, tokens, 0, len(tokens) - longest)
+    return tokens
 
 
 class LineEnd(StoppingCriteria):
@@ -107,16 +110,18 @@ def _padded_left(
     return {"input_ids": ids_BT.to(device), "attention_mask": mask_BT.to(device)}
 
 
-def _decode(
+def _continuation(
     tokens: Sequence[int], tokenizer: Any, ends: Sequence[int], strings: Sequence[str]
-) -> str:
-    end = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
+) -> Continuation:
+    end = next((i for i, token in enumerate(tokens) if token in ends), None)
     text = str(
         tokenizer.decode(tokens[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
     )
+    ended = end is not None
     for string in strings:
-        text = text.partition(string)[0]
-    return text
+        text, found, _ = text.partition(string)
+        ended = ended or bool(found)
+    return Continuation(text, ended)
 
 
 def _last_position(model: Any) -> dict[str, torch.Tensor]:
@@ -130,39 +135,45 @@ def _last_position(model: Any) -> dict[str, torch.Tensor]:
     return {"logits_to_keep": torch.tensor([-1], device=model.device)}
 
 
-def answers(
+@dataclass(frozen=True)
+class Continuation:
+    """A generated text, and whether it ended by itself or had the most tokens allowed."""
+
+    text: str
+    ended: bool
+
+
+def continuations(
     model: Any,
     tokenizer: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
     batch_size: int,
-    one_line: bool,
+    one_line: bool = False,
     ends: Sequence[str] = (),
     tick: Tick | None = None,
     spread: bool = False,
-) -> list[str]:
-    """Return greedy answers to many prompts, in order; batches are padded on the left.
+) -> list[Continuation]:
+    """Return greedy continuations of many prompts, in order; batches are padded on the left.
 
     Args:
         tokenizer: its padding side is not used.
-        max_new_tokens: the maximum length of an answer in tokens.
-
+        prompts: their token ids, from `prompt_tokens`.
+        max_new_tokens: the maximum length of a continuation in tokens.
         one_line: end after the first line that is not blank.
-        ends: texts that end an answer besides the end of sequence; see `end_tokens`.
+        ends: texts that end a continuation besides the end of sequence; see `end_tokens`.
         tick: called after each batch with the number of prompts it finished.
-        spread: share the batches among the joined processes; each gets all answers.
+        spread: share the batches among the joined processes; each gets all texts.
     """
-    window = max(1, context_window(model) - max_new_tokens)
-    rows = [prompt_tokens(prompt, tokenizer, window=window) for prompt in prompts]
-    order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     stops = end_tokens(model, tokenizer, ends)
     strings = end_strings(model, tokenizer, ends)
     config = _configuration(tokenizer, stops, strings=strings, max_new_tokens=max_new_tokens)
     stop = LineEnd(model, tokenizer) if one_line else None
 
-    def answer(batch: Sequence[int]) -> dict[int, str]:
-        inputs = _padded_left([rows[i] for i in batch], config.pad_token_id, model.device)
+    def answer(batch: Sequence[int]) -> dict[int, Continuation]:
+        inputs = _padded_left([prompts[i] for i in batch], config.pad_token_id, model.device)
         length = inputs["input_ids"].shape[1]
         if stop:
             stop.prompt_length = length
@@ -174,9 +185,10 @@ def answers(
             stopping_criteria=StoppingCriteriaList([stop] if stop else []),
         )
         texts = [
-            _decode(tokens, tokenizer, stops, strings) for tokens in output[:, length:].tolist()
+            _continuation(tokens, tokenizer, stops, strings)
+            for tokens in output[:, length:].tolist()
         ]
-        return {i: cut_answer(t, one_line=one_line) for i, t in zip(batch, texts, strict=True)}
+        return dict(zip(batch, texts, strict=True))
 
     def done(finished: Sequence[Sequence[int]]) -> None:
         if tick is not None:
@@ -185,13 +197,27 @@ def answers(
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     with evaluating(model):
         results = over_batches(batches, answer, done, spread=spread)
-    return [results[index] for index in range(len(rows))]
+    return [results[index] for index in range(len(prompts))]
 
 
-def generate_text(
+def answers(
+    model: Any, tokenizer: Any, prompts: Sequence[str], *, one_line: bool, **options: Any
+) -> list[str]:
+    """Return greedy answers to many prompts, in order: `continuations` after `cut_answer`.
+
+    Args:
+        one_line: end after the first line that is not blank.
+        options: those of `continuations`.
+    """
+    rows = [prompt_tokens(prompt, tokenizer) for prompt in prompts]
+    texts = continuations(model, tokenizer, rows, one_line=one_line, **options)
+    return [cut_answer(each.text, one_line=one_line) for each in texts]
+
+
+def continuation(
     model: Any,
     tokenizer: Any,
-    prompt: str,
+    prompt: Sequence[int],
     *,
     max_new_tokens: int,
     temperature: float = 0.0,
@@ -199,12 +225,13 @@ def generate_text(
     seed: int = 0,
     ends: Sequence[str] = (),
     streamer: Any = None,
-) -> str:
-    """Return the continuation of one prompt up to the end of sequence.
+) -> Continuation:
+    """Return the continuation of one prompt up to its end.
 
     The same seed gives the same text; torch's random state is restored afterwards.
 
     Args:
+        prompt: its token ids, from `prompt_tokens`.
         max_new_tokens: the maximum length of the continuation in tokens.
         temperature: 0 is greedy; otherwise logits are divided by it before sampling.
         top_p: sample from the smallest set of tokens with at least this probability.
@@ -213,7 +240,6 @@ def generate_text(
         streamer: a transformers streamer, which gets every token; None for none.
     """
     device = next(model.parameters()).device
-    window = max(1, context_window(model) - max_new_tokens)
     stops, strings = end_tokens(model, tokenizer, ends), end_strings(model, tokenizer, ends)
     config = _configuration(
         tokenizer,
@@ -223,9 +249,7 @@ def generate_text(
         temperature=temperature,
         top_p=top_p,
     )
-    inputs = _padded_left(
-        [prompt_tokens(prompt, tokenizer, window=window)], config.pad_token_id, device
-    )
+    inputs = _padded_left([prompt], config.pad_token_id, device)
     devices = [device] if device.type == "cuda" else []
     with evaluating(model), torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
@@ -233,4 +257,13 @@ def generate_text(
             **inputs, generation_config=config, tokenizer=tokenizer, streamer=streamer
         )
     tokens = output[0, inputs["input_ids"].shape[1] :].tolist()
-    return _decode(tokens, tokenizer, stops, strings)
+    return _continuation(tokens, tokenizer, stops, strings)
+
+
+def generate_text(model: Any, tokenizer: Any, prompt: str, **options: Any) -> str:
+    """Return the continuation of one prompt up to its end.
+
+    Args:
+        options: those of `continuation`.
+    """
+    return continuation(model, tokenizer, prompt_tokens(prompt, tokenizer), **options).text

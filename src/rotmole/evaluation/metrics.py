@@ -55,6 +55,7 @@ class Metric:
         resampled: [N, k] numbers and rows [B, N] -> the figure of each of B resamples.
         proportion: the figure is a share of rows, so its interval is Wilson's.
         pooled: rows of different tasks may be pooled into one overall figure.
+        by_row: the figure of a single row says something about that row.
         higher_is_better: False if a lower figure is better.
     """
 
@@ -64,6 +65,7 @@ class Metric:
     resampled: Callable[[Columns, resampled.Rows], Columns]
     proportion: bool = False
     pooled: bool = False
+    by_row: bool = False
     higher_is_better: bool = True
 
 
@@ -189,7 +191,8 @@ def _is_degenerate(columns: Columns) -> bool:
 
 def _perplexity(columns: Columns) -> float:
     loss, tokens = columns.sum(0)
-    return float(np.exp(loss / tokens))
+    with np.errstate(over="ignore"):  # of one row, which may be infinite
+        return float(np.exp(loss / tokens))
 
 
 @lru_cache(maxsize=1)
@@ -208,7 +211,7 @@ def _chrf_resampled(columns: Columns, rows_BN: resampled.Rows) -> Columns:
 
 
 def _share(needs: Need, columns: Callable[..., Columns]) -> Metric:
-    return Metric(needs, columns, _mean, resampled.mean, proportion=True, pooled=True)
+    return Metric(needs, columns, _mean, resampled.mean, proportion=True, pooled=True, by_row=True)
 
 
 METRICS: dict[str, Metric] = {
@@ -220,10 +223,16 @@ METRICS: dict[str, Metric] = {
     "matthews": Metric("choices", _labels, _matthews, resampled.matthews),
     "pearson": Metric("score", _scores, _pearson, resampled.pearson),
     "spearman": Metric("score", _scores, _spearman, resampled.spearman),
-    "rouge_l": Metric("text", _per_row(rouge_l), _mean, resampled.mean, pooled=True),
-    "chrf": Metric("text", _chrf_counts, _chrf, _chrf_resampled),
+    "rouge_l": Metric("text", _per_row(rouge_l), _mean, resampled.mean, pooled=True, by_row=True),
+    "chrf": Metric("text", _chrf_counts, _chrf, _chrf_resampled, by_row=True),
     "perplexity": Metric(
-        "loss", _losses, _perplexity, resampled.perplexity, pooled=True, higher_is_better=False
+        "loss",
+        _losses,
+        _perplexity,
+        resampled.perplexity,
+        pooled=True,
+        by_row=True,
+        higher_is_better=False,
     ),
 }
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -44,9 +45,10 @@ class System:
         cells: of each task, followed by those of its groups if it has several.
         overall: pooled metrics over the rows of all tasks that have them.
         seconds: wall time of answering.
-        examples: rows by task.
+        examples: rows by task, as the system read them: with the examples in their prompts.
         answers: answers by task, in the order of the rows.
         columns: (task, metric) -> [N, k], which `compare` resamples.
+        cut: task -> ids of rows whose prompts lost their beginning.
     """
 
     cells: tuple[Cell, ...]
@@ -55,6 +57,7 @@ class System:
     examples: Mapping[str, Sequence[Example]]
     answers: Mapping[str, Sequence[Answer]]
     columns: Mapping[tuple[str, str], Columns] = field(repr=False)
+    cut: Mapping[str, AbstractSet[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -90,12 +93,14 @@ def summarise(
     *,
     seconds: float,
     seed: int,
+    cut: Mapping[str, AbstractSet[str]] | None = None,
 ) -> System:
     """All figures of one system.
 
     Args:
         examples: rows by task, none empty.
         seconds: wall time of the answers.
+        cut: task -> ids of rows whose prompts lost their beginning.
     """
     columns = {
         (task, metric): METRICS[metric].columns(rows, answers[task])
@@ -110,7 +115,7 @@ def summarise(
         metric: measure_columns(metric, values, seed=seed)
         for metric, values in _pooled(columns).items()
     }
-    return System(cells, overall, seconds, examples, answers, columns)
+    return System(cells, overall, seconds, examples, answers, columns, cut or {})
 
 
 def _parts(
@@ -180,21 +185,16 @@ def _difference(metric: str, first: Columns, second: Columns) -> Measure:
     return Measure(entry.value(second) - entry.value(first), low, high, len(first))
 
 
-def to_json(report: Report, *, predictions: bool = False) -> dict[str, Any]:
-    """Return the report as values for json.dumps; figures that are not finite become None.
-
-    Args:
-        predictions: add `prediction_rows` of every system.
-    """
+def to_json(report: Report) -> dict[str, Any]:
+    """Return the report as values for json.dumps; figures that are not finite become None."""
     systems = {}
     for name, system in report.systems.items():
         systems[name] = {
             "seconds": round(system.seconds, 3),
+            "rows_cut": {task: len(ids) for task, ids in system.cut.items() if ids},
             "overall": _measures(system.overall),
             "tasks": _tasks(system.cells),
         }
-        if predictions:
-            systems[name]["predictions"] = prediction_rows(system)
     differences = {name: _tasks(cells) for name, cells in report.differences.items()}
     overall = {name: tasks.pop("")["metrics"] for name, tasks in differences.items()}
     return {
@@ -221,31 +221,66 @@ def _tasks(cells: Sequence[Cell]) -> dict[str, Any]:
 
 def _measures(measures: Mapping[str, Measure]) -> dict[str, Any]:
     return {
-        metric: {n: value if math.isfinite(value) else None for n, value in asdict(measure).items()}
+        metric: {name: _finite(value) for name, value in asdict(measure).items()}
         for metric, measure in measures.items()
     }
 
 
-def prediction_rows(system: System) -> list[dict[str, Any]]:
-    """Return one dictionary of JSON values per row: task, group, id and the prediction."""
-    return [
-        _prediction(example, answer)
-        for task, examples in system.examples.items()
-        for example, answer in zip(examples, system.answers[task], strict=True)
-    ]
+def prediction_rows(report: Report) -> Iterator[dict[str, Any]]:
+    """Yield one dictionary of JSON values per row: what was asked, and what each system answered.
+
+        task, group, id, origin, prompt, reference    of the row; `cut` if its prompt was cut
+        choices, right_choice, right_score            if the row has them
+        systems: name -> prediction, log_likelihoods, choice, loss ..., metrics of this row alone
+
+    Metrics that exist for many rows only, such as macro_f1, are left out of `metrics`.
+    """
+    first = next(iter(report.systems.values()))
+    for task, examples in first.examples.items():
+        for index, example in enumerate(examples):
+            systems = {
+                name: _prediction(system, task, index) for name, system in report.systems.items()
+            }
+            yield {**_question(example, first.cut.get(task, ())), "systems": systems}
 
 
-def _prediction(example: Example, answer: Answer) -> dict[str, Any]:
-    row: dict[str, Any] = {"task": example.task, "group": example.group, "id": example.id}
-    if answer.text is not None:
-        row |= {"answer": answer.text, "right_answer": example.completion}
-    if answer.log_likelihoods is not None:
-        row["log_likelihoods"] = list(answer.log_likelihoods)
-        row["choice"] = choose(answer.log_likelihoods, example.choices, per_byte=False)
-        row["right_choice"] = example.answer
-        if example.score is not None:
-            row["score"] = expected_score(answer.log_likelihoods)
-            row["right_score"] = example.score
-    if answer.loss is not None:
-        row |= {"loss": answer.loss, "tokens": answer.tokens}
+def _question(example: Example, cut: Container[str]) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "task": example.task,
+        "group": example.group,
+        "id": example.id,
+        "origin": example.origin,
+        "prompt": example.prompt,
+        "reference": example.completion,
+    }
+    if example.id in cut:
+        row["cut"] = True
+    if example.choices:
+        row |= {"choices": list(example.choices), "right_choice": example.answer}
+    if example.score is not None:
+        row["right_score"] = example.score
     return row
+
+
+def _prediction(system: System, task: str, index: int) -> dict[str, Any]:
+    example, answer = system.examples[task][index], system.answers[task][index]
+    row: dict[str, Any] = {}
+    if answer.text is not None:
+        row["prediction"] = answer.text
+    if answer.log_likelihoods is not None:
+        row["log_likelihoods"] = [_finite(value) for value in answer.log_likelihoods]
+        row["choice"] = choose(answer.log_likelihoods, example.choices, per_byte=False)
+        if example.score is not None:
+            row["score"] = _finite(expected_score(answer.log_likelihoods))
+    if answer.loss is not None:
+        row |= {"loss": _finite(answer.loss), "tokens": answer.tokens}
+    row["metrics"] = {
+        metric: _finite(METRICS[metric].value(columns[index : index + 1]))
+        for (name, metric), columns in system.columns.items()
+        if name == task and METRICS[metric].by_row
+    }
+    return row
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -34,10 +34,12 @@ class Scored:
         tokens: of the whole text.
         positions: indices into tokens, ascending, each at least 1, because nothing predicts the
             first token.
+        cut: the prompt lost its beginning.
     """
 
     tokens: tuple[int, ...]
     positions: tuple[int, ...]
+    cut: bool = False
 
 
 @contextmanager
@@ -53,51 +55,70 @@ def evaluating(model: Any) -> Iterator[None]:
         model.train(training)
 
 
-def context_window(model: Any) -> int:
-    """Return the maximum number of tokens of a text; very large if the model does not have one."""
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else None
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
-        limit = getattr(config or model.config, name, None)
-        if isinstance(limit, int) and limit > 0:
-            return limit
-    return _NO_LIMIT
-
-
 def scored_answers(
-    examples: Sequence[Example], tokenizer: Any, *, window: int = _NO_LIMIT
+    examples: Sequence[Example], tokenizer: Any, *, longest: int = _NO_LIMIT
 ) -> list[Scored]:
     """Return the tokens of each row; those with labels in training are scored.
 
     Args:
-        window: the maximum number of tokens; a longer text loses its beginning.
-    """
-    result = []
-    for row in encode_all(examples, tokenizer, max_length=_NO_LIMIT):
-        counted = [index for index, label in enumerate(row["labels"]) if label != IGNORED]
-        result.append(_last_tokens(row["input_ids"], counted, window))
-    return result
+        longest: the maximum number of tokens of a row; a longer one is refused or cut, as in
+            training.
 
-
-def scored_choices(
-    pairs: Sequence[tuple[str, str]], tokenizer: Any, *, window: int = _NO_LIMIT
-) -> list[Scored]:
-    """Return the tokens of each prompt with its choice; those of the choice are scored.
-
-    Args:
-        pairs: prompt and choice.
-        window: the maximum number of tokens; a longer text loses its beginning.
-
-    Source: agrees with the language model evaluation harness.
+    Raises:
+        DataError: a row is too long.
     """
     return [
-        _last_tokens(tokens, range(start, len(tokens)), window)
-        for tokens, start in tokenize_pairs(tokenizer, pairs)
+        Scored(
+            tuple(row["input_ids"]),
+            tuple(p for p, label in enumerate(row["labels"]) if p and label != IGNORED),
+            row["cut"],
+        )
+        for row in encode_all(examples, tokenizer, max_length=longest)
     ]
 
 
-def _last_tokens(tokens: Sequence[int], counted: Sequence[int], window: int) -> Scored:
-    first = max(0, len(tokens) - window)
-    return Scored(tuple(tokens[first:]), tuple(p - first for p in counted if p > first))
+def scored_choices(
+    examples: Sequence[Example], tokenizer: Any, *, longest: int = _NO_LIMIT
+) -> list[Scored]:
+    """Return the tokens of each prompt with each of its choices; those of the choice are scored.
+
+    Args:
+        longest: the maximum number of tokens of a row, with its end of sequence. If a prompt with
+            one of its choices is longer, the prompt loses its first tokens before all of them, so
+            that the choices are compared after the same prompt.
+
+    Returns:
+        The choices of the first row, then those of the second, and so on.
+
+    Source: agrees with the language model evaluation harness.
+    """
+    pairs = [(row.prompt, choice) for row in examples for choice in row.choices]
+    tokenized = iter(tokenize_pairs(tokenizer, pairs))
+    texts = []
+    for row in examples:
+        choices = [next(tokenized) for _ in row.choices]
+        extra = max(len(ids) + 1 - longest for ids, _ in choices)
+        for whole, begin in choices:
+            # at least one token of the prompt stays, because nothing predicts the first token
+            ids, start = without_beginning(tokenizer, whole, begin, min(extra, begin - 1))
+            texts.append(Scored(tuple(ids), tuple(range(max(start, 1), len(ids))), extra > 0))
+    return texts
+
+
+def without_beginning(
+    tokenizer: Any, ids: list[int], start: int, extra: int
+) -> tuple[list[int], int]:
+    """Remove the first tokens of a text, but no beginning-of-sequence token; `start` moves along.
+
+    Args:
+        start: an index into ids.
+        extra: how many tokens to remove; nothing is removed if it is not positive.
+    """
+    if extra <= 0:
+        return ids, start
+    first = int(ids[0] == tokenizer.bos_token_id)
+    extra = min(extra, len(ids) - first)
+    return ids[:first] + ids[first + extra :], start - extra
 
 
 def log_likelihoods(

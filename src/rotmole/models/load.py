@@ -22,6 +22,7 @@ from rotmole.models.builtin import (
     fetch_built_in,
 )
 from rotmole.models.gguf import check_gguf, gguf_arguments, make_ordinary
+from rotmole.models.limits import check_vocabulary
 from rotmole.models.precision import (
     choose_device,
     choose_dtype,
@@ -99,7 +100,7 @@ def load_model(
         make_ordinary(model)
     if arguments["device_map"] is None:
         model.to(device)
-    _check_vocabulary(model, tokenizer, section.name)
+    check_vocabulary(model, tokenizer, section.name)
     for config in (model.config, model.generation_config):
         if config is not None and getattr(config, "pad_token_id", None) is None:
             config.pad_token_id = tokenizer.pad_token_id
@@ -244,20 +245,6 @@ def _pretrained(
             "model."
         )
     return model
-
-
-def _check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
-    rows = model.get_input_embeddings().weight.shape[0]
-    # Loaders add special tokens that the model's files do not have, such as <|endoftext|>, so
-    # special tokens without a function are left out.
-    used = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
-    unused = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special} - used
-    largest = max(set(tokenizer.get_vocab().values()) - unused, default=-1)
-    if largest >= rows:
-        raise ModelError(
-            f"model.name {name!r}: the tokenizer has token {largest}, but the model embeds only "
-            f"{rows} tokens (0 to {rows - 1}); use the tokenizer of this model."
-        )
 
 
 @contextmanager

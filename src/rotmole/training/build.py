@@ -23,6 +23,7 @@ from rotmole.data import Collator, Example, encode_all, load_splits, mix
 from rotmole.data.chat import today
 from rotmole.data.load import within_limit
 from rotmole.errors import ConfigError, DataError
+from rotmole.models.limits import check_readable
 from rotmole.models.load import LoadedModel, load_model
 from rotmole.training.callbacks.balance import BiasCallback
 from rotmole.training.callbacks.early import EarlyStopping
@@ -175,14 +176,18 @@ def build_trainer(
     length = arguments.max_length or UNLIMITED
     train = mix(dict(examples["train"]), run.data, seed=run.seed)
     groups = task_groups(run.data, model.peft_config[model.active_adapter])
+    datasets = {"": tokenised(train, tokenizer, length, groups)}
+    datasets |= {task: tokenised(rows, tokenizer, length) for task, rows in validation.items()}
+    for task, dataset in datasets.items():
+        places = [row.place for row in (validation[task] if task else train)]
+        check_readable(model, tokenizer, zip(places, dataset["input_ids"], strict=True))
     trainer = RotMoleTrainer(
         optimizer_section=run.optimizer,
         checkpoints=checkpoints,
         model=model,
         args=arguments,
-        train_dataset=tokenised(train, tokenizer, length, groups),
-        eval_dataset={t: tokenised(rows, tokenizer, length) for t, rows in validation.items()}
-        or None,
+        train_dataset=datasets.pop(""),
+        eval_dataset=datasets or None,
         data_collator=Collator(tokenizer, arguments.pad_to_multiple_of),
         processing_class=tokenizer,
         callbacks=[
@@ -257,6 +262,16 @@ def training_arguments(run: RunFile, *, validated: bool) -> SFTConfig:
         )
         arguments._n_gpu = 1
     return arguments
+
+
+def chooses_by_validation(run: RunFile) -> bool:
+    """Tell whether the result of a run with validation rows is the checkpoint that they choose."""
+    values = sft_arguments(run)
+    if values.get("eval_strategy", "no") == "no":
+        return False
+    if "load_best_model_at_end" in values:
+        return bool(values["load_best_model_at_end"])
+    return saves_when_it_validates(values)
 
 
 def task_groups(data: DataSection, config: RotMoleConfig) -> dict[str, int]:

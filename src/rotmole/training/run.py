@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerState
+from transformers.utils import CHAT_TEMPLATE_FILE
 
 from rotmole.config.load import resolved_yaml
 from rotmole.config.schema import RunFile
@@ -363,6 +364,10 @@ def finish(result: TrainResult) -> TrainResult:
         "time": duration(result.seconds),
     }
     atomic_write_text(result.adapter_dir / "README.md", model_card(run, base.note, figures))
+    if any(task.format == "messages" for task in run.data.tasks.values()):
+        # `rotmole generate` knows by this file that an adapter alone was trained on chats
+        text = str(base.tokenizer.get_chat_template())
+        atomic_write_text(result.adapter_dir / CHAT_TEMPLATE_FILE, text)
     (result.run_dir / UNFINISHED).unlink(missing_ok=True)
     with storage_errors(result.run_dir):
         drop_previous(result.run_dir)

@@ -101,7 +101,7 @@ def test_a_finished_run_that_was_taken_up_again_is_unfinished(tmp_path):
 
 
 def test_figures_of_the_base_model_are_no_reason_to_refuse_and_stay(tmp_path):
-    scores = tmp_path / "evaluation.json"
+    scores = tmp_path / "eval.json"
     scores.touch()
     check_free(tmp_path)
     clear(tmp_path, resuming=False)

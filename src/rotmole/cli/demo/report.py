@@ -8,6 +8,7 @@ from pathlib import Path
 from rotmole.cli.demo.worker import Outcome
 from rotmole.evaluation import Report, to_json
 from rotmole.evaluation.render import print_table, rows
+from rotmole.evaluation.report import prediction_rows
 from rotmole.files import atomic_write_text
 
 TWIN, OURS = "MoE-LoRA", "RotMoLE"
@@ -74,6 +75,6 @@ def write(path: Path, report: Report, outcomes: dict[str, Outcome], seconds: flo
         "trainable_parameters": {n: o.trainable_parameters for n, o in outcomes.items()},
         "training_seconds": {n: round(o.seconds, 1) for n, o in outcomes.items()},
         "seconds": round(seconds, 1),
-        "report": to_json(report, predictions=True),
+        "report": {**to_json(report), "predictions": list(prediction_rows(report))},
     }
     atomic_write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

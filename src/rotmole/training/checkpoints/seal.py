@@ -90,7 +90,7 @@ def seal(checkpoint: Path, facts: Mapping[str, Any]) -> None:
         for path in _files(checkpoint):
             files[path.relative_to(checkpoint).as_posix()] = {
                 "size": path.stat().st_size,
-                "sha256": _sha256(path),
+                "sha256": sha256(path),
             }
             sync(path)
         for folder in [path for path in checkpoint.rglob("*") if path.is_dir()]:
@@ -206,12 +206,13 @@ def _fault(checkpoint: Path, name: str, entry: Mapping[str, Any]) -> str | None:
     size = path.stat().st_size
     if size != entry["size"]:
         return f"{name} has {size:,} bytes in place of {entry['size']:,}"
-    if _sha256(path) != entry["sha256"]:
+    if sha256(path) != entry["sha256"]:
         return f"{name} is not what was saved (its sha256 differs)"
     return None
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while block := stream.read(1 << 20):
