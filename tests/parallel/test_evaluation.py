@@ -124,7 +124,7 @@ def test_the_first_rank_alone_speaks_and_writes(case, runs):
     assert first.out.count("written: ") == 1
     assert "after: answers 10/10" in first.err
     assert all((rank.out, rank.err) == ("", "") for rank in others)
-    assert len(list((case / "three").glob("*evaluation*"))) == 1
+    assert len(list((case / "three").glob("*eval.json*"))) == 1
 
 
 def test_ranks_that_would_compute_in_other_formats_are_told_to_agree(runs):
