@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 INTERVAL = 10.0  # seconds between two lines of progress
-LABEL = 14  # width of the names of facts
+LABEL = 16  # width of the names of facts
 
 
 def note(text: str) -> None:

@@ -62,7 +62,7 @@ def test_what_is_not_finite_stays_json(tmp_path):
 
 def test_a_log_in_words():
     logs = {
-        "loss": 1.25, "learning_rate": 5e-4, "grad_norm": 0.8765, "router_aux_loss": 1.0, "epoch": 1,
+        "loss": 1.25, "learning_rate": 5e-4, "grad_norm": 0.8765, "router_aux_loss": 1.0,
         "train_tokens_per_second": 774.2, "experts_unused": 3, "experts_total": 480,
         "largest_expert_share": 0.5, "largest_expert_share_mean": 0.31, "expert_share_even": 0.25,
     }  # fmt: skip
@@ -155,7 +155,7 @@ def test_progress_on_a_terminal_keeps_a_history_that_fits(monkeypatch, width):
 
 @pytest.mark.parametrize(
     ("strategy", "every", "step", "epoch", "times"),
-    [("no", 4, 0, 0, 0), ("steps", 4, 0, 0, 2), ("steps", 4, 4, 0, 1), ("steps", 4, 8, 0, 0),
+    [("no", 4, 0, 0, 0), ("steps", 4, 0, 0, 3), ("steps", 4, 4, 0, 2), ("steps", 4, 10, 0, 0),
      ("epoch", None, 5, 0.5, 2)],
 )  # fmt: skip
 def test_validations_to_come_are_counted(strategy, every, step, epoch, times):

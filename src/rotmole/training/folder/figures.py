@@ -25,8 +25,9 @@ def final_metrics(rows: Sequence[dict[str, Any]], step: int) -> dict[str, Any]:
 
     Returns:
         train_loss, train_tokens_per_second, peak_memory_bytes, num_input_tokens_seen, how the
-        experts were used in the last log line, and, if there was a validation by then, every eval loss
-        of the last one and the step it was made at. Of two validations at one update the later one counts: a resume had other rows.
+        experts were used in the last log line, and, if there was a validation by then, every eval
+        loss of the last one and the step it was made at. Of two validations at one update the
+        later one counts: a resume had other rows.
     """
     figures: dict[str, Any] = {}
     for row in rows:
