@@ -181,7 +181,7 @@ def test_the_balance_loss_between_log_lines_is_carried(straight, cut, again):
     ("override", "told"),
     [
         ("data.tasks.colours.files.validation={other}", "validation rows of colours is '2 rows, "),
-        ("data.tasks.colours.completion='a {completion}'", "rows of colours is '6 rows, "),
+        ("data.tasks.colours.completion='a {completion}'", "validation rows of colours is '6 "),
         ("evaluation.validation_limit=3", "validation rows of sums is '3 rows, sha256 "),
         ("training.metric_for_best_model=colours_loss", "metric_for_best_model is 'colours_loss'"),
         ("training.greater_is_better=true", "training.greater_is_better is True"),
