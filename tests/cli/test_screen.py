@@ -11,7 +11,7 @@ def test_lines_begin_at_once_and_say_what_is_left(monkeypatch, capsys):
             clock[0] = 100.0 + seconds
             show("rows", done, 10)
     assert capsys.readouterr().err.splitlines() == [
-        "rows 0/10", "rows 2/10, about 2 min left", "rows 10/10",
+        "rows 0/10", "rows 2/10, about 2 min 40 s left", "rows 10/10",
     ]  # fmt: skip
 
 

@@ -44,7 +44,7 @@ from rotmole.training.checkpoints.checkpoints import (
 from rotmole.training.checkpoints.find import find_resume
 from rotmole.training.checkpoints.seal import step_of
 from rotmole.training.folder.card import model_card
-from rotmole.training.folder.figures import duration, final_metrics, readable
+from rotmole.training.folder.figures import final_metrics, readable
 from rotmole.training.folder.layout import (
     MANIFEST,
     METRICS,
@@ -61,6 +61,7 @@ from rotmole.training.folder.manifest import add_to_manifest, earlier_resumes, m
 from rotmole.training.folder.plots import loss_svg
 from rotmole.training.sharding import adapter_state
 from rotmole.training.validation import ValidationCut
+from rotmole.units import duration
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +150,8 @@ def train(
         )
         prepare_folder(built)
         for bar in bars:
-            bar.plan(built.trainer)
+            validation = built.trainer.eval_dataset or {}
+            bar.plan(built.trainer.args, validation, built.trainer.rows_an_update())
         if prepare is not None and is_main_process():
             prepare(built)
         started = time.perf_counter()
