@@ -173,7 +173,7 @@ def table(delimiter: str = ",", **more: str) -> str:
         ("x.csv", 'prompt,completion,\na,b,\n"c, d",007,\n'),
         ("x.csv", 'prompt,completion\na,b,,\n"c, d",007\n'),
         ("x.csv", 'prompt;completion\na;b\n"c, d";"007"\n'),
-        ("x.jsonl.gz", gzip.compress(JSONL.encode())),
+        ("x.jsonl.gz", gzip.compress(JSONL.encode(), mtime=0)),
         ("x.json", gzip.compress(json.dumps(TWO).encode())),  # known by its content
         ("x.csv.bz2", bz2.compress(table(";").encode())),
         ("x.csv.xz", lzma.compress(table().encode())),
@@ -195,7 +195,7 @@ def test_tables_and_archives(tmp_path):
         assert columns(tmp_path / name) == TWO
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
         archive.writestr("data/1.jsonl", json.dumps(TWO[0]))
-        archive.writestr("data/2.csv.gz", gzip.compress(b"prompt;completion\nc, d;007\n"))
+        archive.writestr("data/2.csv.gz", gzip.compress(b"prompt;completion\nc, d;007\n", mtime=0))
         archive.writestr("__MACOSX/data/._1.jsonl", b"\0\0")
         archive.writestr("README.md", "rows")
     assert columns(tmp_path / "x.zip") == TWO
@@ -256,8 +256,8 @@ def test_commas_in_texts_do_not_look_like_columns(tmp_path):
         ("x.csv", "\ufeff", "the file is empty"),
         ("x.csv", "a,b\n1,caf\xe9\n".encode("latin-1"), "(in Excel: CSV UTF-8)"),
         ("x.jsonl.gz", b"\x1f\x8bnonsense", "cannot be decompressed"),
-        ("x.jsonl.gz", gzip.compress(b""), "the file is empty"),
-        ("x.jsonl.gz", gzip.compress(b'{"a": 1}\nno\n'), "x.jsonl.gz: row 2 is not JSON"),
+        ("x.jsonl.gz", gzip.compress(b"", mtime=0), "the file is empty"),
+        ("x.jsonl.gz", gzip.compress(b'{"a": 1}\nno\n', mtime=0), "x.jsonl.gz: row 2 is not JSON"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_read_is_one_sentence(tmp_path, name, content, words):
