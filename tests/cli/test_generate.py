@@ -151,7 +151,7 @@ def test_rows_of_jsonl_in_batches_equal_one_by_one(adapter, rows, tmp_path, caps
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == found
 
 
-def test_sampled_answers_depend_on_prompt_and_seed_alone(adapter, rows, tmp_path):
+def test_sampled_answers_depend_on_prompt_and_seed_alone(adapter, rows, tmp_path, capsys):
     texts = []
     for name, size in (("a", 1), ("b", 5)):
         sampling = Sampling(6, temperature=2.0, seed=3)
@@ -160,6 +160,9 @@ def test_sampled_answers_depend_on_prompt_and_seed_alone(adapter, rows, tmp_path
         texts.append([row["generated_text"] for row in answers_in(file)])
     assert texts[0] == texts[1]
     assert texts[0][0] == texts[0][3]  # the same prompt
+    capsys.readouterr()
+    generate(adapter, "the film is", sampling=sampling)
+    assert capsys.readouterr().out == texts[0][0] + "\n"
 
 
 def half_done(adapter, rows: Path, file: Path, monkeypatch) -> None:
