@@ -52,8 +52,8 @@ def test_it_says_what_it_trains_and_what_came_out(run_yaml, tmp_path, capsys):
     assert "q_proj x 2, v_proj x 2" in screen.out
     assert "gates included" in screen.out
     assert "colours 30, sums 30 rows" in screen.out
-    assert "updates        5 of 4 rows" in screen.out
-    assert "colours      " in screen.out
+    assert "updates          5 of 4 rows" in screen.out
+    assert "colours        " in screen.out
     assert "update        5/5" in screen.err
     assert f"rotmole eval {tmp_path / 'run'}" in screen.out
 

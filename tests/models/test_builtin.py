@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import rotmole
 import tiny_folders
 from rotmole.config.schema import ModelSection
 from rotmole.errors import ModelError, StorageError
+from rotmole.evaluation.target import find_target, with_adapter
 from rotmole.models import builtin
 from rotmole.models.builtin import (
     SMOLLM2,
@@ -25,6 +28,7 @@ from rotmole.models.builtin import (
     fetch_built_in,
 )
 from rotmole.models.load import load_config, load_model, load_tokenizer
+from rotmole.training.folder.layout import save_adapter
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +205,23 @@ print(builtin.fetch_built_in(model))
 def test_which_names_mean_it(name, known):
     """A path into somebody else's cache, as an adapter may name its base, means it as well."""
     assert (built_in_named(name) is SMOLLM2) is known
+
+
+def test_an_adapter_made_on_it_names_what_others_find(model, tmp_path, monkeypatch):
+    """The hub's id in every saved file, no warning when it is loaded, and no look at the hub."""
+    loaded = load_model(ModelSection(name="tiny", dtype="float32", device="cpu"))
+    config = rotmole.RotMoleConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    adapted = get_peft_model(loaded.model, config)
+    adapted.active_peft_config.base_model_name_or_path = loaded.model.config.name_or_path
+    folder = save_adapter(adapted, tmp_path)
+    saved = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    assert saved["base_model_name_or_path"] == "somebody/tiny"
+    assert find_target(folder).model.name == "tiny"
+    fresh = load_model(ModelSection(name="tiny", dtype="float32", device="cpu"))
+    with_adapter(fresh.model, folder)  # warnings are errors
+    hub = tmp_path / "hub"
+    monkeypatch.setattr("rotmole.models.builtin.try_to_load_from_cache", lambda *_: str(hub))
+    assert find_target(folder).model.name == "somebody/tiny"
 
 
 def test_where_the_cache_is(monkeypatch):

@@ -76,17 +76,17 @@ def once(model_folder, data_folder) -> Callable[..., TrainResult]:
     return run
 
 
-@pytest.mark.parametrize("step", [2, 6])
-def test_a_cut_validation_is_made_up_for_to_the_last_bit(once, tmp_path, step):
-    straight = once(tmp_path / "straight")
+@pytest.mark.parametrize(("step", "updates"), [(2, 6), (6, 6), (7, 7)])  # 7: for the end's sake
+def test_a_cut_validation_is_made_up_for_to_the_last_bit(once, tmp_path, step, updates):
+    straight = once(tmp_path / "straight", max_steps=updates)
     strike = Strike(step)
-    cut = once(tmp_path / "cut", strike)
+    cut = once(tmp_path / "cut", strike, max_steps=updates)
     assert strike.batches in (3, 4)  # whose callback comes first
     assert (cut.interrupted, cut.steps, cut.adapter_dir) == (signal.SIGTERM, step, None)
     newest = checkpoints(tmp_path / "cut")[-1]
     assert newest.name == f"checkpoint-{step}"
     assert not any("eval_loss" in row and row["step"] == step for row in comparable(cut.run_dir))
-    resumed = once(tmp_path / "cut", resume="auto")
+    resumed = once(tmp_path / "cut", resume="auto", max_steps=updates)
     assert resumed.interrupted is None
     assert comparable(resumed.run_dir) == comparable(straight.run_dir)
     assert Path(resumed.best_checkpoint).name == Path(straight.best_checkpoint).name

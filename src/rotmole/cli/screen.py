@@ -13,7 +13,7 @@ from typing import Any
 from rotmole.training.folder.figures import duration
 
 INTERVAL = 10.0  # seconds between two lines of progress
-LABEL = 14  # width of the names of facts
+LABEL = 16  # width of the names of facts
 
 
 def note(text: str) -> None:

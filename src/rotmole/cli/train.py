@@ -83,15 +83,15 @@ def _header(built: Any) -> None:
     fact("modules", ", ".join(f"{name} x {count}" for name, count in modules.items()))
     share = 100 * trainable / total
     fact("parameters", f"{trainable:,} trainable of {total:,} ({share:.2g} %), gates included")
-    for split, tasks in built.examples.items():
-        if tasks:
-            fact(
-                split, ", ".join(f"{task} {len(rows):,}" for task, rows in tasks.items()) + " rows"
-            )
     scored = {task: len(rows) for task, rows in built.validation.items()}
-    if sum(scored.values()) < sum(map(len, built.examples["validation"].values())):
-        counts = ", ".join(f"{task} {count:,}" for task, count in scored.items())
-        fact("", f"scored while training: {counts} (evaluation.validation_limit)")
+    for split, tasks in built.examples.items():
+        if not tasks:
+            continue
+        text = ", ".join(f"{task} {len(rows):,}" for task, rows in tasks.items()) + " rows"
+        if split == "validation" and sum(scored.values()) < sum(map(len, tasks.values())):
+            counts = ", ".join(f"{task} {count:,}" for task, count in scored.items())
+            text += f"; scored while training (evaluation.validation_limit): {counts}"
+        fact(split, text)
     args = built.trainer.args
     each = args.per_device_train_batch_size * args.world_size
     batches = math.ceil(len(built.trainer.train_dataset) / each)

@@ -14,6 +14,7 @@ from rotmole.config.schema import ModelSection, RunFile
 from rotmole.data import data_problems
 from rotmole.errors import AdapterError, ConfigError, InputError, did_you_mean
 from rotmole.models.adapter import CONFIG, check_adapter_folder
+from rotmole.models.builtin import built_in_for
 from rotmole.models.endings import take_endings
 from rotmole.models.load import LoadedModel, load_model
 from rotmole.training.folder.layout import ADAPTER, MANIFEST, is_finished
@@ -138,7 +139,7 @@ def _base_name(folder: Path, settings: dict[str, Any]) -> str:
             f"{folder / CONFIG} does not name its base model; add --config RUN.yaml, whose model "
             "section names it."
         )
-    return name
+    return built_in_for(name)
 
 
 def _no_target(path: Path) -> str:

@@ -9,6 +9,8 @@ from typing import Any, get_type_hints
 
 from rotmole.config.fields import convert
 from rotmole.errors import AdapterError, ConfigError, did_you_mean
+from rotmole.files import atomic_write_text
+from rotmole.models.builtin import BUILT_IN, BuiltIn, built_in_folder
 from rotmole.tuner.config import foreign_module
 from rotmole.tuner.storage.weights import (
     WEIGHTS,
@@ -44,6 +46,32 @@ def check_adapter_folder(path: str | Path) -> dict[str, Any]:
         lines = "".join(f"\n  - {problem.rstrip('.')}" for problem in problems)
         raise AdapterError(f"adapter folder {str(folder)!r}: {len(problems)} problems:{lines}")
     return config
+
+
+def name_base(folder: Path) -> None:
+    """Name a built-in base model in a saved adapter as others find it: by its id on the hub.
+
+    Args:
+        folder: of the adapter; its configuration may name a folder of this machine's cache.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    file = folder / CONFIG
+    if not file.is_file():
+        return
+    config = json.loads(file.read_text(encoding="utf-8"))
+    built_in = _named_in_cache(config.get("base_model_name_or_path"))
+    if built_in is not None:
+        config["base_model_name_or_path"] = built_in.hub_id
+        atomic_write_text(file, json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _named_in_cache(name: str | None) -> BuiltIn | None:
+    for built_in in BUILT_IN.values():
+        if name and Path(name) == built_in_folder(built_in):
+            return built_in
+    return None
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -23,6 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
+
 from rotmole.errors import ModelError
 from rotmole.files import make_folder, share, storage_errors, sync
 
@@ -116,6 +118,20 @@ def built_in_named(name: str) -> BuiltIn | None:
     parts = name.replace("\\", "/").rstrip("/").split("/")
     model = BUILT_IN.get(parts[-1])
     return model if model and len(parts) > 1 and parts[-2] == _release(model) else None
+
+
+def built_in_for(base: str) -> str:
+    """Return the name to load the base model of an adapter by.
+
+    An adapter that was made on a built-in model names the model of the hub whose weights were
+    rounded for it. The built-in one is meant unless that very model is in the hub's cache here.
+    """
+    for built_in in BUILT_IN.values():
+        if base == built_in.hub_id and not isinstance(
+            try_to_load_from_cache(base, "config.json"), str
+        ):
+            return built_in.name
+    return base
 
 
 def built_in_folder(model: BuiltIn) -> Path:

@@ -104,8 +104,8 @@ def load_model(
     for config in (model.config, model.generation_config):
         if config is not None and getattr(config, "pad_token_id", None) is None:
             config.pad_token_id = tokenizer.pad_token_id
-    if source.built_in:  # adapters name their base by it, and a folder here means nothing there
-        model.name_or_path = model.config.name_or_path = source.built_in.hub_id
+    if source.built_in:  # saved adapters name their base so, see models/adapter.py
+        model.name_or_path = source.built_in.hub_id
     note = source.built_in.note if source.built_in else None
     return LoadedModel(model, tokenizer, section.name, note)
 

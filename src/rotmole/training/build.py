@@ -147,7 +147,10 @@ def add_adapter(run: RunFile, base: Any) -> PeftModel:
         ConfigError: the settings do not fit the model.
     """
     set_seed(run.seed)
-    return get_peft_model(base, copy.deepcopy(run.adapter_config))  # PEFT changes it
+    model = get_peft_model(base, copy.deepcopy(run.adapter_config))  # PEFT changes it
+    # PEFT looks for a base model's configuration at every save: here, not on the hub
+    model.active_peft_config.base_model_name_or_path = base.config.name_or_path
+    return model
 
 
 def build_trainer(

@@ -156,7 +156,7 @@ def test_progress_on_a_terminal_keeps_a_history_that_fits(monkeypatch, width):
 
 @pytest.mark.parametrize(
     ("strategy", "every", "step", "epoch", "times"),
-    [("no", 4, 0, 0, 0), ("steps", 4, 0, 0, 2), ("steps", 4, 4, 0, 1), ("steps", 4, 8, 0, 0),
+    [("no", 4, 0, 0, 0), ("steps", 4, 0, 0, 3), ("steps", 4, 4, 0, 2), ("steps", 4, 10, 0, 0),
      ("epoch", None, 5, 0.5, 2)],
 )  # fmt: skip
 def test_validations_to_come_are_counted(strategy, every, step, epoch, times):

@@ -63,7 +63,7 @@ def test_the_command_trains_a_quantised_run(folders, tmp_path, capsys):
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(content), encoding="utf-8")
     assert main(["train", str(file)]) == 0
-    assert "done           2 updates" in capsys.readouterr().out
+    assert "done             2 updates" in capsys.readouterr().out
     adapter = tmp_path / "run" / "adapter"
     base = load_model(load_run(file).model).model
     loaded = PeftModel.from_pretrained(base, adapter).eval()

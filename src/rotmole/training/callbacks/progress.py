@@ -253,5 +253,7 @@ def _times(strategy: Any, every: float | None, state: TrainerState) -> int:
         return max(round(state.num_train_epochs - float(state.epoch or 0)), 0)
     if kind != "steps" or not every:
         return 0
-    every = max(int(every), 1)
-    return state.max_steps // every - state.global_step // every
+    every, last = max(int(every), 1), state.max_steps
+    if state.global_step >= last:
+        return 0
+    return last // every - state.global_step // every + bool(last % every)  # one at the end, too

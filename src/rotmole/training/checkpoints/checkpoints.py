@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import (
+    DefaultFlowCallback,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -20,6 +21,7 @@ from transformers import (
 
 from rotmole.errors import StorageError
 from rotmole.files import share, storage_errors, sync
+from rotmole.models.adapter import name_base
 from rotmole.training.checkpoints.find import prune
 from rotmole.training.checkpoints.seal import UNSHARDED, begin, faults, seal, storage_of
 from rotmole.training.checkpoints.sums import restore_sums, save_sums
@@ -98,6 +100,7 @@ class Checkpoints:
             if writes:
                 if log.is_file():
                     sync(log)
+                name_base(checkpoint)
                 share(checkpoint)
                 seal(checkpoint, {"facts": self.facts})
         if writes:
@@ -206,19 +209,16 @@ def validation_is_missing(args: TrainingArguments, state: TrainerState) -> bool:
     """Tell whether the validation of the last update was due and was cut short by a signal.
 
     Args:
-        args: the trainer's arguments; eval_strategy, eval_steps and eval_delay decide what is due.
+        args: the trainer's arguments, by which transformers decides what is due.
         state: of the trainer, or of a checkpoint.
     """
-    strategy = str(getattr(args.eval_strategy, "value", args.eval_strategy))
-    step, epoch = state.global_step, float(state.epoch or 0)
-    if strategy == "no" or step == 0:
+    if state.global_step == 0 or not _validates(args):
         return False
-    if strategy == "steps":
-        every = state.eval_steps or args.eval_steps or args.logging_steps
-        due = every >= 1 and step % int(every) == 0 and args.eval_delay <= step
-    else:
-        due = epoch.is_integer() and args.eval_delay <= epoch
-    return due and not any(_is_validation(row, step) for row in state.log_history)
+    flow, epoch = DefaultFlowCallback(), float(state.epoch or 0)
+    due = flow.on_step_end(args, state, TrainerControl()).should_evaluate
+    if epoch.is_integer():
+        due = due or flow.on_epoch_end(args, state, TrainerControl()).should_evaluate
+    return due and not any(_is_validation(row, state.global_step) for row in state.log_history)
 
 
 def _is_validation(row: Mapping[str, Any], step: int) -> bool:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rotmole.errors import InputError
 from rotmole.files import atomic_write_text, share, storage_errors, sync
+from rotmole.models.adapter import name_base
 from rotmole.training.checkpoints.find import checkpoints
 from rotmole.training.checkpoints.seal import is_half_written, is_sealed
 
@@ -180,6 +181,7 @@ def save_adapter(
             model.save_pretrained(fresh, state_dict=state)
             if endings is not None:
                 endings.save_pretrained(fresh)
+            name_base(fresh)
             share(fresh)
             for file in (*fresh.iterdir(), fresh):
                 sync(file)
