@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rotmole.training.folder.figures import duration
+from rotmole.training.figures import duration
 
 INTERVAL = 10.0  # seconds between two lines of progress
 LABEL = 16  # width of the names of facts

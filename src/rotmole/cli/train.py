@@ -15,7 +15,7 @@ from rotmole.config.load import load_run
 from rotmole.data import data_problems
 from rotmole.errors import ConfigError
 from rotmole.models.preview import adapter_problems
-from rotmole.training.folder.figures import duration, readable
+from rotmole.training.figures import duration, readable
 
 if TYPE_CHECKING:
     from rotmole.training.run import TrainResult

@@ -43,8 +43,8 @@ from rotmole.training.checkpoints.checkpoints import (
 )
 from rotmole.training.checkpoints.find import find_resume
 from rotmole.training.checkpoints.seal import step_of
+from rotmole.training.figures import duration, final_metrics, readable
 from rotmole.training.folder.card import model_card
-from rotmole.training.folder.figures import duration, final_metrics, readable
 from rotmole.training.folder.layout import (
     MANIFEST,
     METRICS,
@@ -149,7 +149,8 @@ def train(
         )
         prepare_folder(built)
         for bar in bars:
-            bar.plan(built.trainer)
+            trainer = built.trainer
+            bar.plan(trainer.args, built.validation, trainer.rows_an_update())
         if prepare is not None and is_main_process():
             prepare(built)
         started = time.perf_counter()

@@ -6,16 +6,13 @@ import sys
 import textwrap
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sized
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from rotmole.training.folder.figures import duration, speed, task_losses
-
-if TYPE_CHECKING:
-    from rotmole.training.trainer import RotMoleTrainer
+from rotmole.training.figures import duration, speed, task_losses
 
 INTERVAL = 10.0
 """Seconds between two lines of a validation's progress in a file or pipe."""
@@ -77,13 +74,18 @@ class ProgressCallback(TrainerCallback):
         self.validation_batches = 0
         self.said = 0.0
 
-    def plan(self, trainer: RotMoleTrainer) -> None:
-        """Learn from the trainer how large an update and a validation are."""
-        rows = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {}
-        each = trainer.args.eval_batch_size * trainer.args.world_size
-        self.validation_batches = sum(-(-len(task) // each) for task in rows.values())
-        self.clock.validation_rows = sum(map(len, rows.values()))
-        self.clock.rows_an_update = trainer.rows_an_update()
+    def plan(self, args: TrainingArguments, validation: Mapping[str, Sized], update: int) -> None:
+        """Learn how large a validation and an update are.
+
+        Args:
+            args: the trainer's.
+            validation: task -> rows that validation scores.
+            update: rows of an update.
+        """
+        each = args.eval_batch_size * args.world_size
+        self.validation_batches = sum(-(-len(rows) // each) for rows in validation.values())
+        self.clock.validation_rows = sum(map(len, validation.values()))
+        self.clock.rows_an_update = update
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
