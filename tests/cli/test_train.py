@@ -173,3 +173,17 @@ def test_a_second_run_into_one_folder_is_refused(run_yaml, tmp_path, capsys):
     said = capsys.readouterr().err
     assert f"in use by another run (process {os.getpid()} on " in said
     assert "loading" not in said
+
+
+def test_a_compiled_run_is_the_plain_one(run_yaml, tmp_path):
+    """15 batches in updates of 4: the last update of the epoch has 3 micro-batches."""
+    common = [
+        "training.max_steps=5", "training.gradient_accumulation_steps=4", "training.save_steps=5",
+        "training.eval_steps=5", "adapter.router_aux_loss_coef=5", "adapter.lora_dropout=0",
+        "training.optim=sgd", "training.learning_rate=0.1", "training.max_grad_norm=0",
+    ]  # fmt: skip
+    compiled = ["training.torch_compile=true", "training.torch_compile_backend=eager"]
+    for name, words in (("plain", []), ("compiled", compiled)):
+        folder = f"output_dir={tmp_path / name}"
+        assert main(["train", str(run_yaml), folder, *common, *words]) == 0
+    assert_close(tmp_path / "plain", tmp_path / "compiled")

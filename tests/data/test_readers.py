@@ -174,7 +174,7 @@ def table(delimiter: str = ",", **more: str) -> str:
         ("x.csv", 'prompt,completion\na,b,,\n"c, d",007\n'),
         ("x.csv", 'prompt;completion\na;b\n"c, d";"007"\n'),
         ("x.jsonl.gz", gzip.compress(JSONL.encode(), mtime=0)),
-        ("x.json", gzip.compress(json.dumps(TWO).encode())),  # known by its content
+        ("x.json", gzip.compress(json.dumps(TWO).encode(), mtime=0)),  # known by its content
         ("x.csv.bz2", bz2.compress(table(";").encode())),
         ("x.csv.xz", lzma.compress(table().encode())),
     ],

@@ -12,7 +12,7 @@ from trl import SFTConfig
 from rotmole.config.load import load_run
 from rotmole.errors import ConfigError
 from rotmole.training.build import build, training_arguments
-from rotmole.training.folder.figures import final_metrics
+from rotmole.training.figures import final_metrics
 from rotmole.training.folder.manifest import git_commit, machine
 from training_cases import run_file, settings
 

@@ -212,6 +212,8 @@ def test_a_finished_run_survives_a_successor_that_dies(model_folder, data_folder
             run(callbacks=[stop])
         assert f"is kept in {tmp_path / 'previous'} until this one is complete" in caplog.text
         target = find_target(tmp_path / "previous")
+        with pytest.raises(InputError, match=f"before it is {tmp_path / 'previous'}"):
+            find_target(tmp_path)
         saved = load_file(target.adapter / "adapter_model.safetensors")
         assert len(saved) == len(first)
     run()

@@ -17,7 +17,7 @@ from rotmole.models.adapter import CONFIG, check_adapter_folder
 from rotmole.models.builtin import built_in_for
 from rotmole.models.endings import take_endings
 from rotmole.models.load import LoadedModel, load_model
-from rotmole.training.folder.layout import ADAPTER, MANIFEST, is_finished
+from rotmole.training.folder.layout import ADAPTER, MANIFEST, PREVIOUS, is_finished
 from rotmole.training.folder.manifest import run_date
 
 logger = logging.getLogger(__name__)
@@ -120,7 +120,8 @@ def _checked_adapter(folder: Path) -> Path:
     if not (folder / CONFIG).is_file():
         raise AdapterError(
             f"{folder} contains no adapter ({CONFIG} is missing), perhaps because training did "
-            "not finish; train again, or continue with --resume auto."
+            "not finish; train again, or continue with --resume auto"
+            f"{_before(folder.parent)}."
         )
     check_adapter_folder(folder)
     if not is_finished(folder.parent):
@@ -140,12 +141,21 @@ def _base_name(folder: Path, settings: dict[str, Any]) -> str:
             "section names it."
         )
     return built_in_for(name)
+<<<<<<< HEAD
+=======
+
+
+def _before(run_folder: Path) -> str:
+    """Say where the finished run is whose successor did not finish."""
+    place = run_folder / PREVIOUS
+    return f". The finished run before it is {place}" if is_finished(place) else ""
+>>>>>>> b0ae11015ed3ba2a5181d748a92d18b4d0da92b2
 
 
 def _no_target(path: Path) -> str:
     rule = "give a run folder, a run file, or a folder with an adapter"
     if path.is_dir():
-        return f"{path} contains neither run.yaml nor {CONFIG}; {rule}."
+        return f"{path} contains neither run.yaml nor {CONFIG}; {rule}{_before(path)}."
     names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     hint = did_you_mean(path.name, names) or f"; {rule}."
     return f"there is no file or folder {path}{hint}"
