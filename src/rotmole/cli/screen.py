@@ -10,11 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-<<<<<<< HEAD
 from rotmole.units import duration
-=======
-from rotmole.training.figures import duration
->>>>>>> b0ae11015ed3ba2a5181d748a92d18b4d0da92b2
 
 INTERVAL = 10.0  # seconds between two lines of progress
 LABEL = 16  # width of the names of facts

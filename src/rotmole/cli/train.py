@@ -15,12 +15,8 @@ from rotmole.config.load import load_run
 from rotmole.data import data_problems
 from rotmole.errors import ConfigError
 from rotmole.models.preview import adapter_problems
-<<<<<<< HEAD
-from rotmole.training.folder.figures import readable
+from rotmole.training.figures import readable
 from rotmole.units import duration
-=======
-from rotmole.training.figures import duration, readable
->>>>>>> b0ae11015ed3ba2a5181d748a92d18b4d0da92b2
 
 if TYPE_CHECKING:
     from rotmole.training.run import TrainResult

@@ -141,15 +141,12 @@ def _base_name(folder: Path, settings: dict[str, Any]) -> str:
             "section names it."
         )
     return built_in_for(name)
-<<<<<<< HEAD
-=======
 
 
 def _before(run_folder: Path) -> str:
     """Say where the finished run is whose successor did not finish."""
     place = run_folder / PREVIOUS
     return f". The finished run before it is {place}" if is_finished(place) else ""
->>>>>>> b0ae11015ed3ba2a5181d748a92d18b4d0da92b2
 
 
 def _no_target(path: Path) -> str:

@@ -43,12 +43,8 @@ from rotmole.training.checkpoints.checkpoints import (
 )
 from rotmole.training.checkpoints.find import find_resume
 from rotmole.training.checkpoints.seal import step_of
-from rotmole.training.figures import duration, final_metrics, readable
+from rotmole.training.figures import final_metrics, readable
 from rotmole.training.folder.card import model_card
-<<<<<<< HEAD
-from rotmole.training.folder.figures import final_metrics, readable
-=======
->>>>>>> b0ae11015ed3ba2a5181d748a92d18b4d0da92b2
 from rotmole.training.folder.layout import (
     MANIFEST,
     METRICS,
@@ -154,13 +150,8 @@ def train(
         )
         prepare_folder(built)
         for bar in bars:
-<<<<<<< HEAD
-            validation = built.trainer.eval_dataset or {}
-            bar.plan(built.trainer.args, validation, built.trainer.rows_an_update())
-=======
             trainer = built.trainer
             bar.plan(trainer.args, built.validation, trainer.rows_an_update())
->>>>>>> b0ae11015ed3ba2a5181d748a92d18b4d0da92b2
         if prepare is not None and is_main_process():
             prepare(built)
         started = time.perf_counter()

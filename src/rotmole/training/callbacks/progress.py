@@ -12,11 +12,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-<<<<<<< HEAD
 from rotmole.units import duration, speed, task_losses
-=======
-from rotmole.training.figures import duration, speed, task_losses
->>>>>>> b0ae11015ed3ba2a5181d748a92d18b4d0da92b2
 
 INTERVAL = 10.0
 """Seconds between two lines of a validation's progress in a file or pipe."""
@@ -79,19 +75,11 @@ class ProgressCallback(TrainerCallback):
         self.said = 0.0
 
     def plan(self, args: TrainingArguments, validation: Mapping[str, Sized], update: int) -> None:
-<<<<<<< HEAD
         """Learn how large an update and a validation are.
 
         Args:
             args: of the trainer.
             validation: task -> its validation rows.
-=======
-        """Learn how large a validation and an update are.
-
-        Args:
-            args: the trainer's.
-            validation: task -> rows that validation scores.
->>>>>>> b0ae11015ed3ba2a5181d748a92d18b4d0da92b2
             update: rows of an update.
         """
         each = args.eval_batch_size * args.world_size
