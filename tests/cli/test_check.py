@@ -9,6 +9,7 @@ from pathlib import Path
 import datasets
 import pytest
 import yaml
+from rich.cells import cell_len
 
 import rotmole.config
 import tiny_folders
@@ -51,8 +52,10 @@ def run_file(path, folder, **sections):
 def test_what_it_shows(folder, tmp_path, capsys):
     path = run_file(tmp_path / "run.yaml", folder)
     assert main(["check", path]) == 0
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert lines[0] == [path, "has", "no", "mistakes."]
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[-1] == f"no mistakes found in {path}"
+    assert all(len(line) <= 80 for line in shown[:-1] if not line.startswith("model"))
+    lines = [line.split() for line in shown]
     assert ["modules", "2", "x", "q_proj", "[32", "->", "32]"] in lines
     assert ["modules", "2", "x", "v_proj", "[32", "->", "16]"] in lines
     experts = 2 * 2 * 4 * (32 + 32 + 32 + 16)  # layers, experts, rank, widths
@@ -64,13 +67,17 @@ def test_what_it_shows(folder, tmp_path, capsys):
     assert [line[:3] for line in films] == [["films", "train", "12"], ["films", "validation", "3"]]
     words = tiny_folders.tokenizer()
     counted = sum(len(words(f"the film {i} is good").input_ids) + 1 for i in range(12))
-    assert int(films[0][3]) == counted
+    assert [int(n) for n in films[0][3:6]] == [counted, 12 * 2, 12]  # answer and its end
+    assert "   prompt   the film 0 is" in shown
+    assert "   answer >  good<|end|>" in shown
+    assert any(line.startswith("training    6 updates of 4 rows, 2 epochs") for line in shown)
+    assert any(re.match(r"time        about \d+ s in one process", line) for line in shown)
     assert any(line[:2] == ["memory", "about"] for line in lines)
     assert not (tmp_path / "run").exists()
 
 
 def test_every_mistake_at_once_before_anything_loads(folder, tmp_path, capsys, monkeypatch):
-    for name in ("load_tokenizer", "load_splits", "preview"):
+    for name in ("load_tokenizer", "load_rows", "preview"):
         monkeypatch.setattr(f"rotmole.cli.check.{name}", None)  # calling it would fail
     path = run_file(
         tmp_path / "run.yaml",
@@ -121,6 +128,86 @@ def hub(rows):
     return load_dataset
 
 
+def tasks_of(folder, **tasks):
+    """One jsonl task for each list of rows, written as its train split."""
+    for name, rows in tasks.items():
+        tiny_folders.write_rows(folder / f"{name}.jsonl", rows)
+    return {name: {"source": "jsonl", "files": {"train": f"{name}.jsonl"}} for name in tasks}
+
+
+def test_every_fault_of_every_task_and_split_at_once(folder, tmp_path, capsys):
+    good, long = {"prompt": "a", "completion": "b"}, {"prompt": "red " * 60, "completion": "b"}
+    tasks = tasks_of(tmp_path, fine=[good] * 3, long=[good] + [long] * 9, other=[{"prompt": "a"}])
+    (tmp_path / "broken.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt":\n')
+    tasks["fine"]["files"]["test"] = "broken.jsonl"
+    path = run_file(
+        tmp_path / "run.yaml", folder, data={"root": str(tmp_path), "tasks": tasks},
+        training={"max_length": 32},
+    )  # fmt: skip
+    assert main(["check", path]) == 2
+    shown = capsys.readouterr()
+    assert "no mistakes" not in shown.out
+    assert "   answer > b<|end|>" in shown.out  # what can be shown is
+    for words in (
+        "long.jsonl: row 2", "more than training.max_length 32", "broken.jsonl: row 2",
+        "(and 8 more rows like it)",
+        "other.jsonl: row 1", "completion",
+    ):  # fmt: skip
+        assert words in shown.err
+    assert "long.jsonl: row 7" not in shown.err
+
+
+def test_rows_that_are_cut_are_counted(folder, tmp_path, capsys):
+    rows = [{"prompt": "red " * n, "completion": "b"} for n in (2, 60, 61)]
+    tasks = tasks_of(tmp_path, a_task_with_a_name_that_is_longer_than_its_column=rows)
+    for task in tasks.values():
+        task["long_rows"] = "cut"
+    path = run_file(
+        tmp_path / "run.yaml", folder, data={"root": str(tmp_path), "tasks": tasks},
+        training={"max_length": 32},
+    )  # fmt: skip
+    assert main(["check", path]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (table,) = [line for line in lines if " train " in line]
+    assert len(table) <= 80
+    assert table.split()[-2:] == ["32", "2"]
+
+
+@pytest.mark.parametrize(
+    ("row", "task", "expected"),
+    [
+        ({"prompt": "a", "completion": " b"}, {"loss_on": "all"}, ["prompt > a", "answer >  b"]),
+        ({"text": "a b"}, {"format": "text"}, ["answer > a b<|end|>"]),
+        ({"prompt": "a\x1b[2J\nc", "completion": "b"}, {}, ["prompt   a\\x1b[2J", "c"]),
+        ({"prompt": "red " * 900, "completion": "b"}, {}, ["more lines ..."]),
+        ({"prompt": "電影" * 40, "completion": "b"}, {}, ["prompt   " + "電影" * 17]),
+    ],
+    ids=["all", "text", "escape", "long", "wide"],
+)
+def test_a_row_is_shown_as_it_is_learnt(row, task, expected, folder, tmp_path, capsys):
+    tasks = tasks_of(tmp_path, rows=[row] * 4)
+    tasks["rows"] |= task
+    path = run_file(
+        tmp_path / "run.yaml", folder, data={"root": str(tmp_path), "tasks": tasks},
+        training={"max_length": 4096, "per_device_train_batch_size": 1},
+    )  # fmt: skip
+    assert main(["check", path]) == 0
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown  # neither the data's nor colours, since this is no terminal
+    lines = [line.strip() for line in shown.splitlines()]
+    for words in expected:
+        assert any(words in line for line in lines), shown
+    start = next(i for i, line in enumerate(lines) if line.startswith("example"))
+    assert all(cell_len(line) <= 80 for line in shown.splitlines()[start + 1 : -1])
+
+
+def test_a_run_without_a_row_to_train_on(folder, tmp_path, capsys):
+    tasks = {"films": {"source": "jsonl", "files": {"test": "train.jsonl"}}}
+    path = run_file(tmp_path / "run.yaml", folder, data={"root": str(folder), "tasks": tasks})
+    assert main(["check", path]) == 2
+    assert "no task has a row in its train split" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.stem)
 def test_every_template_passes(template, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -149,7 +236,7 @@ def test_every_template_passes(template, folder, tmp_path, monkeypatch, capsys):
     Path("run.yaml").write_text(template.read_text())
     assert main(["check", "run.yaml", *overrides]) == 0, capsys.readouterr().err
     shown = capsys.readouterr().out
-    assert "run.yaml has no mistakes." in shown
+    assert shown.endswith("no mistakes found in run.yaml\n")
     assert "note: training needs" not in shown  # all packages are installed here
 
 
@@ -164,9 +251,10 @@ def test_a_package_that_only_training_needs_is_named(
     assert main(["check", path, f"model.quantization={kind}"]) == 0
     shown = capsys.readouterr().out
     assert (
-        f"note: training needs the package {package}, which is not installed: pip install" in shown
+        f"note: training needs the package {package}, which is not installed:\n      pip install"
+        in shown
     )
-    assert f"{path} has no mistakes." in shown
+    assert f"no mistakes found in {path}" in shown
 
 
 RUNS = {

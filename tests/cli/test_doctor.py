@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib.metadata import metadata
 
 import peft
 import pytest
@@ -37,6 +38,14 @@ def test_it_lists_versions_ranges_devices_and_caches(tmp_path, monkeypatch, caps
     packages = [line[0] for line in lines if line[2:] and line[2][0] == ">"]
     assert len(packages) == len(set(packages))
     assert lines[-1] == ["no", "problems", "found."]
+    shown = {line[0] for line in lines if line} | {line[1] for line in lines if line[1:]}
+    assert {"trl", "babel", "bitsandbytes"} <= shown
+    assert not {"ruff", "pytest", "mypy", "hypothesis", "mutation", "conformance"} & shown
+
+
+def test_every_extra_is_a_users_or_a_developers():
+    extras = set(metadata("rotmole").get_all("Provides-Extra"))
+    assert extras == {*module.USERS_EXTRAS, "dev", "mutation", "conformance"} - {""}
 
 
 def test_a_version_out_of_range(monkeypatch, capsys):
@@ -58,7 +67,9 @@ def test_a_missing_extra_is_no_fault_but_named(monkeypatch, capsys):
 
     monkeypatch.setattr(module, "version", version)
     assert main(["doctor"]) == 0
-    assert "missing       trl" in capsys.readouterr().out
+    assert (
+        "missing       trl\n                pip install 'rotmole[train]'" in capsys.readouterr().out
+    )
 
 
 def test_a_cache_that_cannot_be_written(monkeypatch, capsys):

@@ -10,7 +10,7 @@ import rotmole
 import tiny_folders
 from rotmole.config.schema import ModelSection
 from rotmole.models.load import load_model
-from rotmole.models.memory import estimate_memory, resident_bytes, traced_peak
+from rotmole.models.memory import estimate_memory, resident_bytes, traced_update
 from rotmole.models.preview import adapter_problems, matched, preview, trainable_by_role
 
 
@@ -103,14 +103,14 @@ def test_the_trace_counts_what_autograd_really_keeps(section, rotation):
     )
     kept, _ = live_bytes(real, 4, 96)
     shown = preview(section, config(adapter), torch.float32)
-    traced = traced_peak(shown, batch=4, length=96, checkpointing=False)
+    traced = traced_update(shown, batch=4, length=96, checkpointing=False).peak
     assert kept <= traced <= 1.5 * kept  # the peak holds passing tensors and gradients as well
 
 
 def test_checkpointing_needs_less_and_more_tokens_need_more(section):
     def traced(batch, length, checkpointing=False):
         shown = preview(section, config(ADAPTER), torch.float32)
-        return traced_peak(shown, batch=batch, length=length, checkpointing=checkpointing)
+        return traced_update(shown, batch=batch, length=length, checkpointing=checkpointing).peak
 
     plain = traced(4, 96)
     assert traced(4, 96, checkpointing=True) < 0.8 * plain

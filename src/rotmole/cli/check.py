@@ -1,20 +1,28 @@
-"""``rotmole check``: all mistakes of a run file at once, or else the cost of the run."""
+"""``rotmole check``: all mistakes of a run file and its rows, what is learnt, and what it costs."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+from rich.filesize import decimal
+
+from rotmole.cli.rows import Rows, load_rows, print_example, print_table
 from rotmole.config.load import load_run, sft_arguments
 from rotmole.config.schema import RunFile
-from rotmole.data import Example, data_problems, encode_all, learnt_messages, load_splits
-from rotmole.data.encode import IGNORED
+from rotmole.data import data_problems, mix
+from rotmole.data.sources import together
+from rotmole.errors import DataError
 from rotmole.models.builtin import built_in_named
-from rotmole.models.limits import check_readable, check_vocabulary
+from rotmole.models.duration import estimate_update, measured_speed, typical_widths
+from rotmole.models.limits import check_vocabulary
 from rotmole.models.load import load_tokenizer
 from rotmole.models.memory import MemoryEstimate, estimate_memory, resident_bytes
 from rotmole.models.precision import QUANTIZATION_PACKAGE, choose_device, choose_dtype
@@ -22,45 +30,155 @@ from rotmole.models.preview import adapter_problems, matched, preview, trainable
 
 
 def check(path: Path, overrides: Sequence[str], *, trust_remote_code: bool = False) -> int:
-    """Check a run file and print modules, parameters, tokens and memory.
+    """Check a run file, then its rows; print modules, parameters, rows, updates, time and memory.
 
     Raises:
-        ConfigError: holding every problem of the file, the data's files and the adapter's fit.
-        InputError: the tokenizer or the data cannot be read.
+        ConfigError: holding every problem of the file, of where the data's files are, and of the
+            adapter's fit.
+        DataError: holding every problem of all files and rows.
+        InputError: the tokenizer cannot be read.
     """
     fits = partial(adapter_problems, trust_remote_code=trust_remote_code)
     run = load_run(path, overrides, data_problems=data_problems, model_problems=fits)
     package = QUANTIZATION_PACKAGE.get(run.model.quantization)
     if package and find_spec(package) is None:
         print(
-            f"note: training needs the package {package}, which is not installed: "
-            "pip install 'rotmole[quant]'"
+            f"note: training needs the package {package}, which is not installed:\n"
+            "      pip install 'rotmole[quant]'"
         )
     device = choose_device(run.model)
     dtype = choose_dtype(run.model, device)
     model = preview(run.model, run.adapter_config, dtype, trust_remote_code=trust_remote_code)
-    print(f"{path} has no mistakes.")
     print(f"model       {run.model.name}, {str(dtype).removeprefix('torch.')} on {device.type}")
     built_in = built_in_named(run.model.name)
     if built_in:
-        print(f"            {built_in.note}")
+        print(textwrap.fill(built_in.note, 80, initial_indent=" " * 12, subsequent_indent=" " * 12))
     _print_modules(model)
     tokenizer = load_tokenizer(run.model, trust_remote_code=trust_remote_code)
     check_vocabulary(model, tokenizer, run.model.name)
-    longest = _print_tokens(run, model, tokenizer)
     importlib.import_module("rotmole.training.build")  # so resident_bytes counts its imports
     settings = sft_arguments(run)
+    loaded, faults = load_rows(run, model, tokenizer, settings.get("max_length"))
+    _print_rows(loaded, tokenizer)
+    if faults:
+        raise together(faults)
+    if not any(rows.split == "train" for rows in loaded):
+        raise DataError("no task has a row in its train split; name files: {train: ...}.")
+    # a model can be traced once: layers may keep tensors of the trace
+    fresh = preview(run.model, run.adapter_config, dtype, trust_remote_code=trust_remote_code)
+    _print_cost(run, model, fresh, loaded, device, dtype)
+    print(f"no mistakes found in {path}")
+    return 0
+
+
+def _print_rows(loaded: Sequence[Rows], tokenizer: Any) -> None:
+    """Print how many rows there are, and the first row of each task."""
+    if loaded:
+        print_table(loaded)
+    first: dict[str, Rows] = {}
+    for rows in loaded:
+        first.setdefault(rows.task, rows)
+    for rows in first.values():
+        print_example(rows, tokenizer)
+
+
+def _print_cost(
+    run: RunFile,
+    model: Any,
+    again: Any,
+    loaded: Sequence[Rows],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Print updates, tokens, time and memory of the training; `model` and `again` are equal."""
+    from rotmole.training.build import validation_rows  # slow
+
+    settings = sft_arguments(run)
     batch = settings["per_device_train_batch_size"]
-    estimate = estimate_memory(
+    by_task = {rows.task: rows for rows in loaded if rows.split == "train"}
+    length = {
+        id(example): len(encoded["input_ids"])
+        for rows in loaded
+        for example, encoded in zip(rows.examples, rows.encoded, strict=True)
+    }
+    order = mix({task: rows.examples for task, rows in by_task.items()}, run.data, seed=run.seed)
+    lengths = [length[id(example)] for example in order]
+    updates = _updates(len(lengths), settings)
+    rows_of_update = batch * settings.get("gradient_accumulation_steps", 1)
+    epochs = updates * rows_of_update / len(lengths)
+    tokens = updates * rows_of_update * sum(lengths) / len(lengths)
+    print(
+        f"training    {updates:,} updates of {rows_of_update:,} rows, {epochs:.3g} epochs, "
+        f"about {_rounded(tokens)} tokens"
+    )
+    memory = estimate_memory(
         model,
         batch=batch,
-        length=longest,
+        length=max(lengths),
         settings=settings,
         process=resident_bytes(),
         quantization=run.model.quantization,
     )
-    _print_memory(estimate, batch, longest, device.type)
-    return 0
+    padded = _padded(lengths, batch) / len(lengths)  # tokens of a row with its padding
+    learnt = sum(rows.learnt for rows in by_task.values()) / sum(
+        len(rows.examples) for rows in by_task.values()
+    )
+    half = next((t for n, t in (("bf16", torch.bfloat16), ("fp16", torch.float16))
+                 if settings.get(n)), dtype)  # fmt: skip
+    speed = measured_speed(
+        device, half, rows=max(round(batch * padded), 1), widths=typical_widths(again)
+    )
+    step = estimate_update(
+        again,
+        speed,
+        batch=batch,
+        length=max(round(padded), 1),
+        learnt=batch * learnt,
+        checkpointing=bool(
+            settings.get("activation_checkpointing") or settings.get("gradient_checkpointing")
+        ),
+    )
+    training = updates * settings.get("gradient_accumulation_steps", 1) * step
+    validation = {rows.task: rows.examples for rows in loaded if rows.split == "validation"}
+    chosen = validation_rows(run, validation).values()
+    checked = [length[id(example)] for examples in chosen for example in examples]
+    of_validation = _validations(updates, epochs, settings) * (
+        # a forward pass is about half of a forward and backward that leaves the base's weights out
+        _padded(checked, settings["per_device_eval_batch_size"]) / (batch * padded) * step / 2
+    )
+    print(
+        f"time        about {_time(training + of_validation)} in one process on this {device.type}"
+        + (f", {_time(of_validation)} of it validation" if of_validation else "")
+    )
+    print("            (estimated from the operations of an update and a short measurement)")
+    _print_memory(memory, batch, max(lengths), device.type)
+
+
+def _updates(rows: int, settings: Mapping[str, Any]) -> int:
+    """Return the number of updates of the training, as transformers' Trainer counts them."""
+    if settings.get("max_steps", -1) > 0:
+        return int(settings["max_steps"])
+    batches = math.ceil(rows / settings["per_device_train_batch_size"])
+    if settings.get("dataloader_drop_last"):
+        batches = rows // settings["per_device_train_batch_size"]
+    each = max(math.ceil(batches / settings.get("gradient_accumulation_steps", 1)), 1)
+    return math.ceil(each * settings["num_train_epochs"])
+
+
+def _validations(updates: int, epochs: float, settings: Mapping[str, Any]) -> int:
+    """Return how often validation runs."""
+    strategy = settings.get("eval_strategy", "no")
+    if strategy == "epoch":
+        return math.ceil(epochs)
+    every = settings.get("eval_steps") or settings["logging_steps"]
+    every = math.ceil(updates * every) if every < 1 else every
+    return int(updates // every) if strategy == "steps" else 0
+
+
+def _padded(lengths: Sequence[int], batch: int) -> int:
+    """Return the tokens of all batches, padding included."""
+    parts = (lengths[i : i + batch] for i in range(0, len(lengths), batch))
+    return sum(max(part) * len(part) for part in parts)
 
 
 def _print_modules(model: Any) -> None:
@@ -72,35 +190,6 @@ def _print_modules(model: Any) -> None:
     print(f"parameters  {trainable:,} trainable of {total:,} ({trainable / total:.2%})")
     for role, count in roles.items():
         print(f"            {count:>12,} {role.replace('_', ' ')}")
-
-
-def _print_tokens(run: RunFile, model: Any, tokenizer: Any) -> int:
-    """Print the table of tokens by task; return the length of the longest training row."""
-    limit = run.training.get("max_length", sft_arguments(run)["max_length"]) or 1 << 30
-    columns = f"{'rows':>8}{'tokens':>11}{'learnt':>11}{'answers':>9}{'longest':>9}"
-    print(f"tokens      {'task':<20}{'split':<12}{columns}")
-    longest = 1
-    for split, examples in load_splits(run.data, seed=run.seed, tokenizer=tokenizer).items():
-        for task, rows in examples.items():
-            if rows:
-                length = _print_task(task, split, rows, model, tokenizer, limit)
-                longest = max(longest, length) if split == "train" else longest
-    return longest
-
-
-def _print_task(
-    task: str, split: str, rows: Sequence[Example], model: Any, tokenizer: Any, limit: int
-) -> int:
-    """Print one line of the table of tokens; return the length of the longest row."""
-    encoded = encode_all(rows, tokenizer, max_length=limit)
-    texts = [row["input_ids"] for row in encoded]
-    check_readable(model, tokenizer, zip([row.place for row in rows], texts, strict=True))
-    lengths = [len(text) for text in texts]
-    labels = sum(label != IGNORED for row in encoded for label in row["labels"])
-    answers = sum(map(learnt_messages, rows))
-    numbers = f"{len(rows):>8,}{sum(lengths):>11,}{labels:>11,}{answers:>9,}{max(lengths):>9,}"
-    print(f"            {task:<20}{split:<12}{numbers}")
-    return max(lengths)
 
 
 def _print_memory(estimate: MemoryEstimate, batch: int, length: int, device: str) -> None:
@@ -118,4 +207,26 @@ def _print_memory(estimate: MemoryEstimate, batch: int, length: int, device: str
 
 
 def _size(count: float) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+    return decimal(int(count), precision=1 if count >= 1e9 else 0)
+
+
+def _rounded(count: float) -> str:
+    """Write a number with two significant digits.
+
+    >>> _rounded(1234567), _rounded(87.4)
+    ('1,200,000', '87')
+    """
+    digits = len(str(int(count)))
+    return f"{int(round(count, 2 - digits)):,}"
+
+
+def _time(seconds: float) -> str:
+    """Write a time in units that people read.
+
+    >>> _time(0.2), _time(95), _time(8000)
+    ('1 s', '2 min', '2 h 13 min')
+    """
+    if seconds < 60:
+        return f"{max(math.ceil(seconds), 1)} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60:,} h {minutes % 60} min"

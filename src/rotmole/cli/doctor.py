@@ -17,6 +17,9 @@ from rotmole.errors import AdapterError
 from rotmole.models.adapter import check_adapter_folder
 from rotmole.models.builtin import BUILT_IN, built_in_folder, built_in_named, cache_folder
 
+USERS_EXTRAS = ("", "train", "demo", "quant", "eval")
+"""Extras of the package that a user may want, "" for what is always needed; others develop it."""
+
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HOME")
 
 
@@ -68,6 +71,7 @@ def _packages() -> list[str]:
                 )
         if missing and extra:
             print(f"{'extra ' + extra:<16}missing       {', '.join(missing)}")
+            print(f"{'':<16}pip install 'rotmole[{extra}]'")
         elif missing:
             problems.append(f"required packages are missing: pip install {' '.join(missing)}.")
     return problems
@@ -75,13 +79,14 @@ def _packages() -> list[str]:
 
 def _requirements() -> dict[str, list[Requirement]]:
     """Return rotmole's requirements by extra; "" are those without an extra."""
-    by_extra: dict[str, list[Requirement]] = {"": [Requirement("rotmole")]}
+    by_extra: dict[str, list[Requirement]] = {extra: [] for extra in USERS_EXTRAS}
+    by_extra[""] = [Requirement("rotmole")]
     for line in requires("rotmole") or []:
         requirement = Requirement(line)
         extras = str(requirement.marker or "").split("extra == ")
         extra = extras[1].strip("\"' )") if len(extras) > 1 else ""
-        if requirement.name != "rotmole" and extra != "dev":
-            by_extra.setdefault(extra, []).append(requirement)
+        if requirement.name != "rotmole" and extra in by_extra:
+            by_extra[extra].append(requirement)
     return by_extra
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 try:
     import resource
@@ -27,6 +28,20 @@ FIRST_UPDATE = 55_000_000
 """Bytes of code and buffers that libraries load with the first update; measured."""
 
 _QUANTISED_BYTES = {"bnb-8bit": 1.0, "torchao-int8": 1.0, "bnb-4bit-nf4": 0.5625}
+
+
+def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query.shape, key.shape, value.shape))
+
+
+def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape))
+
+
+_CPU_ATTENTION: dict[Any, Any] = {  # torch's registry has the forms of GPUs only
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
 
 HEAD_TILE = 4096 * 4
 """Bytes per word of the vocabulary: TRL's fused head projects 4096 tokens at a time."""
@@ -98,7 +113,7 @@ def estimate_memory(
         head = 3 * batch * length * 4 * vocabulary
     names = ("activation_checkpointing", "gradient_checkpointing")
     checkpointing = any(settings.get(name) for name in names)
-    traced = traced_peak(model, batch=batch, length=length, checkpointing=checkpointing)
+    traced = traced_update(model, batch=batch, length=length, checkpointing=checkpointing).peak
     accumulated = adapter if settings.get("gradient_accumulation_steps", 1) > 1 else 0
     return MemoryEstimate(
         process=process + FIRST_UPDATE,
@@ -109,15 +124,29 @@ def estimate_memory(
     )
 
 
-def traced_peak(model: nn.Module, *, batch: int, length: int, checkpointing: bool) -> int:
-    """Run one forward and backward on tensors without data; return the peak of live bytes.
+@dataclass(frozen=True)
+class Traced:
+    """What one forward and backward of a batch does, without the head.
+
+    Attributes:
+        peak: the most bytes of live tensors, with gradients and without parameters.
+        products: floating-point operations of matrix products and attention.
+        written: bytes of all tensors that are made.
+        calls: operations that make a tensor.
+    """
+
+    peak: int
+    products: int
+    written: int
+    calls: int
+
+
+def traced_update(model: nn.Module, *, batch: int, length: int, checkpointing: bool) -> Traced:
+    """Run one forward and backward on tensors without data.
 
     Args:
         model: the adapted model on the meta device; its parameters are replaced by fake ones.
         checkpointing: recompute activations in the backward pass.
-
-    Returns:
-        Bytes, with gradients and without parameters.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -136,7 +165,7 @@ def traced_peak(model: nn.Module, *, batch: int, length: int, checkpointing: boo
             loss = output[0].float().sum()
             del output
             loss.backward()
-    return counter.peak
+    return Traced(counter.peak, counter.products, counter.written, counter.calls)
 
 
 def resident_bytes() -> int:
@@ -162,11 +191,11 @@ def peak_rss_bytes() -> int:
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all live storages except those of parameters and buffers."""
+    """Counts operations, and the bytes of live storages except parameters and buffers."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.live = self.peak = 0
+        self.live = self.peak = self.written = self.calls = self.products = 0
         tensors = [*model.parameters(), *model.buffers()]
         self.sizes = {id(tensor.untyped_storage()): 0 for tensor in tensors}
 
@@ -174,6 +203,11 @@ class _LiveBytes(TorchDispatchMode):
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         result = function(*args, **(kwargs or {}))
+        # not FlopCounterMode: its tracker of modules keeps tensors alive
+        packet = getattr(function, "_overloadpacket", None)
+        count = _CPU_ATTENTION.get(packet) or flop_registry.get(packet)
+        if count is not None:
+            self.products += count(*args, **(kwargs or {}), out_val=result)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._add(leaf.untyped_storage())
@@ -184,6 +218,8 @@ class _LiveBytes(TorchDispatchMode):
         if key not in self.sizes:
             self.sizes[key] = storage.nbytes()
             self.live += self.sizes[key]
+            self.written += self.sizes[key]
+            self.calls += 1
             self.peak = max(self.peak, self.live)
             weakref.finalize(storage, self._drop, key)
 
