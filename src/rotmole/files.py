@@ -76,7 +76,9 @@ def atomic_write_text(path: str | Path, text: str) -> Path:
 
 
 def share(folder: Path) -> None:
-    """Give the files of a folder the mode that new files get there; some libraries write 0600.
+    """Give files that only their owner may read the mode that new files get in their folder.
+
+    Some libraries, such as safetensors, write 0600 whatever the umask is.
 
     Raises:
         StorageError: a mode cannot be changed.
@@ -89,7 +91,7 @@ def share(folder: Path) -> None:
         finally:
             probe.unlink()
         for path in folder.rglob("*"):
-            if path.is_file() and path.stat().st_mode != mode:
+            if path.is_file() and not path.stat().st_mode & 0o077:
                 path.chmod(mode & 0o777)
 
 

@@ -47,9 +47,9 @@ def run_file(folder: Path, template: str, *rows: list[dict[str, str]]) -> str:
 def test_check_counts_the_answers(tmp_path, capsys):
     assert main(["check", run_file(tmp_path, THINKING, TURNS, TURNS[:2])]) == 0
     shown = [line.split() for line in capsys.readouterr().out.splitlines()]
-    (columns,) = (line for line in shown if line[:1] == ["tokens"])
+    (columns,) = (line for line in shown if line[:2] == ["task", "split"])
     (train,) = (line for line in shown if line[:2] == ["chat", "train"])
-    assert dict(zip(columns[1:], train, strict=True))["answers"] == "3"
+    assert dict(zip(columns, train, strict=True))["answers"] == "3"
 
 
 @pytest.mark.parametrize("command", ["check", "train", "eval"])

@@ -260,3 +260,18 @@ def test_a_layer_that_torch_never_calls_is_refused() -> None:
 
     with pytest.raises(ModelError, match=r"inner.out_proj.*would do nothing"):
         get_peft_model(Attention(), _config(target_modules=["out_proj"]))
+
+
+def test_a_base_model_named_from_another_working_folder_is_the_same() -> None:
+    from rotmole.tuner.storage.fingerprint import _same_place
+
+    for first, second in (("model", "/a/model"), ("/a/b/model", "b/model"), ("m", "m")):
+        assert _same_place(first, second)
+        assert _same_place(second, first)
+    for first, second in (
+        ("model", "/a/other"),
+        ("/b/model", "/a/model"),
+        ("a", "b"),
+        ("x/m", "m"),
+    ):
+        assert not _same_place(first, second)

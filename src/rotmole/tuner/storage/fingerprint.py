@@ -157,9 +157,13 @@ def _notice(
 
 
 def _same_place(first: str | None, second: str | None) -> bool:
-    if first == second:
+    """Tell whether two names are of one place, one perhaps relative to another working folder."""
+    one, other = Path(first or ""), Path(second or "")
+    if one == other or one.resolve() == other.resolve():
         return True
-    return Path(first or "").resolve() == Path(second or "").resolve()
+    short, long = sorted((one.parts, other.parts), key=len)
+    relative = not Path(*short).is_absolute() and Path(*long).is_absolute()
+    return relative and long[-len(short) :] == short
 
 
 def _short(digest: str | None) -> str:
