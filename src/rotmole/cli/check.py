@@ -27,6 +27,7 @@ from rotmole.models.load import load_tokenizer
 from rotmole.models.memory import MemoryEstimate, estimate_memory, resident_bytes
 from rotmole.models.precision import QUANTIZATION_PACKAGE, choose_device, choose_dtype
 from rotmole.models.preview import adapter_problems, matched, preview, trainable_by_role
+from rotmole.units import duration
 
 
 def check(path: Path, overrides: Sequence[str], *, trust_remote_code: bool = False) -> int:
@@ -146,10 +147,9 @@ def _print_cost(
         # a forward pass is about half of a forward and backward that leaves the base's weights out
         _padded(checked, settings["per_device_eval_batch_size"]) / (batch * padded) * step / 2
     )
-    print(
-        f"time        about {_time(training + of_validation)} in one process on this {device.type}"
-        + (f", {_time(of_validation)} of it validation" if of_validation else "")
-    )
+    of_all, of_part = (duration(max(t, 1)) for t in (training + of_validation, of_validation))
+    part = f", {of_part} of it validation" if of_validation else ""
+    print(f"time        about {of_all} in one process on this {device.type}{part}")
     print("            (estimated from the operations of an update and a short measurement)")
     _print_memory(memory, batch, max(lengths), device.type)
 
@@ -218,15 +218,3 @@ def _rounded(count: float) -> str:
     """
     digits = len(str(int(count)))
     return f"{int(round(count, 2 - digits)):,}"
-
-
-def _time(seconds: float) -> str:
-    """Write a time in units that people read.
-
-    >>> _time(0.2), _time(95), _time(8000)
-    ('1 s', '2 min', '2 h 13 min')
-    """
-    if seconds < 60:
-        return f"{max(math.ceil(seconds), 1)} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60:,} h {minutes % 60} min"
