@@ -15,7 +15,7 @@ MEASURED = 0.15
 """Seconds that each of the three measurements takes."""
 
 CALL = 6.0
-"""Autograd, modules and hooks around an operation, in times of a bare small one; measured."""
+"""Autograd, modules and hooks around an operation, in times of a bare small one; a guess."""
 
 
 @dataclass(frozen=True)
