@@ -17,12 +17,15 @@ IMPORT = (
 def hub_id(name: str | None) -> str | None:
     """Return a model's name if it can be one on the hub, None if it is a path of this machine.
 
+    "owner/name" counts as one on the hub, also if a folder is called so, as PEFT takes it.
+
     >>> hub_id("org/name"), hub_id("/home/me/llama"), hub_id(None)
     ('org/name', None, None)
     """
     if not name or name.count("/") > 1 or name.startswith((".", "/", "~")) or "\\" in name:
         return None
-    return None if os.path.exists(name) or name.lower().endswith(".gguf") else name
+    is_local = name.count("/") == 0 and os.path.exists(name)
+    return None if is_local or name.lower().endswith(".gguf") else name
 
 
 def shown_name(name: str | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from rotmole import __version__
 from rotmole.config.schema import RunFile
@@ -22,7 +23,10 @@ def model_card(run: RunFile, note: str | None, figures: Mapping[str, str]) -> st
         Markdown with the hub's header; it names no folder of this machine.
     """
     built_in = built_in_named(run.model.name)
-    base = built_in.hub_id if built_in else run.model.name
+    place = Path(run.model.name)
+    base = str(place.resolve()) if place.exists() else run.model.name
+    if built_in:
+        base = built_in.hub_id
     tasks = run.data.tasks
     data = ", ".join(
         f"{name} ({task.dataset})" if task.dataset else name for name, task in tasks.items()
