@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,9 +46,10 @@ class RotMoleLayer(BaseTunerLayer):  # type: ignore[misc] # peft ships no types
     def __init__(self, base_layer: nn.Module, requantise: Any = None) -> None:
         self.base_layer = base_layer
         if type(getattr(base_layer, "weight", None)) is not nn.Parameter:
-            self.quantization_backend = resolve_quantization_backend(
-                base_layer, get_apply_tensor_subclass=requantise
-            )
+            with suppress(ImportError):  # peft 0.20 imports what newer torchao has no more
+                self.quantization_backend = resolve_quantization_backend(
+                    base_layer, get_apply_tensor_subclass=requantise
+                )
         self.rotmole_experts = nn.ModuleDict({})
         self.rotmole_dropout = nn.ModuleDict({})
         self.rotmole_blocks: dict[str, BlockPart] = {}
