@@ -17,6 +17,7 @@ from rich.filesize import decimal
 from rotmole.cli.rows import Rows, load_rows, print_example, print_table
 from rotmole.config.load import load_run, sft_arguments
 from rotmole.config.schema import RunFile
+from rotmole.config.training import count_updates
 from rotmole.data import data_problems, mix
 from rotmole.data.sources import together
 from rotmole.errors import DataError
@@ -104,7 +105,14 @@ def _print_cost(
     }
     order = mix({task: rows.examples for task, rows in by_task.items()}, run.data, seed=run.seed)
     lengths = [length[id(example)] for example in order]
-    updates = _updates(len(lengths), settings)
+    updates = count_updates(
+        len(lengths),
+        batch=batch,
+        accumulation=settings.get("gradient_accumulation_steps", 1),
+        epochs=settings["num_train_epochs"],
+        max_steps=settings.get("max_steps", -1),
+        drop_last=bool(settings.get("dataloader_drop_last")),
+    )
     rows_of_update = batch * settings.get("gradient_accumulation_steps", 1)
     epochs = updates * rows_of_update / len(lengths)
     tokens = updates * rows_of_update * sum(lengths) / len(lengths)
@@ -147,22 +155,15 @@ def _print_cost(
         # a forward pass is about half of a forward and backward that leaves the base's weights out
         _padded(checked, settings["per_device_eval_batch_size"]) / (batch * padded) * step / 2
     )
-    of_all, of_part = (duration(max(t, 1)) for t in (training + of_validation, of_validation))
-    part = f", {of_part} of it validation" if of_validation else ""
-    print(f"time        about {of_all} in one process on this {device.type}{part}")
-    print("            (estimated from the operations of an update and a short measurement)")
+    _print_time(training, of_validation, device.type)
     _print_memory(memory, batch, max(lengths), device.type)
 
 
-def _updates(rows: int, settings: Mapping[str, Any]) -> int:
-    """Return the number of updates of the training, as transformers' Trainer counts them."""
-    if settings.get("max_steps", -1) > 0:
-        return int(settings["max_steps"])
-    batches = math.ceil(rows / settings["per_device_train_batch_size"])
-    if settings.get("dataloader_drop_last"):
-        batches = rows // settings["per_device_train_batch_size"]
-    each = max(math.ceil(batches / settings.get("gradient_accumulation_steps", 1)), 1)
-    return math.ceil(each * settings["num_train_epochs"])
+def _print_time(training: float, validation: float, device: str) -> None:
+    part = f", {duration(max(validation, 1))} of it validation" if validation else ""
+    whole = duration(max(training + validation, 1))
+    print(f"time        about {whole} in one process on this {device}{part}")
+    print("            (estimated from the operations of an update and a short measurement)")
 
 
 def _validations(updates: int, epochs: float, settings: Mapping[str, Any]) -> int:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,14 +121,26 @@ def generate(
         "date": place.date if template else None,
         **vars(sampling),
     }
+    batches = partial(_answers, model, tokenizer, batch_size=batch_size, sampling=sampling)
+    _write(output, prompts, rows, settings, batches)
+    return 0
+
+
+def _write(
+    output: Path,
+    prompts: Sequence[Prompt],
+    rows: Sequence[list[int]],
+    settings: dict[str, Any],
+    batches: Callable[[Sequence[list[int]]], Iterator[list[Continuation]]],
+) -> None:
+    """Write the answers to a file, after those that it holds already."""
     with answer_file(output.expanduser(), prompts, settings) as answers, progress() as show:
         show("prompts", answers.done, len(prompts))
-        for batch in _answers(model, tokenizer, rows[answers.done :], batch_size, sampling):
+        for batch in batches(rows[answers.done :]):
             new = prompts[answers.done : answers.done + len(batch)]
             answers.add([answer_row(*pair) for pair in zip(new, batch, strict=True)])
             show("prompts", answers.done, len(prompts))
     print(f"written: {output} ({len(prompts)} answers)")
-    return 0
 
 
 def _template(

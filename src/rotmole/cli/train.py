@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 from collections import Counter
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rotmole.cli.screen import fact, note
 from rotmole.config.load import load_run
+from rotmole.config.training import count_updates
 from rotmole.data import data_problems
 from rotmole.errors import ConfigError
 from rotmole.models.preview import adapter_problems
@@ -95,9 +95,14 @@ def _header(built: Any) -> None:
         fact(split, text)
     args = built.trainer.args
     each = args.per_device_train_batch_size * args.world_size
-    batches = math.ceil(len(built.trainer.train_dataset) / each)
-    updates = max(math.ceil(batches / args.gradient_accumulation_steps), 1)
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(updates * args.num_train_epochs)
+    steps = count_updates(
+        len(built.trainer.train_dataset),
+        batch=each,
+        accumulation=args.gradient_accumulation_steps,
+        epochs=args.num_train_epochs,
+        max_steps=args.max_steps,
+        drop_last=args.dataloader_drop_last,
+    )
     fact("updates", f"{steps:,} of {each * args.gradient_accumulation_steps:,} rows")
 
 

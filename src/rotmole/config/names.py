@@ -202,18 +202,17 @@ def places() -> dict[str, str]:
     >>> places()["lora_rank"], places()["learning_rate"], places()["attn_implementation"]
     ('adapter.r', 'training.learning_rate', 'model.attn_implementation')
     """
-    found: dict[str, str] = {}
+    full_names: dict[str, str] = {}
     for name, field in RunFile.model_fields.items():
         section: Any = field.annotation
         if hasattr(section, "model_fields"):
-            found |= {key: f"{name}.{key}" for key in section.model_fields}
-    found |= {key: f"{TASK}.{key}" for key in TaskSection.model_fields}
-    found |= {k: f"adapter.{k}" for k in adapter_hints() if k not in ADAPTER_REFUSED}
+            full_names |= {key: f"{name}.{key}" for key in section.model_fields}
+    full_names |= {key: f"{TASK}.{key}" for key in TaskSection.model_fields}
+    full_names |= {k: f"adapter.{k}" for k in adapter_hints() if k not in ADAPTER_REFUSED}
     training = {k: f"training.{k}" for k in training_hints() if k not in TRAINING_REFUSED}
     # a name that is a setting of the model, the data or the adapter too means that
-    found = training | found
-    found |= {name: name for name in RunFile.model_fields}
-    return found | OTHER_NAMES
+    full_names = training | full_names | {name: name for name in RunFile.model_fields}
+    return full_names | OTHER_NAMES
 
 
 def did_you_mean_place(key: str, section: str) -> str:

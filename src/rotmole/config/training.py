@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import warnings
 from collections.abc import Mapping
@@ -293,6 +294,30 @@ def saves_when_it_validates(values: Mapping[str, Any]) -> bool:
         if round(steps[0] * 10**6) % round(steps[1] * 10**6) == 0:
             return bool((steps[0] < 1) == (steps[1] < 1))
     return False
+
+
+def count_updates(
+    rows: int, *, batch: int, accumulation: int, epochs: float, max_steps: int, drop_last: bool
+) -> int:
+    """Return the number of optimizer updates of a training, as transformers' Trainer counts them.
+
+    Args:
+        rows: of the mixture.
+        batch: rows of a batch of all processes together.
+        accumulation: batches of an update.
+        epochs: passes over the mixture.
+        max_steps: replaces epochs if it is above 0.
+        drop_last: whether an epoch's last, smaller batch is left out.
+
+    >>> count_updates(
+    ...     10, batch=4, accumulation=2, epochs=1.0, max_steps=-1, drop_last=False
+    ... )
+    2
+    """
+    if max_steps > 0:
+        return max_steps
+    batches = rows // batch if drop_last else math.ceil(rows / batch)
+    return math.ceil(max(math.ceil(batches / accumulation), 1) * epochs)
 
 
 def has_validation(task: TaskSection) -> bool:

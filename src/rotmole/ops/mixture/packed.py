@@ -123,23 +123,12 @@ def packed_activations(
         assert logits is not None
         assert z_ERT is not None
 
-        def read_small(name: str) -> Tensor | None:
-            weight_ELMN = packed.small.get(name)
-            if weight_ELMN is None:
-                return read(name)
-            source = read("down")
-            if spec.rotation_input == "z":
-                source = z_ERT.view(experts, layers, rank, tokens)
-            elif spec.rotation_input == "router":
-                source = logits.view(experts, layers, tokens).transpose(0, 1)
-            assert source is not None
-            value = weight_ELMN.to(source.dtype) @ source
-            return value.view(experts * layers, -1, tokens)
-
+        vector, angle = read("vector"), read("angle")
+        if packed.small:
+            vector, angle = _small(spec, packed, z_ERT, logits, read("down"))
         rotate = ROTATIONS[spec.rotation].rotate
         assert rotate is not None
-        gate = Gate(read_small("vector"), read_small("angle"), packed.center_ER)
-        turned_ERT = rotate(z_ERT, gate)
+        turned_ERT = rotate(z_ERT, Gate(vector, angle, packed.center_ER))
         chosen = choose(
             logits.reshape(experts, layers * tokens),
             top_k=spec.top_k,
@@ -150,6 +139,24 @@ def packed_activations(
         m_ERT = weight_ET.view(experts * layers, 1, tokens) * turned_ERT
         m_LTER = m_ERT.view(experts, layers, rank, tokens).permute(1, 3, 0, 2)
         return m_LTER.reshape(layers, tokens, experts * rank).to(dtype).unbind()
+
+
+def _small(
+    spec: Spec, packed: Pack, z_ERT: Tensor, logits: Tensor, down_LHT: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the values of vector and angle gate that read few numbers, each [E L, rows, T]."""
+    (experts, layers, rank), tokens = packed.sizes, z_ERT.shape[-1]
+    source = down_LHT
+    if spec.rotation_input == "z":
+        source = z_ERT.view(experts, layers, rank, tokens)
+    elif spec.rotation_input == "router":
+        source = logits.view(experts, layers, tokens).transpose(0, 1)
+    assert source is not None
+    values = {
+        name: (weight_ELMN.to(source.dtype) @ source).view(experts * layers, -1, tokens)
+        for name, weight_ELMN in packed.small.items()
+    }
+    return values.get("vector"), values.get("angle")
 
 
 def packed_mixture(

@@ -239,9 +239,12 @@ def may_hold_packs(cache: Any) -> bool:
 
 def begins_generation(batch: Batch) -> bool:
     """Tell whether a call writes the first tokens into its cache, or several at once."""
-    several = batch.shape is not None and batch.shape[1] > 1
-    first = next(iter(_layers(batch.cache)), None)
-    return several or not getattr(first, "is_initialized", True)
+    if batch.shape is not None and batch.shape[1] > 1:
+        return True
+    first = next((layer for layer in _layers(batch.cache) if hasattr(layer, "keys")), None)
+    if first is None:
+        return False
+    return not first.is_initialized or first.keys.shape[-2] == 0  # never filled, or cropped to 0
 
 
 def _layers(cache: Any) -> Sequence[Any]:
