@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shlex
@@ -14,6 +13,7 @@ import pytest
 import typer.main
 
 import rotmole.config
+from docs_scripts import script
 from rotmole_cli.commands import app
 
 ROOT = Path(__file__).parents[2]
@@ -23,14 +23,7 @@ SCALE = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
 
 @pytest.fixture(scope="module")
 def sizes() -> ModuleType:
-    spec = importlib.util.spec_from_file_location(
-        "docs_model_sizes", ROOT / "docs" / "scripts" / "model_sizes.py"
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("model_sizes")
 
 
 def committed(page: str, name: str) -> str:
