@@ -55,6 +55,8 @@ OTHER_NAMES: dict[str, str] = {
     "label_smoothing": "training.label_smoothing_factor",
     "loraplus_lr_ratio": "optimizer.lora_plus_ratio",
     "loraplus_lr_embedding": "optimizer.lora_plus_ratio",
+    "shared_expert_rank": "adapter.shared_expert_r",
+    "shared_expert_dim": "adapter.shared_expert_r",
     "router_lr": "optimizer.scaling_gate_lr",
     # lengths and order of rows
     "max_seq_length": "training.max_length",

@@ -15,12 +15,15 @@ class Spec:
     """What one adapted layer computes, but for its tensors; made once, when the layer is made.
 
         y = W x + scale * sum_{e in S(x)} g_e(x) * R_e(x)[A_e drop(x)] B_e
+              + scale_0 * g_0(x) * R_0(x)[A_0 drop(x)] B_0      with a shared expert
 
-    All fields but `scale` are settings of RotMoleConfig, under the same names and with the same
-    meaning; docs/reference.md describes them.
+    All fields but `scale` and `shared` are settings of RotMoleConfig, under the same names and with
+    the same meaning; docs/reference.md describes them.
 
     Attributes:
         scale: s, lora_alpha / r (rsLoRA: lora_alpha / sqrt(r); GOAT: its closed form).
+        shared: of the expert that every token uses, one expert without selection; its gate g_0, if
+            it has one, is a sigmoid (scoring). None: there is none.
     """
 
     num_experts: int = 1
@@ -47,6 +50,7 @@ class Spec:
     share_A: bool = False
     dispatch: str = "auto"
     compute_dtype: str = "adapter"
+    shared: Spec | None = None
 
     @property
     def small_gates(self) -> bool:
@@ -71,6 +75,8 @@ class Weights(NamedTuple):
         router: scaling-gate parameters by name, as in routing.route.scaling_gate_shapes; {}
             without one.
         bias_E: [E] added to the scores for the selection alone; None without one.
+        shared: those of the shared expert, [1, ...]; its router "router_weight" [1, D] is the gate
+            g_0, {} where g_0 is one. None: there is no shared expert.
     """
 
     A_ERD: Tensor
@@ -78,6 +84,7 @@ class Weights(NamedTuple):
     gates: Mapping[str, Tensor] = {}
     router: Mapping[str, Tensor] = {}
     bias_E: Tensor | None = None
+    shared: Weights | None = None
 
     def cast(self, spec: Spec, dtype: torch.dtype) -> Weights:
         """Return the same weights with B and all that reads drop(x) in the type of the products."""
@@ -85,7 +92,11 @@ class Weights(NamedTuple):
         for name in ["rotation_down"] if spec.small_gates else ["rotation_vector"]:
             if name in gates:
                 gates[name] = gates[name].to(dtype)
-        return self._replace(A_ERD=self.A_ERD.to(dtype), B_ERO=self.B_ERO.to(dtype), gates=gates)
+        shared = self.shared
+        if shared is not None and spec.shared is not None:
+            shared = shared.cast(spec.shared, dtype)
+        A_ERD, B_ERO = self.A_ERD.to(dtype), self.B_ERO.to(dtype)
+        return self._replace(A_ERD=A_ERD, B_ERO=B_ERO, gates=gates, shared=shared)
 
 
 class Tokens(NamedTuple):

@@ -21,8 +21,9 @@ def _roles(model: nn.Module) -> dict[int, str]:
         for adapter_name in module.rotmole_experts:
             experts = module.experts(adapter_name)
             for name, parameter in experts.named_parameters(recurse=False):
-                role = experts.role(name)
-                roles[id(parameter)] = "expert_B" if parameter is experts.expert_B else role
+                roles[id(parameter)] = experts.role(name)
+            for _, B in experts.pairs():
+                roles[id(B)] = "expert_B"
     return roles
 
 

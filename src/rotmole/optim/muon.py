@@ -69,7 +69,8 @@ class Muon(torch.optim.AdamW):
             raise ConfigError(f"momentum is {momentum!r}; it must be at least 0 and below 1")
         self.momentum = momentum
         modules = expert_modules(model)
-        self.factors = {id(p) for experts in modules for p in (experts.expert_A, experts.expert_B)}
+        pairs = [pair for experts in modules for pair in experts.pairs()]
+        self.factors = {id(factor) for pair in pairs for factor in pair}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

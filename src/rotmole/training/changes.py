@@ -26,6 +26,7 @@ _SHAPES = {
     for name in (
         "r", "num_experts", "num_experts_pattern", "share_A", "router", "router_scope", "rotation",
         "rotation_input", "rotation_dim", "router_dim", "rotation_planes", "radar_rank",
+        "shared_expert_r", "shared_expert_rotation", "shared_expert_gate",
         "rank_pattern", "target_modules", "exclude_modules", "layers_to_transform",
         "layers_pattern", "modules_to_save", "trainable_token_indices",
     )

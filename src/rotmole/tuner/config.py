@@ -32,7 +32,7 @@ REQUIRED = (
 # PEFT's own future keys do not.
 _OUR_WORDS = (
     "r", "alpha", "balance", "expert", "experts", "gate", "lora", "norm", "num", "radar", "rank",
-    "rotation", "router", "scaling", "scoring", "selection", "share", "top",
+    "rotation", "routed", "router", "scaling", "scoring", "selection", "share", "shared", "top",
 )  # fmt: skip
 
 
@@ -41,6 +41,7 @@ class RotMoleConfig(Settings, PeftConfig):  # type: ignore[misc] # peft ships no
     """Configuration of a mixture of low-rank experts gated by scaling and rotation.
 
         y = W x + s * sum_{e in S(x)} g_e(x) * R_e(x)[ A_e drop(x) ] B_e
+              + s_0 * g_0(x) * R_0(x)[ A_0 drop(x) ] B_0             with a shared expert
 
     Settings that PEFT's LoRA has too keep PEFT's names. docs/reference.md lists every setting with
     its default, its allowed values and its meaning.

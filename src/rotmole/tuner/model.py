@@ -377,7 +377,10 @@ def _check_supported(target: nn.Module, name: str, settings: Settings) -> None:
         )
     widths = linear_widths(layer)
     assert widths is not None  # checked above
-    if settings.rotation == "radar" and widths[1] % 2:
+    rotations = {settings.rotation}
+    if settings.shared_expert_r > 0:
+        rotations.add(settings.shared_expert_rotation)
+    if "radar" in rotations and widths[1] % 2:
         raise ConfigError(
             f"rotation 'radar' pairs outputs and needs an even width; {name!r} has {widths[1]}"
         )

@@ -75,7 +75,7 @@ def test_half_types_keep_gates_in_float32(variant: Variant) -> None:
     assert error < 0.01
     reads_x = "rotation_angle" in problem.gates and not variant.small
     apart = {"router", "angle"} if reads_x else {"router"}
-    assert {name: w.dtype for name, w in packed.apart.items()} == dict.fromkeys(
+    assert {name: w.dtype for name, w in packed.banks[0].apart.items()} == dict.fromkeys(
         apart, torch.float32
     )
 

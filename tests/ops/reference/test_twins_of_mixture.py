@@ -14,7 +14,7 @@ from rotmole.ops.mixture import block, products
 from rotmole.ops.mixture.fused import GATES, can_fuse, fused_mixture
 from rotmole.ops.mixture.grouped import chosen_dots, chosen_outer, chosen_sum, grouped_mixture
 from rotmole.ops.mixture.packed import pack, packed_activations, packed_mixture
-from rotmole.ops.mixture.passes import How, Parts, backward, dropped, forward
+from rotmole.ops.mixture.passes import Bank, How, Parts, backward, dropped, forward
 from rotmole.ops.mixture.radar import radar_pairs_weights, radar_sum
 from rotmole.ops.reference import block as slow_block
 from rotmole.ops.reference import layer, method
@@ -44,6 +44,14 @@ def test_products() -> None:
     for source in (normal(5, 5, 3), normal(6, 2, 5, 3)):
         assert_close(products.read_gate(weight, source), slow.read_gate(weight, source), 1e-13)
     assert_close(products.combine(m, B), slow.combine(m, B), 1e-13)
+    for found, wanted in zip(
+        products.project_all(x, [weight, weight[:1, :2]]),
+        slow.project_all(x, [weight, weight[:1, :2]]),
+        strict=True,
+    ):
+        assert_close(found, wanted, 1e-13)
+    for banks in (([m], [B]), ([m, m[:1, :2]], [B, B[:1, :2]])):
+        assert_close(products.combine_all(*banks), slow.combine_all(*banks), 1e-13)
     m_TN, B_NO = m.flatten(0, 1).T, B.flatten(0, 1)
     for before in (None, base):
         found = products.add_product(before, m_TN, B_NO, 1.7)
@@ -144,9 +152,8 @@ def test_passes_and_fused_mixture(
     keep_TD = problem.keep_TD > 0 if drops else None
     how = How(spec_of(problem, **options), torch.float64, keep_scale=1 / 0.75)
     gates = [problem.gates.get(name) for name in GATES]
-    parts = Parts(
-        base_TO, problem.x_TD, keep_TD, None, router_ED, problem.A_ERD, problem.B_ERO, *gates
-    )
+    routed = Bank(problem.A_ERD, problem.B_ERO, router_ED, *gates)
+    parts = Parts(base_TO, problem.x_TD, keep_TD, None, None, routed)
     tensors = {
         "x_TD": problem.x_TD, "router_ED": router_ED, "A_ERD": problem.A_ERD,
         "B_ERO": problem.B_ERO,
@@ -167,7 +174,8 @@ def test_passes_and_fused_mixture(
         assert_close(y, wanted_TO, 1e-12)
         assert_close(logits, logits_TE, 1e-13)
     dy_TO, dlogits_TE = normal(5, 3, 6), normal(6, 3, 4)
-    found = backward(how, parts, saved, dy_TO, dlogits_TE, needs_x=True)._asdict()
+    gradients = backward(how, parts, saved, dy_TO, dlogits_TE, needs_x=True)
+    found = {"x_TD": gradients.x_TD} | gradients.routed._asdict()
     wanted = layer.layer_gradients(tensors, dy_TO, dlogits_TE, **settings)
     names = ("vector_EVN", "angle_EMN", "center_ER", "down_HD")
     fields = dict(zip(GATES, names, strict=True))

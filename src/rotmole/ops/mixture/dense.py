@@ -1,16 +1,26 @@
 """The mixture in rank space: y = s sum_e g_e R_e(x)[A_e drop(x)] B_e, without a loop.
 
 All experts' low-rank activations come out of one product, are rotated elementwise, multiplied by
-their weights (zero where not selected) and go back through one product with B seen as [E R, O].
+their weights (zero where not selected) and go back through one product with B seen as [E R, O]. The
+shared expert, if there is one, takes part in both products.
 Nothing of width O is held per expert, except by `radar`, which rotates outputs. Shapes are static,
 so torch.compile and torch.export trace it whole.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
 
-from rotmole.ops.mixture.products import activations, combine, project, read_gate
+from rotmole.ops.mixture.products import (
+    activations,
+    combine_all,
+    project,
+    project_all,
+    read_gate,
+)
 from rotmole.ops.mixture.radar import radar_pairs_weights, radar_sum
 from rotmole.ops.mixture.sqrt_gate import combine_sqrt_gate
 from rotmole.ops.precision import at_least_float32, without_autocast
@@ -91,22 +101,88 @@ def rotated(
     >>> rotated(Spec(num_experts=2), x, x, weights)[1].shape
     torch.Size([5, 2, 4])
     """
-    z_ERT, turned_ERT = _rotated(spec, x_TD, dropped_TD, weights, logits_TE)
+    if ROTATIONS[spec.rotation].rotate is None:
+        raise ValueError(f"rotation {spec.rotation!r} turns experts' outputs, not activations")
+    z_ERT = activations(dropped_TD, weights.A_ERD, weights.B_ERO.shape[0])
+    turned_ERT = _turned(spec, x_TD, dropped_TD, z_ERT, weights, logits_TE)
     return z_ERT.permute(2, 0, 1), turned_ERT.permute(2, 0, 1)
 
 
-def _rotated(
-    spec: Spec, x_TD: Tensor, dropped_TD: Tensor, weights: Weights, logits_TE: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _turned(
+    spec: Spec,
+    x_TD: Tensor,
+    dropped_TD: Tensor,
+    z_ERT: Tensor,
+    weights: Weights,
+    logits_TE: Tensor | None,
+) -> Tensor:
+    """Return z' [E, R, T] of a rotation that acts on z."""
     rotate = ROTATIONS[spec.rotation].rotate
-    if rotate is None:
-        raise ValueError(f"rotation {spec.rotation!r} turns experts' outputs, not activations")
-    z_ERT = activations(dropped_TD, weights.A_ERD, weights.B_ERO.shape[0])
+    assert rotate is not None
     if spec.rotation == "none":
-        return z_ERT, z_ERT
+        return z_ERT
     gate = _gate(spec, x_TD, dropped_TD, z_ERT, weights, logits_TE)
     with without_autocast(x_TD):
-        return z_ERT, rotate(z_ERT, gate)
+        return rotate(z_ERT, gate)
+
+
+def shared_weight(x_TD: Tensor, shared: Weights) -> Tensor:
+    """Return g_0 [T, 1], the weight of the shared expert: sigmoid(w x), or one without a gate.
+
+    Source: Qwen2-MoE (arXiv 2407.10671) for the gate; DeepSeekMoE (2401.06066) has none.
+
+    >>> shared_weight(torch.ones(5, 3), Weights(torch.ones(1, 4, 3), torch.ones(1, 4, 6))).shape
+    torch.Size([5, 1])
+    """
+    if not shared.router:
+        return torch.ones_like(x_TD[:, :1], dtype=torch.promote_types(x_TD.dtype, torch.float32))
+    with without_autocast(x_TD):
+        gate_1D = at_least_float32(shared.router["router_weight"])
+        return torch.sigmoid(x_TD.to(gate_1D.dtype) @ gate_1D.mT)
+
+
+class _Bank(NamedTuple):
+    """The routed experts, or the shared one: what `mixture` is given of them."""
+
+    spec: Spec
+    weights: Weights
+    weight_TE: Tensor
+    selected_TE: Tensor
+    logits_TE: Tensor | None = None
+
+    @property
+    def has_sqrt_gate(self) -> bool:
+        return self.spec.router_sqrt_gate and self.spec.rotation != "radar_pairs"
+
+
+def _output(bank: _Bank, x_TD: Tensor, dropped_TD: Tensor, z_ERT: Tensor) -> Tensor:
+    """Return the addition [T, O] of a bank that is no product of weighted activations with B."""
+    spec, weights, weight_TE = bank.spec, bank.weights, bank.weight_TE
+    if spec.rotation == "radar":
+        with without_autocast(x_TD):
+            y_TO = radar_sum(
+                z_ERT.permute(2, 0, 1), weight_TE, bank.selected_TE, weights.B_ERO,
+                weights.gates, spec.radar_normalize,
+            )  # fmt: skip
+            return (spec.scale * y_TO).to(weights.B_ERO.dtype)
+    turned_ERT = _turned(spec, x_TD, dropped_TD, z_ERT, weights, bank.logits_TE)
+    turned_TER = turned_ERT.permute(2, 0, 1)
+    return combine_sqrt_gate(weight_TE, turned_TER, weights.B_ERO, scale=spec.scale)
+
+
+def _weighted(bank: _Bank, x_TD: Tensor, dropped_TD: Tensor, z_ERT: Tensor) -> Tensor:
+    """Return the weighted activations [E, R, T] whose product with B is the bank's addition."""
+    spec, weights, weight_TE = bank.spec, bank.weights, bank.weight_TE
+    if spec.rotation == "radar_pairs":
+        z_TER = z_ERT.permute(2, 0, 1)
+        with without_autocast(x_TD):
+            weight_TE = radar_pairs_weights(
+                x_TD, z_TER, weight_TE, bank.selected_TE, weights.B_ERO, weights.gates
+            )
+        turned_ERT = z_ERT
+    else:
+        turned_ERT = _turned(spec, x_TD, dropped_TD, z_ERT, weights, bank.logits_TE)
+    return (spec.scale * weight_TE).mT.unsqueeze(1) * turned_ERT
 
 
 def mixture(
@@ -120,9 +196,12 @@ def mixture(
 ) -> Tensor:
     """Return what the adapter adds to W x: s sum_e g_e R_e(x)[A_e drop(x)] B_e.
 
+    If the weights have a shared expert, s_0 g_0 R_0(x)[A_0 drop(x)] B_0 is part of the sum.
+
     Args:
         spec: scale, rotation and its switches; router_sqrt_gate: A, B and rotation learn with
-            sqrt(g) in place of g, see `combine_sqrt_gate` (radar and radar_pairs ignore it).
+            sqrt(g) in place of g, see `combine_sqrt_gate` (radar and radar_pairs ignore it, and the
+            shared expert does).
         x_TD: [T, D] layer input.
         dropped_TD: [T, D] the same after dropout.
         weights: of the layer.
@@ -142,20 +221,27 @@ def mixture(
     >>> mixture(Spec(num_experts=2), x, x, weights, torch.ones(5, 2)).shape
     torch.Size([5, 6])
     """
-    B_ERO, scale = weights.B_ERO, spec.scale
     if selected_TE is None:
         selected_TE = weight_TE != 0
-    if ROTATIONS[spec.rotation].kind != "output":
-        _, turned_ERT = _rotated(spec, x_TD, dropped_TD, weights, logits_TE)
-        if spec.router_sqrt_gate:
-            return combine_sqrt_gate(weight_TE, turned_ERT.permute(2, 0, 1), B_ERO, scale=scale)
-        return combine((scale * weight_TE).mT.unsqueeze(1) * turned_ERT, B_ERO)
-    z_TER = activations(dropped_TD, weights.A_ERD, B_ERO.shape[0]).permute(2, 0, 1)
-    with without_autocast(x_TD):
-        if spec.rotation == "radar":
-            normalize = spec.radar_normalize
-            y_TO = radar_sum(z_TER, weight_TE, selected_TE, B_ERO, weights.gates, normalize)
-            return (scale * y_TO).to(B_ERO.dtype)
-        mixed_TE = radar_pairs_weights(x_TD, z_TER, weight_TE, selected_TE, B_ERO, weights.gates)
-    weighted_TER = (scale * mixed_TE).unsqueeze(-1) * z_TER
-    return combine(weighted_TER.permute(1, 2, 0), B_ERO)
+    banks = [_Bank(spec, weights, weight_TE, selected_TE, logits_TE)]
+    if spec.shared is None or weights.shared is None:
+        both = [activations(dropped_TD, weights.A_ERD, weights.B_ERO.shape[0])]
+    else:
+        g_T1 = shared_weight(x_TD, weights.shared)
+        banks.append(_Bank(spec.shared, weights.shared, g_T1, torch.ones_like(g_T1).bool()))
+        both = [
+            at_least_float32(z_ERT).expand(bank.weights.B_ERO.shape[0], -1, -1)
+            for bank, z_ERT in zip(
+                banks, project_all(dropped_TD, [bank.weights.A_ERD for bank in banks]), strict=True
+            )
+        ]
+    outputs, weighted, factors = [], [], []
+    for bank, z_ERT in zip(banks, both, strict=True):
+        if bank.spec.rotation == "radar" or bank.has_sqrt_gate:
+            outputs.append(_output(bank, x_TD, dropped_TD, z_ERT))
+        else:
+            weighted.append(_weighted(bank, x_TD, dropped_TD, z_ERT))
+            factors.append(bank.weights.B_ERO)
+    if weighted:
+        outputs.append(combine_all(weighted, factors))
+    return outputs[0] if len(outputs) == 1 else outputs[0] + outputs[1]

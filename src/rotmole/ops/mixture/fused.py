@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rotmole.ops.mixture.dense import mixture
-from rotmole.ops.mixture.passes import How, Parts, Saved, backward, dropped, forward
+from rotmole.ops.mixture.passes import Bank, How, Parts, Saved, backward, dropped, forward
 from rotmole.ops.precision import without_autocast
 from rotmole.ops.rotation.table import ROTATIONS
 from rotmole.ops.routing.route import route
@@ -30,24 +30,34 @@ def can_fuse(rotation: str, rotation_metric: str = "rank") -> bool:
     return ROTATIONS[rotation].kind != "output" and rotation_metric == "rank"
 
 
+def _bank(weights: Weights, router_ED: Tensor | None) -> Bank:
+    gates = [weights.gates.get(name) for name in GATES]
+    return Bank(weights.A_ERD, weights.B_ERO, router_ED, *gates)
+
+
+def _weights(bank: Bank) -> Weights:
+    named = {name: gate for name, gate in zip(GATES, bank[3:], strict=True) if gate is not None}
+    router = {} if bank.router_ED is None else {"router_weight": bank.router_ED}
+    return Weights(bank.A_ERD, bank.B_ERO, named, router)
+
+
 def _plain(how: How, parts: Parts) -> tuple[Tensor, Tensor | None]:
     """Compute the same by the slow twin, one autograd step at a time."""
-    x_TD, weight_TE = parts.x_TD, parts.weight_TE
-    logits_TE = parts.logits_TE
-    gates = (parts.vector_EVN, parts.angle_EMN, parts.center_ER, parts.down_HD)
-    named = {name: gate for name, gate in zip(GATES, gates, strict=True) if gate is not None}
-    weights = Weights(parts.A_ERD, parts.B_ERO, named)
-    if parts.router_ED is not None:
-        weights = weights._replace(router={"router_weight": parts.router_ED})
+    x_TD, weight_TE, logits_TE = parts.x_TD, parts.weight_TE, parts.logits_TE
+    weights = _weights(parts.routed)
+    if parts.shared is not None:
+        weights = weights._replace(shared=_weights(parts.shared))
+    routes = parts.routed.router_ED is not None
+    if routes:
         logits_TE, routing = route(how.spec, x_TD, weights)
         weight_TE = routing.weight_TE
-    assert weight_TE is not None
+    if weight_TE is None:
+        weight_TE = x_TD.new_ones(x_TD.shape[0], 1)
     dropped_TD = dropped(x_TD, parts.keep_TD, how)
     cast = weights.cast(how.spec, how.dtype)
     y_TO = mixture(how.spec, x_TD, dropped_TD, cast, weight_TE, None, logits_TE)
-    if parts.router_ED is None:
-        logits_TE = None
-    return y_TO if parts.base_TO is None else parts.base_TO + y_TO, logits_TE
+    y_TO = y_TO if parts.base_TO is None else parts.base_TO + y_TO
+    return y_TO, logits_TE if routes else None
 
 
 class _Fused(torch.autograd.Function):
@@ -55,27 +65,30 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, how: How, *tensors: Tensor | None) -> Any:
-        parts = Parts(*tensors)  # type: ignore[arg-type] # as fused_mixture gives them
+        parts = Parts.of(tensors)
         y_TO, logits_TE, saved = forward(how, parts)
-        ctx.save_for_backward(*parts[1:], *saved)
-        ctx.how = how
+        ctx.save_for_backward(*tensors[1:], *[tensor for bank in saved for tensor in bank])
+        ctx.how, ctx.count = how, len(tensors) - 1
         ctx.base_dtype = None if parts.base_TO is None else parts.base_TO.dtype
         ctx.set_materialize_grads(False)
-        if saved.index_KT is not None:
-            ctx.mark_non_differentiable(saved.index_KT)
-        return y_TO, logits_TE, saved.index_KT
+        index_KT = saved[0].index_KT
+        if index_KT is not None:
+            ctx.mark_non_differentiable(index_KT)
+        return y_TO, logits_TE, index_KT
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         dy_TO, dlogits_TE, _ = grads
-        tensors = ctx.saved_tensors
-        count = len(Parts._fields) - 1
-        parts, saved = Parts(None, *tensors[:count]), Saved(*tensors[count:])
+        tensors, count, each = ctx.saved_tensors, ctx.count, len(Saved._fields)
+        parts = Parts.of((None, *tensors[:count]))
+        kept = tensors[count:]
+        saved = [Saved(*kept[i : i + each]) for i in range(0, len(kept), each)]
         if torch.is_grad_enabled():  # second derivatives are wanted
             gradients = _differentiable(ctx, parts, dy_TO, dlogits_TE)
         else:
             needs_x = ctx.needs_input_grad[1 + Parts._fields.index("x_TD")]
-            gradients = [*backward(ctx.how, parts, saved, dy_TO, dlogits_TE, needs_x=needs_x)]
+            grads_of = backward(ctx.how, parts, saved, dy_TO, dlogits_TE, needs_x=needs_x)
+            gradients = [*grads_of.flat()]
         if ctx.needs_input_grad[1] and dy_TO is not None:
             gradients[0] = dy_TO.to(ctx.base_dtype)
         return None, *gradients
@@ -89,7 +102,8 @@ def _differentiable(
     pairs = [(y_TO, dy_TO), (logits_TE, dlogits_TE)]
     outputs = [(y, dy) for y, dy in pairs if y is not None and dy is not None]
     needs = ctx.needs_input_grad[1:]
-    wanted = {i: part for i, part in enumerate(parts) if needs[i] and part is not None}
+    inputs = parts.flat()
+    wanted = {i: part for i, part in enumerate(inputs) if needs[i] and part is not None}
     gradients = torch.autograd.grad(
         [y for y, _ in outputs],
         list(wanted.values()),
@@ -97,7 +111,7 @@ def _differentiable(
         create_graph=True,
         materialize_grads=True,
     )
-    result: list[Tensor | None] = [None] * len(parts)
+    result: list[Tensor | None] = [None] * len(inputs)
     for i, grad in zip(wanted, gradients, strict=True):
         result[i] = grad
     return result
@@ -117,11 +131,14 @@ def fused_mixture(
 
         logits = x W_router^T;  g = select(logits);  y = W x + s sum_e g_e R_e(x)[A_e drop(x)] B_e
 
+    and the shared expert's part, if the weights have one.
+
     Args:
         how: the layer's spec, and the types of this call.
         x_TD: [T, D] layer input, of any floating type.
         weights: of the layer; its linear router is read only if no weight_TE is given.
-        weight_TE: [T, E] the experts' weights, zero where not selected; None: by the router.
+        weight_TE: [T, E] the experts' weights, zero where not selected; None: by the router, or one
+            where there is a single expert without a router.
         logits_TE: [T, E] those behind weight_TE, for rotation_input "router".
         keep_TD: [T, D] bool, inputs that dropout keeps; None keeps all.
         base_TO: [T, O] W x, of any floating type; None leaves it out. It is not changed.
@@ -137,13 +154,13 @@ def fused_mixture(
     >>> fused_mixture(How(Spec(num_experts=2), torch.float32), x, weights)[0].shape
     torch.Size([5, 6])
     """
-    router_ED = weights.router["router_weight"] if weight_TE is None else None
-    named = [weights.gates.get(name) for name in GATES]
-    A_ERD, B_ERO = weights.A_ERD, weights.B_ERO
+    router_ED = weights.router.get("router_weight") if weight_TE is None else None
     if how.spec.rotation_input != "router" or router_ED is not None:
         logits_TE = None
-    parts = Parts(base_TO, x_TD, keep_TD, weight_TE, router_ED, A_ERD, B_ERO, *named)
-    parts = parts._replace(logits_TE=logits_TE)
+    shared = None
+    if weights.shared is not None:
+        shared = _bank(weights.shared, weights.shared.router.get("router_weight"))
+    parts = Parts(base_TO, x_TD, keep_TD, weight_TE, logits_TE, _bank(weights, router_ED), shared)
     with without_autocast(x_TD):
         if torch.compiler.is_compiling():
             # the very same steps can be traced if nobody differentiates and sort is known
@@ -152,5 +169,5 @@ def fused_mixture(
             return (*traced, None)
         if is_transformed():
             return (*_plain(how, parts), None)
-        result: tuple[Tensor, Tensor | None, Tensor | None] = _Fused.apply(how, *parts)  # type: ignore[no-untyped-call] # torch's own types
+        result: tuple[Tensor, Tensor | None, Tensor | None] = _Fused.apply(how, *parts.flat())  # type: ignore[no-untyped-call] # torch's own types
     return result

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag, linear
 
+from rotmole.ops.mixture.dense import mixture, shared_weight
 from rotmole.ops.precision import at_least_float32, without_autocast
 from rotmole.ops.rotation.table import ROTATIONS, Gate
 from rotmole.ops.spec import Spec, Weights
@@ -148,6 +149,8 @@ def grouped_mixture(
 ) -> Tensor:
     """Return s sum_e g_e R_e(x)[A_e drop(x)] B_e over the K selected experts of each token.
 
+    The shared expert, which every token selects, is added by `mixture`.
+
     Args:
         spec: scale, top_k, and a rotation that fused.can_fuse accepts; its gates do not read z.
         x_TD: [T, D] layer input; angle gates read it.
@@ -193,4 +196,8 @@ def grouped_mixture(
         turned_KRT = rotate(z_KRT, Gate(vector, angle))
         m_KRT = (spec.scale * weight_K1T) * turned_KRT
         w_TM = m_KRT.to(B_ERO.dtype).permute(2, 0, 1).flatten(1)
-        return chosen_sum(w_TM, B_ERO.flatten(0, 1), _rows(expert_TK, B_ERO.shape[1]))
+        y_TO = chosen_sum(w_TM, B_ERO.flatten(0, 1), _rows(expert_TK, B_ERO.shape[1]))
+    if spec.shared is None or weights.shared is None:
+        return y_TO
+    g_T1 = shared_weight(x_TD, weights.shared)
+    return y_TO + mixture(spec.shared, x_TD, dropped_TD, weights.shared, g_T1)

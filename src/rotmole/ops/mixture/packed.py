@@ -22,26 +22,36 @@ from rotmole.ops.routing.selection import choose, spread_chosen
 from rotmole.ops.spec import Spec, Weights
 
 
+class PackedBank(NamedTuple):
+    """One bank of experts of L layers: the routed ones, or the shared one.
+
+    Attributes:
+        parts: name -> (first row, experts, rows of an expert in a layer) of what is in rows_ND.
+        apart: name -> [E L, rows, D] weight of what is computed in a wider type.
+        small: name -> [E, L, rows, N] gate that reads few numbers in place of x.
+        center_ER: [E L, R] learned vectors, or None.
+        sizes: E, L, R.
+    """
+
+    parts: dict[str, tuple[int, int, int]]
+    apart: dict[str, Tensor]
+    small: dict[str, Tensor]
+    center_ER: Tensor | None
+    sizes: tuple[int, int, int]
+
+
 class Pack(NamedTuple):
     """Weights of L layers laid out for packed_activations, expert by expert, in each L layers.
 
     Attributes:
         rows_ND: [N, D] all A, vector gates, and what else is computed in the same type.
-        parts: name -> (first row, experts, rows of an expert in a layer) of what is in rows_ND.
-        apart: name -> [E L, rows, D] weight of what is computed in a wider type.
-        small: name -> [E, L, rows, N] gate that reads few numbers in place of x.
-        center_ER: [E L, R] learned vectors, or None.
-        B_NO: the layers' output factors in that type, N = E R.
-        sizes: E, L, R.
+        banks: of the routed experts, then of the shared one if there is one.
+        B_NO: the layers' output factors in that type; N = E R, plus R of the shared expert.
     """
 
     rows_ND: Tensor
-    parts: dict[str, tuple[int, int, int]]
-    apart: dict[str, Tensor]
-    small: dict[str, Tensor]
-    center_ER: Tensor | None
+    banks: list[PackedBank]
     B_NO: list[Tensor]
-    sizes: tuple[int, int, int]
 
 
 def pack(spec: Spec, layers: Sequence[Weights], dtype: torch.dtype) -> Pack:
@@ -55,12 +65,32 @@ def pack(spec: Spec, layers: Sequence[Weights], dtype: torch.dtype) -> Pack:
     Returns:
         Copies (of B only where its type is another); valid until a weight changes.
     """
+    routed, rows = _pack_bank(spec, layers, dtype, 0)
+    banks = [routed]
+    B_NO = [layer.B_ERO.detach().to(dtype).flatten(0, 1) for layer in layers]
+    shared = [layer.shared for layer in layers if layer.shared is not None]
+    if spec.shared is not None and shared:
+        start = sum(len(part) for part in rows)
+        bank, more = _pack_bank(spec.shared, shared, dtype, start)
+        banks, rows = [routed, bank], rows + more
+        B_NO = [
+            torch.cat([B, layer.B_ERO.detach().to(dtype).flatten(0, 1)])
+            for B, layer in zip(B_NO, shared, strict=True)
+        ]
+    return Pack(torch.cat(rows), banks, B_NO)
+
+
+def _pack_bank(
+    spec: Spec, layers: Sequence[Weights], dtype: torch.dtype, start: int
+) -> tuple[PackedBank, list[Tensor]]:
+    """Return one bank of the layers, and its rows, which begin at row `start`."""
 
     def together(weights: Sequence[Tensor]) -> Tensor:
         return torch.stack([weight.detach() for weight in weights], dim=1)
 
     named = {"A": together([layer.A_ERD for layer in layers])}
-    named["router"] = together([layer.router["router_weight"].unsqueeze(1) for layer in layers])
+    if "router_weight" in layers[0].router:
+        named["router"] = together([layer.router["router_weight"].unsqueeze(1) for layer in layers])
     kinds = {"rotation_vector": "vector", "rotation_angle": "angle", "rotation_center": "center"}
     for name, kind in kinds.items():
         if name in layers[0].gates:
@@ -74,19 +104,18 @@ def pack(spec: Spec, layers: Sequence[Weights], dtype: torch.dtype) -> Pack:
         named["down"] = together([layer.gates["rotation_down"].unsqueeze(0) for layer in layers])
     wide = dtype in (torch.float32, torch.float64)
     apart = {} if wide else {name: named.pop(name) for name in ("router", "angle") if name in named}
-    parts, start = {}, 0
+    parts = {}
     for name, weight in named.items():
         parts[name] = (start, weight.shape[0], weight.shape[2])
         start += weight[..., 0].numel()
-    return Pack(
-        torch.cat([weight.to(dtype).flatten(0, 2) for weight in named.values()]),
+    bank = PackedBank(
         parts,
         {name: at_least_float32(weight.flatten(0, 1)) for name, weight in apart.items()},
         small,
         None if center is None else at_least_float32(center.flatten(0, 1)),
-        [layer.B_ERO.detach().to(dtype).flatten(0, 1) for layer in layers],
         (layers[0].B_ERO.shape[0], len(layers), layers[0].B_ERO.shape[1]),
     )
+    return bank, [weight.to(dtype).flatten(0, 2) for weight in named.values()]
 
 
 def packed_activations(
@@ -94,7 +123,7 @@ def packed_activations(
 ) -> tuple[Tensor, ...]:
     """Return what each layer multiplies with B, the scale s left out, without gradients.
 
-        m_e = g_e(x) R_e(x)[A_e x]
+        m_e = g_e(x) R_e(x)[A_e x];   of the shared expert (s_0 / s) g_0(x) R_0(x)[A_0 x]
 
     Args:
         spec: of each of the layers; rotation, and "top_k" or "dense" over a linear router.
@@ -103,58 +132,83 @@ def packed_activations(
         dtype: type of the products, as given to `pack`.
 
     Returns:
-        [T, E R] in dtype for each layer.
+        [T, E R] in dtype for each layer, [T, E R + R_0] with a shared expert.
     """
-    (experts, layers, rank), tokens = packed.sizes, x_TD.shape[0]
     with without_autocast(x_TD):
         rows_NT = packed.rows_ND @ (x_TD if x_TD.dtype == dtype else x_TD.to(dtype)).mT
+        m_LTN = _activations(spec, x_TD, rows_NT, packed.banks[0])
+        if len(packed.banks) > 1:
+            assert spec.shared is not None
+            shared_LTN = _activations(spec.shared, x_TD, rows_NT, packed.banks[1])
+            m_LTN = torch.cat([m_LTN, (spec.shared.scale / spec.scale) * shared_LTN], dim=-1)
+        return m_LTN.to(dtype).unbind()
 
-        def read(name: str) -> Tensor | None:
-            part = packed.parts.get(name)
-            if part is None:
-                weight = packed.apart.get(name)
-                return None if weight is None else project(x_TD.to(weight.dtype), weight)
-            start, count, each = part
-            value = at_least_float32(rows_NT[start : start + count * layers * each])
-            value = value.view(count * layers, each, tokens)
-            return value.repeat(experts, 1, 1) if name == "A" and count != experts else value
 
-        logits, z_ERT = read("router"), read("A")
-        assert logits is not None
-        assert z_ERT is not None
+def _activations(spec: Spec, x_TD: Tensor, rows_NT: Tensor, bank: PackedBank) -> Tensor:
+    """Return the weighted activations of one bank, [L, T, E R]."""
+    (experts, layers, rank), tokens = bank.sizes, x_TD.shape[0]
 
-        vector, angle = read("vector"), read("angle")
-        if packed.small:
-            vector, angle = _small(spec, packed, z_ERT, logits, read("down"))
-        rotate = ROTATIONS[spec.rotation].rotate
-        assert rotate is not None
-        turned_ERT = rotate(z_ERT, Gate(vector, angle, packed.center_ER))
-        chosen = choose(
-            logits.reshape(experts, layers * tokens),
-            top_k=spec.top_k,
-            selection=spec.selection,
-            norm_topk_prob=spec.norm_topk_prob,
+    def read(name: str) -> Tensor | None:
+        part = bank.parts.get(name)
+        if part is None:
+            weight = bank.apart.get(name)
+            return None if weight is None else project(x_TD.to(weight.dtype), weight)
+        start, count, each = part
+        value = at_least_float32(rows_NT[start : start + count * layers * each])
+        value = value.view(count * layers, each, tokens)
+        return value.repeat(experts, 1, 1) if name == "A" and count != experts else value
+
+    logits, z_ERT = read("router"), read("A")
+    assert z_ERT is not None
+    vector, angle = read("vector"), read("angle")
+    if bank.small:
+        vector, angle = _small(spec, bank, z_ERT, logits, read("down"))
+    rotate = ROTATIONS[spec.rotation].rotate
+    assert rotate is not None
+    m_ERT = rotate(z_ERT, Gate(vector, angle, bank.center_ER))
+    if logits is not None:
+        m_ERT = (
+            _weights(spec, logits.reshape(experts, layers * tokens)).view(
+                experts * layers, 1, tokens
+            )
+            * m_ERT
         )
-        weight_ET = spread_chosen(chosen.weight_KT, chosen.index_KT, experts)
-        m_ERT = weight_ET.view(experts * layers, 1, tokens) * turned_ERT
-        m_LTER = m_ERT.view(experts, layers, rank, tokens).permute(1, 3, 0, 2)
-        return m_LTER.reshape(layers, tokens, experts * rank).to(dtype).unbind()
+    m_LTER = m_ERT.view(experts, layers, rank, tokens).permute(1, 3, 0, 2)
+    return m_LTER.reshape(layers, tokens, experts * rank)
+
+
+def _weights(spec: Spec, logits_ET: Tensor) -> Tensor:
+    """Return the weights [E, T] of a plain scaling gate, or of the shared expert's sigmoid."""
+    if spec.scoring == "sigmoid":
+        return torch.sigmoid(logits_ET)
+    chosen = choose(
+        logits_ET,
+        top_k=spec.top_k,
+        selection=spec.selection,
+        norm_topk_prob=spec.norm_topk_prob,
+    )
+    return spread_chosen(chosen.weight_KT, chosen.index_KT, len(logits_ET))
 
 
 def _small(
-    spec: Spec, packed: Pack, z_ERT: Tensor, logits: Tensor, down_LHT: Tensor | None
+    spec: Spec,
+    bank: PackedBank,
+    z_ERT: Tensor,
+    logits: Tensor | None,
+    down_LHT: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the values of vector and angle gate that read few numbers, each [E L, rows, T]."""
-    (experts, layers, rank), tokens = packed.sizes, z_ERT.shape[-1]
+    (experts, layers, rank), tokens = bank.sizes, z_ERT.shape[-1]
     source = down_LHT
     if spec.rotation_input == "z":
         source = z_ERT.view(experts, layers, rank, tokens)
     elif spec.rotation_input == "router":
+        assert logits is not None
         source = logits.view(experts, layers, tokens).transpose(0, 1)
     assert source is not None
     values = {
         name: (weight_ELMN.to(source.dtype) @ source).view(experts * layers, -1, tokens)
-        for name, weight_ELMN in packed.small.items()
+        for name, weight_ELMN in bank.small.items()
     }
     return values.get("vector"), values.get("angle")
 

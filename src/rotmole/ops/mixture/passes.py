@@ -2,16 +2,20 @@
 
 Between the two passes only x (in its own type), one boolean mask of x under dropout, z, the gates'
 values and the chosen experts' weights are kept; everything else is computed again (adjoint.py).
+
+The routed experts are one bank, the shared expert another. The banks have their products in common:
+one reads x for the factors A and the gates of selection of both, and one writes y.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rotmole.ops.mixture.products import add_product, project, read_gate
+from rotmole.ops.mixture.products import add_product, project, project_all, read_gate
 from rotmole.ops.precision import at_least_float32
 from rotmole.ops.rotation.adjoint import Adjoint, adjoint
 from rotmole.ops.rotation.table import ROTATIONS, Gate
@@ -23,7 +27,7 @@ class How(NamedTuple):
     """What one call of the function needs besides tensors.
 
     Attributes:
-        spec: of the layer; its rotation is not of kind "output", and its routing is read only if
+        spec: of the layer; its rotations are not of kind "output", and its routing is read only if
             no weights are given.
         dtype: type of the products with A, B and the vector gate; gates, routing and rotation are
             computed in at least float32.
@@ -35,33 +39,65 @@ class How(NamedTuple):
     keep_scale: float = 1.0
 
 
+class Bank(NamedTuple):
+    """The tensors of a bank of experts, or their gradients; shapes: spec.Weights.
+
+    Attributes:
+        router_ED: scores the experts; for the shared expert [1, D], whose sigmoid weighs it. None:
+            the weights are given, or one.
+    """
+
+    A_ERD: Tensor
+    B_ERO: Tensor
+    router_ED: Tensor | None = None
+    vector_EVN: Tensor | None = None
+    angle_EMN: Tensor | None = None
+    center_ER: Tensor | None = None
+    down_HD: Tensor | None = None
+
+
 class Parts(NamedTuple):
-    """The tensors, in the order in which autograd sees them; shapes: fused.fused_mixture."""
+    """The tensors of one call; shapes: fused.fused_mixture."""
 
     base_TO: Tensor | None
     x_TD: Tensor
     keep_TD: Tensor | None
     weight_TE: Tensor | None
-    router_ED: Tensor | None
-    A_ERD: Tensor
-    B_ERO: Tensor
-    vector_EVN: Tensor | None
-    angle_EMN: Tensor | None
-    center_ER: Tensor | None
-    down_HD: Tensor | None = None
-    logits_TE: Tensor | None = None
+    logits_TE: Tensor | None
+    routed: Bank
+    shared: Bank | None = None
+
+    def flat(self) -> tuple[Tensor | None, ...]:
+        """Return the tensors one after the other, as autograd wants them."""
+        return (*self[:5], *self.routed, *(self.shared or ()))
+
+    @staticmethod
+    def of(tensors: Sequence[Tensor | None]) -> Parts:
+        """Return the parts from what `flat` returned."""
+        count = 5 + len(Bank._fields)
+        base_TO, x_TD, keep_TD, weight_TE, logits_TE = tensors[:5]
+        assert x_TD is not None
+        shared = Bank(*tensors[count:]) if len(tensors) > count else None  # type: ignore[arg-type] # as flat laid them out
+        routed = Bank(*tensors[5:count])  # type: ignore[arg-type] # likewise
+        return Parts(base_TO, x_TD, keep_TD, weight_TE, logits_TE, routed, shared)
+
+    def banks(self, spec: Spec) -> list[tuple[Spec, Bank]]:
+        """Return the routed bank and the shared one, if there is one, each with its spec."""
+        if self.shared is None or spec.shared is None:
+            return [(spec, self.routed)]
+        return [(spec, self.routed), (spec.shared, self.shared)]
 
 
 class Saved(NamedTuple):
-    """What the backward pass needs besides the parts that are not the base's output.
+    """What the backward pass needs of one bank besides its tensors.
 
     Attributes:
         z_ERT, vector_EVT, angle_EMT: activations and gates' values; the angle is computed again
             where there is a vector gate too, and both are if they are small.
-        few_NT: what small gates read, C x or the router's own logits; None if they read z, or x.
         weight_KT, index_KT: weights and numbers of the chosen experts; or all weights and None;
-            or None, None where weights were given.
+            or None, None where weights were given or are one.
         probability_ET: softmax over all, where weights are not normalised over the chosen.
+        few_NT: what small gates read, C x or the router's own logits; None if they read z, or x.
     """
 
     z_ERT: Tensor
@@ -80,14 +116,13 @@ class Gradients(NamedTuple):
     x_TD: Tensor | None
     keep_TD: None
     weight_TE: Tensor | None
-    router_ED: Tensor | None
-    A_ERD: Tensor | None
-    B_ERO: Tensor
-    vector_EVN: Tensor | None
-    angle_EMN: Tensor | None
-    center_ER: Tensor | None
-    down_HD: Tensor | None
     logits_TE: Tensor | None
+    routed: Bank
+    shared: Bank | None
+
+    def flat(self) -> tuple[Tensor | None, ...]:
+        """Return them in the order of Parts.flat."""
+        return (*self[:5], *self.routed, *(self.shared or ()))
 
 
 def dropped(x_TD: Tensor, keep_TD: Tensor | None, how: How) -> Tensor:
@@ -97,7 +132,7 @@ def dropped(x_TD: Tensor, keep_TD: Tensor | None, how: How) -> Tensor:
 
 
 class Read(NamedTuple):
-    """What the maps make of x, all in at least float32.
+    """What the maps of one bank make of x, all in at least float32.
 
     Attributes:
         z_ERT: activations.
@@ -113,100 +148,122 @@ class Read(NamedTuple):
     few_NT: Tensor | None
 
 
-def _read(how: How, parts: Parts) -> Read:
-    """Apply all maps that read x.
+def _read(how: How, parts: Parts) -> list[Read]:
+    """Apply all maps that read x, for each bank.
 
-    A and the router are one product where types and dropout allow, vector and angle gate another;
-    A is never in one product with a gate, so every mode finds the same z and logits to the bit.
+    The factors A and the routers are one product where types and dropout allow, vector and angle
+    gates another; A is never in one product with a gate, so every mode finds the same z and logits
+    to the bit.
     """
-    x_TD, A, router = parts.x_TD, parts.A_ERD, parts.router_ED
-    vector_EVD = angle_EMD = None
-    if not how.spec.small_gates:
-        vector_EVD, angle_EMD = parts.vector_EVN, parts.angle_EMN
-    wide_dtype = torch.promote_types(A.dtype, torch.float32)
+    x_TD, banks = parts.x_TD, parts.banks(how.spec)
+    reads_few = [spec.small_gates for spec, _ in banks]
+    factors: list[Tensor | None] = [bank.A_ERD for _, bank in banks]
+    routers = [bank.router_ED for _, bank in banks]
+    routers = [None if router is None else router.unsqueeze(1) for router in routers]
+    vectors = [
+        None if few else bank.vector_EVN for few, (_, bank) in zip(reads_few, banks, strict=True)
+    ]
+    angles = [
+        None if few else bank.angle_EMN for few, (_, bank) in zip(reads_few, banks, strict=True)
+    ]
+    downs = [bank.down_HD for _, bank in banks]
+    wide_dtype = torch.promote_types(parts.routed.A_ERD.dtype, torch.float32)
     together = parts.keep_TD is None and how.dtype == wide_dtype
-    reads_wide = together or router is not None or angle_EMD is not None
+    reads_wide = together or any(weight is not None for weight in [*routers, *angles])
     wide_TD = x_TD.to(wide_dtype) if reads_wide else x_TD  # one copy for all
     dropped_TD = dropped(wide_TD if how.dtype == wide_dtype else x_TD, parts.keep_TD, how)
-    logits = vector = angle = None
-    if together and router is not None:
-        z, logits = _products(x_TD=wide_TD, weights=[A, router.unsqueeze(1)])
+    if together:
+        z_and_logits = _apply(wide_TD, [*factors, *routers])
+        gates = _apply(wide_TD, [*vectors, *angles])
     else:
-        z = at_least_float32(project(dropped_TD, A.to(how.dtype)))
-        if router is not None:
-            logits = project(wide_TD, router.to(wide_dtype).unsqueeze(1))
-    if together and vector_EVD is not None and angle_EMD is not None:
-        vector, angle = _products(x_TD=wide_TD, weights=[vector_EVD, angle_EMD])
+        z_and_logits = _apply(dropped_TD, factors) + _apply(wide_TD, routers)
+        gates = _apply(dropped_TD, vectors) + _apply(wide_TD, angles)
+    few = _apply(dropped_TD, [None if down is None else down.unsqueeze(0) for down in downs])
+    count, reads = len(banks), []
+    for i in range(count):
+        z_ERT, logits_E1T = z_and_logits[i], z_and_logits[count + i]
+        assert z_ERT is not None
+        few_1HT = few[i]
+        few_NT = None if few_1HT is None else few_1HT[0]
+        if i == 0 and parts.logits_TE is not None:
+            few_NT = parts.logits_TE.mT.to(z_ERT.dtype)
+        logits_ET = None if logits_E1T is None else logits_E1T.squeeze(1)
+        reads.append(Read(z_ERT, logits_ET, gates[i], gates[count + i], few_NT))
+    return reads
+
+
+def _apply(x_TD: Tensor, weights: list[Tensor | None]) -> list[Tensor | None]:
+    """Apply maps to x in one product, in x's type; results are in at least float32.
+
+    No result holds the memory of another.
+    """
+    there = [weight.to(x_TD.dtype) for weight in weights if weight is not None]
+    if len(there) == 1:
+        results = iter([at_least_float32(project(x_TD, there[0]))])
     else:
-        if vector_EVD is not None:
-            vector = at_least_float32(project(dropped_TD, vector_EVD.to(how.dtype)))
-        if angle_EMD is not None:
-            angle = project(wide_TD, angle_EMD.to(wide_dtype))
-    few = None
-    if parts.down_HD is not None:
-        few = at_least_float32(project(dropped_TD, parts.down_HD.to(how.dtype).unsqueeze(0))[0])
-    elif parts.logits_TE is not None:
-        few = parts.logits_TE.mT.to(z.dtype)
-    logits_ET = None if logits is None else logits.squeeze(1)
-    return Read(z, logits_ET, vector, angle, few)
+        results = iter([_own(value) for value in project_all(x_TD, there)] if there else [])
+    return [None if weight is None else next(results) for weight in weights]
 
 
-def _products(x_TD: Tensor, weights: list[Tensor]) -> list[Tensor]:
-    """Apply two maps to x in one product; no result holds the memory of both."""
-    first, second = weights
-    rows = torch.cat([weight.flatten(0, 1).to(x_TD.dtype) for weight in weights])
-    both_NT = rows @ x_TD.mT
-    count = first.shape[0] * first.shape[1]
-    return [
-        both_NT[:count].view(*first.shape[:2], -1).clone(),
-        both_NT[count:].view(*second.shape[:2], -1).clone(),
-    ]
+def _own(value: Tensor) -> Tensor:
+    wide = at_least_float32(value)
+    return wide.clone() if wide is value else wide
 
 
-def forward(how: How, parts: Parts) -> tuple[Tensor, Tensor | None, Saved]:
+def forward(how: How, parts: Parts) -> tuple[Tensor, Tensor | None, list[Saved]]:
     """Return y [T, O] (the base's output added), the logits [T, E] or None, and what to keep."""
-    z_ERT, logits_ET, vector, angle, few_NT = _read(how, parts)
-    weight_KT = index_KT = probability_ET = None
-    if how.spec.rotation_input == "router" and few_NT is None:
-        few_NT = logits_ET
-    if logits_ET is not None:
-        chosen = choose(
-            logits_ET,
-            top_k=how.spec.top_k,
-            selection=how.spec.selection,
-            norm_topk_prob=how.spec.norm_topk_prob,
-        )
-        weight_KT, index_KT, probability_ET = chosen
-        weight_ET = spread_chosen(weight_KT, index_KT, len(logits_ET))
-        if index_KT is not None:
-            index_KT = index_KT.to(torch.uint8 if len(logits_ET) <= 256 else torch.int32)
-    else:
-        assert parts.weight_TE is not None
-        weight_ET = parts.weight_TE.mT
-    rotate = ROTATIONS[how.spec.rotation].rotate
-    assert rotate is not None
-    experts = parts.B_ERO.shape[0]
-    each_ERT = z_ERT.expand(experts, -1, -1)  # one A may serve all experts
-    if how.spec.small_gates:
-        vector, angle = _small(parts, few_NT, each_ERT)
-    gate = Gate(vector, angle, _wide(parts.center_ER))
-    turned_ERT = rotate(each_ERT, gate)
-    m_ERT = (how.spec.scale * weight_ET).unsqueeze(1) * turned_ERT
-    m_TN, B_NO = m_ERT.to(how.dtype).flatten(0, 1).mT, parts.B_ERO.flatten(0, 1)
-    y_TO = add_product(parts.base_TO, m_TN, B_NO.to(how.dtype))
-    if how.spec.small_gates:
-        vector = angle = None  # computed again
-    saved_angle = angle if vector is None else None
-    saved = Saved(z_ERT, vector, saved_angle, weight_KT, index_KT, probability_ET, few_NT)
+    banks, reads = parts.banks(how.spec), _read(how, parts)
+    m_NT, saved = [], []
+    for (spec, bank), read in zip(banks, reads, strict=True):
+        given = parts.weight_TE if bank is parts.routed else None
+        m_ERT, kept = _weighted(spec, bank, read, given)
+        m_NT.append(m_ERT.to(how.dtype).flatten(0, 1))
+        saved.append(kept)
+    B_NO = _stack([bank.B_ERO.flatten(0, 1) for _, bank in banks]).to(how.dtype)
+    y_TO = add_product(parts.base_TO, _stack(m_NT).mT, B_NO)
+    logits_ET = reads[0].logits_ET
     return y_TO, None if logits_ET is None else logits_ET.mT, saved
 
 
-def _small(
-    parts: Parts, few_NT: Tensor | None, z_ERT: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
+def _weighted(spec: Spec, bank: Bank, read: Read, weight_TE: Tensor | None) -> tuple[Tensor, Saved]:
+    """Return s g_e R_e(x)[z_e] of each expert of a bank, and what its way back needs."""
+    z_ERT, logits_ET, vector, angle, few_NT = read
+    weight_KT = index_KT = probability_ET = None
+    if spec.rotation_input == "router" and few_NT is None:
+        few_NT = logits_ET
+    weight_ET = None if weight_TE is None else weight_TE.mT
+    if logits_ET is not None and spec.scoring == "sigmoid":  # the shared expert's gate
+        weight_ET = weight_KT = torch.sigmoid(logits_ET)
+    elif logits_ET is not None:
+        weight_KT, index_KT, probability_ET = choose(
+            logits_ET,
+            top_k=spec.top_k,
+            selection=spec.selection,
+            norm_topk_prob=spec.norm_topk_prob,
+        )
+        weight_ET = spread_chosen(weight_KT, index_KT, len(logits_ET))
+        if index_KT is not None:
+            index_KT = index_KT.to(torch.uint8 if len(logits_ET) <= 256 else torch.int32)
+    rotate = ROTATIONS[spec.rotation].rotate
+    assert rotate is not None
+    each_ERT = z_ERT.expand(bank.B_ERO.shape[0], -1, -1)  # one A may serve all experts
+    if spec.small_gates:
+        vector, angle = _small(bank, few_NT, each_ERT)
+    turned_ERT = rotate(each_ERT, Gate(vector, angle, _wide(bank.center_ER)))
+    if weight_ET is None:
+        m_ERT = spec.scale * turned_ERT
+    else:
+        m_ERT = (spec.scale * weight_ET).unsqueeze(1) * turned_ERT
+    if spec.small_gates:
+        vector = angle = None  # computed again
+    kept_angle = angle if vector is None else None
+    return m_ERT, Saved(z_ERT, vector, kept_angle, weight_KT, index_KT, probability_ET, few_NT)
+
+
+def _small(bank: Bank, few_NT: Tensor | None, z_ERT: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Return the values of vector and angle gate, which read few_NT, or z if that is None."""
     source = z_ERT if few_NT is None else few_NT
-    gates = (parts.vector_EVN, parts.angle_EMN)
+    gates = (bank.vector_EVN, bank.angle_EMN)
     vector, angle = [None if gate is None else read_gate(gate, source) for gate in gates]
     return vector, angle
 
@@ -215,43 +272,35 @@ def _wide(center_ER: Tensor | None) -> Tensor | None:
     return None if center_ER is None else at_least_float32(center_ER)
 
 
-def _weights(parts: Parts, saved: Saved) -> Tensor:
-    """Return all experts' weights [E, T]."""
-    if saved.weight_KT is not None:
-        return spread_chosen(saved.weight_KT, saved.index_KT, parts.B_ERO.shape[0])
-    assert parts.weight_TE is not None
-    return parts.weight_TE.mT
-
-
-def _gate_again(how: How, x_TD: Tensor, z_ERT: Tensor, parts: Parts, saved: Saved) -> Gate:
-    """Return what the rotation read besides z; x in any type."""
+def _gate_again(
+    spec: Spec, bank: Bank, saved: Saved, z_ERT: Tensor, x_TD: Tensor, exact_TD: Tensor
+) -> Gate:
+    """Return what the rotation read besides z; x in the products' type and in its own."""
     vector, angle = saved.vector_EVT, saved.angle_EMT
-    if how.spec.small_gates:
-        vector, angle = _small(parts, saved.few_NT, z_ERT)
-    elif angle is None and parts.angle_EMN is not None:
-        wide_EMD = at_least_float32(parts.angle_EMN)
-        angle = project(
-            (x_TD if x_TD.dtype == wide_EMD.dtype else parts.x_TD).to(wide_EMD), wide_EMD
-        )
-    return Gate(vector, angle, _wide(parts.center_ER))
+    if spec.small_gates:
+        vector, angle = _small(bank, saved.few_NT, z_ERT)
+    elif angle is None and bank.angle_EMN is not None:
+        wide_EMD = at_least_float32(bank.angle_EMN)
+        angle = project((x_TD if x_TD.dtype == wide_EMD.dtype else exact_TD).to(wide_EMD), wide_EMD)
+    return Gate(vector, angle, _wide(bank.center_ER))
 
 
 class _Back(NamedTuple):
     """What small gates send back: to z [E, R, T] or few [N, T], and their own gradients."""
 
-    z_ERT: Tensor | None
-    few_NT: Tensor | None
-    vector_EVN: Tensor | None
-    angle_EMN: Tensor | None
+    z_ERT: Tensor | None = None
+    few_NT: Tensor | None = None
+    vector_EVN: Tensor | None = None
+    angle_EMN: Tensor | None = None
 
 
-def _small_back(parts: Parts, saved: Saved, z_ERT: Tensor, gradient: Adjoint) -> _Back:
+def _small_back(bank: Bank, saved: Saved, z_ERT: Tensor, gradient: Adjoint) -> _Back:
     """Go back through gates that read z or few numbers."""
     dsource: Tensor | None = None
     grads: list[Tensor | None] = []
     pairs = (
-        (parts.vector_EVN, gradient.vector_EVT),
-        (parts.angle_EMN, gradient.angle_EMT),
+        (bank.vector_EVN, gradient.vector_EVT),
+        (bank.angle_EMN, gradient.angle_EMT),
     )
     for weight_EMN, value in pairs:
         if weight_EMN is None or value is None:
@@ -270,79 +319,123 @@ def _small_back(parts: Parts, saved: Saved, z_ERT: Tensor, gradient: Adjoint) ->
     return _Back(dsource if in_z else None, None if in_z else dsource, *grads)
 
 
-def _router_gradient(moved_ET: Tensor, p_ET: Tensor, dlogits_TE: Tensor | None) -> Tensor:
-    """Go back through the softmax p; moved is p times p's gradient, 0 where not chosen."""
+class _Turned(NamedTuple):
+    """The way back of one bank, up to the maps that read x.
+
+    Attributes:
+        gradient: of what made its weighted activations.
+        small: what its small gates send back.
+        router_ET: gradient of its router's logits, None if the weights are given or one.
+        weight_TE: gradient of given weights, else None.
+    """
+
+    gradient: Adjoint
+    small: _Back
+    router_ET: Tensor | None
+    weight_TE: Tensor | None
+
+
+def _turn_back(
+    how: How, parts: Parts, spec: Spec, bank: Bank, saved: Saved, dm_ERT: Tensor, x_TD: Tensor
+) -> _Turned:
+    """Go back from the gradient of a bank's weighted activations to those of what made them."""
+    given_TE = parts.weight_TE if bank is parts.routed else None
+    if saved.weight_KT is not None:
+        weight_ET = spread_chosen(saved.weight_KT, saved.index_KT, bank.B_ERO.shape[0])
+    else:
+        weight_ET = dm_ERT.new_ones(1, 1) if given_TE is None else given_TE.mT
+    G_E1T = (spec.scale * weight_ET).unsqueeze(1)
+    z_ERT = saved.z_ERT.expand(bank.B_ERO.shape[0], -1, -1)
+    gate = _gate_again(spec, bank, saved, z_ERT, x_TD, parts.x_TD)
+    gradient, small = adjoint(spec.rotation, z_ERT, gate, G_E1T, dm_ERT), _Back()
+    if spec.small_gates:
+        small = _small_back(bank, saved, z_ERT, gradient)
+        z_grad = gradient.z_ERT if small.z_ERT is None else gradient.z_ERT + small.z_ERT
+        gradient = gradient._replace(z_ERT=z_grad, vector_EVT=None, angle_EMT=None)
+    if bank.router_ED is None:
+        dweight = None if given_TE is None else spec.scale * gradient.weight_E1T.squeeze(1).mT
+        return _Turned(gradient, small, None, dweight)
+    moved_ET = (G_E1T * gradient.weight_E1T).squeeze(1)
+    if spec.scoring == "sigmoid":
+        return _Turned(gradient, small, moved_ET * (1 - weight_ET), None)
+    p_ET = weight_ET if saved.probability_ET is None else saved.probability_ET
+    # back through the softmax p: moved is p times p's gradient, 0 where not chosen
     drouter_ET = torch.addcmul(moved_ET, p_ET, moved_ET.sum(0), value=-1)
-    return drouter_ET if dlogits_TE is None else drouter_ET + dlogits_TE.mT
+    if spec.rotation_input == "router" and small.few_NT is not None:
+        drouter_ET = drouter_ET + small.few_NT
+    return _Turned(gradient, small, drouter_ET, None)
 
 
 def backward(
     how: How,
     parts: Parts,
-    saved: Saved,
+    saved: Sequence[Saved],
     dy_TO: Tensor | None,
     dlogits_TE: Tensor | None,
     *,
     needs_x: bool,
 ) -> Gradients:
     """Return the gradients of the parts, given those of y and of the logits; base_TO's is left."""
-    B_ERO, router, dtype = parts.B_ERO, parts.router_ED, how.dtype
+    banks, dtype = parts.banks(how.spec), how.dtype
     if dy_TO is None:
-        dy_TO = parts.x_TD.new_zeros(parts.x_TD.shape[0], B_ERO.shape[-1])
+        dy_TO = parts.x_TD.new_zeros(parts.x_TD.shape[0], parts.routed.B_ERO.shape[-1])
     dy_TO, x_TD = dy_TO.to(dtype), parts.x_TD.to(dtype)
-    dm_ERT = at_least_float32(project(dy_TO, B_ERO.to(dtype)))
-    weight_ET = _weights(parts, saved)
-    G_E1T = (how.spec.scale * weight_ET).unsqueeze(1)
-    z_ERT = saved.z_ERT.expand(B_ERO.shape[0], -1, -1)
-    gate = _gate_again(how, x_TD, z_ERT, parts, saved)
-    gradient = adjoint(how.spec.rotation, z_ERT, gate, G_E1T, dm_ERT)
-    small = _Back(None, None, None, None)
-    if how.spec.small_gates:
-        small = _small_back(parts, saved, z_ERT, gradient)
-        z_grad = gradient.z_ERT if small.z_ERT is None else gradient.z_ERT + small.z_ERT
-        gradient = gradient._replace(z_ERT=z_grad, vector_EVT=None, angle_EMT=None)
-    dB = (gradient.m_ERT.to(dtype).flatten(0, 1) @ dy_TO).view(B_ERO.shape).to(B_ERO.dtype)
-    dweight = drouter_ET = dcenter = None
-    if router is None:
-        dweight = how.spec.scale * gradient.weight_E1T.squeeze(1).mT
-    else:
-        p_ET = weight_ET if saved.probability_ET is None else saved.probability_ET
-        moved_ET = (G_E1T * gradient.weight_E1T).squeeze(1)
-        drouter_ET = _router_gradient(moved_ET, p_ET, dlogits_TE)
-        if how.spec.rotation_input == "router" and small.few_NT is not None:
-            drouter_ET = drouter_ET + small.few_NT
-    if parts.center_ER is not None and gradient.center_ER is not None:
-        dcenter = gradient.center_ER.to(parts.center_ER.dtype)
-    maps = _linear(how, parts, x_TD, gradient, drouter_ET, small, needs_x)
-    dx, dA, dvector, ddown, drouter, dangle = maps
+    B_NO = _stack([bank.B_ERO.flatten(0, 1) for _, bank in banks]).to(dtype)
+    dm_NT = at_least_float32(B_NO @ dy_TO.mT)
+    sizes = [bank.B_ERO.shape[0] * bank.B_ERO.shape[1] for _, bank in banks]
+    turned = [
+        _turn_back(how, parts, spec, bank, kept, dm.view(*bank.B_ERO.shape[:2], -1), x_TD)
+        for (spec, bank), kept, dm in zip(banks, saved, torch.split(dm_NT, sizes), strict=True)
+    ]
+    if dlogits_TE is not None and turned[0].router_ET is not None:
+        turned[0] = turned[0]._replace(router_ET=turned[0].router_ET + dlogits_TE.mT)
+    m_NT = _stack([back.gradient.m_ERT.to(dtype).flatten(0, 1) for back in turned])
+    dB = torch.split(m_NT @ dy_TO, sizes)
+    dx, maps = _linear(how, parts, x_TD, turned, needs_x)
+    grads = [
+        _bank_gradients(spec, bank, back, dB_NO, each)
+        for (spec, bank), back, dB_NO, each in zip(banks, turned, dB, maps, strict=True)
+    ]
     dlogits = None
-    if how.spec.small_gates:
-        dvector, dangle = small.vector_EVN, small.angle_EMN
-        if parts.logits_TE is not None and small.few_NT is not None:
-            dlogits = small.few_NT.mT.to(parts.logits_TE.dtype)
-    return Gradients(
-        None, dx, None, dweight, drouter, dA, dB, dvector, dangle, dcenter, ddown, dlogits
-    )
+    if parts.logits_TE is not None and turned[0].small.few_NT is not None:
+        dlogits = turned[0].small.few_NT.mT.to(parts.logits_TE.dtype)
+    shared = grads[1] if len(grads) > 1 else None
+    return Gradients(None, dx, None, turned[0].weight_TE, dlogits, grads[0], shared)
+
+
+def _bank_gradients(
+    spec: Spec, bank: Bank, back: _Turned, dB_NO: Tensor, maps: Sequence[Tensor | None]
+) -> Bank:
+    """Put together the gradients of one bank; maps: of what reads x, as `_linear` gives them."""
+    dA, dvector, ddown, drouter, dangle = maps
+    assert dA is not None
+    if spec.small_gates:
+        dvector, dangle = back.small.vector_EVN, back.small.angle_EMN
+    dcenter = None
+    if bank.center_ER is not None and back.gradient.center_ER is not None:
+        dcenter = back.gradient.center_ER.to(bank.center_ER.dtype)
+    dB_ERO = dB_NO.view(bank.B_ERO.shape).to(bank.B_ERO.dtype)
+    return Bank(dA, dB_ERO, drouter, dvector, dangle, dcenter, ddown)
 
 
 def _linear(
-    how: How,
-    parts: Parts,
-    x_TD: Tensor,
-    gradient: Adjoint,
-    drouter_ET: Tensor | None,
-    small: _Back,
-    needs_x: bool,
-) -> tuple[Tensor | None, ...]:
-    """Return the gradients of x, A, vector gate, C, router and angle gate: what reads x."""
-    A_ERD, keep_TD = parts.A_ERD, parts.keep_TD
-    dz = gradient.z_ERT if len(A_ERD) == len(gradient.z_ERT) else gradient.z_ERT.sum(0)
-    reads_dropped = [
-        (A_ERD, dz),
-        (parts.vector_EVN, gradient.vector_EVT),
-        (parts.down_HD, small.few_NT),
-    ]
-    reads_x = [(parts.router_ED, drouter_ET), (parts.angle_EMN, gradient.angle_EMT)]
+    how: How, parts: Parts, x_TD: Tensor, turned: Sequence[_Turned], needs_x: bool
+) -> tuple[Tensor | None, list[list[Tensor | None]]]:
+    """Return the gradients of x, and for each bank those of what reads x.
+
+    Returns:
+        ([T, D] or None, [A, vector gate, C, router, angle gate] for each bank).
+    """
+    keep_TD, reads_dropped, reads_x = parts.keep_TD, [], []
+    for (_, bank), (gradient, small, router_ET, _) in zip(
+        parts.banks(how.spec), turned, strict=True
+    ):
+        A_ERD, dz = bank.A_ERD, gradient.z_ERT
+        dz = dz if len(A_ERD) == len(dz) else dz.sum(0)
+        reads_dropped += [(A_ERD, dz), (bank.vector_EVN, gradient.vector_EVT)]
+        reads_dropped += [(bank.down_HD, small.few_NT)]
+        reads_x += [(bank.router_ED, router_ET), (bank.angle_EMN, gradient.angle_EMT)]
+    split = len(reads_dropped)
     if keep_TD is None:
         dx, grads = _into_x(x_TD, [*reads_dropped, *reads_x], needs_x)
     else:
@@ -352,7 +445,11 @@ def _linear(
         if dx is not None:
             dx = dx * keep_TD * how.keep_scale
             dx = dx if straight is None else dx + straight
-    return (None if dx is None else dx.to(parts.x_TD.dtype), *grads)
+    maps = [
+        [*grads[3 * i : 3 * i + 3], *grads[split + 2 * i : split + 2 * i + 2]]
+        for i in range(len(turned))
+    ]
+    return None if dx is None else dx.to(parts.x_TD.dtype), maps
 
 
 def _into_x(
@@ -385,5 +482,5 @@ def _into_x(
     return dx_TD, grads
 
 
-def _stack(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def _stack(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

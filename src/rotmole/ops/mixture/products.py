@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,22 @@ def project(x_TD: Tensor, weight_EMD: Tensor) -> Tensor:
     """
     experts, rows = weight_EMD.shape[:2]
     return (weight_EMD.flatten(0, 1) @ x_TD.mT).view(experts, rows, x_TD.shape[0])
+
+
+def project_all(x_TD: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+    """Apply several experts' matrices, each [E, M, D], to every token in one product.
+
+    Returns:
+        What `project` returns for each of the weights; all share one memory.
+
+    >>> z, gate = project_all(torch.ones(5, 3), [torch.ones(2, 4, 3), torch.ones(1, 6, 3)])
+    >>> gate.shape
+    torch.Size([1, 6, 5])
+    """
+    rows_ND = torch.cat([weight.flatten(0, 1) for weight in weights])
+    sizes = [weight.shape[0] * weight.shape[1] for weight in weights]
+    parts = torch.split(rows_ND @ x_TD.mT, sizes)
+    return [part.view(*weight.shape[:2], -1) for part, weight in zip(parts, weights, strict=True)]
 
 
 def activations(dropped_TD: Tensor, A_ERD: Tensor, experts: int) -> Tensor:
@@ -52,6 +70,24 @@ def combine(weighted_ERT: Tensor, B_ERO: Tensor) -> Tensor:
     torch.Size([5, 6])
     """
     return weighted_ERT.to(B_ERO.dtype).flatten(0, 1).mT @ B_ERO.flatten(0, 1)
+
+
+def combine_all(weighted: Sequence[Tensor], factors: Sequence[Tensor]) -> Tensor:
+    """Send several banks' weighted activations through their B in one product: [T, O].
+
+    Args:
+        weighted: [E, R, T] of each bank.
+        factors: its B [E, R, O], all of one type.
+
+    >>> m, B = torch.ones(2, 4, 5), torch.ones(2, 4, 6)
+    >>> combine_all([m, m[:1]], [B, B[:1]]).shape
+    torch.Size([5, 6])
+    """
+    if len(weighted) == 1:
+        return combine(weighted[0], factors[0])
+    B_NO = torch.cat([B_ERO.flatten(0, 1) for B_ERO in factors])
+    m_NT = torch.cat([m_ERT.to(B_NO.dtype).flatten(0, 1) for m_ERT in weighted])
+    return m_NT.mT @ B_NO
 
 
 def add_product(base_TO: Tensor | None, m_TN: Tensor, B_NO: Tensor, scale: float = 1.0) -> Tensor:

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rotmole.ops.reference.method import mixture, rotated, route
+from rotmole.ops.reference.method import mixture, rotated, route, shared_weight
 from rotmole.ops.reference.products import dropped
 
+SHARED = "shared_"
 GATES = ("rotation_vector", "rotation_angle", "rotation_center", "rotation_down")
 
 
@@ -36,10 +37,16 @@ def layer(
     keep_scale: float = 1.0,
     base_TO: Tensor | None = None,
     rotation_input: str = "x",
+    shared: Mapping[str, Tensor] | None = None,
+    shared_settings: Mapping[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return base + s sum_e g_e R_e(x)[A_e drop(x)] B_e, and the router's logits.
 
     The weights g are weight_TE, or come from the router (then the logits are not None).
+
+    Args:
+        shared: tensors of the shared expert by name: A, B, gate, and those of its rotation.
+        shared_settings: its rotation, scale and rotation_input.
     """
     logits_TE = None
     if weight_TE is None:
@@ -53,7 +60,20 @@ def layer(
         x_TD, dropped_TD, weight_TE, A_ERD, B_ERO, gates,
         rotation=rotation, scale=scale, rotation_input=rotation_input, logits_TE=logits_TE,
     )  # fmt: skip
+    if shared is not None:
+        y_TO = y_TO + shared_expert(x_TD, dropped_TD, shared, **(shared_settings or {}))
     return y_TO if base_TO is None else base_TO + y_TO, logits_TE
+
+
+def shared_expert(
+    x_TD: Tensor, dropped_TD: Tensor, tensors: Mapping[str, Tensor], **settings: Any
+) -> Tensor:
+    """Return s_0 g_0 R_0(x)[A_0 drop(x)] B_0, [T, O]: a mixture of one expert."""
+    gates = {name: tensor for name, tensor in tensors.items() if name in GATES}
+    weight_T1 = shared_weight(x_TD, tensors.get("gate"))
+    return mixture(
+        x_TD, dropped_TD, weight_T1, tensors["A"], tensors["B"], gates, **settings
+    )  # fmt: skip
 
 
 def layer_gradients(
@@ -62,13 +82,19 @@ def layer_gradients(
     """Return the gradients of the layer's tensors, which autograd takes.
 
     Args:
-        tensors: arguments of `layer` that get a gradient, by name; gates by their own names.
+        tensors: arguments of `layer` that get a gradient, by name; gates by their own names, and
+            what belongs to the shared expert with "shared_" before its name.
         dy_TO, dlogits_TE: gradients of what `layer` returns.
         settings: the other arguments of `layer`.
     """
     leaves = {name: x.detach().clone().requires_grad_() for name, x in tensors.items()}
     gates = {name: leaf for name, leaf in leaves.items() if name in GATES}
-    arguments: dict[str, Any] = {name: leaf for name, leaf in leaves.items() if name not in GATES}
+    shared = {n.removeprefix(SHARED): leaf for n, leaf in leaves.items() if n.startswith(SHARED)}
+    arguments: dict[str, Any] = {
+        name: leaf for name, leaf in leaves.items() if name not in GATES and SHARED not in name
+    }
+    if shared:
+        arguments["shared"] = shared
     y_TO, logits_TE = layer(gates=gates, **arguments, **settings)
     total = (y_TO * dy_TO).sum()
     if logits_TE is not None and dlogits_TE is not None:

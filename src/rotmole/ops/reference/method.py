@@ -5,6 +5,7 @@ equation can be written as an explicit matrix or vector of the output space, it 
 its twin here.
 
     y = W x + s * sum over e in S(x) of g_e(x) * R_e(x)[A_e drop(x)] B_e       (W x is left out)
+          + s_0 * g_0(x) * R_0(x)[A_0 drop(x)] B_0                with a shared expert
 
 Letters, as name suffixes: T tokens, D in_features, O out_features, E experts, K selected per token,
 R rank, P planes. Angles are in radians. Everything is differentiable by autograd.
@@ -314,6 +315,20 @@ def mixture(
         weighted = (scale * weight_TE[t, e] * v_O for e, v_O in v.items())
         rows.append(sum(weighted, start=turned_TER.new_zeros(B_ERO.shape[2])))
     return torch.stack(rows).to(B_ERO.dtype)
+
+
+def shared_weight(x_TD: Tensor, gate_1D: Tensor | None = None) -> Tensor:
+    """Return g_0, the weight of the shared expert: 1 / (1 + exp(-w x)), or one without a gate.
+
+    Returns:
+        [T, 1].
+    """
+    one = wide(x_TD).new_ones(())
+    if gate_1D is None:
+        return torch.stack([one for _ in x_TD]).reshape(-1, 1)
+    w_D = wide(gate_1D[0])
+    weights = [one / (one + torch.exp(-torch.dot(w_D, x_D.to(w_D.dtype)))) for x_D in x_TD]
+    return torch.stack(weights).reshape(-1, 1)
 
 
 def best(values: list[float], count: int) -> list[int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,11 @@ def project(x_TD: Tensor, weight_EMD: Tensor) -> Tensor:
             for weight_MD in weight_EMD
         ]
     )
+
+
+def project_all(x_TD: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+    """Return what `project` makes of each of the weights."""
+    return [project(x_TD, weight_EMD) for weight_EMD in weights]
 
 
 def activations(dropped_TD: Tensor, A_ERD: Tensor, experts: int) -> Tensor:
@@ -52,6 +59,12 @@ def combine(weighted_ERT: Tensor, B_ERO: Tensor) -> Tensor:
                 y_O = y_O + weighted_ERT[e, r, t] * B_ERO[e, r]
         rows.append(y_O)
     return torch.stack(rows)
+
+
+def combine_all(weighted: Sequence[Tensor], factors: Sequence[Tensor]) -> Tensor:
+    """Return the sum of what `combine` makes of each pair."""
+    parts = [combine(m_ERT, B_ERO) for m_ERT, B_ERO in zip(weighted, factors, strict=True)]
+    return torch.stack(parts).sum(0)
 
 
 def combine_sqrt_gate(

@@ -191,6 +191,8 @@ def _fits(layer: Experts, leader: Experts, x_TD: Tensor) -> bool:
 
 def _shapes(layer: Experts) -> list[tuple[int, torch.Size]]:
     """What is laid together; E besides, which A does not say if it is shared."""
-    weights = layer.weights()
-    tensors = [weights.A_ERD, *weights.router.values(), *weights.gates.values()]
+    tensors = []
+    for weights in (layer.weights(), layer.weights().shared):
+        if weights is not None:
+            tensors += [weights.A_ERD, *weights.router.values(), *weights.gates.values()]
     return [(layer.spec.num_experts, tensor.shape) for tensor in tensors]

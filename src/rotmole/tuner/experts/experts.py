@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rotmole.ops.precision import at_least_float32
-from rotmole.ops.rotation.table import gate_shapes
+from rotmole.ops.rotation.table import ROTATIONS, gate_shapes
 from rotmole.ops.routing.route import scaling_gate_shapes
 from rotmole.ops.spec import Spec, Weights
 from rotmole.tuner.batch.loads import LoadCount
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from rotmole.tuner.settings.settings import Settings
 
 EXPERT, SCALING_GATE, ROTATION_GATE = "expert", "scaling_gate", "rotation_gate"
+
+SHARED = "shared_"
+SHARED_PLAIN = frozenset({"shared_A", "shared_B", "shared_gate"})
+"""Parameters of the shared expert that belong to no rotation gate."""
 
 FROZEN = {
     "none": frozenset[str](),
@@ -39,8 +43,50 @@ def spec_of(settings: Settings, in_features: int) -> Spec:
         scale = math.sqrt(3 * settings.goat_eta * in_features / settings.r)
     else:
         scale = settings.lora_alpha / (math.sqrt(settings.r) if settings.use_rslora else settings.r)
-    names = [entry.name for entry in fields(Spec) if entry.name != "scale"]
-    return Spec(scale=scale, **{name: getattr(settings, name) for name in names})
+    names = [entry.name for entry in fields(Spec) if entry.name not in ("scale", "shared")]
+    chosen = {name: getattr(settings, name) for name in names}
+    return Spec(scale=scale, shared=_shared_spec(settings, scale), **chosen)
+
+
+def _shared_spec(settings: Settings, scale: float) -> Spec | None:
+    """Return what the shared expert computes, None if there is none.
+
+    Its gates read what those of the other experts do, and keep the same length if they can.
+    """
+    rank, alpha = settings.shared_expert_r, settings.shared_expert_alpha
+    if rank == 0:
+        return None
+    if alpha is not None:
+        scale = alpha / (math.sqrt(rank) if settings.use_rslora else rank)
+    row = ROTATIONS[settings.shared_expert_rotation]
+    return Spec(
+        scale=scale,
+        scoring="sigmoid",
+        selection="dense",
+        norm_topk_prob=False,
+        rotation=row.name,
+        rotation_input=settings.rotation_input if row.linear_gates else "x",
+        rotation_dim=settings.rotation_dim if row.linear_gates else None,
+        rotation_metric=settings.rotation_metric if row.metric else "rank",
+        rotation_planes=settings.rotation_planes,
+        radar_rank=settings.radar_rank,
+        radar_normalize=settings.radar_normalize,
+        compute_dtype=settings.compute_dtype,
+    )
+
+
+def _gate_shapes(spec: Spec, rank: int, inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:
+    return gate_shapes(
+        spec.rotation,
+        E=spec.num_experts,
+        R=rank,
+        D=inputs,
+        O=outputs,
+        rotation_input=spec.rotation_input,
+        rotation_dim=spec.rotation_dim,
+        rotation_planes=spec.rotation_planes,
+        radar_rank=spec.radar_rank,
+    )
 
 
 class Experts(nn.Module):
@@ -50,6 +96,8 @@ class Experts(nn.Module):
         expert_A: [E, R, D], or [1, R, D] if all experts share it;  expert_B: [E, R, O];
         router_*: those of the scaling gate, absent at E = 1; residual_A, residual_B: the start of
         A and B, with init_weights "svd"; and the rotation gate's, as in rotmole.ops.gate_shapes.
+        shared_*: those of the shared expert, if there is one: A [1, R_0, D], B [1, R_0, O], gate
+        [1, D], and its rotation gate's.
 
     Args:
         settings: of the module, all patterns applied.
@@ -62,6 +110,8 @@ class Experts(nn.Module):
     expert_B: nn.Parameter
     residual_A: nn.Parameter
     residual_B: nn.Parameter
+    shared_A: nn.Parameter
+    shared_B: nn.Parameter
     router_bias: Tensor | None
 
     def __init__(
@@ -85,23 +135,22 @@ class Experts(nn.Module):
         self.router_names = tuple(routers)
         shapes |= routers
         shapes["expert_B"] = (experts, rank, out_features)
-        gates = gate_shapes(
-            spec.rotation,
-            E=experts,
-            R=rank,
-            D=in_features,
-            O=out_features,
-            rotation_input=spec.rotation_input,
-            rotation_dim=spec.rotation_dim,
-            rotation_planes=spec.rotation_planes,
-            radar_rank=spec.radar_rank,
-        )
+        gates = _gate_shapes(spec, rank, in_features, out_features)
         self.gate_names = tuple(gates)
+        shared: dict[str, tuple[int, ...]] = {}
+        if spec.shared is not None:
+            rank = settings.shared_expert_r
+            shared = {"shared_A": (1, rank, in_features), "shared_B": (1, rank, out_features)}
+            if settings.shared_expert_gate:
+                shared["shared_gate"] = (1, in_features)
+            for name, shape in _gate_shapes(spec.shared, rank, in_features, out_features).items():
+                shared[SHARED + name] = shape
+        self.shared_names = tuple(shared)
         residual = {}
         if settings.init_weights == "svd":
             residual = {"residual_A": input_factors, "residual_B": shapes["expert_B"]}
         self.frozen = FROZEN[settings.frozen] | residual.keys()
-        for name, shape in (shapes | gates | residual).items():
+        for name, shape in (shapes | gates | shared | residual).items():
             learns = name not in self.frozen
             self.register_parameter(name, nn.Parameter(torch.empty(shape), requires_grad=learns))
         biased = self.has_router and settings.router_bias_rate > 0
@@ -125,7 +174,23 @@ class Experts(nn.Module):
             {name: getattr(self, name) for name in self.gate_names},
             {name: getattr(self, name) for name in self.router_names},
             self.router_bias,
+            self._shared_weights(),
         )
+
+    def _shared_weights(self) -> Weights | None:
+        if not self.shared_names:
+            return None
+        named = {name: getattr(self, name) for name in self.shared_names}
+        gates = {n.removeprefix(SHARED): p for n, p in named.items() if n not in SHARED_PLAIN}
+        router = {"router_weight": named["shared_gate"]} if "shared_gate" in named else {}
+        return Weights(named["shared_A"], named["shared_B"], gates, router)
+
+    def pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """Return each A with its B: the routed experts' stacks, and the shared expert's."""
+        pairs = [(self.expert_A, self.expert_B)]
+        if self.shared_names:
+            pairs.append((self.shared_A, self.shared_B))
+        return pairs
 
     def residual(self) -> Weights | None:
         """Return where A and B started, with init_weights "svd"; None otherwise."""
@@ -135,9 +200,10 @@ class Experts(nn.Module):
 
     def role(self, name: str) -> str:
         """Return "expert", "scaling_gate" or "rotation_gate" for a parameter of this module."""
-        if name in self.gate_names:
+        if name in self.gate_names or (name in self.shared_names and name not in SHARED_PLAIN):
             return ROTATION_GATE
-        return SCALING_GATE if name in self.router_names else EXPERT
+        scales = name in self.router_names or name == "shared_gate"
+        return SCALING_GATE if scales else EXPERT
 
     def forward(self, way: Callable[..., Any], *arguments: Any) -> Any:
         """Return way(self, *arguments): parameters that are sharded are whole in here."""
@@ -161,4 +227,5 @@ class Experts(nn.Module):
         return (
             f"in_features={inputs}, out_features={outputs}, num_experts={experts}, r={rank}, "
             f"top_k={self.spec.top_k}, rotation={self.spec.rotation!r}"
+            + (f", shared_expert_r={self.shared_A.shape[1]}" if self.shared_names else "")
         )

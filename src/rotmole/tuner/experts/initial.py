@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from rotmole.errors import ConfigError
 from rotmole.ops.initial import gaussian, sparse_mask, svd_segments
 from rotmole.ops.rotation.table import ROTATIONS
-
-if TYPE_CHECKING:
-    from rotmole.tuner.experts.experts import Experts
+from rotmole.tuner.experts.experts import SHARED, Experts
 
 
 @torch.no_grad()
@@ -36,16 +33,20 @@ def draw(experts: Experts, init_weights: bool | str, A_density: float = 1.0) -> 
     zero: tuple[str, ...] = ()
     if init_weights:
         zero = ("expert_B", "router_mix", *ROTATIONS[experts.spec.rotation].zero)
-    for name, parameter in experts.named_parameters():
-        if name in zero or name.startswith("residual_"):
+        if experts.spec.shared is not None:
+            gates = ROTATIONS[experts.spec.shared.rotation].zero
+            zero += ("shared_B", *[SHARED + name for name in gates])
+    for full_name, parameter in experts.named_parameters():
+        name = full_name.removeprefix(SHARED)
+        if full_name in zero or name.startswith("residual_"):
             nn.init.zeros_(parameter)
-        elif name == "expert_A" and init_weights == "gaussian":
+        elif name in ("expert_A", "A") and init_weights == "gaussian":
             parameter.copy_(gaussian(_three(parameter)))
         elif name in {"rotation_center", "radar_pair_angle", "router_key"}:
             nn.init.normal_(parameter)
         else:
             fan_in = parameter.shape[0 if name.startswith("radar_") else -1]
-            if name == "expert_B":
+            if name in ("expert_B", "B"):
                 fan_in = parameter.shape[1]
             elif name == "router_threshold_bias":
                 fan_in = experts.expert_A.shape[-1]

@@ -87,6 +87,11 @@ def _in_rank_space(spec: Spec) -> bool:
     return fuses and not spec.router_sqrt_gate
 
 
+def _fuses(spec: Spec) -> bool:
+    """Whether the fused function can compute the layer, its shared expert included."""
+    return _in_rank_space(spec) and (spec.shared is None or _in_rank_space(spec.shared))
+
+
 def _routes_inside(spec: Spec) -> bool:
     """Whether the fused function can do the routing itself."""
     return spec.num_experts > 1 and spec.has_plain_gate
@@ -101,7 +106,7 @@ def _is_grouped(spec: Spec) -> bool:
 
 
 def _packs(spec: Spec) -> bool:
-    return _routes_inside(spec) and _in_rank_space(spec) and not _is_grouped(spec)
+    return _routes_inside(spec) and _fuses(spec) and not _is_grouped(spec)
 
 
 def _added(delta_TO: Tensor, call: Call) -> Tensor:
@@ -174,7 +179,7 @@ def _fused(experts: Experts, call: Call) -> Added:
         assert logits_TE is not None
         return y_TO, Routed(logits_TE, None, index_KT)
     routed = _routed(experts, call, weights)
-    weight_TE, logits_TE = x_TD.new_ones(x_TD.shape[0], 1), None
+    weight_TE = logits_TE = None
     if routed is not None and routed.routing is not None:
         weight_TE, logits_TE = routed.routing.weight_TE, routed.logits_TE
     y_TO, _, _ = fused_mixture(
@@ -225,7 +230,7 @@ WAYS = (
     Way("block", _any_layer, _is_in_block, _by_block),
     Way("packed", _packs, may_pack, _by_packs),
     Way("grouped", _is_grouped, _may_group, _by_groups),
-    Way("fused", _in_rank_space, _any_call, _fused),
+    Way("fused", _fuses, _any_call, _fused),
     Way("dense", _any_layer, _any_call, _dense),
 )
 

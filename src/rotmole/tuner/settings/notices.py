@@ -59,14 +59,20 @@ def _idle_in_losses(s: Settings) -> dict[str, bool]:
 
 
 def _idle_in_experts(s: Settings) -> dict[str, bool]:
+    shared = s.shared_expert_r > 0
+    rotations = {s.rotation, s.shared_expert_rotation} if shared else {s.rotation}
     return {
         "share_A": s.share_A and not s.is_routed,
         "use_rslora": s.use_rslora and s.goat_eta is not None,
         "alpha_pattern": bool(s.alpha_pattern) and s.goat_eta is not None,
-        "rotation_dim": s.rotation_dim is not None and not ROTATIONS[s.rotation].linear_gates,
-        "rotation_planes": s.rotation_planes is not None and s.rotation != "givens",
-        "radar_rank": s.radar_rank is not None and not s.rotation.startswith("radar"),
-        "radar_normalize": not s.radar_normalize and s.rotation != "radar",
+        "rotation_dim": s.rotation_dim is not None
+        and not any(ROTATIONS[name].linear_gates for name in rotations),
+        "rotation_planes": s.rotation_planes is not None and "givens" not in rotations,
+        "radar_rank": s.radar_rank is not None and not rotations & {"radar", "radar_pairs"},
+        "radar_normalize": not s.radar_normalize and "radar" not in rotations,
+        "shared_expert_alpha": s.shared_expert_alpha is not None and not shared,
+        "shared_expert_rotation": s.shared_expert_rotation != "none" and not shared,
+        "shared_expert_gate": s.shared_expert_gate and not shared,
     }
 
 
@@ -80,6 +86,8 @@ def _weak(s: Settings) -> Iterator[str]:
         )
     if s.rotation == "radar_pairs" and (s.top_k == 1 or not s.is_routed):
         yield "rotation='radar_pairs' has no effect with one selected expert: there are no pairs"
+    if s.shared_expert_r > 0 and s.shared_expert_rotation == "radar_pairs":
+        yield "shared_expert_rotation='radar_pairs' has no effect: a single expert has no pairs"
     if s.router_scope == "block" and s.compute_dtype == "input":
         yield (
             "compute_dtype='input' acts only on modules outside of feed-forward blocks, because "

@@ -25,11 +25,15 @@ def setting_problems(settings: Settings, task_type: object = None) -> list[str]:
     problems = range_problems(settings)
     wrong = frozenset(problems)
     sentences = [sentence for group in problems.values() for sentence in group]
-    for rules in (_count_rules, _rotation_rules, _module_rules, _start_rules, _sharing_rules):
+    for rules in (_count_rules, _rotation_rules, _shared_rules, _module_rules, _start_rules):
         sentences += rules(settings, wrong)
-    for rules in (_dispatch_rules, _router_rules, _task_rules, _sqrt_gate_rules, _block_rules):
+    for rules in (_sharing_rules, _dispatch_rules, _router_rules, _task_rules, _sqrt_gate_rules):
         sentences += rules(settings, wrong)
-    return [*sentences, *_causal_rules(settings, wrong, task_type)]
+    return [
+        *sentences,
+        *_block_rules(settings, wrong),
+        *_causal_rules(settings, wrong, task_type),
+    ]
 
 
 Names = frozenset[str]
@@ -59,6 +63,33 @@ def _rotation_rules(s: Settings, wrong: Names) -> Iterator[str]:
     if s.rotation_metric == "output" and not row.metric:
         able = ", ".join(name for name, other in ROTATIONS.items() if other.metric)
         yield f"rotation_metric is 'output' but rotation is {row.name!r}; only {able} have it"
+
+
+def _shared_rules(s: Settings, wrong: Names) -> Iterator[str]:
+    """Yield why there cannot be such a shared expert."""
+    if wrong & {"shared_expert_r", "shared_expert_rotation"} or s.shared_expert_r == 0:
+        return
+    row = ROTATIONS[s.shared_expert_rotation]
+    if "rotation_planes" not in wrong:
+        planes = s.rotation_planes if row.name == "givens" else None
+        yield from _rank_rules(row, "shared_expert_r", s.shared_expert_r, planes)
+    if row.linear_gates and s.rotation_input == "router":
+        yield (
+            f"rotation_input is 'router' but shared_expert_rotation is {row.name!r}; the shared "
+            "expert has no router, so set shared_expert_rotation: none"
+        )
+    if row.linear_gates and s.rotation_input == "z" and not row.input_z:
+        able = ", ".join(name for name, other in ROTATIONS.items() if other.input_z)
+        yield (
+            f"rotation_input is 'z' but shared_expert_rotation is {row.name!r}; only {able} can "
+            "read z"
+        )
+    if s.router_scope == "block":
+        yield (
+            f"shared_expert_r is {s.shared_expert_r} but router_scope is 'block', where an expert "
+            "is a whole feed-forward block behind whose activation no other can be added; set "
+            "shared_expert_r: 0, or router_scope: layer"
+        )
 
 
 def _input_rules(s: Settings, row: Rotation) -> Iterator[str]:

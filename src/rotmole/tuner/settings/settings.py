@@ -39,6 +39,7 @@ class Settings:
     """Settings of a mixture of low-rank experts, without PEFT and without a model.
 
         y = W x + s * sum_{e in S(x)} g_e(x) * R_e(x)[ A_e drop(x) ] B_e
+              + s_0 * g_0(x) * R_0(x)[ A_0 drop(x) ] B_0             with a shared expert
 
     RotMoleConfig adds what PEFT needs. The metadata of each field holds its meaning ("help"), its
     range ("range") and an example; docs/reference.md is generated from them.
@@ -394,6 +395,40 @@ class Settings:
             by_module(whole(1), or_by_depth=True),
             "top_k of the modules whose names match a pattern, or by depth.",
             example={"down_proj": 1},
+        ),
+    )
+    shared_expert_r: int = field(
+        default=0,
+        metadata=_about(
+            whole(0),
+            "R_0, the rank of the shared expert, which every token uses beside those that the "
+            "router selects (DeepSeekMoE); 0 means that there is none.",
+            example=8,
+        ),
+    )
+    shared_expert_alpha: float | None = field(
+        default=None,
+        metadata=_about(
+            or_null(above(0)),
+            "The scale of the shared expert is s_0 = shared_expert_alpha / shared_expert_r; with "
+            "use_rslora, shared_expert_alpha / sqrt(shared_expert_r). null means the scale s of "
+            "the other experts.",
+            example=16,
+        ),
+    )
+    shared_expert_rotation: str = field(
+        default="none",
+        metadata=_about(
+            choice(ROTATIONS), "The rotation gate of the shared expert.", example="tangent"
+        ),
+    )
+    shared_expert_gate: bool = field(
+        default=False,
+        metadata=_about(
+            flag(),
+            "Whether the shared expert is weighed by the sigmoid of a linear map of x (Qwen2-MoE); "
+            "otherwise its weight is 1.",
+            example=True,
         ),
     )
     share_A: bool = field(

@@ -118,12 +118,22 @@ def header_problems(settings: Settings, header: Mapping[str, Entry]) -> list[str
     if settings.router_scope == "block":  # modules outside of feed-forward blocks have one
         allowed["num_experts"].add(1)
     for axis, (name, values) in enumerate(allowed.items()):
-        odd = {shape[axis] if len(shape) == 3 else shape for shape in factors.values()} - values
-        if odd:
-            rule = " or ".join(str(value) for value in sorted(values))
-            had = ", ".join(str(value) for value in sorted(odd, key=str))
-            problems.append(f"{name} is {rule} in adapter_config.json, the weights have {had}")
-    return problems
+        problems += _other_sizes(name, values, axis, factors.values())
+    shared = [entry.shape for name, entry in header.items() if name.endswith("shared_B")]
+    if bool(shared) != (settings.shared_expert_r > 0):
+        shared = shared or [(1, 0, 0)]
+    return [*problems, *_other_sizes("shared_expert_r", {settings.shared_expert_r}, 1, shared)]
+
+
+def _other_sizes(
+    name: str, values: set[Any], axis: int, shapes: Iterable[tuple[int, ...]]
+) -> Iterator[str]:
+    """Yield how stored tensors differ in one size from what the settings allow."""
+    odd = {shape[axis] if len(shape) == 3 else shape for shape in shapes} - values
+    if odd:
+        rule = " or ".join(str(value) for value in sorted(values))
+        had = ", ".join(str(value) for value in sorted(odd, key=str))
+        yield f"{name} is {rule} in adapter_config.json, the weights have {had}"
 
 
 def _values(settings: Settings, name: str, pattern: str = "") -> set[Any]:
