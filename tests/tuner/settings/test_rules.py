@@ -32,6 +32,23 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     ({"selection": "top_p", "router": "magnitude"}, "router is 'magnitude' but selection"),
     ({"router": "hash", "router_bias_rate": 0.1}, "fixed by its id"),
     ({"selection": "dense", "router_bias_rate": 0.1}, "router_bias_rate is 0.1 but selection"),
+    ({"shared_expert_r": -1}, "shared_expert_r is -1"),
+    ({"shared_expert_r": 4, "shared_expert_alpha": 0}, "shared_expert_alpha is 0"),
+    ({"shared_expert_r": 4, "shared_expert_rotation": "tangents"}, "did you mean 'tangent'"),
+    ({"shared_expert_r": 1, "shared_expert_rotation": "tangent"}, "shared_expert_r is 1"),
+    ({"shared_expert_r": 3, "shared_expert_rotation": "givens"}, "shared_expert_r=3"),
+    (
+        {"shared_expert_r": 4, "shared_expert_rotation": "givens", "rotation_input": "router"},
+        "the shared expert has no router",
+    ),
+    (
+        {"shared_expert_r": 4, "shared_expert_rotation": "cayley", "rotation_input": "z"},
+        "rotation_input is 'z' but shared_expert_rotation is 'cayley'",
+    ),
+    (
+        {"shared_expert_r": 4, "router_scope": "block"},
+        "shared_expert_r is 4 but router_scope is 'block'",
+    ),
     ({"selection": "expert_choice", "task_type": "CAUSAL_LM"}, "not written yet"),
 ]
 IDLE: list[tuple[dict[str, Any], str]] = [
@@ -39,6 +56,13 @@ IDLE: list[tuple[dict[str, Any], str]] = [
     ({"rotation": "none", "rotation_dim": 8}, "rotation_dim=8 has no effect"),
     ({"router": "hash", "router_temperature": 0.5}, "router_temperature=0.5 has no effect"),
     ({"router": "hash", "router_jitter": 0.5}, "router_jitter=0.5 has no effect"),
+    ({"shared_expert_alpha": 8}, "shared_expert_alpha=8 has no effect"),
+    ({"shared_expert_rotation": "plane"}, "shared_expert_rotation='plane' has no effect"),
+    ({"shared_expert_gate": True}, "shared_expert_gate=True has no effect"),
+    (
+        {"shared_expert_r": 4, "shared_expert_rotation": "radar_pairs"},
+        "shared_expert_rotation='radar_pairs' has no effect",
+    ),
     ({"router_seed": 3}, "router_seed=3 has no effect"),
     ({"top_p": 0.7}, "top_p=0.7 has no effect"),
     ({"router": "magnitude", "scoring": "sigmoid"}, "scoring='sigmoid' has no effect"),
