@@ -165,6 +165,7 @@ SAYS: dict[str, Callable[[Experts], bool]] = {
     "flylora": lambda e: not e.expert_A.requires_grad and e.expert_A.shape == (32, 1, 32),
     "mixlora": lambda e: e.spec.num_experts in (1, 8),
     "radargate": lambda e: "radar_up" in e.gate_names,
+    "deepseekmoe": lambda e: e.shared_A.shape[:2] == (1, 16) and not e.spec.norm_topk_prob,
     "rotmole": lambda e: "rotation_vector" in e.gate_names,
 }
 

@@ -89,6 +89,13 @@ PRESETS: dict[str, Preset] = {
             "rotation": "none",
         },
     ),
+    "deepseekmoe": Preset(
+        "2401.06066", "a shared expert that every token uses, beside routed ones",
+        {
+            "num_experts": 8, "top_k": 2, "norm_topk_prob": False, "rotation": "none",
+            "shared_expert_r": 16, "router_aux_loss_coef": 1e-3,
+        },
+    ),
     "radargate": Preset(
         "2505.23184", "each expert's output rotated by what the other selected experts say",
         {"num_experts": 4, "top_k": 2, "rotation": "radar"},
