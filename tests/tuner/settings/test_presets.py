@@ -165,6 +165,7 @@ SAYS: dict[str, Callable[[Experts], bool]] = {
     "flylora": lambda e: not e.expert_A.requires_grad and e.expert_A.shape == (32, 1, 32),
     "mixlora": lambda e: e.spec.num_experts in (1, 8),
     "radargate": lambda e: "radar_up" in e.gate_names,
+    "deepseek_v3": lambda e: e.router_bias is not None and e.spec.scale == 2.5 * 16 / 2,
     "rotmole": lambda e: "rotation_vector" in e.gate_names,
 }
 

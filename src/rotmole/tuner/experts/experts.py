@@ -37,7 +37,8 @@ FROZEN = {
 def spec_of(settings: Settings, in_features: int) -> Spec:
     """Return what a layer with these settings computes: equal names, and the scale worked out.
 
-    scale = lora_alpha / r, or lora_alpha / sqrt(r), or GOAT's closed form sqrt(3 eta D / r)
+    scale = lora_alpha / r, or lora_alpha / sqrt(r), or GOAT's closed form sqrt(3 eta D / r);
+    times routed_scaling_factor where experts are selected
     """
     if settings.goat_eta is not None:
         scale = math.sqrt(3 * settings.goat_eta * in_features / settings.r)
@@ -45,13 +46,19 @@ def spec_of(settings: Settings, in_features: int) -> Spec:
         scale = settings.lora_alpha / (math.sqrt(settings.r) if settings.use_rslora else settings.r)
     names = [entry.name for entry in fields(Spec) if entry.name not in ("scale", "shared")]
     chosen = {name: getattr(settings, name) for name in names}
-    return Spec(scale=scale, shared=_shared_spec(settings, scale), **chosen)
+    shared = _shared_spec(settings, scale)
+    return Spec(scale=scale * routed_factor(settings), shared=shared, **chosen)
+
+
+def routed_factor(settings: Settings) -> float:
+    """Return what the scale of a layer is multiplied by: 1 for an expert that nobody selects."""
+    return settings.routed_scaling_factor if settings.num_experts > 1 else 1.0
 
 
 def _shared_spec(settings: Settings, scale: float) -> Spec | None:
     """Return what the shared expert computes, None if there is none.
 
-    Its gates read what those of the other experts do, and keep the same length if they can.
+    Its scale is not multiplied by routed_scaling_factor. Its gates read what those of the other experts do, and keep the same length if they can.
     """
     rank, alpha = settings.shared_expert_r, settings.shared_expert_alpha
     if rank == 0:
