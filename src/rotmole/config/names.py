@@ -58,6 +58,8 @@ OTHER_NAMES: dict[str, str] = {
     "shared_expert_rank": "adapter.shared_expert_r",
     "shared_expert_dim": "adapter.shared_expert_r",
     "router_lr": "optimizer.scaling_gate_lr",
+    "expert_lr": "optimizer.expert_lr_by_load",
+    "expert_lr_scaling": "optimizer.expert_lr_by_load",
     # lengths and order of rows
     "max_seq_length": "training.max_length",
     "max_seq_len": "training.max_length",

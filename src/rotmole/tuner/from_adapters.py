@@ -83,8 +83,9 @@ def from_adapters(
     """Make a mixture whose experts are trained PEFT LoRA adapters.
 
     Expert e is adapter e. Its scale is multiplied into B; its rank is padded with zeros to the
-    largest rank of a module. routed_scaling_factor multiplies the weighted sum of the adapters. In a module that an adapter did not train, its expert adds nothing.
-    With one adapter, the model computes what that adapter computes.
+    largest rank of a module. In a module that an adapter did not train, its expert adds nothing.
+    With one adapter, the model computes what that adapter computes. routed_scaling_factor
+    multiplies the weighted sum of the adapters.
 
     Args:
         base: the model that the adapters were trained on.
