@@ -118,6 +118,14 @@ def test_all_experts_can_learn_where_an_adapter_had_no_module(two: tuple[Path, P
     assert down.expert_B.grad[0].any()
 
 
+def test_routed_scaling_factor_multiplies_the_sum_of_the_adapters(two: tuple[Path, Path]) -> None:
+    adapted = layers(RotMoleModel.from_adapters(tiny.llama(), two, routed_scaling_factor=2.0))
+    for name, layer in layers(RotMoleModel.from_adapters(tiny.llama(), two)).items():
+        plain, doubled = layer.experts("default"), adapted[name].experts("default")
+        assert doubled.spec.scale == 2 * plain.spec.scale
+        torch.testing.assert_close(doubled.expert_B, plain.expert_B)
+
+
 REFUSED: list[tuple[dict[str, object], str]] = [
     ({"use_dora": True}, "use_dora"),
     ({"bias": "lora_only"}, "bias is 'lora_only'"),

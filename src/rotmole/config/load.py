@@ -271,6 +271,8 @@ def _warn_idle_sections(run: RunFile, adapter: Mapping[str, Any]) -> None:
         idle.append(("optimizer.rotation_gate_lr", "adapter.rotation is none"))
     if run.optimizer.scaling_gate_lr is not None and adapter.get("num_experts") == 1:
         idle.append(("optimizer.scaling_gate_lr", "with one expert there is no scaling gate"))
+    if run.optimizer.expert_lr_by_load != "none" and adapter.get("num_experts") == 1:
+        idle.append(("optimizer.expert_lr_by_load", "with one expert nothing is chosen"))
     weights = [name for name, task in run.data.tasks.items() if task.weight is not None]
     if run.data.temperature is not None and len(run.data.tasks) == 1:
         idle.append(("data.temperature", "there is only one task"))

@@ -269,6 +269,13 @@ class OptimizerSection(Section):
         description="Learning rate of B divided by that of A (LoRA+); null means 1.",
         examples=[16.0],
     )
+    expert_lr_by_load: Literal["none", "sqrt"] = Field(
+        default="none",
+        description="Whether the learning rate of each expert (A, B and its rotation gate) is "
+        "multiplied by sqrt(E share), where share is the running share of the tokens' choices that "
+        "it gets (sqrt; between 0.25 and 2).",
+        examples=["sqrt"],
+    )
 
 
 class EvaluationSection(Section):

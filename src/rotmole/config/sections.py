@@ -19,10 +19,11 @@ def optimizer_problems(section: Mapping[str, Any], training: Mapping[str, Any]) 
     Returns:
         One sentence per problem.
     """
-    name = section.get("name")
+    name, problems = section.get("name"), []
+    if section.get("expert_lr_by_load") == "sqrt":
+        problems += _rates_by_load_problems(name or training.get("optim"), training)
     if name is None:
-        return []
-    problems = []
+        return problems
     if "optim" in training:
         problems.append(
             f"training.optim and optimizer.name ({name}) both choose the optimizer; drop one."
@@ -31,6 +32,22 @@ def optimizer_problems(section: Mapping[str, Any], training: Mapping[str, Any]) 
         problems.append(
             f"optimizer.name: {name} needs the whole of A and B, which training.fsdp shards; "
             "train with DDP (leave training.fsdp out), or drop optimizer.name."
+        )
+    return problems
+
+
+def _rates_by_load_problems(optimizer: Any, training: Mapping[str, Any]) -> list[str]:
+    head = "optimizer.expert_lr_by_load: sqrt"
+    problems = []
+    if optimizer in ("sgd", "riemannian_sgd"):
+        problems.append(
+            f"{head} does not fit {optimizer}, whose step for an expert is as long as its share of "
+            "the tokens already; drop it, or choose an optimizer of Adam's kind."
+        )
+    if training.get("fsdp"):
+        problems.append(
+            f"{head} needs each expert whole, which training.fsdp shards; train with DDP (leave "
+            "training.fsdp out), or drop it."
         )
     return problems
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rotmole.errors import AdapterError, ConfigError, ModelError, one_of
 from rotmole.tuner.config import RotMoleConfig
-from rotmole.tuner.experts.experts import Experts
+from rotmole.tuner.experts.experts import Experts, routed_factor
 from rotmole.tuner.layer import RotMoleLayer
 from rotmole.tuner.targets import linear_widths
 
@@ -84,7 +84,8 @@ def from_adapters(
 
     Expert e is adapter e. Its scale is multiplied into B; its rank is padded with zeros to the
     largest rank of a module. In a module that an adapter did not train, its expert adds nothing.
-    With one adapter, the model computes what that adapter computes.
+    With one adapter, the model computes what that adapter computes. routed_scaling_factor
+    multiplies the weighted sum of the adapters.
 
     Args:
         base: the model that the adapters were trained on.
@@ -114,9 +115,12 @@ def from_adapters(
     config = _config(loras, settings, trainable)
     _check_base(base, loras)
     model = get_peft_model(base, config, adapter_name=adapter_name)
+    factor = routed_factor(config)
     for name, layer in model.get_base_model().named_modules():
         if isinstance(layer, RotMoleLayer):
-            _fill(layer.experts(adapter_name), name, loras, keep_drawn=trainable == "all")
+            experts = layer.experts(adapter_name)
+            scale = experts.spec.scale / factor
+            _fill(experts, name, loras, scale=scale, keep_drawn=trainable == "all")
     return model
 
 
@@ -240,9 +244,12 @@ def _check_base(base: nn.Module, loras: Sequence[Lora]) -> None:
 
 
 @torch.no_grad()
-def _fill(experts: Experts, name: str, loras: Sequence[Lora], *, keep_drawn: bool) -> None:
+def _fill(
+    experts: Experts, name: str, loras: Sequence[Lora], *, scale: float, keep_drawn: bool
+) -> None:
     """Copy every adapter's factors into its expert; padded ranks add nothing, because B is 0 there.
 
+    Each adapter's own scale is multiplied into B over `scale`, the layer's without the factor.
     If experts are trained, padded rows of A keep their random start, so that they can learn;
     otherwise they are zero.
     """
@@ -253,4 +260,4 @@ def _fill(experts: Experts, name: str, loras: Sequence[Lora], *, keep_drawn: boo
         if name in lora.factors:
             A, B = lora.factors[name]
             experts.expert_A[e, : len(A)] = A
-            experts.expert_B[e, : len(A)] = B.T * (lora.scale(name) / experts.spec.scale)
+            experts.expert_B[e, : len(A)] = B.T * (lora.scale(name) / scale)

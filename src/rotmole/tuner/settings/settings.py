@@ -164,6 +164,16 @@ class Settings:
             example=False,
         ),
     )
+    routed_scaling_factor: float = field(
+        default=1.0,
+        metadata=_about(
+            above(0),
+            "Multiplies the sum of the selected experts, as in DeepSeek-V3: it is part of s in "
+            "modules with more than one expert. The shared expert is not multiplied. top_k "
+            "undoes that weights which sum to one shorten the experts' steps (docs/method.md).",
+            example=2.0,
+        ),
+    )
     rotation: str = field(
         default="tangent",
         metadata=_about(
