@@ -1,11 +1,10 @@
-"""Adapters trained apart, combined by gates: beside each alone, their mean, and one LoRA for all.
+"""Combine trained adapters: each alone, their mean, one LoRA for all, and gates.
 
-    OMP_NUM_THREADS=1 python experiments/combine/run.py [--cells DIR] [--seeds 0 1 2]
+    OMP_NUM_THREADS=1 nice python experiments/combine/run.py [--cells DIR] [--seeds 0 1 2]
 
-Every cell is an ordinary run folder in DIR (runs/combine); a finished cell is not run again, so the
-command goes on where it was stopped. When all cells of all seeds are there, results.json beside
-this file is written anew; docs/scripts/combine_table.py makes the tables of docs/combine.md from
-it.
+Every cell has a folder with figures.json; a cell that has one is not made again, so the command
+goes on where it was stopped. results.json beside this file is written of all that are there, and
+docs/scripts/combine_tables.py makes the tables of docs/combine.md of it.
 """
 
 from __future__ import annotations
@@ -13,180 +12,116 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
-from torch import nn
+from parts import GROUPS, RANK, UPDATES, base_model, examples, run_file, score, train_lora
+from peft import PeftModel
 
-from rotmole.config.load import load_run
-from rotmole.config.schema import RunFile
-from rotmole.data import load_examples
-from rotmole.evaluation.scoring import evaluating, log_likelihoods, scored_answers
 from rotmole.files import atomic_write_text
-from rotmole.training.build import Built
-from rotmole.training.folder.layout import is_finished
-from rotmole.training.run import train
-from rotmole.tuner.layer import RotMoleLayer
-
-HERE = Path(__file__).parent
-RUN, RESULTS = HERE / "run.yaml", HERE / "results.json"
-KINDS = ("units", "currency", "dates", "times", "lists", "numbers")
-GROUPS = {"A": ("de", "fr", "es"), "B": ("it", "pt", "pl")}
-SINGLES = {"de": ("de",), "es": ("es",), "pl": ("pl",)}
-SETS = {"groups": GROUPS, "languages": SINGLES}
-LANGUAGES = ("de", "fr", "es", "it", "pt", "pl")
-UPDATES, DOUBLE = 200, ("adapter.r=24", "adapter.lora_alpha=96")
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One run: its languages, its updates, what it changes of run.yaml, and the run it goes on."""
+class Cells:
+    """All cells of one seed.
 
-    name: str
-    languages: Sequence[str]
-    updates: int = UPDATES
-    settings: Sequence[str] = ()
-    after: str | None = None
-
-
-ADAPTERS = [Cell(name, part) for parts in SETS.values() for name, part in parts.items()]
-ONE_FOR_ALL = [
-    Cell("A then B", GROUPS["B"], after="A"),
-    Cell("de then es", ("es",), after="de"),
-    Cell("de then es then pl", ("pl",), after="de then es"),
-    Cell("A and B", LANGUAGES, 2 * UPDATES, DOUBLE),
-    Cell(
-        "de and es and pl",
-        ("de", "es", "pl"),
-        3 * UPDATES,
-        ("adapter.r=36", "adapter.lora_alpha=144"),
-    ),
-]
-
-
-def folder_of(cells: Path, name: str, seed: int) -> Path:
-    """Return where a cell's run lies."""
-    return cells / f"{name.replace(' ', '-')}-{seed}"
-
-
-def run_file(languages: Sequence[str], seed: int, folder: Path, settings: Sequence[str]) -> RunFile:
-    """Return run.yaml with other languages and settings."""
-    spoken = f"[{', '.join(languages)}]"
-    overrides = [f"data.tasks.{kind}.languages={spoken}" for kind in KINDS]
-    return load_run(RUN, [*overrides, f"seed={seed}", f"output_dir={folder}", *settings])
-
-
-def score(model: nn.Module, tokenizer: Any, run: RunFile) -> dict[str, dict[str, float]]:
-    """Return the mean loss of an answer, in nats a token, and the share of answers all right.
-
-    An answer is all right if each of its tokens is the most probable one after the tokens before it.
-
-    Returns:
-        Language -> {"nll", "rows"}; rows and tokens are the same for every cell of a seed.
+    Attributes:
+        folder: of the cells of all seeds.
     """
-    tasks = {
-        name: task.model_copy(update={"languages": list(LANGUAGES)})
-        for name, task in run.data.tasks.items()
-    }
-    data = run.data.model_copy(update={"tasks": tasks})
-    rows = [row for part in load_examples(data, "test", seed=run.seed).values() for row in part]
-    texts = scored_answers(rows, tokenizer)
-    with evaluating(model):
-        values = log_likelihoods(model, texts, batch_size=run.evaluation.batch_size)
-    figures = {}
-    for language in LANGUAGES:
-        chosen = [
-            (value, len(text.positions))
-            for row, text, value in zip(rows, texts, values, strict=True)
-            if row.group == language
-        ]
-        loss = -sum(value for value, _ in chosen) / sum(tokens for _, tokens in chosen)
-        figures[language] = {"nll": round(loss, 5), "rows": len(chosen)}
-    return figures
+
+    folder: Path
+    seed: int
+
+    def place(self, name: str) -> Path:
+        """Return the folder of a cell."""
+        return self.folder / f"seed{self.seed}" / name
+
+    def make(self, name: str, work: Callable[[Path], Mapping[str, Any]]) -> dict[str, Any]:
+        """Return the figures of a cell, made now if they are not there."""
+        folder = self.place(name)
+        file = folder / "figures.json"
+        if not file.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            began, worked = time.perf_counter(), time.process_time()
+            figures = {
+                **work(folder),
+                "seconds": round(time.perf_counter() - began),
+                "cpu_seconds": round(time.process_time() - worked),
+            }
+            atomic_write_text(file, json.dumps(figures, indent=1) + "\n")
+            print(f"seed {self.seed} {name}: {json.dumps(figures)}", flush=True)
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+
+    def lora(
+        self, name: str, parts: tuple[str, ...], updates: int, rank: int = RANK, start: str = ""
+    ) -> None:
+        """Train a LoRA adapter on some parts, from a new one or from another cell's."""
+
+        def work(folder: Path) -> dict[str, Any]:
+            if not (folder / "adapter").exists():
+                run = run_file(parts, folder, self.seed, updates)
+                train_lora(run, rank, self.place(start) / "adapter" if start else None)
+            return {"updates": updates, "rank": rank}
+
+        self.make(name, work)
+
+    def scored(self, name: str, group: str, split: str = "test") -> dict[str, Any]:
+        """Score a cell's LoRA adapter, or the base model, on the parts of a group."""
+
+        def work(folder: Path) -> dict[str, Any]:
+            run = run_file(GROUPS[group], folder, self.seed, 1)
+            base = base_model(run)
+            model = base.model
+            if name != "base":
+                model = PeftModel.from_pretrained(model, str(self.place(name) / "adapter"))
+            rows = examples(run, base.tokenizer)
+            return {"nll": score(model, base.tokenizer, rows[split], GROUPS[group])}  # type: ignore[index] # a split's name
+
+        return self.make(f"scores/{split}/{group}/{name}", work)
 
 
-def go_on_from(folder: Path) -> Any:
-    """Return what copies the weights of a finished run of the same shapes into a new one."""
-    stored = load_file(folder / "adapter" / "adapter_model.safetensors")
-
-    def prepare(built: Built) -> None:
-        own = dict(built.model.named_parameters())
-        with torch.no_grad():
-            for name, value in stored.items():
-                path, _, last = name.rpartition(".")
-                own[f"{path}.default.{last}"].copy_(value)
-
-    return prepare
+def single(cells: Cells) -> None:
+    """Train and score the adapters of single parts."""
+    for part, updates in UPDATES.items():
+        cells.lora(part, (part,), updates)
+        for group, parts in GROUPS.items():
+            if part in parts:
+                cells.scored(part, group)
 
 
-def save_as_lora(model: Any, base: nn.Module, run: RunFile, folder: Path) -> None:
-    """Save an adapter of one expert without rotation as the PEFT LoRA that it is."""
-    targets = run.adapter["target_modules"]
-    config = LoraConfig(
-        r=run.adapter["r"], lora_alpha=run.adapter["lora_alpha"], target_modules=targets,
-        task_type="CAUSAL_LM",
-    )  # fmt: skip
-    layers = {n: m.experts("default") for n, m in model.get_base_model().named_modules()
-              if isinstance(m, RotMoleLayer)}  # fmt: skip
-    plain = model.unload()
-    lora = get_peft_model(plain, config)
-    with torch.no_grad():
-        for name, module in lora.get_base_model().named_modules():
-            if name in layers and hasattr(module, "lora_A"):
-                module.lora_A["default"].weight.copy_(layers[name].expert_A[0])
-                module.lora_B["default"].weight.copy_(layers[name].expert_B[0].T)
-    lora.save_pretrained(folder)
+def one_lora(cells: Cells) -> None:
+    """Train and score one adapter on part after part, and one on all parts together."""
+    for group, (first, *later) in GROUPS.items():
+        done = first
+        for part in later:
+            start, done = done, f"{done}-then-{part}"
+            cells.lora(done, (part,), UPDATES[part], start=start)
+        cells.scored(done, group)
+        parts = GROUPS[group]
+        joint = f"joint-{group}"
+        cells.lora(joint, parts, sum(UPDATES[p] for p in parts), RANK * len(parts))
+        cells.scored(joint, group)
 
 
-def do(cell: Cell, seed: int, cells: Path) -> None:
-    """Train and score a cell, unless its figures are there."""
-    folder = folder_of(cells, cell.name, seed)
-    figures = folder / "figures.json"
-    if figures.is_file() and is_finished(folder):
-        return
-    settings = [f"training.max_steps={cell.updates}", *cell.settings]
-    run = run_file(cell.languages, seed, folder, settings)
-    started = time.perf_counter()
-    prepare = go_on_from(folder_of(cells, cell.after, seed)) if cell.after else None
-    result = train(run, progress=False, prepare=prepare)
-    seconds = time.perf_counter() - started
-    built = result.built
-    scores = score(built.model, built.base.tokenizer, run)
-    save_as_lora(built.model, built.base.model, run, folder / "lora")
-    write(figures, cell.name, seed, scores, seconds, result.trainable_parameters, cell.updates)
-
-
-def write(
-    file: Path, name: str, seed: int, scores: Any, seconds: float, parameters: int, updates: int
-) -> None:
-    """Write a cell's figures."""
-    record = {
-        "cell": name, "seed": seed, "updates": updates, "trainable_parameters": parameters,
-        "seconds": round(seconds, 1), "scores": scores,
-    }  # fmt: skip
-    atomic_write_text(file, json.dumps(record, indent=1) + "\n")
-    print(name, seed, {k: v["nll"] for k, v in scores.items()}, f"{seconds:.0f} s", flush=True)
+STAGES = {"single": single, "one-lora": one_lora}
 
 
 def main() -> None:
-    """Run what is missing, then write results.json."""
+    """Make the cells."""
     options = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    options.add_argument("--cells", type=Path, default=HERE.parents[1] / "runs" / "combine")
+    options.add_argument("--cells", type=Path, default=Path("runs/combine"))
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    options.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     given = options.parse_args()
-    for seed in given.seeds:
-        for cell in ADAPTERS:
-            do(cell, seed, given.cells.resolve())
-    for seed in given.seeds:
-        for cell in ONE_FOR_ALL:
-            do(cell, seed, given.cells.resolve())
+    torch.set_num_threads(1)
+    for stage in given.stages:
+        for seed in given.seeds:
+            STAGES[stage](Cells(given.cells, seed))
 
 
 if __name__ == "__main__":
