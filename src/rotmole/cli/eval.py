@@ -21,6 +21,7 @@ from rotmole.evaluation import evaluate as work
 from rotmole.evaluation.evaluate import task_metrics
 from rotmole.evaluation.render import footnotes, print_lines, print_table, rows
 from rotmole.evaluation.report import prediction_rows
+from rotmole.evaluation.shares import ROWS, shares_by_task
 from rotmole.evaluation.target import Target, find_target, load_target
 from rotmole.files import atomic_write_text, check_writable
 from rotmole.models.load import load_tokenizer
@@ -101,7 +102,11 @@ def evaluate(
             spread=spread,
         )  # fmt: skip
     if is_main:
-        origin = _origin(place, loaded.name, loaded.note)
+        shares = shares_by_task(
+            loaded.model, loaded.tokenizer, examples,
+            batch_size=run.evaluation.batch_size, max_length=sft_arguments(run)["max_length"],
+        )  # fmt: skip
+        origin = _origin(place, loaded.name, loaded.note) | {"expert_shares": shares}
         _deliver(report, origin, folder, _split_advice(place, data), as_json=as_json)
     return 0
 
@@ -186,6 +191,17 @@ def _split_advice(target: Target, data: DataSection) -> list[str]:
     ]
 
 
+def _used(shares: dict[str, dict[str, float]]) -> list[str]:
+    """Say how much each expert with a name is used on each task."""
+    if not shares:
+        return []
+    lines = [f"weights of the experts, the mean of layers and tokens, {ROWS} rows of each task:"]
+    for task, named in shares.items():
+        words = ", ".join(f"{name} {100 * share:.0f} %" for name, share in named.items())
+        lines.append(f"  {task}: {words}")
+    return lines
+
+
 def _deliver(
     report: Report, origin: dict[str, Any], folder: Path, advice: list[str], *, as_json: bool
 ) -> None:
@@ -198,7 +214,7 @@ def _deliver(
     else:
         print_table(rows(report))
         model_note = [f"model: {origin['note']}"] if origin["note"] else []
-        print_lines([*footnotes(report), *advice, *model_note])
+        print_lines([*footnotes(report), *_used(origin["expert_shares"]), *advice, *model_note])
     check_writable(folder, RESULT, PREDICTIONS)
     lines = (
         json.dumps(row, ensure_ascii=False, allow_nan=False) for row in prediction_rows(report)

@@ -35,23 +35,28 @@ def adapter_hints() -> dict[str, Any]:
 
 
 def check_adapter(
-    values: Mapping[str, Any], suggest: Suggest = no_hint
+    values: Mapping[str, Any],
+    suggest: Suggest = no_hint,
+    decided: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], RotMoleConfig | None, list[str]]:
     """Check the section and make the adapter's configuration.
 
     Args:
         values: the section as parsed from YAML.
         suggest: as of `check_fields`.
+        decided: settings that the adapters of experts_from decide; None or empty if there are none.
 
     Returns:
-        The settings that passed, with the preset's filled in; the configuration made of them, None
-        if a setting is wrong; and one sentence per problem.
+        The settings that passed, with the decided ones and the preset's filled in; the
+        configuration made of them, None if a setting is wrong; and one sentence per problem.
     """
     from rotmole.tuner.config import RotMoleConfig
+    from rotmole.tuner.from_adapters import REFUSED as CHANGES_EXPERTS
     from rotmole.tuner.settings.presets import PRESETS, contradictions, preset_fields
 
     hints = adapter_hints()
     settings, problems = check_fields(values, hints, REFUSED, "adapter", suggest)
+    settings |= decided or {}
     preset = settings.pop("preset", None)
     if preset in PRESETS:
         problems += [
@@ -62,10 +67,18 @@ def check_adapter(
         settings = preset_fields(preset, settings)
     elif preset is not None:
         problems.append(one_of("adapter.preset", preset, PRESETS))
-    if settings.get("frozen") == "AB" and settings.get("init_weights") != "svd":
+    if decided:
+        problems += [
+            f"adapter.{name} is {settings[name]!r}, which would change what the adapters of "
+            "experts_from computed; leave it out"
+            for name in sorted(CHANGES_EXPERTS)
+            if settings.get(name)
+            and settings[name] != RotMoleConfig.__dataclass_fields__[name].default
+        ]
+    elif settings.get("frozen") == "AB" and settings.get("init_weights") != "svd":
         problems.append(
             "adapter.frozen is 'AB', which keeps B at zero here, so nothing would be trained; it "
-            "is for experts imported with RotMoleModel.from_adapters"
+            "is for experts that were trained before (experts_from)"
         )
     config = None
     try:

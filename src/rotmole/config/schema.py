@@ -221,6 +221,29 @@ class TaskSection(Section):
     )
 
 
+class ExpertsFromSection(Section):
+    """Trained LoRA adapters that become the experts; routers and rotation gates are trained."""
+
+    paths: list[Annotated[str, AfterValidator(os.path.expanduser)]] = Field(
+        default_factory=list,
+        description="Folders of LoRA adapters, run folders, or ids on the hub; each is one expert. "
+        "RotMoLE adapters with one expert and rotation none are LoRA too. Without paths, experts "
+        "start anew.",
+        examples=[["runs/math", "me/code-lora"]],
+    )
+    names: list[str] | None = Field(
+        default=None,
+        description="Name of each expert in reports; null takes those of the folders.",
+        examples=[["math", "code"]],
+    )
+    trainable: Literal["gates", "all"] = Field(
+        default="gates",
+        description="What is trained: routers and rotation gates (gates), or the experts too "
+        "(all).",
+        examples=["all"],
+    )
+
+
 class DataSection(Section):
     """The mixture of tasks."""
 
@@ -338,6 +361,9 @@ class RunFile(Section):
     )
     model: ModelSection = Field(default_factory=ModelSection, description="The base model.")
     adapter: dict[str, Any] = Field(default_factory=dict, description="Settings of RotMoleConfig.")
+    experts_from: ExpertsFromSection = Field(
+        default_factory=ExpertsFromSection, description="Trained adapters as experts."
+    )
     data: DataSection = Field(description="The tasks to train on, at least one.")
     training: dict[str, Any] = Field(
         default_factory=dict, description="Settings of TRL's SFTConfig."

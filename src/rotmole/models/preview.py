@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from rotmole.models.load import empty_model
 from rotmole.tuner.batch.losses import balance_states
 from rotmole.tuner.config import RotMoleConfig
 from rotmole.tuner.layer import RotMoleLayer
+from rotmole.tuner.loras import Lora, base_problems
 
 
 def preview(
@@ -49,13 +51,18 @@ def preview(
 
 
 def adapter_problems(
-    section: ModelSection, config: RotMoleConfig, *, trust_remote_code: bool = False
+    section: ModelSection,
+    config: RotMoleConfig | None,
+    loras: Sequence[Lora] = (),
+    *,
+    trust_remote_code: bool = False,
 ) -> list[str]:
     """Say why the adapter does not fit the model; reads only the model's configuration.
 
     Args:
         section: the run file's `model:` section.
-        config: the adapter's configuration.
+        config: the adapter's configuration; None if it has problems of its own.
+        loras: trained adapters that become its experts.
         trust_remote_code: let transformers run code that came with the model.
 
     Returns:
@@ -66,6 +73,9 @@ def adapter_problems(
         base = empty_model(section, trust_remote_code=trust_remote_code)
     except RotMoleError as error:
         return [str(error)]
+    problems = [f"experts_from.paths: {problem}" for problem in base_problems(base, loras)]
+    if config is None or problems:
+        return problems
     if problems := _unmatched(base, config.target_modules):
         return problems
     try:

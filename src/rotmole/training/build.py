@@ -22,7 +22,7 @@ from rotmole.config.training import saves_when_it_validates
 from rotmole.data import Collator, Example, encode_all, load_splits, mix
 from rotmole.data.chat import today
 from rotmole.data.load import within_limit
-from rotmole.errors import ConfigError, DataError
+from rotmole.errors import AdapterError, ConfigError, DataError, ModelError
 from rotmole.models.limits import check_readable
 from rotmole.models.load import LoadedModel, load_model
 from rotmole.training.callbacks.balance import BiasCallback
@@ -36,6 +36,8 @@ from rotmole.training.folder.layout import METRICS
 from rotmole.training.folder.manifest import run_date
 from rotmole.training.trainer import RotMoleTrainer
 from rotmole.tuner.config import RotMoleConfig
+from rotmole.tuner.from_adapters import differing, put_experts
+from rotmole.tuner.loras import base_problems, listed, read_loras
 
 UNLIMITED = 1 << 30
 
@@ -90,7 +92,7 @@ def build(
     origin = None if checkpoints is None else checkpoints.origin
     date = today() if origin is None else run_date(origin.parent)
     examples = all_examples(run, base.tokenizer, date=date)
-    model = add_adapter(run, base.model)
+    model = add_adapter(run, base.model, trained=origin is not None)
     validation = validation_rows(run, examples["validation"])
     used = {"train": examples["train"], "validation": validation}
     trainer = build_trainer(run, model, base.tokenizer, used, callbacks, checkpoints)
@@ -140,14 +142,31 @@ def all_examples(
     return examples
 
 
-def add_adapter(run: RunFile, base: Any) -> PeftModel:
+def add_adapter(run: RunFile, base: Any, *, trained: bool = False) -> PeftModel:
     """Put the run's adapter on a base model; run.seed decides its initial weights.
+
+    Args:
+        trained: a checkpoint of the run will be loaded, so that the adapters of experts_from are
+            not needed.
 
     Raises:
         ConfigError: the settings do not fit the model.
+        AdapterError, ModelError: an adapter of experts_from cannot be read, changed, or does not
+            fit the model.
     """
     set_seed(run.seed)
+    paths = [] if trained else run.experts_from.paths
+    loras = read_loras(paths)
+    if paths and (changes := differing(run.adapter_config, loras)):
+        raise AdapterError(
+            f"the adapters of experts_from are not those that this run file was made for: "
+            f"{'; '.join(changes)}. Leave what they decide out of the adapter section."
+        )
+    if problems := base_problems(base, loras):
+        raise ModelError(listed(problems))
     model = get_peft_model(base, copy.deepcopy(run.adapter_config))  # PEFT changes it
+    if loras:
+        put_experts(model, loras, model.active_adapter)
     # PEFT looks for a base model's configuration at every save: here, not on the hub
     model.active_peft_config.base_model_name_or_path = base.config.name_or_path
     return model

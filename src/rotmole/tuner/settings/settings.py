@@ -18,6 +18,7 @@ from rotmole.tuner.settings.ranges import (
     flag,
     is_whole,
     modules,
+    names,
     or_null,
     share,
     whole,
@@ -441,6 +442,15 @@ class Settings:
             example=True,
         ),
     )
+    expert_names: list[str] | None = field(
+        default=None,
+        metadata=_about(
+            names(),
+            "A name for each expert, as `rotmole combine` gives them; reports use them. null: "
+            "experts have numbers only.",
+            example=["math", "code"],
+        ),
+    )
     share_A: bool = field(
         default=False,
         metadata=_about(
@@ -455,7 +465,7 @@ class Settings:
         metadata=_about(
             choice(("none", "A", "AB")),
             "Which factors keep their initial values. AB trains the gates only and is for "
-            "experts imported with RotMoleModel.from_adapters.",
+            "experts that were trained before (experts_from, RotMoleModel.from_adapters).",
             example="A",
         ),
     )
