@@ -184,7 +184,7 @@ class RotMoleLayer(BaseTunerLayer):  # type: ignore[misc] # peft ships no types
             assert routing is not None  # a biased router is no plain one
             mask_T = None if layout is None else layout.tokens.mask_T
             result = count_loads(
-                result, routing.selected_TE, mask_T, experts.loads, experts.expert_B, stack
+                result, routing.selected_TE, mask_T, experts.loads, experts.newest_B, stack
             )
         return result
 
