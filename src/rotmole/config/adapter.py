@@ -35,13 +35,14 @@ def adapter_hints() -> dict[str, Any]:
 
 
 def check_adapter(
-    values: Mapping[str, Any], suggest: Suggest = no_hint
+    values: Mapping[str, Any], suggest: Suggest = no_hint, *, starts: bool = False
 ) -> tuple[dict[str, Any], RotMoleConfig | None, list[str]]:
     """Check the section and make the adapter's configuration.
 
     Args:
         values: the section as parsed from YAML.
         suggest: as of `check_fields`.
+        starts: whether the weights are those of a saved adapter.
 
     Returns:
         The settings that passed, with the preset's filled in; the configuration made of them, None
@@ -62,7 +63,8 @@ def check_adapter(
         settings = preset_fields(preset, settings)
     elif preset is not None:
         problems.append(one_of("adapter.preset", preset, PRESETS))
-    if settings.get("frozen") == "AB" and settings.get("init_weights") != "svd":
+    drawn = not starts and settings.get("init_weights") != "svd"
+    if settings.get("frozen") == "AB" and drawn:
         problems.append(
             "adapter.frozen is 'AB', which keeps B at zero here, so nothing would be trained; it "
             "is for experts imported with RotMoleModel.from_adapters"

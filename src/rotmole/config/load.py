@@ -16,6 +16,7 @@ from rotmole.config.paths import anchor_paths
 from rotmole.config.problems import sentences
 from rotmole.config.schema import METRICS, DataSection, ModelSection, RunFile, TaskSection
 from rotmole.config.sections import early_stopping_problems, optimizer_problems, task_group_problems
+from rotmole.config.start import settings_from
 from rotmole.config.training import (
     arguments,
     best_problems,
@@ -118,7 +119,12 @@ def _check_sections(
     schema_is_right: bool,
 ) -> _Checked:
     """Check what the schema cannot know: the keys that belong to other classes, and metrics."""
-    adapter, config, problems = check_adapter(_section(raw, "adapter"), did_you_mean_place)
+    section, start_problems = _section(raw, "adapter"), []
+    starts = isinstance(raw.get("init_from"), str) and bool(raw["init_from"])
+    if starts:
+        section, start_problems = settings_from(raw["init_from"], section)
+    adapter, config, problems = check_adapter(section, did_you_mean_place, starts=starts)
+    problems = start_problems + problems
     tasks = _valid_tasks(raw)
     model = _valid_model(raw)
     if model_problems is not None and model is not None and config is not None:

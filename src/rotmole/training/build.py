@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 from trl import SFTConfig
@@ -18,11 +18,13 @@ from trl import SFTConfig
 from rotmole.config.load import sft_arguments
 from rotmole.config.schema import DataSection, RunFile, Split
 from rotmole.config.sections import early_stopping_problems
+from rotmole.config.start import start_folder
 from rotmole.config.training import saves_when_it_validates
 from rotmole.data import Collator, Example, encode_all, load_splits, mix
 from rotmole.data.chat import today
 from rotmole.data.load import within_limit
 from rotmole.errors import ConfigError, DataError
+from rotmole.models.adapter import check_adapter_folder
 from rotmole.models.limits import check_readable
 from rotmole.models.load import LoadedModel, load_model
 from rotmole.training.callbacks.balance import BiasCallback
@@ -90,7 +92,7 @@ def build(
     origin = None if checkpoints is None else checkpoints.origin
     date = today() if origin is None else run_date(origin.parent)
     examples = all_examples(run, base.tokenizer, date=date)
-    model = add_adapter(run, base.model)
+    model = add_adapter(run, base.model, resumes=origin is not None)
     validation = validation_rows(run, examples["validation"])
     used = {"train": examples["train"], "validation": validation}
     trainer = build_trainer(run, model, base.tokenizer, used, callbacks, checkpoints)
@@ -140,14 +142,32 @@ def all_examples(
     return examples
 
 
-def add_adapter(run: RunFile, base: Any) -> PeftModel:
+def add_adapter(run: RunFile, base: Any, *, resumes: bool = False) -> PeftModel:
     """Put the run's adapter on a base model; run.seed decides its initial weights.
+
+    With `init_from` they are those of the adapter it names.
+
+    Args:
+        run: a checked run file.
+        base: the base model.
+        resumes: the weights will come from a checkpoint.
 
     Raises:
         ConfigError: the settings do not fit the model.
+        AdapterError: the adapter of `init_from` is damaged, or made for another model.
     """
     set_seed(run.seed)
-    model = get_peft_model(base, copy.deepcopy(run.adapter_config))  # PEFT changes it
+    config = copy.deepcopy(run.adapter_config)  # PEFT changes it
+    start = None
+    if run.init_from is not None and not resumes:
+        start = start_folder(run.init_from)
+        saved = check_adapter_folder(start)
+        config.base_fingerprint = saved.get("base_fingerprint")
+        config.base_model_name_or_path = saved.get("base_model_name_or_path")
+        config.is_saved = config.base_fingerprint is not None  # it is compared with the model's
+    model = get_peft_model(base, config)
+    if start is not None:
+        set_peft_model_state_dict(model, load_peft_weights(str(start), device="cpu"))
     # PEFT looks for a base model's configuration at every save: here, not on the hub
     model.active_peft_config.base_model_name_or_path = base.config.name_or_path
     return model
