@@ -301,12 +301,12 @@ def grow(
     from rotmole.cli.grow import grow as work
 
     chosen = {
-        "experts": freeze_old or freeze_experts,
-        "router": freeze_old or freeze_router,
-        "shared_expert": freeze_old or freeze_shared,
+        "experts": freeze_experts,
+        "router": freeze_router,
+        "shared_expert": freeze_shared,
     }
     kept = [part for part, is_kept in chosen.items() if is_kept]
-    return work(target, experts, output, freeze_old=kept, seed=seed)
+    return work(target, experts, output, freeze_old=kept, keep_all=freeze_old, seed=seed)
 
 
 @app.command()

@@ -146,7 +146,7 @@ def test_expert_choice_stays_too() -> None:
 def test_new_experts_learn(case: str) -> None:
     model = trained(**EXACT[case])
     before = logits(model)
-    grow(model, 1, freeze_old=BOTH)
+    grow(model, 1, freeze_old=BOTH if case == "shared expert" else BOTH[:2])
     old = {n: t.clone() for n, t in experts_of(model).items()}
     trains = [p for p in model.parameters() if p.requires_grad]
     step(model, torch.optim.AdamW(trains, lr=1e-2, weight_decay=0.3))
@@ -313,3 +313,6 @@ def test_what_cannot_grow_says_why() -> None:
     with pytest.raises(ConfigError, match="router_scope block cannot grow"):
         grow(get_peft_model(llama(), block), 1)
     assert model.peft_config["default"].experts_added == []
+    with pytest.warns(UserWarning, match="there is no shared expert"):
+        grow(model, 1, freeze_old=BOTH)
+    assert model.peft_config["default"].freeze_old == ["experts", "router"]

@@ -16,12 +16,19 @@ from rotmole.files import atomic_write_text, make_folder, share, storage_errors,
 from rotmole.models.adapter import check_adapter_folder
 from rotmole.training.folder.layout import ADAPTER
 from rotmole.tuner.grow import grow_saved
+from rotmole.tuner.settings.settings import PARTS
 
 RUN = "run.yaml"
 
 
 def grow(
-    target: Path, experts: int, output: Path, *, freeze_old: Sequence[str] = (), seed: int = 0
+    target: Path,
+    experts: int,
+    output: Path,
+    *,
+    freeze_old: Sequence[str] = (),
+    keep_all: bool = False,
+    seed: int = 0,
 ) -> int:
     """Write OUTPUT/adapter, and for a run OUTPUT/run.yaml, by which it is trained on.
 
@@ -30,6 +37,7 @@ def grow(
         experts: how many each layer gets.
         output: a new folder; it appears complete or not at all.
         freeze_old: of "experts", "router", "shared_expert".
+        keep_all: freeze all of these that there are.
         seed: of the new experts' initial weights.
 
     Raises:
@@ -47,6 +55,9 @@ def grow(
             f"{place.adapter} is a {saved.get('peft_type')} adapter; rotmole grow takes RotMoLE's. "
             "RotMoleModel.from_adapters makes a mixture of LoRA adapters."
         )
+    if keep_all:
+        parts = [part for part in PARTS if part != "shared_expert" or saved.get("shared_expert_r")]
+        freeze_old = [*freeze_old, *parts]
     output = output.expanduser()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"--output {output} exists and is not empty; choose another folder.")

@@ -119,7 +119,8 @@ def _check_sections(
     schema_is_right: bool,
 ) -> _Checked:
     """Check what the schema cannot know: the keys that belong to other classes, and metrics."""
-    section, start_problems = _section(raw, "adapter"), []
+    section: Mapping[str, Any] = _section(raw, "adapter")
+    start_problems: list[str] = []
     starts = isinstance(raw.get("init_from"), str) and bool(raw["init_from"])
     if starts:
         section, start_problems = settings_from(raw["init_from"], section)

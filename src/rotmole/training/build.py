@@ -38,6 +38,7 @@ from rotmole.training.folder.layout import METRICS
 from rotmole.training.folder.manifest import run_date
 from rotmole.training.trainer import RotMoleTrainer
 from rotmole.tuner.config import RotMoleConfig
+from rotmole.tuner.storage.fingerprint import base_fingerprint, compare_bases
 
 UNLIMITED = 1 << 30
 
@@ -157,15 +158,16 @@ def add_adapter(run: RunFile, base: Any, *, resumes: bool = False) -> PeftModel:
         AdapterError: the adapter of `init_from` is damaged, or made for another model.
     """
     set_seed(run.seed)
-    config = copy.deepcopy(run.adapter_config)  # PEFT changes it
     start = None
     if run.init_from is not None and not resumes:
         start = start_folder(run.init_from)
         saved = check_adapter_folder(start)
-        config.base_fingerprint = saved.get("base_fingerprint")
-        config.base_model_name_or_path = saved.get("base_model_name_or_path")
-        config.is_saved = config.base_fingerprint is not None  # it is compared with the model's
-    model = get_peft_model(base, config)
+        name, here = saved.get("base_model_name_or_path"), base.config.name_or_path
+        made_for, now = saved.get("base_fingerprint") or {}, base_fingerprint(base)
+        notice = compare_bases(made_for, now, name, here)
+        if notice and made_for.get("final_norm") != now["final_norm"]:  # not only another place
+            warnings.warn(f"init_from: {notice}.", stacklevel=2)
+    model = get_peft_model(base, copy.deepcopy(run.adapter_config))  # PEFT changes it
     if start is not None:
         set_peft_model_state_dict(model, load_peft_weights(str(start), device="cpu"))
     # PEFT looks for a base model's configuration at every save: here, not on the hub

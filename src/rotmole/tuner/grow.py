@@ -9,6 +9,7 @@ start with B = 0. docs/grow.md says what that means for each selection, router a
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -149,6 +150,9 @@ def grown_config(
     if isinstance(experts, bool) or not isinstance(experts, int) or experts < 1:
         raise ConfigError(f"experts is {experts!r}; it must be a whole number of at least 1")
     kept = list(freeze_old)
+    if "shared_expert" in kept and config.shared_expert_r == 0:
+        kept.remove("shared_expert")
+        warnings.warn("there is no shared expert, so freeze_old keeps none", stacklevel=3)
     if config.router_scope == "block":
         raise ConfigError(
             "router_scope is 'block', whose experts are whole feed-forward blocks with weights "

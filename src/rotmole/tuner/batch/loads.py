@@ -143,7 +143,7 @@ def update_router_bias(model: nn.Module) -> int:
     parts = torch.split(flat, [len(load_E) for load_E in loads])
     for module, (count, bias_E), load_E in zip(biased, pairs, parts, strict=True):
         # experts that came together are chosen among themselves
-        own = load_E.split(module.spec.generations)
+        own = torch.split(load_E, list(module.spec.generations))
         step_E = torch.cat([torch.sign(part.mean() - part) for part in own]).to(bias_E)
         step_E[: module.kept_biases] = 0
         bias_E.add_(step_E, alpha=count.rate)
