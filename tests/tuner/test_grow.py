@@ -20,6 +20,7 @@ from rotmole.errors import ConfigError, ModelError
 from rotmole.ops.routing.balance import load_balance_loss
 from rotmole.ops.routing.generations import select_generations
 from rotmole.optim import Muon, RiemannianAdamW, RiemannianSGD, parameter_groups
+from rotmole.optim.riemannian import expert_modules
 from rotmole.tuner.grow import grow, grow_saved
 from tiny import bert, llama
 
@@ -205,6 +206,38 @@ def test_roles_of_added_tensors() -> None:
         word = name.rpartition(".")[2].removesuffix("_1").removesuffix("_2")
         if word in wanted:
             assert rates[id(parameter)] == wanted[word], name
+
+
+def test_a_frozen_A_stays_frozen_and_sparse_in_added_experts() -> None:
+    model = trained(**EXACT["frozen A"])
+    grow(model, 2)
+    added = [(n, p) for n, p in model.named_parameters() if n.endswith("expert_A_1")]
+    assert added
+    for name, parameter in added:
+        assert not parameter.requires_grad, name
+        assert ((parameter != 0).sum(-1) == parameter.shape[-1] // 2).all()
+    imported = trained(frozen="AB", init_weights=False)
+    grow(imported, 1)
+    learns = {n.rpartition(".")[2] for n, p in imported.named_parameters() if p.requires_grad}
+    assert {"expert_A_1", "expert_B_1"} < learns
+    assert not {"expert_A", "expert_B"} & learns
+
+
+@pytest.mark.parametrize("share_A", [False, True])
+def test_every_factor_is_paired_with_its_own_experts(share_A: bool) -> None:
+    model = trained(share_A=share_A, shared_expert_r=2, target_modules=["q_proj"])
+    grow(model, 1)
+    for module in expert_modules(model):
+        pairs = {id(factor): other for factor, other in module.factor_pairs()}
+        named = {n: p for n, p in module.named_parameters() if n.split("_")[1] in "AB"}
+        assert len(named) == (5 if share_A else 6)
+        assert pairs.keys() == {id(p) for p in named.values()}
+        for name, parameter in named.items():
+            other, partner = pairs[id(parameter)], name.translate(str.maketrans("AB", "BA"))
+            if share_A and name == "expert_A":
+                assert torch.equal(other, torch.cat([module.expert_B, module.expert_B_1]))
+            else:
+                assert other is named["expert_A" if share_A and "expert" in name else partner]
 
 
 def test_saved_loaded_and_decoded(tmp_path: Path) -> None:
