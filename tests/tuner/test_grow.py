@@ -19,6 +19,7 @@ import rotmole
 from rotmole.errors import ConfigError, ModelError
 from rotmole.ops.routing.balance import load_balance_loss
 from rotmole.ops.routing.generations import select_generations
+from rotmole.ops.routing.route import route
 from rotmole.optim import Muon, RiemannianAdamW, RiemannianSGD, parameter_groups
 from rotmole.optim.riemannian import expert_modules
 from rotmole.tuner.grow import grow, grow_saved
@@ -291,6 +292,24 @@ def test_a_saved_adapter_grows_without_its_model(tmp_path: Path) -> None:
     grow(model, 2, freeze_old=["router"])
     shapes = {n.replace(".default", ""): t.shape for n, t in experts_of(model).items()}
     assert shapes == {n: t.shape for n, t in one.items()}
+
+
+@pytest.mark.parametrize("router", ["linear", "mlp", "attention", "hybrid"])
+def test_new_weights_know_nothing_of_a_number_on_all_old_logits(router: str) -> None:
+    x_TD = torch.rand(9, 32).double() + 0.5
+    weights = []
+    for shift in (0.0, 20.0):
+        model = trained(router=router, target_modules=["q_proj"])
+        with torch.no_grad():
+            for name, row in expert_modules(model)[0].named_parameters():
+                if name in ("router_weight", "router_key"):
+                    row.add_(shift * torch.ones(row.shape[1]))
+        torch.manual_seed(3)
+        grow(model, 1)
+        first = expert_modules(model)[0]
+        weights.append(route(first.spec, x_TD, first.weights())[1].weight_TE)
+    torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=1e-9)
+    assert (weights[0][:, 4] > 1e-3).any()
 
 
 def test_float32_is_equal_to_rounding() -> None:

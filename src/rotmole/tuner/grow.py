@@ -198,4 +198,20 @@ def _grown(
                 tensor[: len(before)] = before
         elif name in old:
             tensor.copy_(old[name])
+    _start_at_the_mean(experts)
     return experts.train(training)
+
+
+def _start_at_the_mean(experts: Experts) -> None:
+    """Add the mean of the old rows to those of the new experts in a softmax router.
+
+    A softmax over the old experts says nothing of a number that is added to all their logits, so
+    training lets it drift; with the mean in it, a new logit starts among the old ones all the same.
+    """
+    spec = experts.spec
+    if spec.scoring != "softmax" or spec.router == "cosine":
+        return
+    for whole in ("router_weight", "router_key"):
+        rows = [p for n, p in experts.named_parameters() if experts.whole_name(n) == whole]
+        if len(rows) > 1:
+            rows[-1].add_(torch.cat(rows[:-1]).mean(0))
