@@ -63,6 +63,9 @@ def test_the_folder_is_trained_on_and_scored_as_it_is(old, grown, capsys):
     assert run.data.tasks == old.built.run.data.tasks
     before, start = load_file(old.run_dir / WEIGHTS), load_file(grown / WEIGHTS)
     assert all(torch.equal(start[name], tensor) for name, tensor in before.items())
+    capsys.readouterr()
+    assert main(["check", str(grown / "run.yaml")]) == 0
+    assert "no mistakes found" in capsys.readouterr().out
     result = train(run, progress=False)
     after = load_file(result.run_dir / WEIGHTS)
     for name, tensor in start.items():
