@@ -153,12 +153,6 @@ def grown_config(
     if "shared_expert" in kept and config.shared_expert_r == 0:
         kept.remove("shared_expert")
         warnings.warn("there is no shared expert, so freeze_old keeps none", stacklevel=3)
-    if config.router_scope == "block":
-        raise ConfigError(
-            "router_scope is 'block', whose experts are whole feed-forward blocks with weights "
-            "that sum to one, so new experts would take weight from the old ones; a mixture with "
-            "router_scope block cannot grow"
-        )
     pattern: Any = config.num_experts_pattern
     if isinstance(pattern, Mapping):
         pattern = {name: count + experts for name, count in pattern.items()}
