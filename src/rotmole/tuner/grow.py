@@ -206,6 +206,7 @@ def _start_at_the_mean(experts: Experts) -> None:
     if spec.scoring != "softmax" or spec.router == "cosine":
         return
     for whole in ("router_weight", "router_key"):
-        rows = [p for n, p in experts.named_parameters() if experts.whole_name(n) == whole]
+        named = experts.named_parameters()
+        rows: list[Tensor] = [p for n, p in named if experts.whole_name(n) == whole]
         if len(rows) > 1:
             rows[-1].add_(torch.cat(rows[:-1]).mean(0))
