@@ -281,6 +281,35 @@ def sgd_steps_agree() -> None:
         assert_same(weights[name], weights["one"], 1e-12)
 
 
+def old_experts_stay() -> None:
+    """Three updates with weight decay of a grown mixture: what is frozen stays, in every bit."""
+    base = adapted(experts_added=[2], freeze_old=["experts", "router"])
+    start = {n: v.detach().clone() for n, v in adapter_state(base, CPU).items()}
+    weights = {}
+    for name in ("one", *WRAPS):
+        model = copy.deepcopy(base)
+        wrapped, silent = (model, None) if name == "one" else WRAPS[name](model)
+        learns = [p for p in wrapped.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(learns, lr=0.01, weight_decay=0.5)
+        for _ in range(3):
+            optimizer.zero_grad()
+            if silent is None:
+                ids, mask = everything(2)
+                balance_states(model)[0].managed = True
+                loss_of(model, ids, mask, learnt(mask)).backward()
+            else:
+                backward(wrapped, rank_batches(dist.get_rank(), 2), 2, silent)
+            torch.nn.utils.clip_grad_norm_(learns, 0.1)
+            optimizer.step()
+        state = adapter_state(model, CPU)
+        weights[name] = {n: v.detach().clone() for n, v in state.items()}
+    for name, value in start.items():
+        for way, trained in weights.items():
+            assert torch.equal(value, trained[name]) != name.endswith("_1"), (way, name)
+    for way in WRAPS:
+        assert_same(weights[way], weights["one"], 1e-8)
+
+
 def a_sharded_adapter_is_saved_whole(folder: str) -> None:
     base = adapted(torch.float32)
     model = copy.deepcopy(base)
@@ -331,6 +360,7 @@ CHECKS: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {
     "an expert rests on one rank": (an_expert_is_used_on_one_rank_alone, {}),
     "a plain mean over ranks is wrong": (a_mean_over_ranks_is_not_the_mean_over_tokens, {}),
     "three updates": (sgd_steps_agree, {}),
+    "old experts stay": (old_experts_stay, {}),
     "memory": (memory_is_as_the_formula_says, {}),
     "highest": (ranks_agree_on_the_highest_number, {}),
     "a sharded adapter is saved whole": (a_sharded_adapter_is_saved_whole, {"folder": "adapter"}),

@@ -308,6 +308,46 @@ def generate(
 
 
 @app.command()
+def grow(
+    target: Target,
+    experts: Annotated[
+        int, typer.Option("--experts", "-n", min=1, help="How many experts each layer gets.")
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="The folder to write.")
+    ],
+    freeze_old: Annotated[
+        bool,
+        typer.Option(
+            "--freeze-old",
+            help="Keep all that was there: --freeze-experts --freeze-router --freeze-shared.",
+        ),
+    ] = False,
+    freeze_experts: Annotated[
+        bool,
+        typer.Option("--freeze-experts", help="Keep the old experts, their rotations included."),
+    ] = False,
+    freeze_router: Annotated[
+        bool, typer.Option("--freeze-router", help="Keep how old experts are chosen and weighed.")
+    ] = False,
+    freeze_shared: Annotated[
+        bool, typer.Option("--freeze-shared", help="Keep the expert that every token uses.")
+    ] = False,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Random seed of the new experts.")] = 0,
+) -> int:
+    """Add experts to a trained mixture; its outputs stay the same until it is trained on."""
+    from rotmole.cli.grow import grow as work
+
+    chosen = {
+        "experts": freeze_experts,
+        "router": freeze_router,
+        "shared_expert": freeze_shared,
+    }
+    kept = [part for part, is_kept in chosen.items() if is_kept]
+    return work(target, experts, output, freeze_old=kept, keep_all=freeze_old, seed=seed)
+
+
+@app.command()
 def doctor(
     adapter: Annotated[
         Path | None, typer.Argument(metavar="ADAPTER", help="An adapter folder to check as well.")

@@ -88,6 +88,18 @@ CUSTOM_CASES: list[tuple[str, str, dict[str, Any]]] = [
         {"target_modules": ["lin1"], "rotation": "cayley", "lora_alpha": 64, **ONE},
     ),
     (
+        "tangent, grown",
+        "MLP",
+        {
+            "target_modules": ["lin0"],
+            "num_experts": 4,
+            "top_k": 2,
+            "r": 4,
+            "experts_added": [2],
+            "lora_alpha": 1,
+        },
+    ),
+    (
         "radar, dense",
         "MLP",
         {

@@ -38,6 +38,8 @@ def check_adapter(
     values: Mapping[str, Any],
     suggest: Suggest = no_hint,
     decided: Mapping[str, Any] | None = None,
+    *,
+    starts: bool = False,
 ) -> tuple[dict[str, Any], RotMoleConfig | None, list[str]]:
     """Check the section and make the adapter's configuration.
 
@@ -45,6 +47,7 @@ def check_adapter(
         values: the section as parsed from YAML.
         suggest: as of `check_fields`.
         decided: settings that the adapters of experts_from decide; None or empty if there are none.
+        starts: whether the weights are those of a saved adapter.
 
     Returns:
         The settings that passed, with the decided ones and the preset's filled in; the
@@ -75,7 +78,7 @@ def check_adapter(
             if settings.get(name)
             and settings[name] != RotMoleConfig.__dataclass_fields__[name].default
         ]
-    elif settings.get("frozen") == "AB" and settings.get("init_weights") != "svd":
+    elif settings.get("frozen") == "AB" and not starts and settings.get("init_weights") != "svd":
         problems.append(
             "adapter.frozen is 'AB', which keeps B at zero here, so nothing would be trained; it "
             "is for experts that were trained before (experts_from)"
