@@ -100,6 +100,19 @@ CUSTOM_CASES: list[tuple[str, str, dict[str, Any]]] = [
         },
     ),
     (
+        "shared expert, gated and turned",
+        "MLP",
+        {
+            "target_modules": ["lin0", "lin1"],
+            "shared_expert_r": 2,
+            "shared_expert_gate": True,
+            "shared_expert_rotation": "tangent",
+            "routed_scaling_factor": 2.0,
+            "lora_alpha": 1,
+            **PAIR,
+        },
+    ),
+    (
         "radar, dense",
         "MLP",
         {
