@@ -231,6 +231,58 @@ def evaluate(
 
 
 @app.command()
+def prune(
+    target: Target,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="The adapter folder to write.")
+    ],
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data",
+            metavar="RUN.yaml",
+            help="Run file whose training rows decide. [default: the target's own]",
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option("--limit", min=1, help="At most this number of rows per task and group."),
+    ] = None,
+    similarity: Annotated[
+        float | None,
+        typer.Option(
+            "--similarity",
+            min=0.0,
+            max=1.0,
+            help="Merge experts that are alike to this degree, such as 0.98; 1 is equal. "
+            "[default: none]",
+        ),
+    ] = None,
+    max_difference: Annotated[
+        float,
+        typer.Option(
+            "--max-difference",
+            min=0.0,
+            help="Write nothing if predictions change by more (mean KL, nats a learnt token).",
+        ),
+    ] = 0.01,
+    trust_remote_code: Trust = False,
+) -> int:
+    """Write an adapter without the experts that rows do not use, and measure what changes."""
+    from rotmole.cli.prune import prune_adapter as work
+
+    return work(
+        target,
+        output,
+        data=data,
+        limit=limit,
+        similarity=similarity,
+        max_difference=max_difference,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+@app.command()
 def generate(
     target: Target,
     prompt: Annotated[

@@ -148,7 +148,7 @@ class ExpertRates:
         state[STATE] = {name: share_E.cpu() for name, share_E in self.share_E.items()}
 
     def _load(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        saved = state.pop(STATE, {})
+        saved = state.get(STATE, {})
         for name, share_E in self.share_E.items():
             if name in saved and saved[name].shape == share_E.shape:
                 share_E.copy_(saved[name])
