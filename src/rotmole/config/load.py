@@ -29,7 +29,7 @@ from rotmole.errors import ConfigError, one_of
 from rotmole.tuner.settings.presets import FREE
 
 if TYPE_CHECKING:
-    from rotmole.tuner.config import RotMoleConfig
+    from peft import PeftConfig
 
 __all__ = ["load_run", "resolved_yaml", "sft_arguments"]
 
@@ -40,7 +40,7 @@ def load_run(
     text: str | None = None,
     *,
     data_problems: Callable[[DataSection], list[str]] | None = None,
-    model_problems: Callable[[ModelSection, RotMoleConfig], list[str]] | None = None,
+    model_problems: Callable[[ModelSection, PeftConfig], list[str]] | None = None,
     anchored: bool = True,
 ) -> RunFile:
     """Read and check a run file; nothing of the model or the data is loaded.
@@ -82,7 +82,7 @@ def load_run(
         problems += sentences(error.errors(), raw, RunFile, suggest=did_you_mean_place)
     checked = _check_sections(raw, model_problems, schema_is_right=run is not None)
     problems += checked.problems
-    problems += optimizer_problems(_section(raw, "optimizer"), checked.training)
+    problems += optimizer_problems(_section(raw, "optimizer"), checked.training, checked.adapter)
     data = _valid_data(raw)
     if data is not None and data_problems is not None:
         problems += data_problems(data)
@@ -107,13 +107,13 @@ class _Checked:
 
     adapter: dict[str, Any]
     training: dict[str, Any]
-    config: RotMoleConfig | None
+    config: PeftConfig | None
     problems: list[str]
 
 
 def _check_sections(
     raw: Mapping[str, Any],
-    model_problems: Callable[[ModelSection, RotMoleConfig], list[str]] | None,
+    model_problems: Callable[[ModelSection, PeftConfig], list[str]] | None,
     *,
     schema_is_right: bool,
 ) -> _Checked:
@@ -176,15 +176,16 @@ def _replace_by_preset(raw: dict[str, Any], overrides: Sequence[str], where: str
     """Drop what the file says of the method, if the command line chooses another one."""
     adapter = raw.get("adapter")
     keys = [entry.partition("=")[0].strip() for entry in overrides]
-    if "adapter.preset" not in keys or not isinstance(adapter, dict):
+    chosen = [key for key in ("adapter.preset", "adapter.peft_type") if key in keys]
+    if not chosen or not isinstance(adapter, dict):
         return
     dropped = [name for name in adapter if name not in FREE]
     for name in dropped:
         del adapter[name]
-    dropped = [name for name in dropped if name != "preset"]
+    dropped = [name for name in dropped if name not in ("preset", "peft_type")]
     if dropped:
         warnings.warn(
-            f"adapter.preset on the command line replaces {', '.join(dropped)} of {where}.",
+            f"{chosen[0]} on the command line replaces {', '.join(dropped)} of {where}.",
             stacklevel=3,
         )
 
@@ -263,11 +264,18 @@ def _warn_idle_sections(run: RunFile, adapter: Mapping[str, Any]) -> None:
     if grouped and not adapter.get("router_task_loss_coef"):
         setting = f"data.tasks.{grouped[0]}.task_group"
         idle.append((setting, "adapter.router_task_loss_coef is 0"))
+    other = adapter.get("peft_type")
     chosen = run.optimizer.name or "not set"
     if run.optimizer.riemannian_delta is not None and not chosen.startswith("riemannian"):
         reason = f"optimizer.name is {chosen}"
         idle.append(("optimizer.riemannian_delta", reason))
-    if run.optimizer.rotation_gate_lr is not None and adapter.get("rotation") == "none":
+    if other is not None:
+        idle += [
+            (f"optimizer.{name}", f"adapter.peft_type is {other}, which has no such parameters")
+            for name in ("scaling_gate_lr", "rotation_gate_lr", "lora_plus_ratio")
+            if getattr(run.optimizer, name) is not None
+        ]
+    elif run.optimizer.rotation_gate_lr is not None and adapter.get("rotation") == "none":
         idle.append(("optimizer.rotation_gate_lr", "adapter.rotation is none"))
     if run.optimizer.scaling_gate_lr is not None and adapter.get("num_experts") == 1:
         idle.append(("optimizer.scaling_gate_lr", "with one expert there is no scaling gate"))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 from trl import SFTConfig
@@ -277,7 +277,7 @@ def chooses_by_validation(run: RunFile) -> bool:
     return saves_when_it_validates(values)
 
 
-def task_groups(data: DataSection, config: RotMoleConfig) -> dict[str, int]:
+def task_groups(data: DataSection, config: PeftConfig) -> dict[str, int]:
     """Say which group of experts each task belongs to, where the localised loss is on.
 
     Args:
@@ -287,7 +287,7 @@ def task_groups(data: DataSection, config: RotMoleConfig) -> dict[str, int]:
     Returns:
         task -> group; empty where the loss is off.
     """
-    if not config.router_task_loss_coef:
+    if not isinstance(config, RotMoleConfig) or not config.router_task_loss_coef:
         return {}
     groups = config.router_task_groups
     return {
