@@ -80,7 +80,7 @@ def test_a_preset_is_rotmoles_alone():
 def test_the_types_of_all_methods_are_known():
     from rotmole.config.peft_types import config_class
 
-    assert {"LORA", "OFT", "HRA", "LILY", "XLORA", "ROTMOLE"} <= set(peft_types())
+    assert {"LORA", "OFT", "HRA", "LILY", "ROTMOLE"} <= set(peft_types())
     for name in peft_types():
         hints = field_hints(config_class(name))
         assert "peft_type" in hints

@@ -18,6 +18,7 @@ UNFIT: dict[str, str] = {
     "learns which experts a task takes",
     "ADAMSS": "its size follows from the weights, so nothing about it is known before training",
     "FROD": "its size follows from the weights, so nothing about it is known before training",
+    "XLORA": "it needs trained adapters, and its own forward pass ends in a KeyError (peft 0.21.2)",
     "SHADOW": "its auxiliary loss is computed by a loop written for it",
 }
 """Methods that PEFT has and this trainer cannot train, with the reason."""
