@@ -66,7 +66,7 @@ def load_run(
         ConfigError: holding one sentence for each wrong setting.
     """
     where = str(path) if path is not None else "run file"
-    raw = parse_yaml(_read(path) if text is None else text, where) or {}
+    raw = parse_yaml(read_text(path) if text is None else text, where) or {}
     if not isinstance(raw, dict):
         raise ConfigError(
             "a run file is a mapping of settings, such as `output_dir: runs/1`", where
@@ -74,7 +74,7 @@ def load_run(
     if path is not None and anchored:
         anchor_paths(raw, Path(path).expanduser().parent)
     _replace_by_preset(raw, overrides, where)
-    problems = [*_override(raw, overrides)]
+    problems = [*lay_over(raw, overrides)]
     try:
         run: RunFile | None = RunFile.model_validate(raw)
     except ValidationError as error:
@@ -150,7 +150,12 @@ def resolved_yaml(run: RunFile) -> str:
     return write_yaml(content)
 
 
-def _read(path: str | Path | None) -> str:
+def read_text(path: str | Path | None) -> str:
+    """Read a run file or a study file.
+
+    Raises:
+        ConfigError: there is no such file, or it is no text.
+    """
     if path is None:
         raise ConfigError("give a run file; `rotmole init` writes one")
     path = Path(path)
@@ -190,7 +195,16 @@ def _replace_by_preset(raw: dict[str, Any], overrides: Sequence[str], where: str
         )
 
 
-def _override(raw: dict[str, Any], overrides: Sequence[str]) -> list[str]:
+def lay_over(raw: dict[str, Any], overrides: Sequence[str]) -> list[str]:
+    """Lay key=value settings over a file as parsed.
+
+    Args:
+        raw: changed in place.
+        overrides: ``a.b=c``; c is read as YAML.
+
+    Returns:
+        One sentence for each that cannot be laid over it.
+    """
     problems = []
     for entry in overrides:
         key, equals, text = entry.partition("=")
