@@ -53,6 +53,7 @@ def train(
     fits = partial(adapter_problems, trust_remote_code=trust_remote_code)
     run = load_run(path, overrides, data_problems=data_problems, model_problems=fits)
     from rotmole.processes import is_main_process
+    from rotmole.training.build import Sources
     from rotmole.training.run import train as work
 
     speaks = is_main_process()
@@ -61,7 +62,7 @@ def train(
         resume=resume,
         weights_only=weights_only,
         allow_change=allow_change,
-        trust_remote_code=trust_remote_code,
+        sources=Sources(trust_remote_code=trust_remote_code),
         say=note if speaks else None,
         prepare=_header,
     )

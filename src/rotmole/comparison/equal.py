@@ -16,6 +16,7 @@ from rotmole.config.peft_types import OURS
 from rotmole.config.schema import ModelSection
 from rotmole.errors import ConfigError, InputError
 from rotmole.models.preview import matched, preview, trainable_by_role
+from rotmole.tuner.settings.presets import PRESETS
 
 TOLERANCE = 0.02
 """A method whose parameters differ by more is marked "not equal" and is part of no claim."""
@@ -196,6 +197,12 @@ def equal_parameters(
         raise ConfigError(
             f"{kind} has no setting that equal: parameters could solve; use equal: none, or one of "
             f"{', '.join(FIELDS)}"
+        )
+    preset = PRESETS.get(adapter.get("preset", ""))
+    if preset is not None and field.name in preset.fields:
+        raise ConfigError(
+            f"preset {adapter['preset']} fixes {field.name}: {preset.fields[field.name]}, which "
+            "equal: parameters would solve; choose its other settings and write equal: none"
         )
     scale = scale_of(adapter, counter, scale)
 

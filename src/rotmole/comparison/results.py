@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from rotmole.errors import InputError
+from rotmole.evaluation.files import PREDICTIONS
 from rotmole.training.callbacks.metrics import read_metrics
 from rotmole.training.folder.layout import METRICS
 
 PLAN, CELL, CELLS = "plan.json", "cell.json", "cells"
-PREDICTIONS = "predictions.jsonl"
 NLL = "nll"
 TUNING, FINAL = "tuning", "final"
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from rotmole.comparison.results import NLL
-from rotmole.config.schema import METRICS, Section, Split
+from rotmole.config.schema import Section, Split
 from rotmole.tuner.settings.presets import FREE
 
 COMMON = tuple(sorted(FREE - {"r", "lora_alpha", "rank_pattern", "alpha_pattern"}))
@@ -23,9 +23,8 @@ def _preset(value: object) -> object:
 def _names(methods: dict[str, Any]) -> dict[str, Any]:
     wrong = [name for name in methods if not _NAME.fullmatch(name)]
     if wrong:
-        raise ValueError(
-            f"all of letters, digits and . _ + - ({', '.join(map(repr, wrong))}), which name folders"
-        )
+        names = ", ".join(map(repr, wrong))
+        raise ValueError(f"named by letters, digits and . _ + - alone, as folders are: {names}")
     return methods
 
 
@@ -107,8 +106,8 @@ class StudyFile(Section):
     )
     equal: Literal["parameters", "rank", "active_rank", "none"] = Field(
         default="parameters",
-        description="What is made equal to the baseline's: trainable parameters of the whole model, "
-        "gates included; the rank; the rank that a token uses (K r); or nothing.",
+        description="What is made equal to the baseline's: trainable parameters of the whole "
+        "model, gates included; the rank; the rank that a token uses (K r); or nothing.",
         examples=["rank"],
     )
     parameters: int | None = Field(
@@ -121,8 +120,8 @@ class StudyFile(Section):
     scale: float | None = Field(
         default=None,
         gt=0,
-        description="s = alpha / r of every method that does not write its own alpha; null: that of "
-        "base's adapter section.",
+        description="s = alpha / r of every method that does not write its own alpha; null: that "
+        "of base's adapter section.",
         examples=[2.0],
     )
     tune: TuneSection | None = Field(
@@ -131,11 +130,11 @@ class StudyFile(Section):
     seeds: Seeds = Field(
         min_length=1, description="Seeds of the final cells.", examples=[[0, 1, 2, 3, 4]]
     )
-    metrics: list[Literal["nll", *METRICS]] = Field(  # type: ignore[valid-type] # names, not types
+    metrics: list[str] = Field(
         default=[NLL],
         min_length=1,
         description="What is judged, the first one before all: nll is the negative log-likelihood "
-        "of the answer; others count in the tasks whose rows have what they need.",
+        "of the answer; others count in the tasks that have them.",
         examples=[["nll", "exact_match"]],
     )
     split: Split = Field(
@@ -145,7 +144,7 @@ class StudyFile(Section):
     threads: int | None = Field(
         default=None,
         ge=1,
-        description="CPU threads of each process; null: the cores divided by --jobs. Fixed when the "
-        "study starts.",
+        description="CPU threads of each process; null: the cores divided by --jobs. Fixed when "
+        "the study starts.",
         examples=[1],
     )

@@ -16,7 +16,7 @@ from transformers.integrations import TensorBoardCallback, get_reporting_integra
 from trl import SFTConfig
 
 from rotmole.config.load import sft_arguments
-from rotmole.config.schema import DataSection, RunFile, Split
+from rotmole.config.schema import DataSection, ModelSection, RunFile, Split
 from rotmole.config.sections import early_stopping_problems
 from rotmole.config.training import saves_when_it_validates
 from rotmole.data import Collator, Example, encode_all, load_splits, mix
@@ -38,6 +38,7 @@ from rotmole.training.trainer import RotMoleTrainer
 from rotmole.tuner.config import RotMoleConfig
 
 UNLIMITED = 1 << 30
+ExamplesBySplit = dict[Split, dict[str, list[Example]]]
 
 
 @dataclass
@@ -57,10 +58,33 @@ class Built:
     run: RunFile
     base: LoadedModel
     model: PeftModel
-    examples: dict[Split, dict[str, list[Example]]]
+    examples: ExamplesBySplit
     validation: dict[str, list[Example]]
     trainer: RotMoleTrainer
     date: str
+
+
+class Sources:
+    """Where a run takes its parts from; a comparison shares some among its runs.
+
+    Args:
+        trust_remote_code: let transformers run code that came with the model.
+    """
+
+    def __init__(self, *, trust_remote_code: bool = False) -> None:
+        self.trust_remote_code = trust_remote_code
+
+    def model(self, section: ModelSection, say: Callable[[str], None]) -> LoadedModel:
+        """Load the base model; the run may change it."""
+        return load_model(section, trust_remote_code=self.trust_remote_code, say=say)
+
+    def examples(self, run: RunFile, tokenizer: Any, date: str) -> ExamplesBySplit:
+        """Load every split that the tasks have."""
+        return all_examples(run, tokenizer, date=date)
+
+    def adapted(self, run: RunFile, base: Any) -> PeftModel:
+        """Put the run's adapter on a base model."""
+        return add_adapter(run, base)
 
 
 def build(
@@ -68,7 +92,7 @@ def build(
     *,
     callbacks: Sequence[TrainerCallback] = (),
     say: Callable[[str], None] | None = None,
-    trust_remote_code: bool = False,
+    sources: Sources | None = None,
     checkpoints: Checkpoints | None = None,
 ) -> Built:
     """Wire a run: model, adapter, data, trainer.
@@ -77,20 +101,20 @@ def build(
         run: a checked run file.
         callbacks: beside those of every run (metric lines, use of the experts).
         say: told before slow steps.
-        trust_remote_code: let transformers run code that came with the model.
+        sources: of its parts; None loads them.
         checkpoints: of the run; None begins anew.
 
     Raises:
         InputError: model, adapter, data or training settings do not work together.
     """
-    say = say or (lambda text: None)
+    say, sources = say or (lambda text: None), sources or Sources()
     say(f"loading {run.model.name}")
-    base = load_model(run.model, trust_remote_code=trust_remote_code, say=say)
+    base = sources.model(run.model, say)
     say("loading data")
     origin = None if checkpoints is None else checkpoints.origin
     date = today() if origin is None else run_date(origin.parent)
-    examples = all_examples(run, base.tokenizer, date=date)
-    model = add_adapter(run, base.model)
+    examples = sources.examples(run, base.tokenizer, date)
+    model = sources.adapted(run, base.model)
     validation = validation_rows(run, examples["validation"])
     used = {"train": examples["train"], "validation": validation}
     trainer = build_trainer(run, model, base.tokenizer, used, callbacks, checkpoints)
@@ -118,9 +142,7 @@ def validation_rows(
     return {task: rows for task, rows in chosen.items() if rows}
 
 
-def all_examples(
-    run: RunFile, tokenizer: Any, *, date: str | None = None
-) -> dict[Split, dict[str, list[Example]]]:
+def all_examples(run: RunFile, tokenizer: Any, *, date: str | None = None) -> ExamplesBySplit:
     """Load every split that the tasks have.
 
     Args:
