@@ -155,6 +155,7 @@ def run_cell(
         Stopped: by a signal; the next call goes on.
         RotMoleError: the cell cannot be made.
     """
+    started = time.monotonic()
     folder = study.folder / cell.name
     run = run_of(study, cell, machine)
     make_folder(folder)
@@ -181,6 +182,7 @@ def run_cell(
         "difference": sized.difference,
         "equal": sized.equal,
         **trained,
+        "seconds": round(time.monotonic() - started, 3),
         "facts": dict(machine) | _papers(folder),
     }
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
