@@ -107,14 +107,10 @@ def _show_study(study: Study) -> None:
     print_lines(rounding_lines(study))
     for line in stage_lines(study, make_plan(study)):
         print(line)
-    if unequal := [n for n, sized in study.sized.items() if not sized.equal]:
-        if study.file.equal == "parameters":
-            print_lines(
-                [
-                    f"not equal   {', '.join(unequal)}: more than 2 % from the target, so part of "
-                    "no claim"
-                ]
-            )
+    unequal = [name for name, sized in study.sized.items() if not sized.equal]
+    if unequal and study.file.equal == "parameters":
+        words = f"not equal   {', '.join(unequal)}: more than 2 % from the target, part of no claim"
+        print_lines([words])
     sys.stdout.flush()
 
 
