@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from rotmole.config.adapter import check_adapter
+from rotmole.config.adapter import adapter_hints, check_adapter
 from rotmole.config.peft_types import OURS
 from rotmole.config.schema import ModelSection
 from rotmole.errors import ConfigError, InputError
@@ -21,6 +22,7 @@ from rotmole.tuner.settings.presets import PRESETS
 TOLERANCE = 0.02
 """A method whose parameters differ by more is marked "not equal" and is part of no claim."""
 _MOST = 2**20
+_LAYER = re.compile(r"(?:^|\.)([^.]+)\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ class Sized:
         target: parameters to be equal to; None where nothing is made equal.
         equal: whether it is within TOLERANCE of the target, or has the rank that was asked for.
         rounded: (value, parameters) below and above the target.
+        raised: layers that have one more than `value`, because neither rounding is equal.
     """
 
     adapter: dict[str, Any]
@@ -95,6 +98,7 @@ class Sized:
     target: int | None
     equal: bool
     rounded: tuple[tuple[int, int], ...] = ()
+    raised: int = 0
 
     @property
     def difference(self) -> float | None:
@@ -225,13 +229,67 @@ def equal_parameters(
     above = min((n for n in found if found[n] >= target), key=lambda n: found[n], default=None)
     sides = sorted({n for n in (below, above) if n is not None})
     best = min(sides, key=lambda n: abs(found[n] - target))
-    settings = with_size(adapter, field, best, scale)
+    settings, raised = with_size(adapter, field, best, scale), 0
+    if len(sides) == 2 and sides[1] - sides[0] == 1 and not _close(found[best], target):
+        mixed = _between(adapter, counter, field, sides[0], scale, target)
+        if mixed is not None:
+            best, (settings, raised) = sides[0], mixed
     total, gates = counter.count(settings)
     return Sized(
         settings, field.name, best, scale, total, gates, target,
-        equal=abs(total / target - 1) <= TOLERANCE,
-        rounded=tuple((n, found[n]) for n in sides),
+        equal=_close(total, target), rounded=tuple((n, found[n]) for n in sides), raised=raised,
     )  # fmt: skip
+
+
+def _close(count: int, target: int) -> bool:
+    return abs(count / target - 1) <= TOLERANCE
+
+
+def _between(
+    adapter: Mapping[str, Any],
+    counter: Counter,
+    field: Field,
+    rank: int,
+    scale: float | None,
+    target: int,
+) -> tuple[dict[str, Any], int] | None:
+    """Give some layers, evenly spread, one rank more, until the whole is nearest to the target.
+
+    Returns:
+        The settings and how many layers were raised; None for methods without rank_pattern.
+    """
+    settings = with_size(adapter, field, rank, scale)
+    kind = adapter.get("peft_type", OURS)
+    patterns = {"rank_pattern", *(["alpha_pattern"] if field.alpha else [])}
+    if (
+        field.name != "r"
+        or not patterns <= adapter_hints(kind).keys()
+        or patterns & settings.keys()
+    ):
+        return None
+    paths = counter.shape(settings)[0].base_model.targeted_module_names
+    found = [match.groups() for path in paths if (match := _LAYER.search(path))]
+    stacks, layers = {name for name, _ in found}, sorted({int(number) for _, number in found})
+    if len(stacks) != 1 or len(layers) < 2:
+        return None
+
+    def raised(number: int) -> dict[str, Any]:
+        chosen = [layers[i * len(layers) // number] for i in range(number)]
+        key = rf"{stacks.copy().pop()}\.({'|'.join(map(str, chosen))})\..+"
+        mixed = settings | {"rank_pattern": {key: rank + 1}}
+        if field.alpha and scale is not None:
+            mixed |= {"alpha_pattern": {key: scale * (rank + 1)}}
+        return mixed
+
+    low, high = 0, len(layers)  # the count rises with the number of layers
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if counter.count(raised(middle))[0] <= target else (low, middle)
+    sizes = {n: counter.count(raised(n))[0] for n in (low, high) if 0 < n < len(layers)}
+    if not sizes:
+        return None
+    best = min(sizes, key=lambda n: abs(sizes[n] - target))
+    return raised(best), best
 
 
 def _around(count: Callable[[int], int | None], target: int) -> dict[int, int]:

@@ -166,6 +166,7 @@ def write_plan(study: Study, plan: Plan, facts: Mapping[str, Any]) -> Path:
                 "difference": sized.difference,
                 "equal": sized.equal,
                 "rounded": sized.rounded,
+                "raised_layers": sized.raised,
             }
             for name, sized in study.sized.items()
         },

@@ -402,7 +402,10 @@ def _scaled(adapter: dict[str, Any], scale: float) -> dict[str, Any]:
     size, config = field_of(adapter), check_adapter(adapter)[1]
     if size is None or size.alpha is None or config is None:
         return adapter
-    return with_size(adapter, size, getattr(config, size.name), scale)
+    scaled = with_size(adapter, size, getattr(config, size.name), scale)
+    if "rank_pattern" in adapter:
+        scaled["alpha_pattern"] = {k: scale * rank for k, rank in adapter["rank_pattern"].items()}
+    return scaled
 
 
 def name_of(settings: Mapping[str, Any]) -> str:

@@ -33,6 +33,8 @@ def method_lines(study: Study) -> list[list[str]]:
     lines = [["method", "setting", "s", "parameters", "gates", "difference", ""]]
     for name, sized in study.sized.items():
         solved = f"{sized.field} = {sized.value}" if sized.field else "as written"
+        if sized.raised:
+            solved += f" or {(sized.value or 0) + 1}"
         scale = "" if sized.scale is None else f"{sized.scale:g}"
         difference = "" if sized.difference is None else f"{100 * sized.difference:+.1f} %"
         remark = "" if sized.equal or study.file.equal == "none" else "not equal"
@@ -48,7 +50,8 @@ def rounding_lines(study: Study) -> list[str]:
     for name, sized in study.sized.items():
         if len(sized.rounded) > 1:
             sides = " or ".join(f"{value}: {count:,}" for value, count in sized.rounded)
-            lines.append(f"  {name}: {sized.field} {sides} parameters")
+            more = f"; {sized.raised} layers have one more" if sized.raised else ""
+            lines.append(f"  {name}: {sized.field} {sides} parameters{more}")
     return lines
 
 
