@@ -80,7 +80,7 @@ def init(
 
 @app.command()
 def check(run: RunPath, overrides: Overrides = None, trust_remote_code: Trust = False) -> int:
-    """Check a run file: report every mistake at once, or show sizes and memory."""
+    """Check a run file or a study file: report every mistake at once, or show sizes and cost."""
     from rotmole.cli.check import check as work
 
     return work(run, overrides or [], trust_remote_code=trust_remote_code)
