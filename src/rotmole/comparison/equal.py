@@ -232,7 +232,8 @@ def equal_parameters(
     settings, raised = with_size(adapter, field, best, scale), 0
     if len(sides) == 2 and sides[1] - sides[0] == 1 and not _close(found[best], target):
         mixed = _between(adapter, counter, field, sides[0], scale, target)
-        if mixed is not None:
+        nearest = abs(found[best] - target)
+        if mixed is not None and abs(counter.count(mixed[0])[0] - target) < nearest:
             best, (settings, raised) = sides[0], mixed
     total, gates = counter.count(settings)
     return Sized(
@@ -308,8 +309,10 @@ def _around(count: Callable[[int], int | None], target: int) -> dict[int, int]:
             break  # larger values do not fit the model
         if size is not None:
             crossed = last is not None and (found[last] - target) * (size - target) <= 0
-            if crossed or (last is not None and found[last] == size):
+            if crossed:
                 break
+            if last is not None and abs(size - target) >= abs(found[last] - target):
+                return found  # the target lies beyond the smallest value, or nothing changes
             last = value
         value *= 2
     if last is None:

@@ -27,7 +27,6 @@ from rotmole.comparison.results import NLL
 from rotmole.comparison.study_file import StudyFile
 from rotmole.config.adapter import adapter_hints, check_adapter
 from rotmole.config.load import lay_over, load_run, read_text
-from rotmole.config.names import did_you_mean_place
 from rotmole.config.paths import anchor_paths
 from rotmole.config.peft_types import OURS, peft_type_problem
 from rotmole.config.problems import sentences
@@ -192,7 +191,7 @@ def load_study(
     try:
         file = StudyFile.model_validate(raw)
     except ValidationError as error:
-        problems += sentences(error.errors(), raw, StudyFile, suggest=did_you_mean_place)
+        problems += sentences(error.errors(), raw, StudyFile, suggest=_place_of)
         raise ConfigError([problem.rstrip(".") for problem in problems], where) from None
     study = Study(file, where, trust_remote_code=trust_remote_code)
     problems += _rules(file) + _method_problems(study)
@@ -243,6 +242,11 @@ def _placed(entry: str) -> str:
     """Put an override of the run file under base."""
     section = entry.partition("=")[0].partition(".")[0].strip()
     return f"base.{entry}" if section in _SECTIONS else entry
+
+
+def _place_of(key: str, section: str) -> str:
+    """Suggest base for the sections of a run file."""
+    return f"; did you mean 'base.{key}'?" if not section and key in _SECTIONS else ""
 
 
 def _rules(file: StudyFile) -> list[str]:
