@@ -41,6 +41,7 @@ WIDTHS = ((1024, 1024, 1024), (512, 576, 1536))  # T, D, O
 MODES = ("none", "tangent", "plane", "givens")
 FURTHER = ("bias", "bivector", "radar")  # shown; radar is exempt from the targets
 BALANCE = 0.01
+SHARED = {"shared_expert_r": 8}
 # type of the base and of x, autocast_adapter_dtype
 TYPES = {
     "float32": (torch.float32, True),
@@ -149,6 +150,7 @@ def measure(case: Case, modes: tuple[str, ...], rounds: int, balanced: tuple[str
     names: dict[str, tuple[str, nn.Module, nn.Module]] = {}
     variants = [(mode, mode, {}) for mode in modes]
     variants += [(f"{m}, balance loss on", m, {"router_aux_loss_coef": BALANCE}) for m in balanced]
+    variants += [(f"{m}, shared expert", m, SHARED) for m in balanced]
     if case.kind == "bfloat16 with float32 adapters" and fast:
         variants += [(f"{m}, compute_dtype input", m, {"compute_dtype": "input"}) for m in balanced]
     for name, mode, more in variants:

@@ -60,7 +60,7 @@ class Target:
 
 
 FOUR = "(none|tangent|plane|givens)"
-ON = f"{FOUR}(, balance loss on)?"
+ON = f"{FOUR}(, balance loss on|, shared expert)?"
 HALF = ".*bfloat16.*"
 SMALL, MIDDLE, LARGE = (f".* E={E} R={R} K={K}" for E, R, K in SHAPES)
 OTHERS = "(AdaMoLE|GOAT|HydraLoRA|Riemannian MoE-LoRA)"

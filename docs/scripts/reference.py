@@ -24,6 +24,7 @@ from rotmole.config.fields import describe
 from rotmole.config.schema import (
     DataSection,
     EvaluationSection,
+    ExpertsFromSection,
     ModelSection,
     OptimizerSection,
     RunFile,
@@ -37,6 +38,7 @@ DOCUMENT = Path(__file__).parents[1] / "reference.md"
 HEAD = ["key", "type", "default", "allowed", "meaning", "example"]
 SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("model", ModelSection),
+    ("experts_from", ExpertsFromSection),
     ("data", DataSection),
     ("data.tasks.NAME", TaskSection),
     ("optimizer", OptimizerSection),

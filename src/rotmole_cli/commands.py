@@ -148,6 +148,44 @@ def train(
     )
 
 
+@app.command()
+def combine(
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="ADAPTER... [KEY=VALUE]...",
+            help="LoRA adapters, each one expert: adapter folders, run folders or ids on the hub; "
+            "then settings of the run file.",
+        ),
+    ],
+    data: Annotated[
+        Path,
+        typer.Option(
+            "--data",
+            metavar="RUN.yaml",
+            help="A run file or run folder that has tasks of each adapter; its sections model, "
+            "data and evaluation are used.",
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="RUN", help="The run folder.")],
+    names: Annotated[
+        str | None,
+        typer.Option(
+            "--names", metavar="A,B,C", help="Names of the experts. [default: of the folders]"
+        ),
+    ] = None,
+    rows: Annotated[
+        int | None,
+        typer.Option("--rows", min=1, help="Train on at most this many rows of each task."),
+    ] = None,
+    trust_remote_code: Trust = False,
+) -> int:
+    """Make one mixture of trained LoRA adapters, and train its gates."""
+    from rotmole.cli.combine import combine as work
+
+    return work(words, data, output, names, rows, trust_remote_code=trust_remote_code)
+
+
 @app.command("eval")
 def evaluate(
     target: Target,

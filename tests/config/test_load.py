@@ -403,7 +403,7 @@ def test_further_looks_are_reported_with_the_rest():
             ["seed=-1"],
             GOOD,
             data_problems=lambda data: [f"data: {sorted(data.tasks)}"],
-            model_problems=lambda model, config: [f"model: {model.device} {config.r}"],
+            model_problems=lambda model, config, loras: [f"model: {model.device} {config.r}"],
         )
     assert caught.value.problems == [
         "seed: -1 must be at least 0",

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import tiny
-from rotmole import AdapterError, ConfigError, ModelError, RotMoleModel
+from rotmole import AdapterError, ConfigError, ModelError, RotMoleConfig, RotMoleModel
 from rotmole.tuner.layer import RotMoleLayer
 
 IDS = tiny.tokens(2, 7)
@@ -116,6 +116,96 @@ def test_all_experts_can_learn_where_an_adapter_had_no_module(two: tuple[Path, P
     down = layers(model)["model.layers.0.mlp.down_proj"].experts("default")
     assert not down.expert_B[0].any()
     assert down.expert_B.grad[0].any()
+
+
+def test_routed_scaling_factor_multiplies_the_sum_of_the_adapters(two: tuple[Path, Path]) -> None:
+    adapted = layers(RotMoleModel.from_adapters(tiny.llama(), two, routed_scaling_factor=2.0))
+    for name, layer in layers(RotMoleModel.from_adapters(tiny.llama(), two)).items():
+        plain, doubled = layer.experts("default"), adapted[name].experts("default")
+        assert doubled.spec.scale == 2 * plain.spec.scale
+        torch.testing.assert_close(doubled.expert_B, plain.expert_B)
+
+
+def test_experts_are_named_by_their_folders_or_as_was_said(two: tuple[Path, Path]) -> None:
+    def names(*paths: Path, **options: object) -> list[str]:
+        model = RotMoleModel.from_adapters(tiny.llama(), paths, **options)
+        return list(model.peft_config["default"].expert_names)
+
+    assert names(*two) == ["first", "second"]
+    assert names(two[0], two[0]) == ["first", "first-2"]
+    assert names(*two, names=["math", "code"]) == ["math", "code"]
+    for wrong, words in ((["a"], "1 names but num_experts is 2"), (["a", "a"], "different names")):
+        with pytest.raises(ConfigError, match=words):
+            names(*two, names=wrong)
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True, "alpha_pattern": {"v_proj": 5}}])
+def test_a_mixture_of_one_expert_without_rotation_is_an_adapter_too(
+    settings: dict[str, object], two: tuple[Path, Path], tmp_path: Path
+) -> None:
+    torch.manual_seed(3)
+    config = RotMoleConfig(
+        r=3, num_experts=1, rotation="none", init_weights=False, target_modules=["v_proj"],
+        **settings,
+    )  # fmt: skip
+    single = get_peft_model(tiny.llama(), config)
+    single.save_pretrained(tmp_path / "run" / "adapter")
+    paths = [tmp_path / "run"]
+    model = RotMoleModel.from_adapters(tiny.llama(), paths, selection="dense")
+    assert (logits(single) - logits(tiny.llama())).abs().max() > 1e-3
+    assert (logits(model) - logits(single)).abs().max() < 1e-6
+    both = RotMoleModel.from_adapters(tiny.llama(), [*paths, two[0]])
+    assert both.peft_config["default"].expert_names == ["run", "first"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        ({"num_experts": 2}, "num_experts is 2"),
+        ({"rotation": "plane"}, "rotation is 'plane'"),
+        ({"shared_expert_r": 2}, "shared_expert_r is 2"),
+        ({"init_weights": "svd"}, "init_weights is 'svd'"),
+    ],
+    ids=["experts", "rotation", "shared", "svd"],
+)
+def test_mixtures_that_are_more_than_one_lora_are_refused_by_name(
+    settings: dict[str, object], word: str, tmp_path: Path
+) -> None:
+    fields = {"r": 3, "num_experts": 1, "rotation": "none", "target_modules": ["v_proj"]}
+    get_peft_model(tiny.llama(), RotMoleConfig(**(fields | settings))).save_pretrained(tmp_path)
+    with pytest.raises(AdapterError, match=word):
+        RotMoleModel.from_adapters(tiny.llama(), [tmp_path])
+
+
+def test_an_adapter_of_the_hub_is_fetched_by_its_id(
+    two: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def fetch(repository: str, file: str) -> str:
+        asked.append((repository, file))
+        return str(two[0] / file)
+
+    monkeypatch.setattr("rotmole.tuner.loras.hf_hub_download", fetch)
+    model = RotMoleModel.from_adapters(tiny.llama(), ["me/math", two[1]])
+    assert model.peft_config["default"].expert_names == ["math", "second"]
+    files = ("adapter_config.json", "adapter_model.safetensors")
+    assert asked == [("me/math", file) for file in files]
+    with pytest.raises(AdapterError, match="no such folder; give a folder"):
+        RotMoleModel.from_adapters(tiny.llama(), ["nothing"])
+    monkeypatch.undo()
+    with pytest.raises(AdapterError, match="cannot be fetched from the hub"):
+        RotMoleModel.from_adapters(tiny.llama(), ["me/nothing"])
+
+
+def test_the_problems_of_all_adapters_are_said_at_once(
+    two: tuple[Path, Path], tmp_path: Path
+) -> None:
+    save_lora(tmp_path, bias="lora_only")
+    with pytest.raises(AdapterError, match=r"2 problems:(?s:.*)bias is(?s:.*)'nothing': there is"):
+        RotMoleModel.from_adapters(tiny.llama(), [two[0], tmp_path, "nothing"])
+    with pytest.raises(ModelError, match=r"2 problems:(?s:.*)more modules\)(?s:.*)second"):
+        RotMoleModel.from_adapters(tiny.llama(hidden_size=16, num_attention_heads=2), two)
 
 
 REFUSED: list[tuple[dict[str, object], str]] = [

@@ -21,7 +21,7 @@ from rotmole.config.schema import RunFile
 from rotmole.config.training import count_updates
 from rotmole.data import data_problems, mix
 from rotmole.data.sources import together
-from rotmole.errors import DataError
+from rotmole.errors import AdapterError, DataError
 from rotmole.models.builtin import built_in_named
 from rotmole.models.duration import estimate_update, measured_speed, typical_widths
 from rotmole.models.limits import check_vocabulary
@@ -29,6 +29,7 @@ from rotmole.models.load import load_tokenizer
 from rotmole.models.memory import MemoryEstimate, estimate_memory, resident_bytes
 from rotmole.models.precision import QUANTIZATION_PACKAGE, choose_device, choose_dtype
 from rotmole.models.preview import adapter_problems, matched, preview, trainable_by_role
+from rotmole.tuner.loras import read_lora
 from rotmole.units import duration
 
 
@@ -60,6 +61,7 @@ def check(path: Path, overrides: Sequence[str], *, trust_remote_code: bool = Fal
     built_in = built_in_named(run.model.name)
     if built_in:
         print(textwrap.fill(built_in.note, 80, initial_indent=" " * 12, subsequent_indent=" " * 12))
+    _print_experts(run)
     _print_modules(model)
     tokenizer = load_tokenizer(run.model, trust_remote_code=trust_remote_code)
     check_vocabulary(model, tokenizer, run.model.name)
@@ -76,6 +78,28 @@ def check(path: Path, overrides: Sequence[str], *, trust_remote_code: bool = Fal
     _print_cost(run, model, fresh, loaded, device, dtype)
     print(f"no mistakes found in {path}")
     return 0
+
+
+def _print_experts(run: RunFile) -> None:
+    """Print which adapters become the experts, and the base model that each was trained on."""
+    names, paths = run.adapter_config.expert_names, run.experts_from.paths
+    if not paths:
+        if names:
+            print(f"experts     {', '.join(names)}")
+        return
+    trained = "the gates alone are" if run.experts_from.trainable == "gates" else "all is"
+    print(f"experts     {len(paths)} trained adapters; {trained} trained")
+    for name, path in zip(names, paths, strict=True):
+        try:
+            lora = read_lora(path)
+        except AdapterError as error:  # the run.yaml of a run, which can be resumed without them
+            print(f"            {name}: {error}")
+            continue
+        base = lora.config.get("base_model_name_or_path") or "a model that it does not name"
+        print(
+            f"            {name}: rank {lora.rank} in {len(lora.factors)} modules, trained on "
+            f"{base}, from {path}"
+        )
 
 
 def _print_rows(loaded: Sequence[Rows], tokenizer: Any) -> None:

@@ -26,6 +26,7 @@ from rotmole.evaluation.files import (
     write_files,
 )
 from rotmole.evaluation.render import footnotes, print_lines, print_table, rows
+from rotmole.evaluation.shares import ROWS, shares_by_task
 from rotmole.evaluation.target import Target, find_target, load_target
 from rotmole.files import check_writable
 from rotmole.models.load import load_tokenizer
@@ -104,7 +105,11 @@ def evaluate(
             spread=spread,
         )  # fmt: skip
     if is_main:
-        facts = origin(run, place.adapter, loaded.name, loaded.note)
+        shares = shares_by_task(
+            loaded.model, loaded.tokenizer, examples,
+            batch_size=run.evaluation.batch_size, max_length=sft_arguments(run)["max_length"],
+        )  # fmt: skip
+        facts = origin(run, place.adapter, loaded.name, loaded.note) | {"expert_shares": shares}
         _deliver(report, facts, folder, _split_advice(place, data), as_json=as_json)
     return 0
 
@@ -170,6 +175,17 @@ def _split_advice(target: Target, data: DataSection) -> list[str]:
     ]
 
 
+def _used(shares: dict[str, dict[str, float]]) -> list[str]:
+    """Say how much each expert with a name is used on each task."""
+    if not shares:
+        return []
+    lines = [f"weights of the experts, the mean of layers and tokens, {ROWS} rows of each task:"]
+    for task, named in shares.items():
+        words = ", ".join(f"{name} {100 * share:.0f} %" for name, share in named.items())
+        lines.append(f"  {task}: {words}")
+    return lines
+
+
 def _deliver(
     report: Report, facts: dict[str, Any], folder: Path, advice: list[str], *, as_json: bool
 ) -> None:
@@ -180,7 +196,7 @@ def _deliver(
     else:
         print_table(rows(report))
         model_note = [f"model: {facts['note']}"] if facts["note"] else []
-        print_lines([*footnotes(report), *advice, *model_note])
+        print_lines([*footnotes(report), *_used(facts["expert_shares"]), *advice, *model_note])
     files = write_files(report, facts, folder)
     if not as_json:
         print(f"written: {', '.join(map(str, files))}")

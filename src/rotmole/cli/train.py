@@ -19,6 +19,7 @@ from rotmole.training.figures import readable
 from rotmole.units import duration
 
 if TYPE_CHECKING:
+    from rotmole.config.schema import RunFile
     from rotmole.training.run import TrainResult
 
 
@@ -52,25 +53,35 @@ def train(
         raise ConfigError(f"{name} says how to go on from a checkpoint; add --resume auto")
     fits = partial(adapter_problems, trust_remote_code=trust_remote_code)
     run = load_run(path, overrides, data_problems=data_problems, model_problems=fits)
+    return train_run(
+        run,
+        [str(path), *overrides],
+        resume,
+        weights_only=weights_only,
+        allow_change=allow_change,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def train_run(run: RunFile, words: Sequence[str], resume: str | None = None, **options: Any) -> int:
+    """Train a checked run and say what came out.
+
+    Args:
+        words: what `rotmole train` needs to go on with the run after an interruption.
+        resume, options: as of `rotmole.training.run.train`.
+
+    Returns:
+        0, or 128 + the signal that stopped the run, after saving.
+    """
     from rotmole.processes import is_main_process
-    from rotmole.training.build import Sources
     from rotmole.training.run import train as work
 
     speaks = is_main_process()
-    result = work(
-        run,
-        resume=resume,
-        weights_only=weights_only,
-        allow_change=allow_change,
-        sources=Sources(trust_remote_code=trust_remote_code),
-        say=note if speaks else None,
-        prepare=_header,
-    )
+    result = work(run, resume=resume, say=note if speaks else None, prepare=_header, **options)
     if result.interrupted is not None and speaks:
         saved = f"after update {result.steps}; a checkpoint is saved."
         print(f"stopped {saved if result.steps else 'before the first update.'}")
-        words = ["rotmole", "train", str(path), *overrides, "--resume", "auto"]
-        print(f"continue with: {shlex.join(words)}")
+        print(f"continue with: {shlex.join(['rotmole', 'train', *words, '--resume', 'auto'])}")
     elif speaks:
         _summary(result)
     return 0 if result.interrupted is None else 128 + result.interrupted
@@ -82,6 +93,10 @@ def _header(built: Any) -> None:
     trainable, total = built.model.get_nb_trainable_parameters()
     name = built.base.name
     fact("model", f"{name} ({built.base.note})" if built.base.note else name)
+    if built.run.experts_from.paths:
+        what = "gates alone" if built.run.experts_from.trainable == "gates" else "all"
+        names = ", ".join(built.run.adapter_config.expert_names)
+        fact("experts", f"{names}; trained: {what}")
     fact("modules", ", ".join(f"{name} x {count}" for name, count in modules.items()))
     share = 100 * trainable / total
     fact("parameters", f"{trainable:,} trainable of {total:,} ({share:.2g} %), gates included")

@@ -302,35 +302,37 @@ def _around(count: Callable[[int], int | None], target: int) -> dict[int, int]:
             found[value] = size
         return found.get(value)
 
-    value, last = 1, None
-    while value <= _MOST:
-        size = at(value)
-        if size is None and last is not None and at(value - 1) is None:
-            break  # larger values do not fit the model
-        if size is not None:
-            crossed = last is not None and (found[last] - target) * (size - target) <= 0
-            if crossed:
-                break
-            if last is not None and abs(size - target) >= abs(found[last] - target):
-                return found  # the target lies beyond the smallest value, or nothing changes
-            last = value
-        value *= 2
-    if last is None:
-        return found
-    low, high = last, min(value, _MOST)
+    low, high = _bracket(at, found, target)
     while high - low > 1:
         middle = next((n for n in _nearest(low, high) if at(n) is not None), None)
         if middle is None:
             break
-        ends = found[low], found.get(high)
-        same_side = (found[middle] - target) * (ends[0] - target) > 0
-        if ends[1] is None and not same_side:
-            high = middle
-        elif same_side:
-            low = middle
-        else:
-            high = middle
+        same_side = (found[middle] - target) * (found[low] - target) > 0
+        low, high = (middle, high) if same_side else (low, middle)
     return found
+
+
+def _bracket(
+    at: Callable[[int], int | None], found: Mapping[int, int], target: int
+) -> tuple[int, int]:
+    """Double a value until the target lies between it and the one before, or it fits no more.
+
+    Returns:
+        Two values, the first of which fits; (0, 0) if the target is not between any.
+    """
+    value, last = 1, 0
+    while value <= _MOST:
+        size = at(value)
+        if size is not None and last:
+            if (found[last] - target) * (size - target) <= 0:
+                return last, value
+            if abs(size - target) >= abs(found[last] - target):
+                return 0, 0  # the target lies beyond the smallest value, or nothing changes
+        if size is None and last and at(value - 1) is None:
+            return last, value  # larger ones do not fit the model
+        last = value if size is not None else last
+        value *= 2
+    return 0, 0
 
 
 def _nearest(low: int, high: int) -> list[int]:

@@ -54,10 +54,11 @@ class SharedSources(Sources):
             self._rows = {key: super().examples(run, tokenizer, date)}
         return self._rows[key]
 
-    def adapted(self, run: RunFile, base: Any) -> Any:
+    def adapted(self, run: RunFile, base: Any, *, trained: bool) -> Any:
         """Put the adapter on; methods start alike where their shapes agree."""
-        model = super().adapted(run, base)
-        draw_by_layer(model, run.seed)
+        model = super().adapted(run, base, trained=trained)
+        if not run.experts_from.paths:
+            draw_by_layer(model, run.seed)
         return model
 
 

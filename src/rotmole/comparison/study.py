@@ -194,6 +194,11 @@ def load_study(
         problems += sentences(error.errors(), raw, StudyFile, suggest=_place_of)
         raise ConfigError([problem.rstrip(".") for problem in problems], where) from None
     study = Study(file, where, trust_remote_code=trust_remote_code)
+    if (file.base.get("experts_from") or {}).get("paths"):
+        problems.append(
+            "base.experts_from: the methods of a study start anew; leave it out, and compare such "
+            "runs by rotmole eval."
+        )
     problems += _rules(file) + _method_problems(study)
     if not problems:
         if say is not None:

@@ -40,17 +40,20 @@ def adapter_hints(peft_type: str = OURS) -> dict[str, Any]:
 
 
 def check_adapter(
-    values: Mapping[str, Any], suggest: Suggest = no_hint
+    values: Mapping[str, Any],
+    suggest: Suggest = no_hint,
+    decided: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], PeftConfig | None, list[str]]:
     """Check the section and make the adapter's configuration.
 
     Args:
         values: the section as parsed from YAML.
         suggest: as of `check_fields`.
+        decided: settings that the adapters of experts_from decide; None or empty if there are none.
 
     Returns:
-        The settings that passed, with the preset's filled in; the configuration made of them, None
-        if a setting is wrong; and one sentence per problem.
+        The settings that passed, with the decided ones and the preset's filled in; the
+        configuration made of them, None if a setting is wrong; and one sentence per problem.
     """
     peft_type = values.get("peft_type", OURS)
     if problem := peft_type_problem(peft_type):
@@ -61,8 +64,12 @@ def check_adapter(
     )
     if peft_type == OURS:
         settings.pop("peft_type", None)
-        settings, ours = _with_preset(settings)
+        settings, ours = _own_settings(settings | dict(decided or {}), bool(decided))
         problems += ours
+    elif decided:
+        problems.append(
+            f"adapter.peft_type is {peft_type}, and experts_from makes experts of ROTMOLE; drop one"
+        )
     config = None
     given = {name: value for name, value in settings.items() if name != "peft_type"}
     try:
@@ -80,8 +87,10 @@ def check_adapter(
     return settings, None if problems else config, problems
 
 
-def _with_preset(settings: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def _own_settings(settings: dict[str, Any], decided: bool) -> tuple[dict[str, Any], list[str]]:
     """Fill in a preset of ours, and check what only our method has."""
+    from rotmole.tuner.config import RotMoleConfig
+    from rotmole.tuner.from_adapters import REFUSED as CHANGES_EXPERTS
     from rotmole.tuner.settings.presets import PRESETS, contradictions, preset_fields
 
     problems = []
@@ -95,9 +104,17 @@ def _with_preset(settings: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         settings = preset_fields(preset, settings)
     elif preset is not None:
         problems.append(one_of("adapter.preset", preset, PRESETS))
-    if settings.get("frozen") == "AB" and settings.get("init_weights") != "svd":
+    if decided:
+        problems += [
+            f"adapter.{name} is {settings[name]!r}, which would change what the adapters of "
+            "experts_from computed; leave it out"
+            for name in sorted(CHANGES_EXPERTS)
+            if settings.get(name)
+            and settings[name] != RotMoleConfig.__dataclass_fields__[name].default
+        ]
+    elif settings.get("frozen") == "AB" and settings.get("init_weights") != "svd":
         problems.append(
             "adapter.frozen is 'AB', which keeps B at zero here, so nothing would be trained; it "
-            "is for experts imported with RotMoleModel.from_adapters"
+            "is for experts that were trained before (experts_from)"
         )
     return settings, problems

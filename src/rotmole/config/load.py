@@ -6,15 +6,24 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import ValidationError
 
 from rotmole.config.adapter import check_adapter
+from rotmole.config.experts_from import imported_experts
 from rotmole.config.names import did_you_mean_place
 from rotmole.config.paths import anchor_paths
 from rotmole.config.problems import sentences
-from rotmole.config.schema import METRICS, DataSection, ModelSection, RunFile, TaskSection
+from rotmole.config.schema import (
+    METRICS,
+    DataSection,
+    ExpertsFromSection,
+    ModelSection,
+    RunFile,
+    Section,
+    TaskSection,
+)
 from rotmole.config.sections import early_stopping_problems, optimizer_problems, task_group_problems
 from rotmole.config.training import (
     arguments,
@@ -31,6 +40,12 @@ from rotmole.tuner.settings.presets import FREE
 if TYPE_CHECKING:
     from peft import PeftConfig
 
+    from rotmole.tuner.loras import Lora
+
+_S = TypeVar("_S", bound=Section)
+ModelProblems = Callable[[ModelSection, "PeftConfig | None", "Sequence[Lora]"], list[str]]
+"""(model section, adapter, trained adapters) -> why they do not fit; no adapter if it is wrong."""
+
 __all__ = ["load_run", "resolved_yaml", "sft_arguments"]
 
 
@@ -40,7 +55,7 @@ def load_run(
     text: str | None = None,
     *,
     data_problems: Callable[[DataSection], list[str]] | None = None,
-    model_problems: Callable[[ModelSection, PeftConfig], list[str]] | None = None,
+    model_problems: ModelProblems | None = None,
     anchored: bool = True,
 ) -> RunFile:
     """Read and check a run file; nothing of the model or the data is loaded.
@@ -54,7 +69,8 @@ def load_run(
         text: the content, in place of reading `path`.
         data_problems: a further check of the data section, such as whether its files exist; its
             problems are reported with all others.
-        model_problems: a further check of whether the adapter fits the model; likewise.
+        model_problems: a further check of whether the adapter, and the trained adapters of
+            experts_from, fit the model; likewise.
         anchored: False leaves relative paths to the working directory, as in a run folder's own
             run.yaml: rotmole 0.1 wrote them so, later versions write absolute ones.
 
@@ -113,16 +129,20 @@ class _Checked:
 
 def _check_sections(
     raw: Mapping[str, Any],
-    model_problems: Callable[[ModelSection, PeftConfig], list[str]] | None,
+    model_problems: ModelProblems | None,
     *,
     schema_is_right: bool,
 ) -> _Checked:
     """Check what the schema cannot know: the keys that belong to other classes, and metrics."""
-    adapter, config, problems = check_adapter(_section(raw, "adapter"), did_you_mean_place)
+    section = _section(raw, "adapter")
+    imported = imported_experts(_valid(raw, "experts_from", ExpertsFromSection), section)
+    adapter, config, problems = check_adapter(section, did_you_mean_place, imported.decided)
+    problems = [*imported.problems, *problems]
+    config = None if imported.problems else config
     tasks = _valid_tasks(raw)
-    model = _valid_model(raw)
-    if model_problems is not None and model is not None and config is not None:
-        problems += model_problems(model, config)
+    model = _valid(raw, "model", ModelSection)
+    if model_problems is not None and model is not None and (config or imported.loras):
+        problems += model_problems(model, config, imported.loras)
     # a task with a wrong setting may have validation rows, so do not report that none has any
     validated = any(has_validation(task) for task in tasks.values()) or not schema_is_right
     section = _section(raw, "training")
@@ -249,9 +269,9 @@ def _valid_tasks(raw: Mapping[str, Any]) -> dict[str, TaskSection]:
     return valid
 
 
-def _valid_model(raw: Mapping[str, Any]) -> ModelSection | None:
+def _valid(raw: Mapping[str, Any], name: str, kind: type[_S]) -> _S | None:
     try:
-        return ModelSection.model_validate(_section(raw, "model"))
+        return kind.model_validate(_section(raw, name))
     except ValidationError:  # reported with the whole file
         return None
 
@@ -293,6 +313,8 @@ def _warn_idle_sections(run: RunFile, adapter: Mapping[str, Any]) -> None:
         idle.append(("optimizer.rotation_gate_lr", "adapter.rotation is none"))
     if run.optimizer.scaling_gate_lr is not None and adapter.get("num_experts") == 1:
         idle.append(("optimizer.scaling_gate_lr", "with one expert there is no scaling gate"))
+    if run.optimizer.expert_lr_by_load != "none" and adapter.get("num_experts") == 1:
+        idle.append(("optimizer.expert_lr_by_load", "with one expert nothing is chosen"))
     weights = [name for name, task in run.data.tasks.items() if task.weight is not None]
     if run.data.temperature is not None and len(run.data.tasks) == 1:
         idle.append(("data.temperature", "there is only one task"))

@@ -58,6 +58,8 @@ OTHER_NAMES: dict[str, str] = {
     "shared_expert_rank": "adapter.shared_expert_r",
     "shared_expert_dim": "adapter.shared_expert_r",
     "router_lr": "optimizer.scaling_gate_lr",
+    "expert_lr": "optimizer.expert_lr_by_load",
+    "expert_lr_scaling": "optimizer.expert_lr_by_load",
     # lengths and order of rows
     "max_seq_length": "training.max_length",
     "max_seq_len": "training.max_length",
@@ -142,6 +144,9 @@ OTHER_NAMES: dict[str, str] = {
     "num_experts_per_tok": "adapter.top_k",
     "num_experts_per_token": "adapter.top_k",
     "moe_topk": "adapter.top_k",
+    "routed_scale": "adapter.routed_scaling_factor",
+    "moe_routed_scaling_factor": "adapter.routed_scaling_factor",
+    "moe_router_topk_scaling_factor": "adapter.routed_scaling_factor",
     "aux_loss_coef": "adapter.router_aux_loss_coef",
     "load_balance_coef": "adapter.router_aux_loss_coef",
     "balance_loss_coef": "adapter.router_aux_loss_coef",

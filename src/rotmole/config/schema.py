@@ -222,6 +222,29 @@ class TaskSection(Section):
     )
 
 
+class ExpertsFromSection(Section):
+    """Trained LoRA adapters that become the experts; routers and rotation gates are trained."""
+
+    paths: list[Annotated[str, AfterValidator(os.path.expanduser)]] = Field(
+        default_factory=list,
+        description="Folders of LoRA adapters, run folders, or ids on the hub; each is one expert. "
+        "RotMoLE adapters with one expert and rotation none are LoRA too. Without paths, experts "
+        "start anew.",
+        examples=[["runs/math", "me/code-lora"]],
+    )
+    names: list[str] | None = Field(
+        default=None,
+        description="Name of each expert in reports; null takes those of the folders.",
+        examples=[["math", "code"]],
+    )
+    trainable: Literal["gates", "all"] = Field(
+        default="gates",
+        description="What is trained: routers and rotation gates (gates), or the experts too "
+        "(all).",
+        examples=["all"],
+    )
+
+
 class DataSection(Section):
     """The mixture of tasks."""
 
@@ -269,6 +292,13 @@ class OptimizerSection(Section):
         gt=0,
         description="Learning rate of B divided by that of A (LoRA+); null means 1.",
         examples=[16.0],
+    )
+    expert_lr_by_load: Literal["none", "sqrt"] = Field(
+        default="none",
+        description="Whether the learning rate of each expert (A, B and its rotation gate) is "
+        "multiplied by sqrt(E share), where share is the running share of the tokens' choices that "
+        "it gets (sqrt; between 0.25 and 2).",
+        examples=["sqrt"],
     )
 
 
@@ -334,6 +364,9 @@ class RunFile(Section):
     adapter: dict[str, Any] = Field(
         default_factory=dict,
         description="Settings of RotMoleConfig, or of the method that peft_type names.",
+    )
+    experts_from: ExpertsFromSection = Field(
+        default_factory=ExpertsFromSection, description="Trained adapters as experts."
     )
     data: DataSection = Field(description="The tasks to train on, at least one.")
     training: dict[str, Any] = Field(

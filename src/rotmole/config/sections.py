@@ -22,10 +22,11 @@ def optimizer_problems(
     Returns:
         One sentence per problem.
     """
-    name = section.get("name")
+    name, problems = section.get("name"), []
+    if section.get("expert_lr_by_load") == "sqrt":
+        problems += _rates_by_load_problems(name or training.get("optim"), training)
     if name is None:
-        return []
-    problems = []
+        return problems
     if "peft_type" in adapter:
         problems.append(
             f"optimizer.name: {name} works on the experts of ROTMOLE, and adapter.peft_type is "
@@ -39,6 +40,22 @@ def optimizer_problems(
         problems.append(
             f"optimizer.name: {name} needs the whole of A and B, which training.fsdp shards; "
             "train with DDP (leave training.fsdp out), or drop optimizer.name."
+        )
+    return problems
+
+
+def _rates_by_load_problems(optimizer: Any, training: Mapping[str, Any]) -> list[str]:
+    head = "optimizer.expert_lr_by_load: sqrt"
+    problems = []
+    if optimizer in ("sgd", "riemannian_sgd"):
+        problems.append(
+            f"{head} does not fit {optimizer}, whose step for an expert is as long as its share of "
+            "the tokens already; drop it, or choose an optimizer of Adam's kind."
+        )
+    if training.get("fsdp"):
+        problems.append(
+            f"{head} needs each expert whole, which training.fsdp shards; train with DDP (leave "
+            "training.fsdp out), or drop it."
         )
     return problems
 

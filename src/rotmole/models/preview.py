@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from rotmole.errors import RotMoleError, did_you_mean
 from rotmole.models.load import empty_model
 from rotmole.tuner.batch.losses import balance_states
 from rotmole.tuner.layer import RotMoleLayer
+from rotmole.tuner.loras import Lora, base_problems
 
 
 def preview(
@@ -50,13 +52,18 @@ def preview(
 
 
 def adapter_problems(
-    section: ModelSection, config: PeftConfig, *, trust_remote_code: bool = False
+    section: ModelSection,
+    config: PeftConfig | None,
+    loras: Sequence[Lora] = (),
+    *,
+    trust_remote_code: bool = False,
 ) -> list[str]:
     """Say why the adapter does not fit the model; reads only the model's configuration.
 
     Args:
         section: the run file's `model:` section.
-        config: the adapter's configuration.
+        config: the adapter's configuration; None if it has problems of its own.
+        loras: trained adapters that become its experts.
         trust_remote_code: let transformers run code that came with the model.
 
     Returns:
@@ -67,6 +74,9 @@ def adapter_problems(
         base = empty_model(section, trust_remote_code=trust_remote_code)
     except RotMoleError as error:
         return [str(error)]
+    problems = [f"experts_from.paths: {problem}" for problem in base_problems(base, loras)]
+    if config is None or problems:
+        return problems
     if problems := _unmatched(base, getattr(config, "target_modules", None)):
         return problems
     try:

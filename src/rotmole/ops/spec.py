@@ -21,7 +21,8 @@ class Spec:
     the same meaning; docs/reference.md describes them.
 
     Attributes:
-        scale: s, lora_alpha / r (rsLoRA: lora_alpha / sqrt(r); GOAT: its closed form).
+        scale: s, lora_alpha / r (rsLoRA: lora_alpha / sqrt(r); GOAT: its closed form), times
+            routed_scaling_factor if there is more than one expert.
         shared: of the expert that every token uses, one expert without selection; its gate g_0, if
             it has one, is a sigmoid (scoring). None: there is none.
     """

@@ -22,7 +22,7 @@ from rotmole.config.training import saves_when_it_validates
 from rotmole.data import Collator, Example, encode_all, load_splits, mix
 from rotmole.data.chat import today
 from rotmole.data.load import within_limit
-from rotmole.errors import ConfigError, DataError
+from rotmole.errors import AdapterError, ConfigError, DataError, ModelError
 from rotmole.models.limits import check_readable
 from rotmole.models.load import LoadedModel, load_model
 from rotmole.training.callbacks.balance import BiasCallback
@@ -36,6 +36,8 @@ from rotmole.training.folder.layout import METRICS
 from rotmole.training.folder.manifest import run_date
 from rotmole.training.trainer import RotMoleTrainer
 from rotmole.tuner.config import RotMoleConfig
+from rotmole.tuner.from_adapters import differing, put_experts
+from rotmole.tuner.loras import base_problems, listed, read_loras
 
 UNLIMITED = 1 << 30
 ExamplesBySplit = dict[Split, dict[str, list[Example]]]
@@ -82,9 +84,9 @@ class Sources:
         """Load every split that the tasks have."""
         return all_examples(run, tokenizer, date=date)
 
-    def adapted(self, run: RunFile, base: Any) -> PeftModel:
-        """Put the run's adapter on a base model."""
-        return add_adapter(run, base)
+    def adapted(self, run: RunFile, base: Any, *, trained: bool) -> PeftModel:
+        """Put the run's adapter on a base model; arguments as of `add_adapter`."""
+        return add_adapter(run, base, trained=trained)
 
 
 def build(
@@ -92,6 +94,7 @@ def build(
     *,
     callbacks: Sequence[TrainerCallback] = (),
     say: Callable[[str], None] | None = None,
+    trust_remote_code: bool = False,
     sources: Sources | None = None,
     checkpoints: Checkpoints | None = None,
 ) -> Built:
@@ -101,20 +104,22 @@ def build(
         run: a checked run file.
         callbacks: beside those of every run (metric lines, use of the experts).
         say: told before slow steps.
-        sources: of its parts; None loads them.
+        trust_remote_code: let transformers run code that came with the model.
+        sources: of the run's parts; None loads them.
         checkpoints: of the run; None begins anew.
 
     Raises:
         InputError: model, adapter, data or training settings do not work together.
     """
-    say, sources = say or (lambda text: None), sources or Sources()
+    say = say or (lambda text: None)
+    sources = sources or Sources(trust_remote_code=trust_remote_code)
     say(f"loading {run.model.name}")
     base = sources.model(run.model, say)
     say("loading data")
     origin = None if checkpoints is None else checkpoints.origin
     date = today() if origin is None else run_date(origin.parent)
     examples = sources.examples(run, base.tokenizer, date)
-    model = sources.adapted(run, base.model)
+    model = sources.adapted(run, base.model, trained=origin is not None)
     validation = validation_rows(run, examples["validation"])
     used = {"train": examples["train"], "validation": validation}
     trainer = build_trainer(run, model, base.tokenizer, used, callbacks, checkpoints)
@@ -162,14 +167,31 @@ def all_examples(run: RunFile, tokenizer: Any, *, date: str | None = None) -> Ex
     return examples
 
 
-def add_adapter(run: RunFile, base: Any) -> PeftModel:
+def add_adapter(run: RunFile, base: Any, *, trained: bool = False) -> PeftModel:
     """Put the run's adapter on a base model; run.seed decides its initial weights.
+
+    Args:
+        trained: a checkpoint of the run will be loaded, so that the adapters of experts_from are
+            not needed.
 
     Raises:
         ConfigError: the settings do not fit the model.
+        AdapterError, ModelError: an adapter of experts_from cannot be read, changed, or does not
+            fit the model.
     """
     set_seed(run.seed)
+    paths = [] if trained else run.experts_from.paths
+    loras = read_loras(paths)
+    if paths and (changes := differing(run.adapter_config, loras)):
+        raise AdapterError(
+            f"the adapters of experts_from are not those that this run file was made for: "
+            f"{'; '.join(changes)}. Leave what they decide out of the adapter section."
+        )
+    if problems := base_problems(base, loras):
+        raise ModelError(listed(problems))
     model = get_peft_model(base, copy.deepcopy(run.adapter_config))  # PEFT changes it
+    if loras:
+        put_experts(model, loras, model.active_adapter)
     # PEFT looks for a base model's configuration at every save: here, not on the hub
     model.active_peft_config.base_model_name_or_path = base.config.name_or_path
     return model

@@ -13,6 +13,8 @@ USAGE = (
     "experts_unused", "experts_total", "largest_expert_share", "largest_expert_share_mean",
     "expert_share_even", "expert_share_ceiling",
 )  # fmt: skip
+SHARE = "expert_share/"
+"""How the names of the figures of single experts begin; the name of the expert follows."""
 _FIGURES = (
     "train_loss", "train_tokens_per_second", "num_input_tokens_seen", "peak_memory_bytes",
 )  # fmt: skip
@@ -33,7 +35,7 @@ def final_metrics(rows: Sequence[dict[str, Any]], step: int) -> dict[str, Any]:
     """
     figures: dict[str, Any] = {}
     for row in rows:
-        figures |= {name: row[name] for name in USAGE if name in row}
+        figures |= {name: row[name] for name in row if name in USAGE or name.startswith(SHARE)}
         if "train_loss" in row:
             figures |= {name: row[name] for name in _FIGURES if name in row}
     validated = [r for r in rows if r.get("eval_loss") is not None and r["step"] <= step]
@@ -79,4 +81,19 @@ def _usage(metrics: Mapping[str, Any]) -> dict[str, str]:
             f"{mean} of a layer's choices on average, {most} in the worst layer "
             f"(even is {even}, {ceiling} is the most there can be)"
         )
+    if shares := named_shares(metrics):
+        words["weights"] = f"{shares} in the last logged update, the mean of layers and tokens"
     return words
+
+
+def named_shares(figures: Mapping[str, Any]) -> str:
+    """Say how much experts with names are used.
+
+    >>> named_shares({"expert_share/math": 0.25, "expert_share/code": 0.75})
+    'math 25 %, code 75 %'
+    """
+    return ", ".join(
+        f"{name.removeprefix(SHARE)} {100 * share:.0f} %"
+        for name, share in figures.items()
+        if name.startswith(SHARE)
+    )

@@ -104,6 +104,7 @@ def train(
     resume: str | None = None,
     weights_only: bool = False,
     allow_change: bool = False,
+    trust_remote_code: bool = False,
     sources: Sources | None = None,
     progress: bool = True,
     callbacks: Sequence[TrainerCallback] = (),
@@ -119,7 +120,8 @@ def train(
         weights_only: go on with the checkpoint's weights and a fresh optimizer; schedule and
             order of rows go on where they were.
         allow_change: go on though settings, data, versions or processes are not the checkpoint's.
-        sources: of the parts; None loads them.
+        trust_remote_code: let transformers run code that came with the model.
+        sources: of the run's parts; None loads them.
         progress: show progress on standard error.
         callbacks: further callbacks of the trainer.
         say: told before slow steps.
@@ -145,6 +147,7 @@ def train(
             run,
             callbacks=[stop, *bars, BatchSizeCallback(partial(_found_size, run_dir)), *callbacks],
             say=say,
+            trust_remote_code=trust_remote_code,
             sources=sources,
             checkpoints=checkpoints,
         )

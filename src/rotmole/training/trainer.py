@@ -26,7 +26,7 @@ from rotmole.config.schema import OptimizerSection
 from rotmole.errors import ConfigError, NonFiniteError
 from rotmole.files import atomic_write_text
 from rotmole.models.memory import peak_rss_bytes
-from rotmole.optim import Muon, RiemannianAdamW, RiemannianSGD, parameter_groups
+from rotmole.optim import ExpertRates, Muon, RiemannianAdamW, RiemannianSGD, parameter_groups
 from rotmole.optim.riemannian import DELTA
 from rotmole.training.callbacks.balance import balance_logs
 from rotmole.training.callbacks.metrics import read_metrics
@@ -184,17 +184,21 @@ class RotMoleTrainer(ValidatingTrainer):
         section = self.optimizer_section
         if section.name is not None:
             self.optimizer = own_optimizer(model, section, self.args)
-            return self.optimizer
-        factory, options = self.get_optimizer_cls_and_kwargs(self.args, model)
-        if {"params", "model", "optimizer_dict"} & set(options) or not isinstance(factory, type):
-            if section.model_dump(exclude_none=True):
-                raise ConfigError(
-                    f"training.optim is {self.args.optim!r}, which groups parameters itself, so "
-                    "the learning rates under optimizer: would have no effect; choose another "
-                    "optimizer, such as adamw_torch, or drop that section."
-                )
-            return super().create_optimizer(model)
-        self.optimizer = factory(groups_of(model, section, self.args), **options)
+        else:
+            factory, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            if {"params", "model", "optimizer_dict"} & set(options) or not isinstance(
+                factory, type
+            ):
+                if section.model_dump(exclude_defaults=True):
+                    raise ConfigError(
+                        f"training.optim is {self.args.optim!r}, which groups parameters itself, "
+                        "so the settings under optimizer: would have no effect; choose another "
+                        "optimizer, such as adamw_torch, or drop that section."
+                    )
+                return super().create_optimizer(model)
+            self.optimizer = factory(groups_of(model, section, self.args), **options)
+        if section.expert_lr_by_load != "none":
+            ExpertRates(self.optimizer, model=model)
         return self.optimizer
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
@@ -354,7 +358,7 @@ def groups_of(
         section: `optimizer:` of the run file.
         args: the trainer's arguments (learning_rate, weight_decay).
     """
-    rates = section.model_dump(exclude={"name", "riemannian_delta"})
+    rates = section.model_dump(exclude={"name", "riemannian_delta", "expert_lr_by_load"})
     return parameter_groups(model, lr=args.learning_rate, weight_decay=args.weight_decay, **rates)
 
 

@@ -101,7 +101,8 @@ class RotMoleConfig(Settings, PeftConfig):  # type: ignore[misc] # peft ships no
             name: "lora" (arXiv 2106.09685), "moe_lora" (1701.06538), "hydralora" (2404.19245),
                 "loramoe" (2312.09979), "mola" (2402.08562), "mixlora" (2404.15159), "adamole"
                 (2405.00361), "goat" (2502.16894), "switch" (2101.03961), "top_p" (2403.07652),
-                "deepseekmoe" (2401.06066), "radargate" (2505.23184), "rotmole" (2605.25565) or "flylora" (2510.08396).
+                "deepseekmoe" (2401.06066), "radargate" (2505.23184), "rotmole" (2605.25565),
+                "flylora" (2510.08396) or "deepseek_v3" (2412.19437).
             overrides: further settings, which replace the preset's.
 
         Raises:

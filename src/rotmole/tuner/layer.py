@@ -167,7 +167,7 @@ class RotMoleLayer(BaseTunerLayer):  # type: ignore[misc] # peft ships no types
         """Let the losses act, and count who was chosen, in the backward pass of result."""
         router, weights = experts.first_router_parameter, experts.loss_weights
         losses = weights.act and router is not None and router.requires_grad
-        counts = experts.router_bias is not None and experts.training and result.requires_grad
+        counts = experts.counts() if experts.training and result.requires_grad else []
         if not (losses or counts):
             return result
         batch.check_known()
@@ -179,13 +179,11 @@ class RotMoleLayer(BaseTunerLayer):  # type: ignore[misc] # peft ships no types
             result = add_balance(
                 result, routed, experts.spec, batch, layout, self.rotmole_state, weights, router
             )
-        if counts:
-            routing = routed.routing
-            assert routing is not None  # a biased router is no plain one
+        if counts and not torch.compiler.is_compiling():
             mask_T = None if layout is None else layout.tokens.mask_T
-            result = count_loads(
-                result, routing.selected_TE, mask_T, experts.loads, experts.expert_B, stack
-            )
+            selected_TE = routed.selected()
+            for count in counts:
+                result = count_loads(result, selected_TE, mask_T, count, experts.expert_B, stack)
         return result
 
     def delete_adapter(self, adapter_name: str) -> None:

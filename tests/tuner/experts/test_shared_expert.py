@@ -208,6 +208,36 @@ def test_routing_gate_and_sum_are_those_of_Qwen2_MoE(normalise: bool) -> None:
     assert torch.allclose(found, wanted, rtol=0, atol=2e-6)
 
 
+def test_sigmoid_bias_sum_and_factor_are_those_of_DeepSeek_V3() -> None:
+    """transformers' own block of one group; the bias acts on the selection alone."""
+    from transformers.models.deepseek_v3 import modeling_deepseek_v3 as deepseek
+
+    torch.manual_seed(0)
+    config = deepseek.DeepseekV3Config(
+        hidden_size=8, n_routed_experts=6, num_experts_per_tok=2, n_group=1, topk_group=1,
+        moe_intermediate_size=4, routed_scaling_factor=2.5, norm_topk_prob=True,
+    )  # fmt: skip
+    block = deepseek.DeepseekV3MoE(config)
+    layer = nn.Sequential(nn.Linear(8, 8, bias=False))
+    settings = {"r": 3, "num_experts": 6, "shared_expert_r": 5, "shared_expert_alpha": 7}
+    ours = RotMoleConfig.preset("deepseek_v3", target_modules=["0"], init_weights=False, **settings)
+    model = get_peft_model(layer, ours)
+    (one,) = experts(model)
+    with torch.no_grad():
+        block.gate.weight.copy_(one.router_weight)
+        one.router_bias.copy_(torch.linspace(-0.4, 0.4, 6))
+        block.gate.e_score_correction_bias.copy_(one.router_bias)
+    block.experts = _LowRank(one.expert_A, one.expert_B, 16 / 3)
+    block.shared_experts = _LowRank(one.shared_A, one.shared_B, 7 / 5)
+    x = torch.randn(10, 8)
+    with torch.no_grad():
+        found = model(x)
+        with model.disable_adapter():
+            found = found - model(x)
+        wanted = block(x)
+    assert torch.allclose(found, wanted, rtol=0, atol=5e-6)
+
+
 def test_goat_starts_where_it_did() -> None:
     """The shared expert adds nothing at the start, so what is subtracted stays the same."""
     ids = tiny.tokens(2, 6)

@@ -166,6 +166,7 @@ SAYS: dict[str, Callable[[Experts], bool]] = {
     "mixlora": lambda e: e.spec.num_experts in (1, 8),
     "radargate": lambda e: "radar_up" in e.gate_names,
     "deepseekmoe": lambda e: e.shared_A.shape[:2] == (1, 16) and not e.spec.norm_topk_prob,
+    "deepseek_v3": lambda e: e.router_bias is not None and e.spec.scale == 2.5 * 16 / 2,
     "rotmole": lambda e: "rotation_vector" in e.gate_names,
 }
 

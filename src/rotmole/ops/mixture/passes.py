@@ -155,35 +155,33 @@ def _read(how: How, parts: Parts) -> list[Read]:
     gates another; A is never in one product with a gate, so every mode finds the same z and logits
     to the bit.
     """
-    x_TD, banks = parts.x_TD, parts.banks(how.spec)
-    reads_few = [spec.small_gates for spec, _ in banks]
-    factors: list[Tensor | None] = [bank.A_ERD for _, bank in banks]
-    routers = [bank.router_ED for _, bank in banks]
-    routers = [None if router is None else router.unsqueeze(1) for router in routers]
-    vectors = [
-        None if few else bank.vector_EVN for few, (_, bank) in zip(reads_few, banks, strict=True)
-    ]
-    angles = [
-        None if few else bank.angle_EMN for few, (_, bank) in zip(reads_few, banks, strict=True)
-    ]
-    downs = [bank.down_HD for _, bank in banks]
-    wide_dtype = torch.promote_types(parts.routed.A_ERD.dtype, torch.float32)
+    x_TD, A_dtype = parts.x_TD, parts.routed.A_ERD.dtype
+    factors: list[Tensor | None] = []
+    routers: list[Tensor | None] = []
+    vectors: list[Tensor | None] = []
+    angles: list[Tensor | None] = []
+    downs: list[Tensor | None] = []
+    for spec, bank in parts.banks(how.spec):
+        factors.append(bank.A_ERD)
+        routers.append(None if bank.router_ED is None else bank.router_ED.unsqueeze(1))
+        vectors.append(None if spec.small_gates else bank.vector_EVN)
+        angles.append(None if spec.small_gates else bank.angle_EMN)
+        downs.append(None if bank.down_HD is None else bank.down_HD.unsqueeze(0))
+    wide_dtype = A_dtype if A_dtype.itemsize >= 4 else torch.float32
     together = parts.keep_TD is None and how.dtype == wide_dtype
     reads_wide = together or any(weight is not None for weight in [*routers, *angles])
     wide_TD = x_TD.to(wide_dtype) if reads_wide else x_TD  # one copy for all
     dropped_TD = dropped(wide_TD if how.dtype == wide_dtype else x_TD, parts.keep_TD, how)
     if together:
-        z_and_logits = _apply(wide_TD, [*factors, *routers])
-        gates = _apply(wide_TD, [*vectors, *angles])
+        z_and_logits = _apply(wide_TD, factors + routers)
+        gates = _apply(wide_TD, vectors + angles)
     else:
         z_and_logits = _apply(dropped_TD, factors) + _apply(wide_TD, routers)
         gates = _apply(dropped_TD, vectors) + _apply(wide_TD, angles)
-    few = _apply(dropped_TD, [None if down is None else down.unsqueeze(0) for down in downs])
-    count, reads = len(banks), []
+    few, count, reads = _apply(dropped_TD, downs), len(factors), []
     for i in range(count):
-        z_ERT, logits_E1T = z_and_logits[i], z_and_logits[count + i]
+        z_ERT, logits_E1T, few_1HT = z_and_logits[i], z_and_logits[count + i], few[i]
         assert z_ERT is not None
-        few_1HT = few[i]
         few_NT = None if few_1HT is None else few_1HT[0]
         if i == 0 and parts.logits_TE is not None:
             few_NT = parts.logits_TE.mT.to(z_ERT.dtype)
@@ -198,11 +196,16 @@ def _apply(x_TD: Tensor, weights: list[Tensor | None]) -> list[Tensor | None]:
     No result holds the memory of another.
     """
     there = [weight.to(x_TD.dtype) for weight in weights if weight is not None]
+    if not there:
+        return weights
     if len(there) == 1:
-        results = iter([at_least_float32(project(x_TD, there[0]))])
+        results = [at_least_float32(project(x_TD, there[0]))]
     else:
-        results = iter([_own(value) for value in project_all(x_TD, there)] if there else [])
-    return [None if weight is None else next(results) for weight in weights]
+        results = [_own(value) for value in project_all(x_TD, there)]
+    if len(results) == len(weights):
+        return [*results]
+    values = iter(results)
+    return [None if weight is None else next(values) for weight in weights]
 
 
 def _own(value: Tensor) -> Tensor:
@@ -385,12 +388,12 @@ def backward(
     sizes = [bank.B_ERO.shape[0] * bank.B_ERO.shape[1] for _, bank in banks]
     turned = [
         _turn_back(how, parts, spec, bank, kept, dm.view(*bank.B_ERO.shape[:2], -1), x_TD)
-        for (spec, bank), kept, dm in zip(banks, saved, torch.split(dm_NT, sizes), strict=True)
+        for (spec, bank), kept, dm in zip(banks, saved, _split(dm_NT, sizes), strict=True)
     ]
     if dlogits_TE is not None and turned[0].router_ET is not None:
         turned[0] = turned[0]._replace(router_ET=turned[0].router_ET + dlogits_TE.mT)
     m_NT = _stack([back.gradient.m_ERT.to(dtype).flatten(0, 1) for back in turned])
-    dB = torch.split(m_NT @ dy_TO, sizes)
+    dB = _split(m_NT @ dy_TO, sizes)
     dx, maps = _linear(how, parts, x_TD, turned, needs_x)
     grads = [
         _bank_gradients(spec, bank, back, dB_NO, each)
@@ -483,4 +486,9 @@ def _into_x(
 
 
 def _stack(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+    return parts[0] if len(parts) == 1 else torch.cat([*parts])
+
+
+def _split(rows_NX: Tensor, sizes: list[int]) -> Sequence[Tensor]:
+    parts: Sequence[Tensor] = [rows_NX] if len(sizes) == 1 else torch.split(rows_NX, sizes)
+    return parts

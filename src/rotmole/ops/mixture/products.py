@@ -32,10 +32,14 @@ def project_all(x_TD: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
     >>> gate.shape
     torch.Size([1, 6, 5])
     """
-    rows_ND = torch.cat([weight.flatten(0, 1) for weight in weights])
-    sizes = [weight.shape[0] * weight.shape[1] for weight in weights]
-    parts = torch.split(rows_ND @ x_TD.mT, sizes)
-    return [part.view(*weight.shape[:2], -1) for part, weight in zip(parts, weights, strict=True)]
+    both_NT = torch.cat([weight.flatten(0, 1) for weight in weights]) @ x_TD.mT
+    results, start = [], 0
+    for weight in weights:
+        experts, rows = weight.shape[:2]
+        stop = start + experts * rows
+        results.append(both_NT[start:stop].view(experts, rows, -1))
+        start = stop
+    return results
 
 
 def activations(dropped_TD: Tensor, A_ERD: Tensor, experts: int) -> Tensor:

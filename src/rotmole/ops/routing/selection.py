@@ -48,6 +48,14 @@ class Routed(NamedTuple):
     routing: Routing | None
     index_KT: Tensor | None = None
 
+    def selected(self) -> Tensor:
+        """Return [T, E], True where the expert is selected; not under torch.compile."""
+        if self.routing is not None:
+            return self.routing.selected_TE
+        if self.index_KT is None:
+            return torch.ones_like(self.logits_TE, dtype=torch.bool)
+        return _marked(self.index_KT.long(), self.logits_TE.shape[1]).mT
+
 
 # Experts up to which sorting all scores is as fast as finding the K largest: at 1024 experts it
 # takes four times as long.

@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from rotmole.training.figures import named_shares
 from rotmole.units import duration, speed, task_losses
 
 INTERVAL = 10.0
@@ -228,6 +229,8 @@ def describe(logs: dict[str, Any]) -> list[str]:
     if "largest_expert_share_mean" in logs:
         share, even = logs["largest_expert_share_mean"], logs["expert_share_even"]
         words.append(f"busiest expert {100 * share:.0f} % (even {100 * even:.0f} %)")
+    if shares := named_shares(logs):
+        words.append(shares)
     return words
 
 

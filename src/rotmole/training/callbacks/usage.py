@@ -11,8 +11,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from rotmole.ops.routing.route import select_by
 from rotmole.ops.spec import Spec
+from rotmole.training.figures import SHARE
 from rotmole.tuner.experts.experts import Experts
 from rotmole.tuner.layer import RotMoleLayer
+from rotmole.tuner.shares import ExpertShares
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,8 @@ class UsageCallback(TrainerCallback):
         largest_expert_share_mean: the same, the mean of the layers.
         expert_share_even, expert_share_ceiling: what that share is at best, 1/E, and at most, 1/K,
             in the layer where it is largest.
+        expert_share/NAME: if experts have names, the share of the routing weights that each has,
+            the mean of layers and tokens; also where every token uses every expert.
     A layer whose K most chosen experts took 99 % of all choices in three log lines in a row
     is reported once, by a warning.
     """
@@ -47,6 +51,7 @@ class UsageCallback(TrainerCallback):
         self.top_k: dict[str, int] = {}
         self.streak: dict[str, int] = {}
         self.handles: list[Any] = []
+        self.shares: ExpertShares | None = None
         self.counting = True
 
     def on_train_begin(
@@ -55,6 +60,7 @@ class UsageCallback(TrainerCallback):
         """Hook the experts that choose: more than one, not all of them."""
         self.on_train_end(args, state, control)  # auto_find_batch_size begins more than once
         self.reset()
+        self.shares = ExpertShares(kwargs["model"], training=True).__enter__()
         for path, layer in kwargs["model"].named_modules():
             if not isinstance(layer, RotMoleLayer):
                 continue
@@ -94,6 +100,9 @@ class UsageCallback(TrainerCallback):
         every = state.logging_steps if args.logging_strategy == "steps" else 1
         first = args.logging_first_step and state.global_step == 0
         self.counting = first or (state.global_step + 1) % max(int(every), 1) == 0
+        if self.shares is not None:
+            self.shares.counting = self.counting
+            self.shares.reset()
 
     def on_log(
         self,
@@ -104,7 +113,11 @@ class UsageCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Add the figures to a training log; warn once."""
-        if logs is None or "loss" not in logs or not self.chosen:
+        if logs is None or "loss" not in logs:
+            return
+        named = {} if self.shares is None else self.shares.shares()
+        logs.update({f"{SHARE}{name}": share for name, share in named.items()})
+        if not self.chosen:
             return
         counts = {name: _summed(count).tolist() for name, count in self.chosen.items()}
         logs.update(usage_logs(counts, self.top_k))
@@ -137,6 +150,8 @@ class UsageCallback(TrainerCallback):
         for handle in self.handles:
             handle.remove()
         self.handles = []
+        if self.shares is not None:
+            self.shares.__exit__(None, None, None)
 
 
 def _chooses(spec: Spec) -> bool:

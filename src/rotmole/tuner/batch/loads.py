@@ -21,10 +21,10 @@ from rotmole.tuner.batch.stack import Stack
 
 
 class LoadCount:
-    """How often one layer's experts were chosen since the last update of the bias.
+    """How often one layer's experts were chosen since whoever reads the count emptied it.
 
     Args:
-        rate: how far the bias moves in a step; 0: the layer has no bias.
+        rate: how far the bias moves in a step; 0: the count is not for a bias.
 
     Attributes:
         loads_E: [E] tokens that chose each expert, None if no backward pass ran.
@@ -48,7 +48,7 @@ class LoadCount:
             self.loads_E, self.version = loads_E, weight._version
             return
         self.loads_E = self.loads_E + loads_E
-        if weight._version != self.version:
+        if self.rate > 0 and weight._version != self.version:
             stack.warn_once(
                 "bias",
                 "router_bias_rate is on, but nobody moves the bias after an optimizer step: call "

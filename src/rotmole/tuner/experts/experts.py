@@ -26,6 +26,11 @@ SHARED = "shared_"
 SHARED_PLAIN = frozenset({"shared_A", "shared_B", "shared_gate"})
 """Parameters of the shared expert that belong to no rotation gate."""
 
+ROW_BY_ROW = (
+    "expert_A", "expert_B", "rotation_vector", "rotation_angle", "rotation_center",
+)  # fmt: skip
+"""Parameters whose row e only the tokens that chose expert e reach."""
+
 FROZEN = {
     "none": frozenset[str](),
     "A": frozenset({"expert_A"}),
@@ -37,7 +42,8 @@ FROZEN = {
 def spec_of(settings: Settings, in_features: int) -> Spec:
     """Return what a layer with these settings computes: equal names, and the scale worked out.
 
-    scale = lora_alpha / r, or lora_alpha / sqrt(r), or GOAT's closed form sqrt(3 eta D / r)
+    scale = lora_alpha / r, or lora_alpha / sqrt(r), or GOAT's closed form sqrt(3 eta D / r);
+    times routed_scaling_factor where experts are selected
     """
     if settings.goat_eta is not None:
         scale = math.sqrt(3 * settings.goat_eta * in_features / settings.r)
@@ -45,13 +51,20 @@ def spec_of(settings: Settings, in_features: int) -> Spec:
         scale = settings.lora_alpha / (math.sqrt(settings.r) if settings.use_rslora else settings.r)
     names = [entry.name for entry in fields(Spec) if entry.name not in ("scale", "shared")]
     chosen = {name: getattr(settings, name) for name in names}
-    return Spec(scale=scale, shared=_shared_spec(settings, scale), **chosen)
+    shared = _shared_spec(settings, scale)
+    return Spec(scale=scale * routed_factor(settings), shared=shared, **chosen)
+
+
+def routed_factor(settings: Settings) -> float:
+    """Return what the scale of a layer is multiplied by: 1 for an expert that nobody selects."""
+    return settings.routed_scaling_factor if settings.num_experts > 1 else 1.0
 
 
 def _shared_spec(settings: Settings, scale: float) -> Spec | None:
     """Return what the shared expert computes, None if there is none.
 
-    Its gates read what those of the other experts do, and keep the same length if they can.
+    routed_scaling_factor does not multiply its scale. Its gates read what those of the other
+    experts do, and keep the same length if they can.
     """
     rank, alpha = settings.shared_expert_r, settings.shared_expert_alpha
     if rank == 0:
@@ -99,6 +112,10 @@ class Experts(nn.Module):
         shared_*: those of the shared expert, if there is one: A [1, R_0, D], B [1, R_0, O], gate
         [1, D], and its rotation gate's.
 
+    Attributes:
+        loads: choices since the bias moved, with router_bias_rate.
+        choices: choices since the last optimizer step, if rotmole.optim.ExpertRates asks for them.
+
     Args:
         settings: of the module, all patterns applied.
         spec: from `spec_of`.
@@ -127,6 +144,7 @@ class Experts(nn.Module):
         self.spec = spec
         self.loss_weights = LossWeights()
         self.loads = LoadCount(settings.router_bias_rate)
+        self.choices: LoadCount | None = None
         experts, rank = spec.num_experts, settings.r
         self.has_router = has_router and experts > 1
         input_factors = (1 if spec.share_A else experts, rank, in_features)
@@ -191,6 +209,17 @@ class Experts(nn.Module):
         if self.shared_names:
             pairs.append((self.shared_A, self.shared_B))
         return pairs
+
+    def counts(self) -> list[LoadCount]:
+        """Return where the choices of the tokens are counted; empty if nobody asks for them."""
+        counts = [] if self.router_bias is None else [self.loads]
+        return counts if self.choices is None else [*counts, self.choices]
+
+    def by_expert(self) -> list[nn.Parameter]:
+        """Return the parameters whose row e belongs to expert e alone, [E, ...] each."""
+        names = [n for n in ROW_BY_ROW if n in self._parameters]
+        parameters: list[nn.Parameter] = [getattr(self, name) for name in names]
+        return [p for p in parameters if len(p) == self.spec.num_experts]
 
     def residual(self) -> Weights | None:
         """Return where A and B started, with init_weights "svd"; None otherwise."""

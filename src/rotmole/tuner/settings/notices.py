@@ -63,6 +63,7 @@ def _idle_in_experts(s: Settings) -> dict[str, bool]:
     rotations = {s.rotation, s.shared_expert_rotation} if shared else {s.rotation}
     return {
         "share_A": s.share_A and not s.is_routed,
+        "routed_scaling_factor": s.routed_scaling_factor != 1 and not s.is_routed,
         "use_rslora": s.use_rslora and s.goat_eta is not None,
         "alpha_pattern": bool(s.alpha_pattern) and s.goat_eta is not None,
         "rotation_dim": s.rotation_dim is not None

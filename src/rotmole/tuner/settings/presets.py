@@ -112,6 +112,13 @@ PRESETS: dict[str, Preset] = {
             "init_weights": "gaussian",
         },
     ),
+    "deepseek_v3": Preset(
+        "2412.19437", "sigmoid scores balanced by a bias, their weighted sum times 2.5",
+        {
+            "num_experts": 8, "top_k": 2, "scoring": "sigmoid", "rotation": "none",
+            "router_bias_rate": 1e-3, "routed_scaling_factor": 2.5, "shared_expert_r": 8,
+        },
+    ),
 }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -127,3 +128,18 @@ def modules() -> Range:
         return value is None or isinstance(value, str)
 
     return Range("a list of module names, or one string", allows)
+
+
+def names() -> Range:
+    """Allow a list of different names of letters, digits, `-`, `_`, `.` and `+`, or None."""
+
+    def allows(value: object) -> bool:
+        if value is None:
+            return True
+        return (
+            isinstance(value, list)
+            and all(isinstance(name, str) and re.fullmatch(r"[\w.+-]+", name) for name in value)
+            and len(set(value)) == len(value)
+        )
+
+    return Range("null, or a list of different names of letters, digits and - _ . +", allows)

@@ -25,9 +25,16 @@ def setting_problems(settings: Settings, task_type: object = None) -> list[str]:
     problems = range_problems(settings)
     wrong = frozenset(problems)
     sentences = [sentence for group in problems.values() for sentence in group]
-    for rules in (_count_rules, _rotation_rules, _shared_rules, _module_rules, _start_rules):
+    for rules in (_count_rules, _name_rules, _rotation_rules, _shared_rules, _module_rules):
         sentences += rules(settings, wrong)
-    for rules in (_sharing_rules, _dispatch_rules, _router_rules, _task_rules, _sqrt_gate_rules):
+    for rules in (
+        _start_rules,
+        _sharing_rules,
+        _dispatch_rules,
+        _router_rules,
+        _task_rules,
+        _sqrt_gate_rules,
+    ):
         sentences += rules(settings, wrong)
     return [
         *sentences,
@@ -47,6 +54,18 @@ def _count_rules(s: Settings, wrong: Names) -> Iterator[str]:
         yield (
             f"top_k is {s.top_k} but num_experts is {s.num_experts}; "
             "a token cannot use more experts than there are, so top_k <= num_experts"
+        )
+
+
+def _name_rules(s: Settings, wrong: Names) -> Iterator[str]:
+    if wrong & {"expert_names", "num_experts", "num_experts_pattern"} or s.expert_names is None:
+        return
+    if s.num_experts_pattern:
+        yield "expert_names is set but num_experts_pattern too; experts of all layers share names"
+    elif len(s.expert_names) != s.num_experts:
+        yield (
+            f"expert_names has {len(s.expert_names)} names but num_experts is {s.num_experts}; "
+            "give each expert one name"
         )
 
 

@@ -18,6 +18,7 @@ from rotmole.tuner.settings.ranges import (
     flag,
     is_whole,
     modules,
+    names,
     or_null,
     share,
     whole,
@@ -162,6 +163,16 @@ class Settings:
             "Whether the weights of the selected experts are divided by their sum; false leaves "
             "them as they are.",
             example=False,
+        ),
+    )
+    routed_scaling_factor: float = field(
+        default=1.0,
+        metadata=_about(
+            above(0),
+            "Multiplies the sum of the selected experts, as in DeepSeek-V3: it is part of s in "
+            "modules with more than one expert. The shared expert is not multiplied. top_k "
+            "undoes that weights which sum to one shorten the experts' steps (docs/method.md).",
+            example=2.0,
         ),
     )
     rotation: str = field(
@@ -431,6 +442,15 @@ class Settings:
             example=True,
         ),
     )
+    expert_names: list[str] | None = field(
+        default=None,
+        metadata=_about(
+            names(),
+            "A name for each expert, as `rotmole combine` gives them; reports use them. null: "
+            "experts have numbers only.",
+            example=["math", "code"],
+        ),
+    )
     share_A: bool = field(
         default=False,
         metadata=_about(
@@ -445,7 +465,7 @@ class Settings:
         metadata=_about(
             choice(("none", "A", "AB")),
             "Which factors keep their initial values. AB trains the gates only and is for "
-            "experts imported with RotMoleModel.from_adapters.",
+            "experts that were trained before (experts_from, RotMoleModel.from_adapters).",
             example="A",
         ),
     )
