@@ -82,7 +82,8 @@ def check(path: Path, overrides: Sequence[str], *, trust_remote_code: bool = Fal
 
 def _print_experts(run: RunFile) -> None:
     """Print which adapters become the experts, and the base model that each was trained on."""
-    names, paths = run.adapter_config.expert_names, run.experts_from.paths
+    paths = run.experts_from.paths
+    names = getattr(run.adapter_config, "expert_names", None)  # PEFT's other methods have none
     if not paths:
         if names:
             print(f"experts     {', '.join(names)}")

@@ -8,6 +8,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ class Study:
         raw |= {"output_dir": str(folder or self.folder / method), "seed": seed}
         raw["model"] = {**(raw.get("model") or {}), **(machine or {})}
         raw["evaluation"] = {**(raw.get("evaluation") or {}), "split": self.file.split}
-        fits = _fits(trust_remote_code=self.trust_remote_code)
+        fits = partial(adapter_problems, trust_remote_code=self.trust_remote_code)
         with warnings.catch_warnings():
             if not check:  # shown once, when the study was read
                 warnings.simplefilter("ignore")
@@ -290,13 +291,6 @@ def _rules(file: StudyFile) -> list[str]:
             if len(set(values)) < len(values):
                 problems.append(f"tune.grid.{key}: values appear twice.")
     return problems
-
-
-def _fits(*, trust_remote_code: bool) -> Callable[..., list[str]]:
-    def fits(section: ModelSection, config: Any) -> list[str]:
-        return adapter_problems(section, config, trust_remote_code=trust_remote_code)
-
-    return fits
 
 
 def _method_problems(study: Study) -> list[str]:
