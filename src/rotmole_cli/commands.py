@@ -80,7 +80,7 @@ def init(
 
 @app.command()
 def check(run: RunPath, overrides: Overrides = None, trust_remote_code: Trust = False) -> int:
-    """Check a run file: report every mistake at once, or show sizes and memory."""
+    """Check a run file or a study file: report every mistake at once, or show sizes and cost."""
     from rotmole.cli.check import check as work
 
     return work(run, overrides or [], trust_remote_code=trust_remote_code)
@@ -283,6 +283,53 @@ def prune(
 
 
 @app.command()
+def compare(
+    study: Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="The study file.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE",
+            help="Settings that replace those of the study file, or of the run file it is based "
+            "on, such as seeds=[0,1] or training.max_steps=20.",
+        ),
+    ] = None,
+    jobs: Annotated[
+        int, typer.Option("--jobs", "-j", min=1, help="Processes that share the cells.")
+    ] = 1,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show methods and cells, and do nothing.")
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", metavar="DIR", help="Folder of the study. [default: its output_dir]"
+        ),
+    ] = None,
+    cell: Annotated[
+        str | None,
+        typer.Option(
+            "--cell", metavar="NAME", help="Do this cell only, such as final/lora/seed-0."
+        ),
+    ] = None,
+    print_cells: Annotated[
+        bool,
+        typer.Option("--print-cells", help="Print one command for each cell that is left."),
+    ] = False,
+    trust_remote_code: Trust = False,
+) -> int:
+    """Compare methods fairly: tune each one, train all with several seeds, score them once."""
+    if not (dry_run or print_cells):
+        _import_beside("rotmole.cli.compare.worker")
+    from rotmole.cli.compare.command import compare as work
+
+    return work(
+        study, overrides or [],
+        jobs=jobs, dry_run=dry_run, output=output, cell=cell, print_cells=print_cells,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+
+
+@app.command()
 def generate(
     target: Target,
     prompt: Annotated[
@@ -438,12 +485,13 @@ def demo(
 
 
 def _import_beside(module: str) -> None:
-    """Start the process that the demo's workers fork from, to import while this one imports."""
+    """Start the process that a command's workers fork from, to import while this one imports."""
     import multiprocessing
     from multiprocessing import forkserver
 
-    multiprocessing.set_forkserver_preload([module])
-    forkserver.ensure_running()
+    if "forkserver" in multiprocessing.get_all_start_methods():
+        multiprocessing.set_forkserver_preload([module])
+        forkserver.ensure_running()
 
 
 def _at_terminal() -> bool:

@@ -1,4 +1,4 @@
-"""``rotmole init``: write a run file from a template, without importing rotmole."""
+"""``rotmole init``: write a run file or a study file from a template, without importing rotmole."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class InitError(Exception):
 
 
 def templates() -> dict[str, Path]:
-    """Find the shipped templates: run files, and files that launch several processes.
+    """Find the shipped templates: run files, study files, files that launch several processes.
 
     Returns:
         Name -> file, run files first, each kind in alphabetical order.
@@ -25,7 +25,7 @@ def templates() -> dict[str, Path]:
     # the package is located, not imported: importing it would bring PEFT
     spec = find_spec("rotmole")
     folders = list(spec.submodule_search_locations or []) if spec else []
-    kinds = ("config/templates", "config/launch")
+    kinds = ("config/templates", "config/studies", "config/launch")
     files = [file for f in folders for kind in kinds for file in sorted(Path(f, kind).glob("*.*"))]
     return {file.stem: file for file in files}
 
@@ -58,7 +58,10 @@ def init(path: Path, template: str, *, force: bool = False, show: bool = False) 
         raise InitError(one_of("--template", template, files))
     if path.is_dir():
         path = path / "run.yaml"
-    launches = files[template].parent.name == "launch"
+    kind = files[template].parent.name
+    launches = kind == "launch"
+    if kind == "studies" and path.name == "run.yaml":
+        path = path.with_name("study.yaml")
     if launches and path.name == "run.yaml":
         path = path.with_name(files[template].name)
     text = files[template].read_text(encoding="utf-8")
@@ -74,7 +77,8 @@ def init(path: Path, template: str, *, force: bool = False, show: bool = False) 
     if sys.stdout.isatty():
         launch = f"accelerate launch --config_file {path} -m rotmole_cli train run.yaml"
         launch = f"sbatch {path}" if path.suffix == ".sh" else launch
-        check = f"rotmole check {path}, then rotmole train {path}"
+        verb = "compare" if kind == "studies" else "train"
+        check = f"rotmole check {path}, then rotmole {verb} {path}"
         print(f"next: {launch if launches else check}")
     return 0
 

@@ -205,7 +205,7 @@ def test_all_mistakes_at_once():
 sed: 3
 output_dir: ""
 model: {nme: foo, dtype: bf16}
-adapter: {rotaton: tangent, rotation: tangnt, lora_dropout: 1.5, r: many, peft_type: LORA}
+adapter: {rotaton: tangent, rotation: tangnt, lora_dropout: 1.5, r: many, revision: x}
 data:
   tasks:
     a: {source: jsnl, files: {trian: x.jsonl, validation: [1, 2]}}
@@ -228,7 +228,7 @@ evaluation: {split: dev}
         "did you mean 'tangent'?",
         "adapter.lora_dropout is 1.5",
         "adapter.r: 'many' is not a whole number",
-        "adapter.peft_type cannot be set here",
+        "adapter.revision cannot be set here",
         "data.tasks.a.source is 'jsnl'; it must be one of",
         "did you mean 'jsonl'?",
         "a key of data.tasks.a.files is 'trian'; it must be one of train, validation, test; did",

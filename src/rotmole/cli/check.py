@@ -15,6 +15,7 @@ import torch
 from rich.filesize import decimal
 
 from rotmole.cli.rows import Rows, load_rows, print_example, print_table
+from rotmole.comparison.study import is_study
 from rotmole.config.load import load_run, sft_arguments
 from rotmole.config.schema import RunFile
 from rotmole.config.training import count_updates
@@ -41,6 +42,10 @@ def check(path: Path, overrides: Sequence[str], *, trust_remote_code: bool = Fal
         DataError: holding every problem of all files and rows.
         InputError: the tokenizer cannot be read.
     """
+    if is_study(path):
+        from rotmole.cli.compare.check import check_study  # imports the trainer
+
+        return check_study(path, overrides, trust_remote_code=trust_remote_code)
     fits = partial(adapter_problems, trust_remote_code=trust_remote_code)
     run = load_run(path, overrides, data_problems=data_problems, model_problems=fits)
     package = QUANTIZATION_PACKAGE.get(run.model.quantization)
@@ -77,7 +82,8 @@ def check(path: Path, overrides: Sequence[str], *, trust_remote_code: bool = Fal
 
 def _print_experts(run: RunFile) -> None:
     """Print which adapters become the experts, and the base model that each was trained on."""
-    names, paths = run.adapter_config.expert_names, run.experts_from.paths
+    paths = run.experts_from.paths
+    names = getattr(run.adapter_config, "expert_names", None)  # PEFT's other methods have none
     if not paths:
         if names:
             print(f"experts     {', '.join(names)}")

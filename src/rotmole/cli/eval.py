@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +14,24 @@ from rotmole.config.load import sft_arguments
 from rotmole.config.schema import DataSection, RunFile, TaskSection
 from rotmole.data import Example, load_examples
 from rotmole.errors import ConfigError, StorageError, did_you_mean
-from rotmole.evaluation import Report, to_json
+from rotmole.evaluation import Report
 from rotmole.evaluation import evaluate as work
 from rotmole.evaluation.evaluate import task_metrics
+from rotmole.evaluation.files import (
+    PREDICTIONS,
+    RESULT,
+    as_text,
+    is_chosen_here,
+    origin,
+    write_files,
+)
 from rotmole.evaluation.render import footnotes, print_lines, print_table, rows
-from rotmole.evaluation.report import prediction_rows
 from rotmole.evaluation.shares import ROWS, shares_by_task
 from rotmole.evaluation.target import Target, find_target, load_target
-from rotmole.files import atomic_write_text, check_writable
+from rotmole.files import check_writable
 from rotmole.models.load import load_tokenizer
 from rotmole.processes import is_main_process, joined, same_everywhere
-from rotmole.training.build import chooses_by_validation
 
-RESULT, PREDICTIONS = "eval.json", "predictions.jsonl"
 _WITHOUT_EFFECT = {
     "adapter": "the adapter is evaluated as it was saved",
     "training": "nothing is trained",
@@ -106,8 +109,8 @@ def evaluate(
             loaded.model, loaded.tokenizer, examples,
             batch_size=run.evaluation.batch_size, max_length=sft_arguments(run)["max_length"],
         )  # fmt: skip
-        origin = _origin(place, loaded.name, loaded.note) | {"expert_shares": shares}
-        _deliver(report, origin, folder, _split_advice(place, data), as_json=as_json)
+        facts = origin(run, place.adapter, loaded.name, loaded.note) | {"expert_shares": shares}
+        _deliver(report, facts, folder, _split_advice(place, data), as_json=as_json)
     return 0
 
 
@@ -157,27 +160,8 @@ def _examples(
     return examples, load_examples(data, "train", seed=run.seed, tokenizer=tokenizer, date=date)
 
 
-def _origin(target: Target, name: str, note: str | None) -> dict[str, Any]:
-    packages = ("rotmole", "torch", "transformers", "peft")
-    return {
-        "model": name,
-        "note": note,
-        "adapter": str(target.adapter) if target.adapter else None,
-        "chosen_on_these_rows": _is_chosen_here(target),
-        "versions": {package: version(package) for package in packages},
-    }
-
-
-def _is_chosen_here(target: Target) -> bool:
-    """Tell whether the split that is scored has chosen the checkpoint that is scored."""
-    run = target.run
-    if run is None or target.adapter is None or run.evaluation.split != "validation":
-        return False
-    return chooses_by_validation(run)
-
-
 def _split_advice(target: Target, data: DataSection) -> list[str]:
-    if not _is_chosen_here(target):
+    if not is_chosen_here(target.run, target.adapter):
         return []
     tested = [
         name
@@ -203,25 +187,16 @@ def _used(shares: dict[str, dict[str, float]]) -> list[str]:
 
 
 def _deliver(
-    report: Report, origin: dict[str, Any], folder: Path, advice: list[str], *, as_json: bool
+    report: Report, facts: dict[str, Any], folder: Path, advice: list[str], *, as_json: bool
 ) -> None:
     """Print the table, or JSON; then write the files."""
-    result = {**origin, **to_json(report)}
-    text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     if as_json:
-        sys.stdout.write(text)
+        sys.stdout.write(as_text(report, facts))
         sys.stdout.flush()
     else:
         print_table(rows(report))
-        model_note = [f"model: {origin['note']}"] if origin["note"] else []
-        print_lines([*footnotes(report), *_used(origin["expert_shares"]), *advice, *model_note])
-    check_writable(folder, RESULT, PREDICTIONS)
-    lines = (
-        json.dumps(row, ensure_ascii=False, allow_nan=False) for row in prediction_rows(report)
-    )
-    files = [
-        atomic_write_text(folder / PREDICTIONS, "".join(f"{line}\n" for line in lines)),
-        atomic_write_text(folder / RESULT, text),
-    ]
+        model_note = [f"model: {facts['note']}"] if facts["note"] else []
+        print_lines([*footnotes(report), *_used(facts["expert_shares"]), *advice, *model_note])
+    files = write_files(report, facts, folder)
     if not as_json:
         print(f"written: {', '.join(map(str, files))}")

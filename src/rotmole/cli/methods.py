@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig
 
 from rotmole.config.load import load_run
 from rotmole.config.schema import ModelSection
@@ -61,7 +62,7 @@ def methods(path: Path | None, overrides: Sequence[str], name: str | None, as_js
     return 0
 
 
-def _entry(name: str, section: ModelSection, make: Callable[[], RotMoleConfig]) -> dict[str, Any]:
+def _entry(name: str, section: ModelSection, make: Callable[[], PeftConfig]) -> dict[str, Any]:
     """Return the figures of one method, or the reason why it does not fit the model."""
     try:
         with warnings.catch_warnings():
@@ -79,7 +80,7 @@ def _entry(name: str, section: ModelSection, make: Callable[[], RotMoleConfig]) 
         "gates": roles["scaling_gate"] + roles["rotation_gate"],
         "flops_per_token": flops_per_token(model),
         "modules": sum(matched(model).values()),
-        "rank": model.peft_config["default"].r,
+        "rank": getattr(model.peft_config["default"], "r", None),
     }
 
 

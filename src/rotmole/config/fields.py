@@ -27,6 +27,8 @@ def check_fields(
     refused: Mapping[str, str],
     section: str,
     suggest: Suggest = no_hint,
+    *,
+    owner: str = "",
 ) -> tuple[dict[str, Any], list[str]]:
     """Check every key and the type of every value; collect all problems.
 
@@ -36,6 +38,7 @@ def check_fields(
         refused: field name -> why a run file may not set it.
         section: name of the section in messages.
         suggest: knows settings of other sections and other tools' names.
+        owner: the class that has the keys, for messages.
 
     Returns:
         The values that passed, converted (if the type is a number, "1e-4" becomes one), and one
@@ -50,7 +53,7 @@ def check_fields(
             problems.append(f"{name} cannot be set here: {refused[key]}.")
         elif key not in hints:
             hint = suggest(key, section) or did_you_mean(key, allowed)
-            hint = hint or f"; the keys are those of {_owner(section)}."
+            hint = hint or f"; the keys are those of {owner or section}."
             problems.append(f"{name}: there is no such setting{hint}")
         else:
             converted, problem = convert(value, hints[key], name)
@@ -132,10 +135,6 @@ def describe(hint: Any) -> str:
     if str(origin) == "typing.Literal":
         return "one of " + ", ".join(repr(word) for word in get_args(hint))
     return names.get(origin or hint, f"a {getattr(hint, '__name__', hint)}")
-
-
-def _owner(section: str) -> str:
-    return {"adapter": "RotMoleConfig", "training": "trl.SFTConfig"}.get(section, section)
 
 
 def _parts(hint: Any) -> tuple[Any, ...]:

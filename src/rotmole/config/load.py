@@ -39,11 +39,12 @@ from rotmole.errors import ConfigError, one_of
 from rotmole.tuner.settings.presets import FREE
 
 if TYPE_CHECKING:
-    from rotmole.tuner.config import RotMoleConfig
+    from peft import PeftConfig
+
     from rotmole.tuner.loras import Lora
 
 _S = TypeVar("_S", bound=Section)
-ModelProblems = Callable[[ModelSection, "RotMoleConfig | None", "Sequence[Lora]"], list[str]]
+ModelProblems = Callable[[ModelSection, "PeftConfig | None", "Sequence[Lora]"], list[str]]
 """(model section, adapter, trained adapters) -> why they do not fit; no adapter if it is wrong."""
 
 __all__ = ["load_run", "resolved_yaml", "sft_arguments"]
@@ -82,7 +83,7 @@ def load_run(
         ConfigError: holding one sentence for each wrong setting.
     """
     where = str(path) if path is not None else "run file"
-    raw = parse_yaml(_read(path) if text is None else text, where) or {}
+    raw = parse_yaml(read_text(path) if text is None else text, where) or {}
     if not isinstance(raw, dict):
         raise ConfigError(
             "a run file is a mapping of settings, such as `output_dir: runs/1`", where
@@ -90,7 +91,7 @@ def load_run(
     if path is not None and anchored:
         anchor_paths(raw, Path(path).expanduser().parent)
     _replace_by_preset(raw, overrides, where)
-    problems = [*_override(raw, overrides)]
+    problems = [*lay_over(raw, overrides)]
     try:
         run: RunFile | None = RunFile.model_validate(raw)
     except ValidationError as error:
@@ -98,7 +99,7 @@ def load_run(
         problems += sentences(error.errors(), raw, RunFile, suggest=did_you_mean_place)
     checked = _check_sections(raw, model_problems, schema_is_right=run is not None)
     problems += checked.problems
-    problems += optimizer_problems(_section(raw, "optimizer"), checked.training)
+    problems += optimizer_problems(_section(raw, "optimizer"), checked.training, checked.adapter)
     data = _valid_data(raw)
     if data is not None and data_problems is not None:
         problems += data_problems(data)
@@ -123,7 +124,7 @@ class _Checked:
 
     adapter: dict[str, Any]
     training: dict[str, Any]
-    config: RotMoleConfig | None
+    config: PeftConfig | None
     problems: list[str]
 
 
@@ -180,7 +181,12 @@ def resolved_yaml(run: RunFile) -> str:
     return write_yaml(content)
 
 
-def _read(path: str | Path | None) -> str:
+def read_text(path: str | Path | None) -> str:
+    """Read a run file or a study file.
+
+    Raises:
+        ConfigError: there is no such file, or it is no text.
+    """
     if path is None:
         raise ConfigError("give a run file; `rotmole init` writes one")
     path = Path(path)
@@ -206,20 +212,30 @@ def _replace_by_preset(raw: dict[str, Any], overrides: Sequence[str], where: str
     """Drop what the file says of the method, if the command line chooses another one."""
     adapter = raw.get("adapter")
     keys = [entry.partition("=")[0].strip() for entry in overrides]
-    if "adapter.preset" not in keys or not isinstance(adapter, dict):
+    chosen = [key for key in ("adapter.preset", "adapter.peft_type") if key in keys]
+    if not chosen or not isinstance(adapter, dict):
         return
     dropped = [name for name in adapter if name not in FREE]
     for name in dropped:
         del adapter[name]
-    dropped = [name for name in dropped if name != "preset"]
+    dropped = [name for name in dropped if name not in ("preset", "peft_type")]
     if dropped:
         warnings.warn(
-            f"adapter.preset on the command line replaces {', '.join(dropped)} of {where}.",
+            f"{chosen[0]} on the command line replaces {', '.join(dropped)} of {where}.",
             stacklevel=3,
         )
 
 
-def _override(raw: dict[str, Any], overrides: Sequence[str]) -> list[str]:
+def lay_over(raw: dict[str, Any], overrides: Sequence[str]) -> list[str]:
+    """Lay key=value settings over a file as parsed.
+
+    Args:
+        raw: changed in place.
+        overrides: ``a.b=c``; c is read as YAML.
+
+    Returns:
+        One sentence for each that cannot be laid over it.
+    """
     problems = []
     for entry in overrides:
         key, equals, text = entry.partition("=")
@@ -293,11 +309,18 @@ def _warn_idle_sections(run: RunFile, adapter: Mapping[str, Any]) -> None:
     if grouped and not adapter.get("router_task_loss_coef"):
         setting = f"data.tasks.{grouped[0]}.task_group"
         idle.append((setting, "adapter.router_task_loss_coef is 0"))
+    other = adapter.get("peft_type")
     chosen = run.optimizer.name or "not set"
     if run.optimizer.riemannian_delta is not None and not chosen.startswith("riemannian"):
         reason = f"optimizer.name is {chosen}"
         idle.append(("optimizer.riemannian_delta", reason))
-    if run.optimizer.rotation_gate_lr is not None and adapter.get("rotation") == "none":
+    if other is not None:
+        idle += [
+            (f"optimizer.{name}", f"adapter.peft_type is {other}, which has no such parameters")
+            for name in ("scaling_gate_lr", "rotation_gate_lr", "lora_plus_ratio")
+            if getattr(run.optimizer, name) is not None
+        ]
+    elif run.optimizer.rotation_gate_lr is not None and adapter.get("rotation") == "none":
         idle.append(("optimizer.rotation_gate_lr", "adapter.rotation is none"))
     if run.optimizer.scaling_gate_lr is not None and adapter.get("num_experts") == 1:
         idle.append(("optimizer.scaling_gate_lr", "with one expert there is no scaling gate"))

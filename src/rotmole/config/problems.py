@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
@@ -120,6 +121,12 @@ def _hint(model: type[BaseModel], place: Location) -> Any:
 
 
 def _section(hint: Any) -> type[BaseModel] | None:
+    """Return the section that a field holds, also one that may be null; None for other fields."""
+    if get_origin(hint) is Annotated:
+        hint = get_args(hint)[0]
+    members = [part for part in get_args(hint) if part is not type(None)]
+    if get_origin(hint) in (Union, types.UnionType) and len(members) == 1:
+        hint = members[0]
     return hint if isinstance(hint, type) and issubclass(hint, BaseModel) else None
 
 

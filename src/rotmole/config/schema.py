@@ -1,6 +1,7 @@
 """The run file: one YAML file describes one run from data to adapter.
 
-Keys under `adapter:` are names of RotMoleConfig, keys under `training:` are names of TRL's
+Keys under `adapter:` are names of RotMoleConfig, or of the configuration of another method of
+PEFT that adapter.peft_type names; keys under `training:` are names of TRL's
 SFTConfig; `load.py` checks both against those classes. This module imports neither torch nor peft.
 docs/reference.md is generated from the descriptions and examples here.
 """
@@ -16,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from rotmole.errors import ConfigError
 
 if TYPE_CHECKING:
-    from rotmole.tuner.config import RotMoleConfig
+    from peft import PeftConfig
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -368,7 +369,10 @@ class RunFile(Section):
         "act in training alone.",
         examples=["runs/grown"],
     )
-    adapter: dict[str, Any] = Field(default_factory=dict, description="Settings of RotMoleConfig.")
+    adapter: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Settings of RotMoleConfig, or of the method that peft_type names.",
+    )
     experts_from: ExpertsFromSection = Field(
         default_factory=ExpertsFromSection, description="Trained adapters as experts."
     )
@@ -386,13 +390,13 @@ class RunFile(Section):
     _adapter_config: Any = PrivateAttr(default=None)
     _config_settings: dict[str, Any] = PrivateAttr(default_factory=dict)
 
-    def set_adapter(self, settings: dict[str, Any], config: RotMoleConfig) -> None:
+    def set_adapter(self, settings: dict[str, Any], config: PeftConfig) -> None:
         """Set the `adapter:` section and the configuration that was made of it."""
         self.adapter = settings
         self._config_settings, self._adapter_config = copy.deepcopy(settings), config
 
     @property
-    def adapter_config(self) -> RotMoleConfig:
+    def adapter_config(self) -> PeftConfig:
         """The adapter's configuration as it was checked; copy it before PEFT changes it.
 
         Raises:
@@ -400,5 +404,5 @@ class RunFile(Section):
         """
         if self._adapter_config is None or self._config_settings != self.adapter:
             raise ConfigError("the adapter section was not checked; read the run with load_run")
-        config: RotMoleConfig = self._adapter_config
+        config: PeftConfig = self._adapter_config
         return config

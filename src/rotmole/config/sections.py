@@ -9,12 +9,15 @@ from rotmole.config.schema import TaskSection
 from rotmole.config.training import saves_when_it_validates
 
 
-def optimizer_problems(section: Mapping[str, Any], training: Mapping[str, Any]) -> list[str]:
+def optimizer_problems(
+    section: Mapping[str, Any], training: Mapping[str, Any], adapter: Mapping[str, Any]
+) -> list[str]:
     """Say which settings an optimizer of our own cannot work with.
 
     Args:
         section: `optimizer:` as parsed.
         training: the checked `training:` section.
+        adapter: the checked `adapter:` section.
 
     Returns:
         One sentence per problem.
@@ -24,6 +27,11 @@ def optimizer_problems(section: Mapping[str, Any], training: Mapping[str, Any]) 
         problems += _rates_by_load_problems(name or training.get("optim"), training)
     if name is None:
         return problems
+    if "peft_type" in adapter:
+        problems.append(
+            f"optimizer.name: {name} works on the experts of ROTMOLE, and adapter.peft_type is "
+            f"{adapter['peft_type']}; use training.optim."
+        )
     if "optim" in training:
         problems.append(
             f"training.optim and optimizer.name ({name}) both choose the optimizer; drop one."

@@ -191,7 +191,9 @@ def check_training(
     Returns:
         The converted values and one sentence per problem.
     """
-    passed, problems = check_fields(values, training_hints(), REFUSED, "training", suggest)
+    passed, problems = check_fields(
+        values, training_hints(), REFUSED, "training", suggest, owner="trl.SFTConfig"
+    )
     problems += _range_problems(passed)
     problems += _pair_problems(passed, model, has_validation)
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":

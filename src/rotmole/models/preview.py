@@ -8,23 +8,24 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from peft import get_peft_model
+from peft import PeftConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
+from rotmole.config.peft_types import OURS
 from rotmole.config.schema import ModelSection
 from rotmole.errors import RotMoleError, did_you_mean
 from rotmole.models.load import empty_model
 from rotmole.tuner.batch.losses import balance_states
-from rotmole.tuner.config import RotMoleConfig
 from rotmole.tuner.layer import RotMoleLayer
 from rotmole.tuner.loras import Lora, base_problems
 
 
 def preview(
     section: ModelSection,
-    config: RotMoleConfig,
+    config: PeftConfig,
     dtype: torch.dtype,
     *,
     trust_remote_code: bool = False,
@@ -52,7 +53,7 @@ def preview(
 
 def adapter_problems(
     section: ModelSection,
-    config: RotMoleConfig | None,
+    config: PeftConfig | None,
     loras: Sequence[Lora] = (),
     *,
     trust_remote_code: bool = False,
@@ -76,13 +77,15 @@ def adapter_problems(
     problems = [f"experts_from.paths: {problem}" for problem in base_problems(base, loras)]
     if config is None or problems:
         return problems
-    if problems := _unmatched(base, config.target_modules):
+    if problems := _unmatched(base, getattr(config, "target_modules", None)):
         return problems
     try:
         model = preview(section, config, torch.float32, trust_remote_code=trust_remote_code)
-    except (ValueError, TypeError) as error:  # PEFT's and ours
-        return [f"adapter.target_modules: {' '.join(str(error).split())}"]
-    if isinstance(model.get_base_model().get_output_embeddings(), RotMoleLayer):
+    except (ValueError, TypeError, KeyError) as error:  # PEFT's and ours
+        ours = str(config.peft_type.value) == OURS
+        place = "adapter.target_modules" if ours else "adapter"
+        return [f"{place}: {' '.join(str(error).split())}"]
+    if isinstance(model.get_base_model().get_output_embeddings(), BaseTunerLayer):
         return [
             "adapter.target_modules: the output layer (lm_head) cannot be adapted, because the "
             "trainer computes the loss from its weight directly; leave it out"
@@ -97,10 +100,16 @@ def matched(model: Any) -> dict[tuple[str, int, int], int]:
         (last part of the name, in_features, out_features) -> how many.
     """
     counts: dict[tuple[str, int, int], int] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, RotMoleLayer):
-            key = (name.rpartition(".")[2], module.in_features, module.out_features)
-            counts[key] = counts.get(key, 0) + 1
+    base = model.get_base_model()
+    for path in model.base_model.targeted_module_names:
+        layer = base.get_submodule(path)
+        plain = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+        shape = plain.weight.shape[::-1]
+        widths = [
+            getattr(layer, name, shape[i]) for i, name in enumerate(("in_features", "out_features"))
+        ]
+        key = (path.rpartition(".")[2], widths[0], widths[-1])
+        counts[key] = counts.get(key, 0) + 1
     return counts
 
 
@@ -108,7 +117,8 @@ def trainable_by_role(model: Any) -> dict[str, int]:
     """Count the trainable parameters by what they are for.
 
     Returns:
-        expert, scaling_gate, rotation_gate and other (modules_to_save and the like) -> count.
+        expert, scaling_gate, rotation_gate and other (modules_to_save and the like, and all
+        parameters of PEFT's other methods) -> count.
     """
     counts = {"expert": 0, "scaling_gate": 0, "rotation_gate": 0}
     for module in model.modules():
@@ -141,10 +151,10 @@ def flops_per_token(model: Any) -> int:
         state.ids = torch.zeros(1, 1, dtype=torch.long, device="meta")  # for router hash
     widths: dict[str, int] = {}
     for path, module in base.named_modules():
-        if isinstance(module, RotMoleLayer):
+        if isinstance(module, BaseTunerLayer):
             # the layers of a block-routed block only work together
-            place = path.rpartition(".")[0] if module.rotmole_blocks else path
-            widths.setdefault(place, module.in_features)
+            place = path.rpartition(".")[0] if getattr(module, "rotmole_blocks", None) else path
+            widths.setdefault(place, module.get_base_layer().in_features)
     counted: dict[tuple[Any, ...], int] = {}
     total = 0
     for path, width in widths.items():

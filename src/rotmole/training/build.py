@@ -10,13 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from peft import PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from peft import (
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 from trl import SFTConfig
 
 from rotmole.config.load import sft_arguments
-from rotmole.config.schema import DataSection, RunFile, Split
+from rotmole.config.schema import DataSection, ModelSection, RunFile, Split
 from rotmole.config.sections import early_stopping_problems
 from rotmole.config.start import start_folder
 from rotmole.config.training import saves_when_it_validates
@@ -43,6 +49,7 @@ from rotmole.tuner.loras import Lora, base_problems, listed, read_loras
 from rotmole.tuner.storage.fingerprint import base_fingerprint, compare_bases
 
 UNLIMITED = 1 << 30
+ExamplesBySplit = dict[Split, dict[str, list[Example]]]
 
 
 @dataclass
@@ -62,10 +69,33 @@ class Built:
     run: RunFile
     base: LoadedModel
     model: PeftModel
-    examples: dict[Split, dict[str, list[Example]]]
+    examples: ExamplesBySplit
     validation: dict[str, list[Example]]
     trainer: RotMoleTrainer
     date: str
+
+
+class Sources:
+    """Where a run takes its parts from; a comparison shares some among its runs.
+
+    Args:
+        trust_remote_code: let transformers run code that came with the model.
+    """
+
+    def __init__(self, *, trust_remote_code: bool = False) -> None:
+        self.trust_remote_code = trust_remote_code
+
+    def model(self, section: ModelSection, say: Callable[[str], None]) -> LoadedModel:
+        """Load the base model; the run may change it."""
+        return load_model(section, trust_remote_code=self.trust_remote_code, say=say)
+
+    def examples(self, run: RunFile, tokenizer: Any, date: str) -> ExamplesBySplit:
+        """Load every split that the tasks have."""
+        return all_examples(run, tokenizer, date=date)
+
+    def adapted(self, run: RunFile, base: Any, *, resumes: bool) -> PeftModel:
+        """Put the run's adapter on a base model; arguments as of `add_adapter`."""
+        return add_adapter(run, base, resumes=resumes)
 
 
 def build(
@@ -74,6 +104,7 @@ def build(
     callbacks: Sequence[TrainerCallback] = (),
     say: Callable[[str], None] | None = None,
     trust_remote_code: bool = False,
+    sources: Sources | None = None,
     checkpoints: Checkpoints | None = None,
 ) -> Built:
     """Wire a run: model, adapter, data, trainer.
@@ -83,19 +114,21 @@ def build(
         callbacks: beside those of every run (metric lines, use of the experts).
         say: told before slow steps.
         trust_remote_code: let transformers run code that came with the model.
+        sources: of the run's parts; None loads them.
         checkpoints: of the run; None begins anew.
 
     Raises:
         InputError: model, adapter, data or training settings do not work together.
     """
     say = say or (lambda text: None)
+    sources = sources or Sources(trust_remote_code=trust_remote_code)
     say(f"loading {run.model.name}")
-    base = load_model(run.model, trust_remote_code=trust_remote_code, say=say)
+    base = sources.model(run.model, say)
     say("loading data")
     origin = None if checkpoints is None else checkpoints.origin
     date = today() if origin is None else run_date(origin.parent)
-    examples = all_examples(run, base.tokenizer, date=date)
-    model = add_adapter(run, base.model, resumes=origin is not None)
+    examples = sources.examples(run, base.tokenizer, date)
+    model = sources.adapted(run, base.model, resumes=origin is not None)
     validation = validation_rows(run, examples["validation"])
     used = {"train": examples["train"], "validation": validation}
     trainer = build_trainer(run, model, base.tokenizer, used, callbacks, checkpoints)
@@ -123,9 +156,7 @@ def validation_rows(
     return {task: rows for task, rows in chosen.items() if rows}
 
 
-def all_examples(
-    run: RunFile, tokenizer: Any, *, date: str | None = None
-) -> dict[Split, dict[str, list[Example]]]:
+def all_examples(run: RunFile, tokenizer: Any, *, date: str | None = None) -> ExamplesBySplit:
     """Load every split that the tasks have.
 
     Args:
@@ -318,7 +349,7 @@ def chooses_by_validation(run: RunFile) -> bool:
     return saves_when_it_validates(values)
 
 
-def task_groups(data: DataSection, config: RotMoleConfig) -> dict[str, int]:
+def task_groups(data: DataSection, config: PeftConfig) -> dict[str, int]:
     """Say which group of experts each task belongs to, where the localised loss is on.
 
     Args:
@@ -328,7 +359,7 @@ def task_groups(data: DataSection, config: RotMoleConfig) -> dict[str, int]:
     Returns:
         task -> group; empty where the loss is off.
     """
-    if not config.router_task_loss_coef:
+    if not isinstance(config, RotMoleConfig) or not config.router_task_loss_coef:
         return {}
     groups = config.router_task_groups
     return {

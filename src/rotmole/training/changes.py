@@ -24,10 +24,10 @@ logger = logging.getLogger(__name__)
 _SHAPES = {
     f"adapter.{name}"
     for name in (
-        "r", "num_experts", "num_experts_pattern", "share_A", "router", "router_scope", "rotation",
-        "experts_added",
-        "rotation_input", "rotation_dim", "router_dim", "rotation_planes", "radar_rank",
-        "shared_expert_r", "shared_expert_rotation", "shared_expert_gate",
+        "peft_type", "r", "num_experts", "num_experts_pattern", "experts_added", "share_A",
+        "router", "router_scope", "rotation", "rotation_input", "rotation_dim", "router_dim",
+        "rotation_planes", "radar_rank", "shared_expert_r", "shared_expert_rotation",
+        "shared_expert_gate",
         "rank_pattern", "target_modules", "exclude_modules", "layers_to_transform",
         "layers_pattern", "modules_to_save", "trainable_token_indices",
     )
@@ -98,6 +98,8 @@ def facts_of(run: RunFile) -> dict[str, Any]:
     training = _defaults() | sft_arguments(run)
     facts: dict[str, Any] = {"seed": run.seed, "processes": world_size()}
     facts |= {f"adapter.{k}": v for k, v in adapter.items() if k not in _NOT_THE_ADAPTERS}
+    if "peft_type" in run.adapter:  # rotmole's own is not named, as in older checkpoints
+        facts["adapter.peft_type"] = run.adapter["peft_type"]
     facts |= {f"model.{name}": getattr(run.model, name) for name in _MODEL}
     facts["model.name"] = _model_name(run.model.name)
     names = (*_TRAINING, *(name.partition(".")[2] for name in _LENGTH))

@@ -21,7 +21,7 @@ from rotmole.errors import NonFiniteError
 from rotmole.files import atomic_write_text, storage_errors
 from rotmole.models.endings import endings_of
 from rotmole.processes import is_main_process, same_everywhere
-from rotmole.training.build import Built, build
+from rotmole.training.build import Built, Sources, build
 from rotmole.training.callbacks.batch_size import BatchSizeCallback
 from rotmole.training.callbacks.early import validations_without_a_better
 from rotmole.training.callbacks.metrics import read_metrics
@@ -105,6 +105,7 @@ def train(
     weights_only: bool = False,
     allow_change: bool = False,
     trust_remote_code: bool = False,
+    sources: Sources | None = None,
     progress: bool = True,
     callbacks: Sequence[TrainerCallback] = (),
     say: Callable[[str], None] | None = None,
@@ -120,6 +121,7 @@ def train(
             order of rows go on where they were.
         allow_change: go on though settings, data, versions or processes are not the checkpoint's.
         trust_remote_code: let transformers run code that came with the model.
+        sources: of the run's parts; None loads them.
         progress: show progress on standard error.
         callbacks: further callbacks of the trainer.
         say: told before slow steps.
@@ -146,6 +148,7 @@ def train(
             callbacks=[stop, *bars, BatchSizeCallback(partial(_found_size, run_dir)), *callbacks],
             say=say,
             trust_remote_code=trust_remote_code,
+            sources=sources,
             checkpoints=checkpoints,
         )
         prepare_folder(built)

@@ -29,6 +29,7 @@ from rotmole.models.memory import peak_rss_bytes
 from rotmole.optim import ExpertRates, Muon, RiemannianAdamW, RiemannianSGD, parameter_groups
 from rotmole.optim.riemannian import DELTA
 from rotmole.training.callbacks.balance import balance_logs
+from rotmole.training.callbacks.metrics import read_metrics
 from rotmole.training.checkpoints.checkpoints import Checkpoints, CheckpointsCallback
 from rotmole.training.checkpoints.rates import forward_schedule, keep_rates
 from rotmole.training.checkpoints.seal import faults
@@ -53,7 +54,13 @@ class _FreshCallback(TrainerCallback):
     ) -> None:
         """Begin anew."""
         self.trainer.micro_batches.clear()
-        self.trainer.seconds_aside = 0.0
+        trainer = self.trainer
+        trainer.seconds_aside, trainer.began = 0.0, time.perf_counter()
+        trainer.seconds_before = 0.0
+        log = Path(args.output_dir, METRICS)
+        for row in read_metrics(log) if state.global_step else []:
+            if row["step"] <= state.global_step:
+                trainer.seconds_before = row.get("train_seconds", trainer.seconds_before)
 
 
 class RotMoleTrainer(ValidatingTrainer):
@@ -74,6 +81,7 @@ class RotMoleTrainer(ValidatingTrainer):
     Attributes:
         seconds_aside: what validation and checkpoints took since training began, so that speeds
             are those of training alone.
+        seconds_before: of training alone before a resume.
     """
 
     def __init__(
@@ -90,7 +98,9 @@ class RotMoleTrainer(ValidatingTrainer):
         self.args.save_total_limit = None  # Checkpoints prunes
         self.add_callback(CheckpointsCallback(self, self.checkpoints))
         self.add_callback(_FreshCallback(self))
-        self.seconds_aside = 0.0
+        self.seconds_aside = self.seconds_before = 0.0
+        self.began = time.perf_counter()
+        self.aside_since: float | None = None
         self.micro_batches: list[tuple[dict[str, Any], torch.Tensor]] = []
         self.fault: Fault | None = None
         self.update_tokens: torch.Tensor | None = None
@@ -109,11 +119,12 @@ class RotMoleTrainer(ValidatingTrainer):
 
     @contextmanager
     def _aside(self) -> Iterator[None]:
-        started = time.perf_counter()
+        started = self.aside_since = time.perf_counter()
         try:
             yield
         finally:
             self.seconds_aside += time.perf_counter() - started
+            self.aside_since = None
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with self._aside():
@@ -327,6 +338,9 @@ class RotMoleTrainer(ValidatingTrainer):
             for rate in ("train_samples_per_second", "train_steps_per_second"):
                 logs[rate] = logs.get(rate, 0.0) * whole / alone
             logs["train_tokens_per_second"] = since / alone
+        now = time.perf_counter() if self.aside_since is None else self.aside_since
+        spent = now - self.began - self.seconds_aside
+        logs["train_seconds"] = round(self.seconds_before + spent, 3)
         super().log(logs, None if start_time is None else start_time + self.seconds_aside)
 
 

@@ -38,7 +38,11 @@ def shown_name(name: str | None) -> str:
 
 
 def header(
-    base: str | None, *, datasets: Sequence[str] = (), pipeline: str | None = "text-generation"
+    base: str | None,
+    *,
+    datasets: Sequence[str] = (),
+    pipeline: str | None = "text-generation",
+    tags: Sequence[str] = ("peft", "rotmole"),
 ) -> str:
     """Write the YAML block that the hub reads; what is not known is left out, such as a licence.
 
@@ -46,26 +50,28 @@ def header(
         base: name or path of the base model; a path is left out.
         datasets: ids of data sets of the hub.
         pipeline: the hub's name of what the model does.
+        tags: of the hub.
     """
     data = ModelCardData(
         base_model=hub_id(base),
         library_name="peft",
         pipeline_tag=pipeline,
-        tags=["peft", "rotmole"],
+        tags=list(tags),
         datasets=list(datasets) or None,
     )
     return f"---\n{data.to_yaml()}\n---\n"
 
 
-def loading_code(base: str | None) -> str:
+def loading_code(base: str | None, *, ours: bool = True) -> str:
     """Write the lines of Python that load an adapter onto a causal language model.
 
     Args:
         base: name or path of the base model; of a path only the folder's name is shown.
+        ours: whether the adapter is of this method, which PEFT knows once rotmole is imported.
     """
     where = "" if hub_id(base) else "  # its folder"
-    return f"""import rotmole
-from peft import PeftModel
+    first = "import rotmole\n" if ours else ""
+    return f"""{first}from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 base = "{shown_name(base)}"{where}
@@ -76,7 +82,12 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), ad
 
 
 def adapter_card(
-    base: str | None, *, code: str | None = None, datasets: Sequence[str] = (), text: str = ""
+    base: str | None,
+    *,
+    code: str | None = None,
+    datasets: Sequence[str] = (),
+    text: str = "",
+    other: str | None = None,
 ) -> str:
     """Write a whole model card.
 
@@ -85,16 +96,22 @@ def adapter_card(
         code: Python that loads the adapter; None: `loading_code`.
         datasets: ids of data sets of the hub that it was trained on.
         text: Markdown after that, such as the figures of a run.
+        other: the peft_type of an adapter of PEFT's own methods; None is this method.
     """
-    lines = (code or loading_code(base)).rstrip()
-    return f"""{header(base, datasets=datasets)}
-# RotMoLE adapter for {shown_name(base)}
+    lines = (code or loading_code(base, ours=other is None)).rstrip()
+    about = (
+        "A mixture of low-rank experts gated by scaling and rotation."
+        if other is None
+        else f"An adapter of PEFT's method {other}."
+    )
+    tags = ("peft", "rotmole" if other is None else other.lower())
+    return f"""{header(base, datasets=datasets, tags=tags)}
+# {other or "RotMoLE"} adapter for {shown_name(base)}
 
-A mixture of low-rank experts gated by scaling and rotation.
+{about}
 
 ```python
 {lines}
 ```
-
-{IMPORT}
+{f"{chr(10)}{IMPORT}" if other is None else ""}
 {text}"""

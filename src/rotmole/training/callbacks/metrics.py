@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from rotmole.files import atomic_write_text, storage_errors
 
-TIMING_SUFFIXES = ("_runtime", "_per_second", "peak_memory_bytes")
+TIMING_SUFFIXES = ("_runtime", "_per_second", "peak_memory_bytes", "train_seconds")
 
 
 class JsonLinesCallback(TrainerCallback):

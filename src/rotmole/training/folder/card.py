@@ -39,6 +39,7 @@ def model_card(run: RunFile, note: str | None, figures: Mapping[str, str]) -> st
         base,
         code=_loading_code(run),
         datasets=datasets,
+        other=run.adapter.get("peft_type"),
         text=f"""
 Settings: {settings}.
 Trained on: {data}. Seed {run.seed}; rotmole {__version__}.
@@ -58,8 +59,8 @@ def _loading_code(run: RunFile) -> str | None:
     if not built_in_named(name) and not name.lower().endswith(".gguf"):
         return None
     where = "  # the file" if name.lower().endswith(".gguf") else ""
-    return f"""import rotmole
-from peft import PeftModel
+    first = "" if "peft_type" in run.adapter else "import rotmole\n"
+    return f"""{first}from peft import PeftModel
 from rotmole.config.schema import ModelSection
 from rotmole.models.load import load_model
 

@@ -1,0 +1,1 @@
+"""``rotmole compare``: a study from its file to its results."""

@@ -1,0 +1,286 @@
+"""One cell of a study: trained, scored, and described by a file that is written last."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+from transformers import TrainerCallback
+
+from rotmole.comparison.cost import flops_per_token
+from rotmole.comparison.plan import Cell
+from rotmole.comparison.results import CELL, FINAL, NLL, TUNING
+from rotmole.comparison.shared import SharedSources
+from rotmole.comparison.study import Study
+from rotmole.config.load import resolved_yaml, sft_arguments
+from rotmole.config.schema import RunFile
+from rotmole.errors import ConfigError, NonFiniteError, RotMoleError
+from rotmole.evaluation.evaluate import evaluate
+from rotmole.evaluation.files import origin, write_files
+from rotmole.evaluation.metrics import default_metrics
+from rotmole.evaluation.target import with_adapter
+from rotmole.files import atomic_write_text, make_folder
+from rotmole.training.callbacks.metrics import read_metrics
+from rotmole.training.checkpoints.find import checkpoints
+from rotmole.training.checkpoints.seal import is_sealed
+from rotmole.training.folder.layout import ADAPTER, MANIFEST, METRICS, is_finished
+from rotmole.training.folder.manifest import run_date
+from rotmole.training.run import train
+
+TRAINING, FAILED = "training.json", "failed.json"
+LOCKS = "locks"
+_PLACES = ("output_dir", "data.root", "model.name")
+"""Settings that may differ between machines, or after a folder was moved."""
+
+
+class Stopped(RotMoleError):
+    """A signal stopped the cell at hand, after a checkpoint was saved."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__("stopped; a checkpoint is saved")
+        self.exit_code = 128 + signum
+
+
+@contextmanager
+def cell_lock(study: Study, cell: Cell) -> Iterator[bool]:
+    """Try to take a cell; another process may have it.
+
+    Yields:
+        Whether it is this process's until the block ends, however the process ends.
+    """
+    name = cell.name.removeprefix("cells/").replace("/", "+")
+    lock = FileLock(make_folder(study.folder / LOCKS) / f"{name}.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+def is_done(study: Study, cell: Cell) -> bool:
+    """Tell whether a cell is finished."""
+    return (study.folder / cell.name / CELL).is_file()
+
+
+def failure(study: Study, cell: Cell) -> dict[str, Any] | None:
+    """Return what went wrong in a cell, None if nothing did."""
+    try:
+        content = json.loads((study.folder / cell.name / FAILED).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def note_failure(study: Study, cell: Cell, error: BaseException) -> None:
+    """Write failed.json."""
+    content = {
+        "message": " ".join(str(error).split()) or type(error).__name__,
+        "kind": type(error).__name__,
+        "exit_code": getattr(error, "exit_code", 1),
+        "time": time.time(),
+    }
+    path = make_folder(study.folder / cell.name) / FAILED
+    atomic_write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def run_of(study: Study, cell: Cell, machine: Mapping[str, Any]) -> RunFile:
+    """Return the run of a cell."""
+    section = {"dtype": machine["dtype"], "device": machine["device"]}
+    return study.run_of(
+        cell.method,
+        seed=cell.seed,
+        settings=dict(cell.settings),
+        folder=study.folder / cell.name,
+        machine=section,
+    )
+
+
+def changes(study: Study, cell: Cell, machine: Mapping[str, Any]) -> list[str]:
+    """Say in what a cell's folder differs from the study, one sentence each."""
+    try:
+        text = (study.folder / cell.name / "run.yaml").read_text(encoding="utf-8")
+        there = _flat(yaml.safe_load(text))
+    except (OSError, yaml.YAMLError, AttributeError):
+        return []
+    now = _flat(yaml.safe_load(resolved_yaml(run_of(study, cell, machine))))
+    names = [n for n in {**there, **now} if not n.startswith(_PLACES)]
+    return [
+        f"{cell.name}: {name} is {there.get(name)!r} there and {now.get(name)!r} in the study"
+        for name in names
+        if there.get(name) != now.get(name)
+    ]
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def run_cell(
+    study: Study,
+    cell: Cell,
+    machine: Mapping[str, Any],
+    sources: SharedSources,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> None:
+    """Do what is left of a cell: train, score, describe. Call it under `cell_lock`.
+
+    A cell of tuning whose loss is not finite is finished too, with an infinite loss.
+
+    Args:
+        study: the study.
+        cell: one of its plan's.
+        machine: dtype, device, threads and what else is written into the cell.
+        sources: of the process.
+        callbacks: of the trainer.
+
+    Raises:
+        Stopped: by a signal; the next call goes on.
+        RotMoleError: the cell cannot be made.
+    """
+    started = time.monotonic()
+    folder = study.folder / cell.name
+    run = run_of(study, cell, machine)
+    make_folder(folder)
+    (folder / FAILED).unlink(missing_ok=True)
+    if differing := changes(study, cell, machine):
+        raise ConfigError(differing)
+    try:
+        trained = _trained(study, run, folder, sources, callbacks)
+    except NonFiniteError as error:
+        if cell.stage != TUNING:
+            raise
+        trained = _diverged(study, cell, folder, error)
+    if cell.stage == FINAL:
+        _score(study, run, folder, sources)
+    sized = study.sized[cell.method]
+    content = {
+        "method": cell.method,
+        "stage": cell.stage,
+        "seed": cell.seed,
+        "settings": dict(cell.settings),
+        "rate": sft_arguments(run)["learning_rate"],
+        "parameters": trained.pop("parameters"),
+        "gate_parameters": sized.gates,
+        "difference": sized.difference,
+        "equal": sized.equal,
+        **trained,
+        "seconds": round(time.monotonic() - started, 3),
+        "facts": dict(machine) | _papers(folder),
+    }
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    atomic_write_text(folder / CELL, text)
+
+
+def _trained(
+    study: Study,
+    run: RunFile,
+    folder: Path,
+    sources: SharedSources,
+    callbacks: Sequence[TrainerCallback],
+) -> dict[str, Any]:
+    """Train, or go on, and return the figures of the training."""
+    notes = folder / TRAINING
+    if notes.is_file() and is_finished(folder):
+        content: dict[str, Any] = json.loads(notes.read_text(encoding="utf-8"))
+        return content
+    if not any(is_sealed(path) for path in checkpoints(folder)):
+        # killed before its first checkpoint: what is there is no run yet
+        for path in folder.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    result = train(run, resume="auto", sources=sources, progress=False, callbacks=callbacks)
+    if result.interrupted is not None:
+        raise Stopped(result.interrupted)
+    rows = read_metrics(folder / METRICS)
+    ends = [row for row in rows if "train_loss" in row]
+    tokens = int(result.metrics.get("num_input_tokens_seen", 0))
+    nll = result.metrics.get("eval_loss")
+    content = {
+        "parameters": result.trainable_parameters,
+        "updates": result.steps,
+        "weights_step": result.weights_step,
+        "stopped_early": result.stopped_early,
+        "tokens": tokens,
+        "train_seconds": ends[-1].get("train_seconds", 0.0) if ends else 0.0,
+        "peak_memory_bytes": result.metrics.get("peak_memory_bytes"),
+        "flops": flops_per_token(run, result.built.trainer.train_dataset) * tokens,
+        "nll": nll if nll is not None and math.isfinite(nll) else None,
+    }
+    atomic_write_text(notes, json.dumps(content, indent=1) + "\n")
+    return content
+
+
+def _diverged(study: Study, cell: Cell, folder: Path, error: NonFiniteError) -> dict[str, Any]:
+    rows = read_metrics(folder / METRICS)
+    last = rows[-1] if rows else {}
+    return {
+        "parameters": study.sized[cell.method].parameters,
+        "updates": last.get("step", 0),
+        "tokens": int(last.get("num_input_tokens_seen", 0)),
+        "train_seconds": last.get("train_seconds", 0.0),
+        "flops": 0.0,
+        "nll": None,
+        "diverged": " ".join(str(error).split()),
+    }
+
+
+def _score(study: Study, run: RunFile, folder: Path, sources: SharedSources) -> None:
+    """Score the split that the study names, once."""
+    loaded = sources.model(run.model, lambda text: None)
+    rows = sources.examples(run, loaded.tokenizer, run_date(folder))[run.evaluation.split]
+    rows = {task: examples for task, examples in rows.items() if examples}
+    if not rows:
+        raise ConfigError(
+            f"no task has rows in split {run.evaluation.split!r}; give the tasks files for it, or "
+            "write another split in the study file"
+        )
+    metrics = {task: _metrics(study, run, task, examples) for task, examples in rows.items()}
+    section = run.evaluation.model_copy(update={"before": False})
+    shown = {}
+    if section.examples_in_prompt:
+        shown = sources.examples(run, loaded.tokenizer, run_date(folder))["train"]
+    model = with_adapter(loaded.model, folder / ADAPTER)
+    model.eval()
+    report = evaluate(
+        model, loaded.tokenizer, rows, section,
+        metrics_by_task=metrics, demonstrations=shown, seed=run.seed,
+        max_length=sft_arguments(run)["max_length"],
+    )  # fmt: skip
+    write_files(report, origin(run, folder / ADAPTER, loaded.name, loaded.note), folder)
+
+
+def _metrics(study: Study, run: RunFile, task: str, rows: Sequence[Any]) -> list[str]:
+    """Return the metrics of a task that the study judges; perplexity has every row's loss."""
+    own = run.data.tasks[task].metrics or default_metrics(rows)
+    wanted = [name for name in study.file.metrics if name != NLL and name in own]
+    return list(dict.fromkeys([*wanted, "perplexity"]))
+
+
+def _papers(folder: Path) -> dict[str, Any]:
+    """Return versions, commit and processor, as the run's manifest has them."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {
+        "versions": manifest["versions"],
+        "commit": manifest["git_commit"],
+        "platform": manifest["machine"]["platform"],
+    }

@@ -1,0 +1,227 @@
+"""What a study has measured: one record a finished cell, read from the cells' folders.
+
+A study folder holds `plan.json` (what is compared) and one ordinary run folder a cell:
+
+    cells/tuning/METHOD/TRIAL/seed-N     trained; scored on validation rows while training
+    cells/final/METHOD/seed-N            trained with the chosen settings; scored on the test split
+
+A cell is finished when its folder has `cell.json`, which is written last.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rotmole.errors import InputError
+from rotmole.evaluation.files import PREDICTIONS
+from rotmole.training.callbacks.metrics import read_metrics
+from rotmole.training.folder.layout import METRICS
+
+PLAN, CELL, CELLS = "plan.json", "cell.json", "cells"
+NLL = "nll"
+TUNING, FINAL = "tuning", "final"
+
+
+@dataclass(frozen=True)
+class Row:
+    """The scores of one row.
+
+    Attributes:
+        task, group: of the row; group is "" where the task has none.
+        nll: negative log-likelihood of the answer, the mean over its tokens.
+        tokens: of the answer.
+        metrics: name -> value of this row alone; metrics that need many rows are left out.
+    """
+
+    task: str
+    group: str
+    nll: float
+    tokens: int
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One validation while training.
+
+    Attributes:
+        update: number of updates made.
+        seconds: of training alone, validation and checkpoints left out, resumes included.
+        tokens: trained on, padding left out.
+        flops: floating-point operations of training, an estimate.
+        nll: mean validation loss over the rows.
+    """
+
+    update: int
+    seconds: float
+    tokens: int
+    flops: float
+    nll: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """One finished cell.
+
+    Attributes:
+        method: name in the study file.
+        stage: "tuning" or "final".
+        seed: of the cell.
+        settings: the values of the tuning grid that the cell was trained with, by full name.
+        rate: training.learning_rate.
+        parameters: trainable, gates included.
+        gate_parameters: those of scaling and rotation gates.
+        difference: parameters relative to the target, such as 0.013; None without a target.
+        equal: whether the method is part of claims at equal parameters.
+        updates: made.
+        tokens: trained on, padding left out.
+        train_seconds: of training alone, resumes included.
+        flops: floating-point operations of training, an estimate.
+        nll: validation loss of the weights that are the result; infinite where training diverged.
+        facts: dtype, device, threads, processor, versions, commit: cells that differ in them are
+            not paired.
+        rows: "task/id" -> scores on the test split; empty while tuning.
+        curve: validations, in order.
+        folder: the run folder.
+    """
+
+    method: str
+    stage: str
+    seed: int
+    settings: Mapping[str, Any]
+    rate: float
+    parameters: int
+    gate_parameters: int
+    difference: float | None
+    equal: bool
+    updates: int
+    tokens: int
+    train_seconds: float
+    flops: float
+    nll: float
+    facts: Mapping[str, Any]
+    rows: Mapping[str, Row] = field(repr=False)
+    curve: Sequence[Point] = field(repr=False)
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Results:
+    """All finished cells of a study, and what is missing.
+
+    Attributes:
+        baseline: the method that others are compared with.
+        methods: names, in the order of the study file.
+        metrics: "nll" and the metrics of the tasks that are judged, in order.
+        seeds: final seeds.
+        plan: plan.json: methods, target of parameters, tuning grid, chosen settings.
+        tuning, final: finished cells of each stage.
+        missing: folders of cells that the plan has and that are not finished.
+    """
+
+    baseline: str
+    methods: tuple[str, ...]
+    metrics: tuple[str, ...]
+    seeds: tuple[int, ...]
+    plan: Mapping[str, Any]
+    tuning: tuple[Result, ...]
+    final: tuple[Result, ...]
+    missing: tuple[str, ...]
+
+
+def read_results(study: Path) -> Results:
+    """Read what a study folder has.
+
+    Args:
+        study: the folder that `rotmole compare` writes.
+
+    Raises:
+        InputError: it is no study folder.
+    """
+    try:
+        plan = json.loads((study / PLAN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise InputError(
+            f"{str(study)!r} has no readable {PLAN}; give the folder that `rotmole compare` wrote."
+        ) from None
+    cells = {name: read_cell(study / name) for name in plan["cells"]}
+    found = [cell for cell in cells.values() if cell is not None]
+    return Results(
+        baseline=plan["baseline"],
+        methods=tuple(plan["methods"]),
+        metrics=tuple(plan["metrics"]),
+        seeds=tuple(plan["seeds"]),
+        plan=plan,
+        tuning=tuple(cell for cell in found if cell.stage == TUNING),
+        final=tuple(cell for cell in found if cell.stage == FINAL),
+        missing=tuple(name for name, cell in cells.items() if cell is None),
+    )
+
+
+def read_cell(folder: Path) -> Result | None:
+    """Read one cell.
+
+    Args:
+        folder: its run folder.
+
+    Returns:
+        The record; None where the cell is not finished.
+    """
+    try:
+        content = json.loads((folder / CELL).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    each = content["flops"] / max(content["updates"], 1)
+    nll = content.pop("nll")
+    return Result(
+        **{name: content[name] for name in _PLAIN},
+        nll=math.inf if nll is None else nll,
+        rows=_rows(folder / PREDICTIONS) if content["stage"] == FINAL else {},
+        curve=tuple(_curve(folder / METRICS, each)),
+        folder=folder,
+    )
+
+
+_PLAIN = (
+    "method", "stage", "seed", "settings", "rate", "parameters", "gate_parameters", "difference",
+    "equal", "updates", "tokens", "train_seconds", "flops", "facts",
+)  # fmt: skip
+
+
+def _rows(path: Path) -> dict[str, Row]:
+    rows = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        scores = row["systems"]["after"]
+        values = {k: v for k, v in scores["metrics"].items() if v is not None}
+        loss = scores.get("loss")
+        rows[f"{row['task']}/{row['id']}"] = Row(
+            task=row["task"],
+            group=row["group"],
+            nll=math.inf if loss is None else loss / max(scores["tokens"], 1),
+            tokens=scores.get("tokens", 0),
+            metrics=values,
+        )
+    return rows
+
+
+def _curve(path: Path, flops: float) -> list[Point]:
+    points = []
+    for row in read_metrics(path):
+        if row.get("eval_loss") is not None:
+            update = row["step"]
+            points.append(
+                Point(
+                    update=update,
+                    seconds=row.get("train_seconds", 0.0),
+                    tokens=int(row.get("num_input_tokens_seen", 0)),
+                    flops=flops * update,
+                    nll=row["eval_loss"],
+                )
+            )
+    return points

@@ -1,0 +1,225 @@
+"""A study from its file to its results: alone, killed, shared by processes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+import warm
+from rotmole.comparison.cells import cell_lock, failure, is_done
+from rotmole.comparison.plan import make_plan
+from rotmole.comparison.results import PLAN, read_results
+from rotmole.comparison.share import fix_machine, work
+from rotmole.comparison.study import load_study
+from rotmole.errors import ConfigError, InputError, NonFiniteError
+from rotmole.training.run import train
+from study_cases import figures
+
+
+def test_every_cell_is_done_and_described(done):
+    study, left = done
+    assert left.failed == {}
+    assert not left.blocked
+    results = read_results(study.folder)
+    assert len(results.tuning) == 4
+    assert [(cell.method, cell.seed) for cell in results.final] == [
+        ("lora", 0), ("moe", 0), ("lora", 1), ("moe", 1),
+    ]  # fmt: skip
+    assert results.missing == ()
+    for cell in results.final:
+        assert cell.updates == 4
+        assert cell.parameters == study.sized[cell.method].parameters
+        assert cell.rate == study_rate(results, cell.method)
+        assert cell.facts["dtype"] == "float32"
+        assert cell.facts["threads"] == 1
+        assert cell.flops > 2 * cell.parameters * cell.tokens
+        assert len(cell.rows) == 12
+        assert {row.task for row in cell.rows.values()} == {"colours", "sums"}
+        assert [point.update for point in cell.curve] == [2, 4]
+        assert cell.curve[-1].tokens == cell.tokens
+        assert 0 < cell.curve[0].seconds < cell.curve[1].seconds <= cell.train_seconds
+
+
+def study_rate(results, method):
+    return results.plan["chosen"][method]["training.learning_rate"]
+
+
+def test_the_best_rate_of_tuning_is_the_final_one(done):
+    results = read_results(done[0].folder)
+    for method in results.methods:
+        trials = {cell.rate: cell.nll for cell in results.tuning if cell.method == method}
+        assert len(trials) == 2
+        assert study_rate(results, method) == min(trials, key=lambda rate: trials[rate])
+
+
+def test_the_rows_and_the_nll_are_those_of_eval(done):
+    study, _ = done
+    cell = read_results(study.folder).final[0]
+    report = json.loads((cell.folder / "eval.json").read_text())
+    assert report["settings"]["split"] == "test"
+    rows = [row for row in cell.rows.values() if row.task == "sums"]
+    mean = sum(row.nll * row.tokens for row in rows) / sum(row.tokens for row in rows)
+    perplexity = report["systems"]["after"]["tasks"]["sums"]["metrics"]["perplexity"]["value"]
+    assert 2.718281828**mean == pytest.approx(perplexity, rel=1e-5)
+
+
+def test_a_second_call_does_nothing(done, monkeypatch):
+    study, _ = done
+    before = {p: p.stat().st_mtime_ns for p in study.folder.rglob("*") if p.is_file()}
+    monkeypatch.setattr("rotmole.comparison.share.run_cell", None)
+    assert work(study, fix_machine(study)).failed == {}
+    after = {p: p.stat().st_mtime_ns for p in study.folder.rglob("*") if p.is_file()}
+    assert {p: t for p, t in after.items() if p.suffix != ".lock"} == {
+        p: t for p, t in before.items() if p.suffix != ".lock"
+    }
+
+
+def test_killed_and_shared_studies_come_to_the_same_figures(done, study_yaml, tmp_path):
+    """kill -9 at random moments, and two processes of which one is killed: no cell is lost."""
+    jobs = [
+        {"call": "study_cases:killed",
+         "arguments": {"study": str(study_yaml), "output": str(tmp_path / "killed"),
+                       "seed": 3, "deaths": 3}},
+        {"call": "study_cases:shared",
+         "arguments": {"study": str(study_yaml), "output": str(tmp_path / "shared")}},
+    ]  # fmt: skip
+    ends = warm.run(jobs, tmp_path / "said")
+    assert [[rank.code for rank in ranks] for ranks in ends] == [[0], [0]], ends
+    expected = figures(done[0].folder)
+    assert len(expected) == 8
+    for name in ("killed", "shared"):
+        assert figures(tmp_path / name) == expected
+        plans = [json.loads((f / PLAN).read_text()) for f in (tmp_path / name, done[0].folder)]
+        assert plans[0] == plans[1]
+
+
+def test_one_method_under_two_names_is_equal_in_every_bit(study_yaml, tmp_path):
+    """The second runs in a process, and from a base model, that have been used before."""
+    methods = ["methods.again={adapter: {preset: moe_lora}}", "tune=null", "seeds=[5]"]
+    study = load_study(study_yaml, methods, output=tmp_path / "out")
+    assert work(study, fix_machine(study)).failed == {}
+    found = {cell.method: cell for cell in read_results(study.folder).final}
+    assert found["moe"].rows == found["again"].rows
+    assert found["moe"].nll == found["again"].nll
+    assert found["moe"].rows != found["lora"].rows
+
+
+def test_methods_start_with_the_same_factors_where_shapes_agree(study_yaml, tmp_path):
+    changes = [
+        "tune=null", "seeds=[5]", "equal=none", "base.training.learning_rate=0", "baseline=a",
+        "methods={a: {adapter: {rotation: none}}, b: {adapter: {rotation: tangent}}}",
+    ]  # fmt: skip
+    study = load_study(study_yaml, changes, output=tmp_path / "out")
+    assert work(study, fix_machine(study)).failed == {}
+    a, b = (
+        load_file(study.folder / f"cells/final/{name}/seed-5/adapter/adapter_model.safetensors")
+        for name in "ab"
+    )
+    common = [name for name in a if name.endswith(("expert_A", "router_weight"))]
+    assert len(common) == 8
+    assert all(bool((a[name] == b[name]).all()) for name in common)
+    assert len({a[name].flatten()[0].item() for name in common}) == 8  # layers differ
+
+
+def test_a_failure_does_not_stop_the_rest_and_is_repeated_by_the_next_call(
+    study_yaml, tmp_path, monkeypatch
+):
+    study = load_study(study_yaml, ["tune=null", "seeds=[0]"], output=tmp_path / "out")
+    machine = fix_machine(study)
+
+    def broken(run, **kwargs):
+        if "/moe/" in run.output_dir:
+            raise RuntimeError("out of luck")
+        return train(run, **kwargs)
+
+    monkeypatch.setattr("rotmole.comparison.cells.train", broken)
+    left = work(study, machine)
+    (cell,) = left.failed
+    assert (cell.method, left.failed[cell]) == ("moe", "out of luck")
+    assert failure(study, cell)["kind"] == "RuntimeError"
+    assert [c.method for c in read_results(study.folder).final] == ["lora"]
+    assert read_results(study.folder).missing == (cell.name,)
+    monkeypatch.undo()
+    assert work(study, machine).failed == {}
+    assert failure(study, cell) is None
+    assert is_done(study, cell)
+
+
+def test_a_cell_that_diverges_while_tuning_is_not_chosen(study_yaml, tmp_path, monkeypatch):
+    def diverges(run, **kwargs):
+        if run.training["learning_rate"] == 2e-2:
+            raise NonFiniteError("the loss of update 3 is nan")
+        return train(run, **kwargs)
+
+    monkeypatch.setattr("rotmole.comparison.cells.train", diverges)
+    study = load_study(study_yaml, ["seeds=[0]"], output=tmp_path / "out")
+    assert work(study, fix_machine(study)).failed == {}
+    results = read_results(study.folder)
+    worst = [cell.nll for cell in results.tuning if cell.rate == 2e-2]
+    assert worst == [float("inf")] * 2
+    assert {study_rate(results, name) for name in results.methods} == {1e-2}
+
+
+def test_cells_of_other_settings_are_refused(done, study_yaml):
+    study, _ = done
+    other = load_study(study_yaml, ["training.max_steps=6"], output=study.folder)
+    with pytest.raises(ConfigError) as caught:
+        work(other, fix_machine(other))
+    text = str(caught.value)
+    assert "training.max_steps is 4 there and 6 in the study" in text
+    assert "choose another --output" in text
+
+
+def test_dtype_and_threads_are_fixed_once(done, study_yaml):
+    folder = done[0].folder
+    other = load_study(study_yaml, ["model.dtype=bfloat16", "threads=3"], output=folder)
+    with pytest.raises(ConfigError) as caught:
+        fix_machine(other)
+    assert "dtype is bfloat16" in str(caught.value)
+    assert "threads is 3" in str(caught.value)
+    undecided = load_study(study_yaml, ["model.dtype=auto", "threads=null"], output=folder)
+    assert fix_machine(undecided, jobs=2)["dtype"] == "float32"
+    assert fix_machine(undecided, jobs=2)["threads"] == 1
+
+
+def test_more_seeds_keep_what_is_done(done, study_yaml, tmp_path):
+    study, _ = done
+    folder = shutil.copytree(study.folder, tmp_path / "more")
+    more = load_study(study_yaml, ["seeds=[0,1,2]"], output=folder)
+    started = time.time()
+    assert work(more, fix_machine(more)).failed == {}
+    fresh = [p for p in folder.rglob("cell.json") if p.stat().st_mtime > started]
+    assert sorted(str(p.parent.relative_to(folder)) for p in fresh) == [
+        "cells/final/lora/seed-2", "cells/final/moe/seed-2",
+    ]  # fmt: skip
+
+
+def test_a_cell_belongs_to_one_process(done):
+    study, _ = done
+    cell = make_plan(study).cells[0]
+    with cell_lock(study, cell) as mine, cell_lock(study, cell) as again:
+        assert mine
+        assert not again
+    with cell_lock(study, cell) as mine:
+        assert mine
+
+
+def test_one_cell_alone(study_yaml, tmp_path):
+    study = load_study(study_yaml, ["tune=null"], output=tmp_path / "out")
+    machine = fix_machine(study)
+    work(study, machine, only="final/moe/seed-1")
+    assert [str(p.parent.relative_to(study.folder)) for p in study.folder.rglob("cell.json")] == [
+        "cells/final/moe/seed-1"
+    ]
+    with pytest.raises(ConfigError, match="there is no cell 'final/mo/seed-1'"):
+        work(study, machine, only="final/mo/seed-1")
+
+
+def test_no_study_folder(tmp_path: Path):
+    with pytest.raises(InputError, match=r"no readable plan.json"):
+        read_results(tmp_path)

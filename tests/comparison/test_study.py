@@ -1,0 +1,164 @@
+"""The study file: read with all its mistakes at once, and made into the run of each cell."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rotmole.comparison.study import grown, is_study, load_study
+from rotmole.errors import ConfigError
+from training_cases import run_file
+
+
+def problems(path: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_study(path, overrides)
+    return "\n".join(caught.value.problems)
+
+
+def test_all_mistakes_of_the_file_at_once(study_yaml, tmp_path):
+    file = yaml.safe_load(study_yaml.read_text())
+    file |= {
+        "sedes": [1],
+        "equal": "parametres",
+        "seeds": [0, 0],
+        "threads": 0,
+        "base": {"seed": 1},
+    }
+    file["methods"]["a/b"] = "lora"
+    file["tune"]["seed"] = 3
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(file))
+    text = problems(tmp_path / "x.yaml", "nonsense")
+    for words in (
+        "sedes: there is no such setting; did you mean 'seeds'?",
+        "equal is 'parametres'; it must be one of parameters, rank, active_rank, none",
+        "seeds: [0, 0] is not a list of seeds that differ",
+        "threads: 0 must be at least 1",
+        "base.seed cannot be set here: write seeds in the study file",
+        "named by letters, digits and . _ + - alone, as folders are: 'a/b'",
+        "tune.seed: there is no such setting; did you mean 'seeds'?",
+        "'nonsense' is not of the form key=value",
+    ):
+        assert words in text, (words, text)
+
+
+def test_mistakes_of_base_are_said_once_and_those_of_a_method_with_its_name(study_yaml):
+    text = problems(
+        study_yaml,
+        "training.max_step=3",
+        "model.dtype=float31",
+        "methods.lora.adapter.rr=4",
+        "methods.moe.adapter.rotation=tangnt",
+        "methods.moe.training={lerning_rate: 1}",
+    )
+    assert text.count("max_step:") == 1
+    assert "base.training.max_step: there is no such setting; did you mean" in text
+    assert "base.model.dtype is 'float31'" in text
+    assert "methods.lora.adapter.rr: there is no such setting" in text
+    assert "methods.moe.adapter.rotation is 'tangnt'" in text
+    assert "methods.moe.training.lerning_rate: there is no such setting" in text
+
+
+def test_rules_between_settings(study_yaml):
+    text = problems(
+        study_yaml, "baseline=lore", "metrics=[nll, exact_macth]", "common=[target_modles]",
+        "equal=rank", "parameters=3000", "tune.seeds=[0, 9]", "tune.grid.scael=[1, 1]",
+    )  # fmt: skip
+    for words in (
+        "baseline is 'lore'; it must be one of lora, moe; did you mean 'lora'?",
+        "did you mean 'exact_match'?",
+        "did you mean 'target_modules'?",
+        "parameters: 3000 is for equal: parameters",
+        "tune.seeds: 0 are final seeds too",
+        "tune.grid: 'scael' is no setting that is tuned",
+        "tune.grid.scael: values appear twice",
+    ):
+        assert words in text, (words, text)
+
+
+def test_a_grid_that_no_run_takes(study_yaml):
+    text = problems(study_yaml, "tune.grid={training.learning_rate: [-1, 1e-3]}")
+    assert "tune.grid, method lora: training.learning_rate is -1" in text
+
+
+def test_the_run_of_a_cell(study_yaml):
+    study = load_study(
+        study_yaml, ["methods.moe.training={weight_decay: 0.5}", "base.adapter.lora_dropout=0.25"]
+    )
+    run = study.run_of("moe", seed=9, settings={"training.learning_rate": 3e-3}, folder="there")
+    assert run.seed == 9
+    assert run.output_dir == "there"
+    assert run.evaluation.split == "test"
+    assert run.training["weight_decay"] == 0.5
+    assert run.training["learning_rate"] == 3e-3
+    assert run.adapter["target_modules"] == {"q_proj", "v_proj"} or sorted(
+        run.adapter["target_modules"]
+    ) == ["q_proj", "v_proj"]
+    assert run.adapter["lora_dropout"] == 0.25
+    lora = study.run_of("lora")
+    assert "weight_decay" not in lora.training
+    assert lora.adapter["peft_type"] == "LORA"
+    assert lora.adapter["lora_dropout"] == 0.25
+    assert lora.adapter["lora_alpha"] == 2 * lora.adapter["r"]  # base's 8 / 4
+
+
+def test_paths_start_at_their_own_files(study_yaml, tmp_path, monkeypatch):
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    content = yaml.safe_load(study_yaml.read_text())
+    content["base"] = "../run.yaml"
+    (folder / "study.yaml").write_text(yaml.safe_dump(content))
+    run = yaml.safe_load((study_yaml.parent / "run.yaml").read_text())
+    run["data"]["root"] = "rows"
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    monkeypatch.chdir(tmp_path.parent)
+    study = load_study(folder / "study.yaml")
+    assert study.folder == folder / "study"
+    assert study.file.base["data"]["root"] == str(tmp_path / "rows")
+    assert load_study(folder / "study.yaml", output="here").folder == Path("here")
+
+
+def test_a_run_file_is_no_study(study_yaml):
+    assert is_study(study_yaml)
+    assert not is_study(study_yaml.parent / "run.yaml")
+    assert not is_study(study_yaml.parent / "no.yaml")
+    assert run_file  # the two kinds of file are told apart by the key `methods`
+
+
+@pytest.mark.parametrize(
+    ("values", "best", "more"),
+    [
+        ([1e-3, 2e-3, 4e-3], 4e-3, 8e-3),
+        ([1e-3, 2e-3, 4e-3], 1e-3, 5e-4),
+        ([4e-3, 1e-3], 1e-3, 2.5e-4),
+        ([1e-3, 2e-3, 4e-3], 2e-3, None),
+        ([1e-3], 1e-3, None),
+        ([0, 1e-3], 0, None),
+    ],
+)
+def test_the_value_that_a_grid_lacks(values, best, more):
+    assert grown(values, best) == (None if more is None else pytest.approx(more))
+
+
+def test_settings_without_effect_are_not_tried_twice(study_yaml):
+    grid = {
+        "training.learning_rate": [1e-3, 2e-3],
+        "optimizer.rotation_gate_lr": [1e-4, 1e-3],
+        "scale": [1.0, 2.0],
+    }
+    methods = (
+        "methods={lora: {adapter: {peft_type: LORA, r: 16}}, moe: moe_lora, ours: rotmole, "
+        "hra: {adapter: {peft_type: HRA}}}"
+    )
+    study = load_study(study_yaml, [methods])
+    counts = {name: len(study.trials(name, grid)) for name in study.file.methods}
+    assert counts == {"lora": 4, "moe": 4, "ours": 8, "hra": 2}
+    run = study.run_of("ours", settings={"scale": 4.0, "optimizer.rotation_gate_lr": 1e-4})
+    assert run.adapter["lora_alpha"] == 4 * run.adapter["r"]
+    assert run.optimizer.rotation_gate_lr == 1e-4
+    raised = run.adapter.get("rank_pattern") or {}
+    assert run.adapter.get("alpha_pattern") == {k: 4 * rank for k, rank in raised.items()} or (
+        not raised
+    )
