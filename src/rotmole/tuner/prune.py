@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
@@ -22,7 +23,6 @@ PREFIX = "base_model.model."
 """How PEFT's names of saved tensors begin."""
 _ROUTING = ("router", "routed", "scoring", "selection", "norm_topk_prob", "top_p", "share_A")
 """Beginnings of the settings that say nothing where no layer has a router."""
-_DEFAULTS = {entry.name: entry.default for entry in fields(Settings)}
 
 
 @dataclass(frozen=True)
@@ -124,9 +124,9 @@ def pruned_config(
     if config.selection in ("top_k", "expert_choice"):
         usual = Counter(several).most_common(1)[0][0]
         pattern = {p: chosen[p] for p, n in counts.items() if n > 1 and chosen[p] != usual}
-    unrouted = (
-        {n: d for n, d in _DEFAULTS.items() if n.startswith(_ROUTING)} if several == [1] else {}
-    )
+    unrouted: dict[str, Any] = {}
+    if several == [1]:  # no layer has a router any more
+        unrouted = {e.name: e.default for e in fields(Settings) if e.name.startswith(_ROUTING)}
     return replace(
         config,
         **unrouted,
