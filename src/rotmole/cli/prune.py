@@ -72,6 +72,9 @@ def prune_adapter(
         with progress() as show:
             pruned = prune(loaded.model, batches, fresh, similarity=similarity, progress=show)
         _show(pruned)
+        names = loaded.model.active_peft_config.expert_names
+        if names is not None and pruned.config.expert_names is None:
+            fact("names", "gone, because not every layer keeps the same experts")
         kl = pruned.difference.kl
         if not kl <= max_difference:
             raise RotMoleError(
