@@ -216,7 +216,7 @@ def test_likeness_counts_length_and_gates() -> None:
     experts = next(iter(named(model).values()))
     assert float(similarities(experts)[0, 4]) < 0.5  # the gates are strangers
     with torch.no_grad():
-        for parameter in experts.by_expert():
+        for parameter, _ in experts.by_expert():
             parameter[4] = parameter[0]
     alike = similarities(experts)
     torch.testing.assert_close(alike[0, 4], torch.tensor(1.0, dtype=torch.float64))
@@ -226,12 +226,26 @@ def test_likeness_counts_length_and_gates() -> None:
     torch.testing.assert_close(similarities(experts)[0, 4], torch.tensor(0.8, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_names_stay_if_the_same_experts_stay_in_every_layer(
+    everywhere: bool, tmp_path: Path
+) -> None:
+    model = adapted(router_bias_rate=0.1, expert_names=["a", "b", "c", "d", "e"])
+    with torch.no_grad():
+        for number, experts in enumerate(named(model).values()):
+            if everywhere or number == 0:
+                experts.router_bias[1] = -1e3
+    found = prune(model, batches(), tmp_path)
+    assert found.config.expert_names == (["a", "c", "d", "e"] if everywhere else None)
+
+
 def test_what_cannot_be_pruned_is_said(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nothing can go: .* least used one"):
         prune(adapted(), batches(), tmp_path)
     for settings, said in (
         ({"num_experts": 1, "rotation": "none"}, "num_experts is 1"),
         ({"router": "hash"}, "router is 'hash'"),
+        ({"experts_added": [2]}, r"experts_added is \[2\]"),
         ({"init_weights": "svd", "rotation": "none"}, "init_weights is 'svd'"),
     ):
         with pytest.raises(ConfigError, match=said):

@@ -72,11 +72,15 @@ def prune_adapter(
         with progress() as show:
             pruned = prune(loaded.model, batches, fresh, similarity=similarity, progress=show)
         _show(pruned)
-        if not pruned.difference.kl <= max_difference:
+        names = loaded.model.active_peft_config.expert_names
+        if names is not None and pruned.config.expert_names is None:
+            fact("names", "gone, because not every layer keeps the same experts")
+        kl = pruned.difference.kl
+        if not kl <= max_difference:
             raise RotMoleError(
-                f"the pruned adapter is not written: its predictions are {pruned.difference.kl:.4f} "
-                "nats from the adapter's for each learnt token, more than --max-difference "
-                f"{max_difference:g}; raise that, or --similarity if experts were merged."
+                f"the pruned adapter is not written: its predictions are {kl:.4f} nats from the "
+                f"adapter's for each learnt token, more than --max-difference {max_difference:g}; "
+                "raise that, or --similarity if experts were merged."
             )
         for file in place.adapter.iterdir():
             if file.is_file() and (file.name == "README.md" or not (fresh / file.name).exists()):

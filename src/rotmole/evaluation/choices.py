@@ -199,7 +199,7 @@ def similarities(experts: Experts) -> Tensor:
     # <A^T B, A'^T B'> = sum over r, s of (A A'^T)_rs (B B'^T)_rs
     AA = torch.einsum("erd,fsd->efrs", A_ERD, A_ERD)
     alike = _alike((AA * torch.einsum("ero,fso->efrs", B_ERO, B_ERO)).sum((-1, -2)))
-    for parameter in experts.by_expert():
+    for parameter, _ in experts.by_expert():
         if parameter is not experts.expert_A and parameter is not experts.expert_B:
             gate_EN = _wide(parameter).flatten(1)
             alike = torch.minimum(alike, _alike(gate_EN @ gate_EN.T))

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
@@ -22,7 +23,6 @@ PREFIX = "base_model.model."
 """How PEFT's names of saved tensors begin."""
 _ROUTING = ("router", "routed", "scoring", "selection", "norm_topk_prob", "top_p", "share_A")
 """Beginnings of the settings that say nothing where no layer has a router."""
-_DEFAULTS = {entry.name: entry.default for entry in fields(Settings)}
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,11 @@ def check_prunable(config: RotMoleConfig) -> None:
     reasons = []
     if not config.is_routed:
         reasons.append("num_experts is 1, so there is nothing to choose from")
+    if config.experts_added:
+        reasons.append(
+            f"experts_added is {config.experts_added!r}, and what a grown mixture computes depends "
+            "on the number of experts of each growth"
+        )
     if config.router == "hash":
         reasons.append(
             "router is 'hash', which gives every token its experts by their numbers; fewer experts "
@@ -101,22 +106,24 @@ def prune_saved(folder: Path, kept: Mapping[str, Kept]) -> RotMoleConfig:
                 tensors[name] = new[parameter]
             else:
                 del tensors[name]
-    pruned = pruned_config(config, counts, {path: k.chosen for path, k in kept.items()})
+    pruned = pruned_config(config, counts, kept)
     atomic_write_bytes(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
     pruned.save_pretrained(str(folder))
     return pruned
 
 
 def pruned_config(
-    config: RotMoleConfig, counts: Mapping[str, int], chosen: Mapping[str, int]
+    config: RotMoleConfig, counts: Mapping[str, int], kept: Mapping[str, Kept]
 ) -> RotMoleConfig:
     """Return the configuration of a mixture whose layers have these numbers of experts.
 
     Args:
         config: of the mixture before.
         counts: path of every adapted layer -> its number of experts.
-        chosen: path of every layer that had a router -> its K.
+        kept: path of every layer that had several experts -> what stays of them. Experts keep their
+            names if the same ones stay in every layer; otherwise nobody has a name.
     """
+    chosen = {path: layer.chosen for path, layer in kept.items()}
     common = Counter(counts.values()).most_common(1)[0][0]
     blocks = config.router_scope == "block"  # where a layer that is not named has one expert
     several = [chosen[path] for path, n in counts.items() if n > 1] or [1]
@@ -124,12 +131,17 @@ def pruned_config(
     if config.selection in ("top_k", "expert_choice"):
         usual = Counter(several).most_common(1)[0][0]
         pattern = {p: chosen[p] for p, n in counts.items() if n > 1 and chosen[p] != usual}
-    unrouted = (
-        {n: d for n, d in _DEFAULTS.items() if n.startswith(_ROUTING)} if several == [1] else {}
-    )
+    names = config.expert_names
+    if names is not None:
+        stays = {layer.experts for layer in kept.values()}
+        names = [names[e] for e in stays.pop()] if len(stays) == 1 else None
+    unrouted: dict[str, Any] = {}
+    if several == [1]:  # no layer has a router any more
+        unrouted = {e.name: e.default for e in fields(Settings) if e.name.startswith(_ROUTING)}
     return replace(
         config,
         **unrouted,
+        expert_names=names,
         num_experts=common,
         num_experts_pattern={
             path: n for path, n in counts.items() if n != common or (blocks and n > 1)
