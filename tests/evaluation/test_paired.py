@@ -54,7 +54,7 @@ def test_the_percentile_bootstrap_does_not_cover():
 
 
 def test_two_names_of_one_method_are_found_alike():
-    """An A/A study: 1 in 20 single tests errs, and Holm's family errs in at most 1 in 20 studies."""
+    """An A/A study: 1 in 20 tests errs, and with Holm's steps 1 in 20 studies at most."""
     studies, methods, seeds = 300, 3, 8
     d = simulated(seeds, difference=0.0, studies=studies * methods, rng=1)
     p = np.array([sign_flip(line) for line in d]).reshape(studies, methods)

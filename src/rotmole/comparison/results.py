@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rotmole.errors import InputError
-from rotmole.evaluation.files import PREDICTIONS
+from rotmole.evaluation.files import PREDICTIONS, RESULT
 from rotmole.training.callbacks.metrics import read_metrics
 from rotmole.training.folder.layout import METRICS
 
@@ -86,6 +86,7 @@ class Result:
         facts: dtype, device, threads, processor, versions, commit: cells that differ in them are
             not paired.
         rows: "task/id" -> scores on the test split; empty while tuning.
+        figures: task -> metric -> figure of the whole task on the test split; empty while tuning.
         curve: validations, in order.
         folder: the run folder.
     """
@@ -106,6 +107,7 @@ class Result:
     nll: float
     facts: Mapping[str, Any]
     rows: Mapping[str, Row] = field(repr=False)
+    figures: Mapping[str, Mapping[str, float]] = field(repr=False)
     curve: Sequence[Point] = field(repr=False)
     folder: Path
 
@@ -182,6 +184,7 @@ def read_cell(folder: Path) -> Result | None:
         **{name: content[name] for name in _PLAIN},
         nll=math.inf if nll is None else nll,
         rows=_rows(folder / PREDICTIONS) if content["stage"] == FINAL else {},
+        figures=_figures(folder / RESULT) if content["stage"] == FINAL else {},
         curve=tuple(_curve(folder / METRICS, each)),
         folder=folder,
     )
@@ -208,6 +211,14 @@ def _rows(path: Path) -> dict[str, Row]:
             metrics=values,
         )
     return rows
+
+
+def _figures(path: Path) -> dict[str, dict[str, float]]:
+    tasks = json.loads(path.read_text(encoding="utf-8"))["systems"]["after"]["tasks"]
+    return {
+        task: {m: e["value"] for m, e in part["metrics"].items() if e["value"] is not None}
+        for task, part in tasks.items()
+    }
 
 
 def _curve(path: Path, flops: float) -> list[Point]:

@@ -118,7 +118,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     steps = np.maximum.accumulate((len(p_m) - np.arange(len(p_m))) * p_m[order])
     adjusted = np.empty_like(p_m)
     adjusted[order] = np.minimum(1.0, steps)
-    return adjusted.tolist()
+    return [float(p) for p in adjusted]
 
 
 def seeds_needed(claims: int, *, level: float = LEVEL) -> int:
