@@ -1,0 +1,217 @@
+"""The tables of a study as lines of text, the header first: for the screen, Markdown and the page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
+
+from rotmole.comparison.judgement import (
+    NONE,
+    AtBudget,
+    Difference,
+    Judgement,
+    Measure,
+    Method,
+)
+from rotmole.comparison.results import NLL
+from rotmole.evaluation.paired import LEVEL, Paired
+from rotmole.units import duration
+
+Lines = list[list[str]]
+DASH = "-"
+
+
+def overview(judgement: Judgement) -> Lines:
+    """Methods with their parameters, rates and scores over everything."""
+    header = ["method", "parameters", "to target", "gates", "rate"]
+    lines = [header + [measure.label for measure in judgement.measures]]
+    for method in judgement.methods:
+        scores = [judgement.score(method.name, measure.name) for measure in judgement.measures]
+        lines.append([
+            method.name,
+            count(method.parameters),
+            relative(method),
+            count(method.gate_parameters),
+            f"{method.rate:.3g}",
+            *(
+                figure(measure, score.value if score else None)
+                for measure, score in zip(judgement.measures, scores, strict=True)
+            ),
+        ])  # fmt: skip
+    return lines
+
+
+def differences(judgement: Judgement, measure: Measure) -> Lines:
+    """Methods minus the baseline over everything, with intervals and verdicts."""
+    lines = [["method", f"minus {judgement.baseline}", "seeds", "p", "verdict"]]
+    for name in judgement.others():
+        difference = judgement.difference(name, measure.name)
+        if difference is not None:
+            seeds = str(difference.estimate.n) if difference.estimate else "0"
+            p = "" if difference.adjusted is None else f"{difference.adjusted:.3f}"
+            lines.append(
+                [name, interval(measure, difference.estimate), seeds, p, difference.verdict]
+            )
+    return lines
+
+
+def by_task(judgement: Judgement, measure: Measure) -> Lines:
+    """Scores of each task, a column a method; [] if there is a single task."""
+    tasks = dict.fromkeys(s.task for s in judgement.scores if s.measure == measure.name and s.task)
+    if len(tasks) < 2:
+        return []
+    names = [method.name for method in judgement.methods]
+    lines = [["task", *names]]
+    for task in tasks:
+        scores = [judgement.score(name, measure.name, task) for name in names]
+        lines.append([task, *(figure(measure, score.value if score else None) for score in scores)])
+    return lines
+
+
+def at_budget(judgement: Judgement, found: Sequence[AtBudget], unit: str) -> Lines:
+    """Methods minus the baseline in validation NLL where the cheaper of both has ended.
+
+    Args:
+        found: differences at equal seconds or operations.
+        unit: "seconds" or "operations".
+    """
+    nll = judgement.measures[0]
+    lines = [["method", f"equal {unit}", "of its updates", f"NLL minus {judgement.baseline}"]]
+    for entry in found:
+        budget = DASH
+        if entry.budget is not None:
+            seconds = unit == "seconds"
+            budget = duration(entry.budget) if seconds else f"{entry.budget:.3g}"
+        share = DASH if entry.share is None else f"{100 * entry.share:.0f} %"
+        lines.append([entry.method, budget, share, interval(nll, entry.estimate)])
+    return lines
+
+
+def seconds(judgement: Judgement) -> Lines:
+    """Methods with their seconds of training, the mean over the seeds."""
+    lines = [["method", "training", "a seed: least", "most"]]
+    for name, by_seed in judgement.clock.seconds.items():
+        values = list(by_seed.values())
+        lines.append([name, *map(duration, (fmean(values), min(values), max(values)))])
+    return lines
+
+
+def trials(judgement: Judgement) -> Lines:
+    """Tuning cells: settings, and the validation NLL as the mean over the tuning seeds."""
+    chosen = {method.name: method.settings for method in judgement.methods}
+    names = list(dict.fromkeys(key for trial in judgement.trials for key in trial.settings))
+    lines = [["method", *(name.rpartition(".")[2] for name in names), "NLL", ""]]
+    for (method, values), nlls in tried(judgement).items():
+        settings = dict(zip(names, values, strict=True))
+        mark = "chosen" if dict(chosen.get(method, {})) == settings else ""
+        nll = DASH if not all(map(math.isfinite, nlls)) else f"{fmean(nlls):.4f}"
+        lines.append([method, *(f"{value:.3g}" for value in values), nll, mark])
+    return lines if len(lines) > 1 else []
+
+
+def tried(judgement: Judgement) -> dict[tuple[str, tuple[float, ...]], list[float]]:
+    """Return (method, values of the grid's settings) -> NLL of each tuning seed."""
+    names = list(dict.fromkeys(key for trial in judgement.trials for key in trial.settings))
+    found: dict[tuple[str, tuple[float, ...]], list[float]] = {}
+    for trial in judgement.trials:
+        values = tuple(trial.settings.get(name, math.nan) for name in names)
+        nll = math.inf if trial.nll is None else trial.nll
+        found.setdefault((trial.method, values), []).append(nll)
+    return found
+
+
+def remarks(judgement: Judgement) -> list[str]:
+    """Return sentences that say how to read the tables, and what has to be known."""
+    baseline, measures = judgement.baseline, [measure.label for measure in judgement.measures]
+    lines = [
+        f"Differences are to {baseline}, paired by seed: [low, high] is a 95 % interval over seeds "
+        "(Student's t). It covers the choice of the seed, not of the test rows.",
+    ]
+    if judgement.claims:
+        lines.append(
+            f"Claims: {judgement.claims} (methods equal in parameters, by {' and '.join(measures)}); "
+            f"p is that of exact sign flips after Holm's steps over all of them, and a claim needs "
+            f"p of at most {LEVEL}, so at least {judgement.seeds_needed} seeds."
+        )
+    lines += [line for line in map(_unclaimed, _by_verdict(judgement, NONE)) if line]
+    unequal = [method for method in judgement.methods if not method.equal]
+    if unequal:
+        named = ", ".join(f"{m.name} ({relative(m)})" for m in unequal)
+        lines.append(
+            f"Not equal, part of no claim: {named}: parameters differ by more than "
+            f"{100 * TOLERANCE:.0f} %."
+        )
+    return [*lines, *judgement.notes]
+
+
+def _by_verdict(judgement: Judgement, verdict: str) -> Iterable[tuple[Measure, list[Difference]]]:
+    for measure in judgement.measures:
+        found = [
+            d for d in judgement.differences if d.measure == measure.name and d.verdict == verdict
+        ]
+        yield measure, found
+
+
+def _unclaimed(entry: tuple[Measure, list[Difference]]) -> str:
+    measure, found = entry
+    known = [d for d in found if d.detectable is not None]
+    if not known:
+        return ""
+    named = ", ".join(f"{d.method} {figure(measure, d.detectable)}" for d in known)
+    return (
+        f"No difference was found in {measure.label}; the smallest that would have been found in "
+        f"80 % of such studies: {named}."
+    )
+
+
+def count(number: int) -> str:
+    """Say a number of parameters: "3.04 M", "55,296", "0"."""
+    return f"{number / 1e6:.2f} M" if number >= 1e6 else f"{number:,}"
+
+
+def relative(method: Method) -> str:
+    """Say how a method's parameters differ from the target."""
+    return DASH if method.difference is None else f"{100 * method.difference:+.1f} %"
+
+
+def figure(measure: Measure, value: float | None, *, signed: bool = False) -> str:
+    """Write a score or a difference of a measure, "-" if there is none."""
+    digits = 4 if measure.name == NLL else 3
+    if value is None or not math.isfinite(value):
+        return DASH
+    return f"{value:{'+' if signed else ''}.{digits}f}"
+
+
+def interval(measure: Measure, estimate: Paired | None) -> str:
+    """Write a difference with its interval, such as "-0.0310 [-0.0421, -0.0199]"."""
+    if estimate is None:
+        return DASH
+    text = figure(measure, estimate.value, signed=True)
+    if estimate.low is None:
+        return text
+    ends = ", ".join(figure(measure, end, signed=True) for end in (estimate.low, estimate.high))
+    return f"{text} [{ends}]"
+
+
+def markdown(lines: Lines) -> str:
+    """Write a table in Markdown."""
+    head, *body = ["| " + " | ".join(map(_cell, line)) + " |" for line in lines]
+    rule = "|" + " --- |" * len(lines[0])
+    return "\n".join([head, rule, *body])
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def facts(found: Mapping[str, object]) -> str:
+    """Write what all cells share in one line."""
+    parts = []
+    for name, value in found.items():
+        if isinstance(value, Mapping):
+            parts += [f"{key} {version}" for key, version in value.items()]
+        else:
+            parts.append(f"{name} {value}")
+    return ", ".join(parts)
+
