@@ -76,6 +76,7 @@ def judge(results: Results) -> Judgement:
         seeds=tuple(results.seeds),
         claims=claims,
         seeds_needed=seeds_needed(claims),
+        study={k: v for k, v in results.plan.items() if k not in ("cells", "facts")},
         facts=_shared_facts(results.final),
         methods=tuple(_method(name, seeds) for name, seeds in cells.items() if seeds),
         scores=tuple(_scores(by_cell)),
@@ -85,7 +86,7 @@ def judge(results: Results) -> Judgement:
         at_equal_flops=_at_budget(cells, pairs, results.baseline, lambda point: point.flops),
         curves=tuple(_curves(cells)),
         trials=tuple(_trials(results.tuning)),
-        notes=tuple([*notes, *_facts_notes(results.final), *_missing_notes(results)]),
+        notes=tuple([*notes, *_facts_notes(results.final), *_plan_notes(results)]),
         clock=_clock(cells, pairs, results.baseline),
     )
 
@@ -173,12 +174,14 @@ def _facts_notes(cells: Sequence[Result]) -> list[str]:
     return notes
 
 
-def _missing_notes(results: Results) -> list[str]:
-    if not results.missing:
-        return []
-    count = len(results.missing)
-    counted = "1 cell is" if count == 1 else f"{count} cells are"
-    return [f"{counted} not finished: {', '.join(results.missing)}."]
+def _plan_notes(results: Results) -> list[str]:
+    notes = []
+    if edge := results.plan.get("on_edge"):
+        notes.append(f"The best settings lie on the edge of the tuning grid for {', '.join(edge)}.")
+    if count := len(results.missing):
+        counted = "1 cell is" if count == 1 else f"{count} cells are"
+        notes.append(f"{counted} not finished: {', '.join(results.missing)}.")
+    return notes
 
 
 def _method(name: str, seeds: Mapping[int, Result]) -> Method:

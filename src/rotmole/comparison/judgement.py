@@ -177,6 +177,7 @@ class Judgement:
         own_metrics: task -> its own metric.
         seeds: final seeds of the study.
         claims: size of the family of claims, and seeds_needed for its first step.
+        study: plan.json of the study without its cells: methods, grid, chosen settings, split.
         facts: what all cells share: dtype, device, threads, processor, versions, commit.
         methods: in the order of the study file.
         scores, differences: over everything, then by task, then by group.
@@ -193,6 +194,7 @@ class Judgement:
     seeds: tuple[int, ...]
     claims: int
     seeds_needed: int
+    study: Mapping[str, Any]
     facts: Mapping[str, Any]
     methods: tuple[Method, ...]
     scores: tuple[Score, ...]

@@ -1,4 +1,4 @@
-"""The tables of a study as lines of text, the header first: for the screen, Markdown and the page."""
+"""The tables of a study as lines of text, the header first: for screen, Markdown and page."""
 
 from __future__ import annotations
 
@@ -65,7 +65,8 @@ def by_task(judgement: Judgement, measure: Measure) -> Lines:
     lines = [["task", *names]]
     for task in tasks:
         scores = [judgement.score(name, measure.name, task) for name in names]
-        lines.append([task, *(figure(measure, score.value if score else None) for score in scores)])
+        values = [score.value if score else None for score in scores]
+        lines.append([task, *(figure(measure, value) for value in values)])
     return lines
 
 
@@ -98,26 +99,36 @@ def seconds(judgement: Judgement) -> Lines:
 
 
 def trials(judgement: Judgement) -> Lines:
-    """Tuning cells: settings, and the validation NLL as the mean over the tuning seeds."""
-    chosen = {method.name: method.settings for method in judgement.methods}
-    names = list(dict.fromkeys(key for trial in judgement.trials for key in trial.settings))
-    lines = [["method", *(name.rpartition(".")[2] for name in names), "NLL", ""]]
-    for (method, values), nlls in tried(judgement).items():
-        settings = dict(zip(names, values, strict=True))
-        mark = "chosen" if dict(chosen.get(method, {})) == settings else ""
-        nll = DASH if not all(map(math.isfinite, nlls)) else f"{fmean(nlls):.4f}"
-        lines.append([method, *(f"{value:.3g}" for value in values), nll, mark])
-    return lines if len(lines) > 1 else []
+    """Validation NLL of tuning, a line a combination of settings, a column a method.
+
+    It is the mean over the tuning seeds, and "*" marks what was chosen.
+    """
+    found = tried(judgement)
+    if not found:
+        return []
+    names = list(dict.fromkeys(method for method, _ in found))
+    chosen = {method.name: dict(method.settings) for method in judgement.methods}
+    lines = [["settings", *names]]
+    for settings in sorted(dict.fromkeys(settings for _, settings in found)):
+        line = [", ".join(f"{key.rpartition('.')[2]} {value:.3g}" for key, value in settings)]
+        for name in names:
+            nlls = found.get((name, settings), [])
+            known = bool(nlls) and all(map(math.isfinite, nlls))
+            mark = " *" if chosen.get(name) == dict(settings) else ""
+            line.append(f"{fmean(nlls):.4f}{mark}" if known else DASH)
+        lines.append(line)
+    return lines
 
 
-def tried(judgement: Judgement) -> dict[tuple[str, tuple[float, ...]], list[float]]:
-    """Return (method, values of the grid's settings) -> NLL of each tuning seed."""
-    names = list(dict.fromkeys(key for trial in judgement.trials for key in trial.settings))
-    found: dict[tuple[str, tuple[float, ...]], list[float]] = {}
+Settings = tuple[tuple[str, float], ...]
+
+
+def tried(judgement: Judgement) -> dict[tuple[str, Settings], list[float]]:
+    """Return (method, settings of the grid) -> NLL of each tuning seed."""
+    found: dict[tuple[str, Settings], list[float]] = {}
     for trial in judgement.trials:
-        values = tuple(trial.settings.get(name, math.nan) for name in names)
         nll = math.inf if trial.nll is None else trial.nll
-        found.setdefault((trial.method, values), []).append(nll)
+        found.setdefault((trial.method, tuple(trial.settings.items())), []).append(nll)
     return found
 
 
@@ -130,7 +141,7 @@ def remarks(judgement: Judgement) -> list[str]:
     ]
     if judgement.claims:
         lines.append(
-            f"Claims: {judgement.claims} (methods equal in parameters, by {' and '.join(measures)}); "
+            f"Claims: {judgement.claims}, methods equal in parameters by {' and '.join(measures)}. "
             f"p is that of exact sign flips after Holm's steps over all of them, and a claim needs "
             f"p of at most {LEVEL}, so at least {judgement.seeds_needed} seeds."
         )
@@ -138,10 +149,7 @@ def remarks(judgement: Judgement) -> list[str]:
     unequal = [method for method in judgement.methods if not method.equal]
     if unequal:
         named = ", ".join(f"{m.name} ({relative(m)})" for m in unequal)
-        lines.append(
-            f"Not equal, part of no claim: {named}: parameters differ by more than "
-            f"{100 * TOLERANCE:.0f} %."
-        )
+        lines.append(f"Not equal in parameters, so part of no claim: {named}.")
     return [*lines, *judgement.notes]
 
 
@@ -214,4 +222,3 @@ def facts(found: Mapping[str, object]) -> str:
         else:
             parts.append(f"{name} {value}")
     return ", ".join(parts)
-
