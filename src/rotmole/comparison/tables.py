@@ -22,37 +22,56 @@ Lines = list[list[str]]
 DASH = "-"
 
 
-def overview(judgement: Judgement) -> Lines:
-    """Methods with their parameters, rates and scores over everything."""
-    header = ["method", "parameters", "to target", "gates", "rate"]
+def screen(judgement: Judgement) -> list[tuple[str, Lines]]:
+    """Return titles and tables for the screen; those of the clock come last."""
+    nll = judgement.measures[0]
+    found = [(judgement.headline, overview(judgement, gates=False))]
+    for measure in judgement.measures:
+        words = f"{measure.label} minus that of {judgement.baseline}"
+        found.append((words, differences(judgement, measure)))
+    found.append((f"{nll.label} by task", by_task(judgement, nll)))
+    clock = judgement.clock.at_equal_seconds
+    found.append((
+        "at equal operations (validation)",
+        at_budget(judgement, judgement.at_equal_flops, "operations"),
+    ))  # fmt: skip
+    found.append(("training, by the clock", seconds(judgement)))
+    words = "at equal seconds (validation), by the clock"
+    found.append((words, at_budget(judgement, clock, "seconds")))
+    return [(title, lines) for title, lines in found if lines]
+
+
+def overview(judgement: Judgement, *, gates: bool = True) -> Lines:
+    """Methods with their parameters, rates and scores over everything.
+
+    Args:
+        gates: show the parameters of the gates in a column of their own.
+    """
+    header = ["method", "parameters", "to target", *(["gates"] if gates else []), "rate"]
     lines = [header + [measure.label for measure in judgement.measures]]
     for method in judgement.methods:
-        scores = [judgement.score(method.name, measure.name) for measure in judgement.measures]
-        lines.append([
-            method.name,
-            count(method.parameters),
-            relative(method),
-            count(method.gate_parameters),
-            f"{method.rate:.3g}",
-            *(
-                figure(measure, score.value if score else None)
-                for measure, score in zip(judgement.measures, scores, strict=True)
-            ),
-        ])  # fmt: skip
+        line = [method.name, count(method.parameters), relative(method)]
+        line += [count(method.gate_parameters)] if gates else []
+        line.append(f"{method.rate:.3g}")
+        for measure in judgement.measures:
+            score = judgement.score(method.name, measure.name)
+            line.append(figure(measure, score.value if score else None))
+        lines.append(line)
     return lines
 
 
 def differences(judgement: Judgement, measure: Measure) -> Lines:
     """Methods minus the baseline over everything, with intervals and verdicts."""
-    lines = [["method", f"minus {judgement.baseline}", "seeds", "p", "verdict"]]
+    lines = [["method", "seeds", "difference", "p", "verdict"]]
     for name in judgement.others():
         difference = judgement.difference(name, measure.name)
         if difference is not None:
             seeds = str(difference.estimate.n) if difference.estimate else "0"
-            p = "" if difference.adjusted is None else f"{difference.adjusted:.3f}"
-            lines.append(
-                [name, interval(measure, difference.estimate), seeds, p, difference.verdict]
-            )
+            p = DASH if difference.adjusted is None else f"{difference.adjusted:.3f}"
+            shown = interval(measure, difference.estimate)
+            lines.append([name, seeds, shown, p, difference.verdict])
+    if len({line[1] for line in lines[1:]} | {str(len(judgement.seeds))}) == 1:
+        return [[line[0], *line[2:]] for line in lines]  # the headline has the number
     return lines
 
 
