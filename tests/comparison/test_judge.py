@@ -51,7 +51,7 @@ def test_few_seeds_make_no_claim_however_large_the_difference():
     judged = judge(made_results({"lora": 0, "good": -0.3}, seeds=range(5)))
     assert verdicts(judged) == {"good": "too few seeds for a claim"}
     assert judged.seeds_needed == 7  # of two claims
-    assert "too few seeds for a claim (7 are needed for 2 claims)" in judged.headline
+    assert "five seeds: too few seeds for a claim (7 for 2 claims)" in judged.headline
     assert judged.difference("good", "nll").estimate.high < 0
 
 
@@ -75,6 +75,7 @@ def test_a_baseline_that_is_not_equal_leaves_no_claim():
     final = [replace(c, equal=c.method != "lora") for c in results.final]
     judged = judge(replace(results, final=tuple(final)))
     assert judged.claims == 0
+    assert "no claim, as no method is equal to the baseline" in judged.headline
     assert verdicts(judged) == {"good": "not equal"}
 
 

@@ -76,7 +76,7 @@ def judge(results: Results) -> Judgement:
         seeds=tuple(results.seeds),
         claims=claims,
         seeds_needed=seeds_needed(claims),
-        study={k: v for k, v in results.plan.items() if k not in ("cells", "facts")},
+        study={k: v for k, v in results.plan.items() if k not in ("cells", "facts", "study")},
         facts=_shared_facts(results.final),
         methods=tuple(_method(name, seeds) for name, seeds in cells.items() if seeds),
         scores=tuple(_scores(by_cell)),
@@ -102,17 +102,16 @@ def _measures(own: Mapping[str, str]) -> tuple[Measure, ...]:
 
 
 def _headline(tuned: bool, seeds: int, claims: int) -> str:
-    needed = seeds_needed(claims)
-    few = seeds < needed
     counted = f"{count_word(seeds)} seed{'s' if seeds != 1 else ''}"
     if not tuned:
         return f"rates not tuned, {counted}: shows the tool, decides nothing"
-    if few:
-        return (
-            f"rates tuned, {counted}: intervals, too few seeds for a claim "
-            f"({needed} are needed for {claims} claim{'s' if claims != 1 else ''})"
-        )
-    return f"rates tuned, {counted}, {claims} claim{'s' if claims != 1 else ''}"
+    if not claims:
+        return f"rates tuned, {counted}: no claim, as no method is equal to the baseline"
+    claimed = f"{claims} claim{'s' if claims != 1 else ''}"
+    needed = seeds_needed(claims)
+    if seeds < needed:
+        return f"rates tuned, {counted}: too few seeds for a claim ({needed} for {claimed})"
+    return f"rates tuned, {counted}, {claimed}"
 
 
 def _equal(cells: Cells, results: Results) -> list[str]:

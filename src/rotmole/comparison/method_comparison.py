@@ -11,6 +11,7 @@ device has no memory of its own, memory is that of the process.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,9 @@ def write_method_comparison(results: Results, judgement: Judgement, study: Path)
         try:
             config = _read(cell.folder / ADAPTER / CONFIG)
             manifest = _read(cell.folder / MANIFEST)
-            run = load_run(cell.folder / "run.yaml", anchored=False)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # said when the cell was trained
+                run = load_run(cell.folder / "run.yaml", anchored=False)
             size = (cell.folder / ADAPTER / "adapter_model.safetensors").stat().st_size
         except (OSError, ValueError) as error:
             raise InputError(

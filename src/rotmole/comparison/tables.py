@@ -154,13 +154,14 @@ def tried(judgement: Judgement) -> dict[tuple[str, Settings], list[float]]:
 def remarks(judgement: Judgement) -> list[str]:
     """Return sentences that say how to read the tables, and what has to be known."""
     baseline, measures = judgement.baseline, [measure.label for measure in judgement.measures]
+    equal = str(judgement.study.get("equal", "parameters")).replace("_", " ")
     lines = [
         f"Differences are to {baseline}, paired by seed: [low, high] is a 95 % interval over seeds "
         "(Student's t). It covers the choice of the seed, not of the test rows.",
     ]
     if judgement.claims:
         lines.append(
-            f"Claims: {judgement.claims}, methods equal in parameters by {' and '.join(measures)}. "
+            f"Claims: {judgement.claims}, methods equal in {equal} by {' and '.join(measures)}. "
             f"p is that of exact sign flips after Holm's steps over all of them, and a claim needs "
             f"p of at most {LEVEL}, so at least {judgement.seeds_needed} seeds."
         )
@@ -168,7 +169,7 @@ def remarks(judgement: Judgement) -> list[str]:
     unequal = [method for method in judgement.methods if not method.equal]
     if unequal:
         named = ", ".join(f"{m.name} ({relative(m)})" for m in unequal)
-        lines.append(f"Not equal in parameters, so part of no claim: {named}.")
+        lines.append(f"Not equal in {equal}, so part of no claim: {named}.")
     return [*lines, *judgement.notes]
 
 
