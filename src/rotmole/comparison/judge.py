@@ -59,7 +59,7 @@ def judge(results: Results) -> Judgement:
             "`rotmole compare` again, which goes on where it stopped."
         )
     own = own_metrics(results.final, results.metrics)
-    measures = _measures(own)
+    measures = measures_of(own)
     by_cell = {
         name: {seed: scores(cell, own) for seed, cell in seeds.items()}
         for name, seeds in cells.items()
@@ -80,8 +80,8 @@ def judge(results: Results) -> Judgement:
         facts=_shared_facts(results.final),
         methods=tuple(_method(name, seeds) for name, seeds in cells.items() if seeds),
         scores=tuple(_scores(by_cell)),
-        differences=_claimed(
-            _differences(by_cell, pairs, results.baseline), equal, measures, claims
+        differences=claimed(
+            paired_differences(by_cell, pairs, results.baseline), equal, measures, claims
         ),
         at_equal_flops=_at_budget(cells, pairs, results.baseline, lambda point: point.flops),
         curves=tuple(_curves(cells)),
@@ -91,7 +91,12 @@ def judge(results: Results) -> Judgement:
     )
 
 
-def _measures(own: Mapping[str, str]) -> tuple[Measure, ...]:
+def measures_of(own: Mapping[str, str]) -> tuple[Measure, ...]:
+    """Return what is judged.
+
+    Args:
+        own: task -> its own metric.
+    """
     nll = Measure(NLL, "NLL", higher_is_better=False)
     if not own:
         return (nll,)
@@ -200,14 +205,15 @@ def _method(name: str, seeds: Mapping[int, Result]) -> Method:
     )
 
 
-ByCell = Mapping[str, Mapping[int, Scores]]
+ByUnit = Mapping[str, Mapping[Any, Scores]]
+"""method -> unit, such as the seed -> its scores."""
 
 
-def _parts(by_cell: ByCell) -> list[tuple[str, Part]]:
+def _parts(by_unit: ByUnit) -> list[tuple[str, Part]]:
     """Return measures and parts: everything, then tasks, then groups, in the order of the data."""
     found = dict.fromkeys(
         (measure, part)
-        for seeds in by_cell.values()
+        for seeds in by_unit.values()
         for values in seeds.values()
         for measure, parts in values.items()
         for part in parts
@@ -215,9 +221,9 @@ def _parts(by_cell: ByCell) -> list[tuple[str, Part]]:
     return sorted(found, key=lambda key: (bool(key[1][0]), bool(key[1][1])))
 
 
-def _scores(by_cell: ByCell) -> Iterable[Score]:
-    for measure, part in _parts(by_cell):
-        for name, seeds in by_cell.items():
+def _scores(by_unit: ByUnit) -> Iterable[Score]:
+    for measure, part in _parts(by_unit):
+        for name, seeds in by_unit.items():
             values = {s: v[measure][part] for s, v in seeds.items() if part in v.get(measure, {})}
             if not values:
                 continue
@@ -238,16 +244,25 @@ def finite_or_none(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _differences(
-    by_cell: ByCell, pairs: Mapping[str, Sequence[int]], baseline: str
+def paired_differences(
+    by_unit: ByUnit, pairs: Mapping[str, Sequence[Any]], baseline: str
 ) -> list[Difference]:
+    """Return each method's differences to the baseline by measure and part, without verdicts.
+
+    Args:
+        by_unit: scores of every method, the baseline among them.
+        pairs: method -> units that can be paired.
+        baseline: name of the baseline.
+    """
     differences = []
-    for measure, part in _parts(by_cell):
-        for name, seeds in pairs.items():
+    for measure, part in _parts(by_unit):
+        for name, units in pairs.items():
+            both = [[by_unit[side][unit].get(measure, {}) for side in (name, baseline)]
+                    for unit in units]  # fmt: skip
             values = [
-                by_cell[name][seed].get(measure, {}).get(part, math.nan)
-                - by_cell[baseline][seed].get(measure, {}).get(part, math.nan)
-                for seed in seeds
+                here.get(part, math.nan) - there.get(part, math.nan)
+                for here, there in both
+                if part in here or part in there
             ]
             found = estimate(values)
             verdict = words.DIVERGED if values and found is None else ""
@@ -262,13 +277,20 @@ def estimate(values: Sequence[float]) -> Paired | None:
     return paired(values)
 
 
-def _claimed(
+def claimed(
     differences: Sequence[Difference],
     equal: Sequence[str],
     measures: Sequence[Measure],
     claims: int,
 ) -> tuple[Difference, ...]:
-    """Add verdicts to the differences over everything, by Holm's steps over the family."""
+    """Add verdicts to the differences over everything, by Holm's steps over the family.
+
+    Args:
+        differences: of all parts.
+        equal: methods that claims are about.
+        measures: that are judged.
+        claims: size of the family.
+    """
     family = [d for d in differences if _in_family(d, equal)]
     p_values = [1.0 if d.estimate is None or d.estimate.p is None else d.estimate.p for d in family]
     # a claim without a p-value stays in the family, which was stated before

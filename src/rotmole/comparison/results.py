@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -183,7 +183,7 @@ def read_cell(folder: Path) -> Result | None:
     return Result(
         **{name: content[name] for name in _PLAIN},
         nll=math.inf if nll is None else nll,
-        rows=_rows(folder / PREDICTIONS) if content["stage"] == FINAL else {},
+        rows=rows_of(_lines(folder / PREDICTIONS)) if content["stage"] == FINAL else {},
         figures=_figures(folder / RESULT) if content["stage"] == FINAL else {},
         curve=tuple(_curve(folder / METRICS, each)),
         folder=folder,
@@ -196,11 +196,20 @@ _PLAIN = (
 )  # fmt: skip
 
 
-def _rows(path: Path) -> dict[str, Row]:
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def rows_of(lines: Iterable[Mapping[str, Any]], system: str = "after") -> dict[str, Row]:
+    """Return "task/id" -> the scores of a row.
+
+    Args:
+        lines: of predictions.jsonl.
+        system: whose answers are meant.
+    """
     rows = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        scores = row["systems"]["after"]
+    for row in lines:
+        scores = row["systems"][system]
         values = {k: v for k, v in scores["metrics"].items() if v is not None}
         loss = scores.get("loss")
         rows[f"{row['task']}/{row['id']}"] = Row(
@@ -214,10 +223,19 @@ def _rows(path: Path) -> dict[str, Row]:
 
 
 def _figures(path: Path) -> dict[str, dict[str, float]]:
-    tasks = json.loads(path.read_text(encoding="utf-8"))["systems"]["after"]["tasks"]
+    return figures_of(json.loads(path.read_text(encoding="utf-8")))
+
+
+def figures_of(content: Mapping[str, Any], system: str = "after") -> dict[str, dict[str, float]]:
+    """Return task -> metric -> figure of the whole task; figures that are not finite are left out.
+
+    Args:
+        content: of eval.json.
+        system: whose figures are meant.
+    """
     return {
         task: {m: e["value"] for m, e in part["metrics"].items() if e["value"] is not None}
-        for task, part in tasks.items()
+        for task, part in content["systems"][system]["tasks"].items()
     }
 
 

@@ -13,8 +13,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
+from typing import Protocol
 
-from rotmole.comparison.results import NLL, Result
+from rotmole.comparison.results import NLL, Row
 
 OWN = "own metric"
 PERPLEXITY = "perplexity"
@@ -23,7 +24,19 @@ Scores = dict[str, dict[Part, float]]
 """measure ("nll", "own metric") -> (task, group) -> score; group "" is the task, both "" is all."""
 
 
-def own_metrics(cells: Sequence[Result], metrics: Sequence[str]) -> dict[str, str]:
+class Scored(Protocol):
+    """What has been scored: a cell of a study, or a run."""
+
+    @property
+    def rows(self) -> Mapping[str, Row]:
+        """ "task/id" -> the scores of a row."""
+
+    @property
+    def figures(self) -> Mapping[str, Mapping[str, float]]:
+        """task -> metric -> figure of the whole task."""
+
+
+def own_metrics(cells: Sequence[Scored], metrics: Sequence[str]) -> dict[str, str]:
     """Return each task's own metric; tasks without any of the metrics are left out.
 
     Args:
@@ -41,7 +54,7 @@ def own_metrics(cells: Sequence[Result], metrics: Sequence[str]) -> dict[str, st
     return {task: metric for task, metric in chosen.items() if metric is not None}
 
 
-def scores(cell: Result, own: Mapping[str, str]) -> Scores:
+def scores(cell: Scored, own: Mapping[str, str]) -> Scores:
     """Return the scores of a cell by measure and part.
 
     Args:
@@ -65,6 +78,27 @@ def scores(cell: Result, own: Mapping[str, str]) -> Scores:
             values[task, ""] = math.nan if value is None else value
     if values:
         result[OWN] = _totals(values)
+    return result
+
+
+def row_scores(cell: Scored, own: Mapping[str, str]) -> dict[str, Scores]:
+    """Return the scores of each row by measure and the parts it belongs to.
+
+    A metric of many rows has no scores of single ones and is left out.
+
+    Args:
+        cell: finished, with rows.
+        own: task -> its own metric.
+    """
+    result = {}
+    for name, row in cell.rows.items():
+        parts = dict.fromkeys([("", ""), (row.task, ""), (row.task, row.group)])
+        values = {NLL: row.nll, OWN: row.metrics.get(own.get(row.task, ""))}
+        result[name] = {
+            measure: dict.fromkeys(parts, value)
+            for measure, value in values.items()
+            if value is not None
+        }
     return result
 
 
