@@ -7,16 +7,18 @@ differences say which run is better on such rows, and nothing of other training 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from rotmole.comparison.judge import ByUnit, claimed, measures_of, paired_differences
-from rotmole.comparison.judgement import Difference, Measure
+from rotmole.comparison.judgement import FEW, Difference, Measure
 from rotmole.comparison.results import Row
 from rotmole.comparison.scores import own_metrics, row_scores, scores
 from rotmole.data.examples import Example
 from rotmole.errors import InputError
 
+FEW_ROWS = "too few rows for a claim"
+"""The verdict where rows are the unit."""
 Examples = Mapping[str, Sequence[Example]]
 
 
@@ -90,6 +92,8 @@ def compare_runs(runs: Sequence[Run], metrics: Sequence[str]) -> RunDifferences:
     claims = len(others) * len(measures)
     judged = claimed(found, others, measures, claims)
     unit: Literal["row", "seed"] = "seed" if by_seed else "row"
+    if unit == "row":
+        judged = tuple(replace(d, verdict=FEW_ROWS) if d.verdict == FEW else d for d in judged)
     return RunDifferences(unit, baseline, measures, members, judged, claims, left_out)
 
 
