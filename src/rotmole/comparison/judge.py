@@ -120,8 +120,13 @@ def _headline(tuned: bool, seeds: int, claims: int) -> str:
 
 
 def _equal(cells: Cells, results: Results) -> list[str]:
-    """Return the methods that claims are about."""
-    names = [name for name, seeds in cells.items() if seeds and _any(seeds).equal]
+    """Return the methods that claims are about, those whose cells are not finished among them."""
+    planned = results.plan.get("methods", {})
+    names = [
+        name
+        for name, seeds in cells.items()
+        if (_any(seeds).equal if seeds else planned.get(name, {}).get("equal", False))
+    ]
     if results.baseline not in names:
         return []
     return [name for name in names if name != results.baseline]

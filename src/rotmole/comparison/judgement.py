@@ -179,7 +179,7 @@ class Judgement:
         claims: size of the family of claims, and seeds_needed for its first step.
         study: plan.json of the study without its cells: methods, grid, chosen settings, split.
         facts: what all cells share: dtype, device, threads, processor, versions, commit.
-        methods: in the order of the study file.
+        methods: those with finished cells, in the order of the study file.
         scores, differences: over everything, then by task, then by group.
         at_equal_flops: differences where the cheaper of both has ended.
         curves, trials: of final and of tuning cells.
@@ -222,7 +222,7 @@ class Judgement:
 
     def others(self) -> list[str]:
         """Return the names of all methods but the baseline."""
-        return [method.name for method in self.methods if method.name != self.baseline]
+        return list(dict.fromkeys(difference.method for difference in self.differences))
 
 
 def write_judgement(judgement: Judgement, path: Path) -> Path:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rotmole.comparison import tables
-from rotmole.comparison.figures import clock_drawings, drawings
+from rotmole.comparison.figures import Drawing, clock_drawings, drawings
 from rotmole.comparison.judgement import Judgement
 from rotmole.drawing import THEME, standalone
 from rotmole.files import atomic_write_text, make_folder
@@ -19,11 +20,26 @@ _BUDGET_NOTE = (
 )
 
 
-def html(judgement: Judgement, title: str) -> str:
+@dataclass(frozen=True)
+class Drawn:
+    """The figures of a study; those that depend on the clock stand apart."""
+
+    plain: list[Drawing]
+    clock: list[Drawing]
+
+
+def drawn(judgement: Judgement) -> Drawn:
+    """Draw every figure that has data."""
+    return Drawn(drawings(judgement), clock_drawings(judgement))
+
+
+def html(judgement: Judgement, title: str, figures: Drawn) -> str:
     """Return the page: tables and figures, readable at any width, light and dark.
 
     Args:
+        judgement: of the study.
         title: of the page.
+        figures: of the judgement.
     """
     from jinja2 import Environment, StrictUndefined
 
@@ -34,8 +50,8 @@ def html(judgement: Judgement, title: str) -> str:
         **_tables(judgement),
         title=title,
         theme=THEME,
-        drawings=drawings(judgement),
-        clock_drawings=clock_drawings(judgement),
+        drawings=figures.plain,
+        clock_drawings=figures.clock,
         wide=160 + 75 * columns,
     )
 
@@ -56,8 +72,14 @@ def _tables(judgement: Judgement) -> dict[str, Any]:
     }
 
 
-def markdown(judgement: Judgement, title: str) -> str:
-    """Return the same tables as Markdown, with links to the figures' files."""
+def markdown(judgement: Judgement, title: str, figures: Drawn) -> str:
+    """Return the same tables as Markdown, with links to the figures' files.
+
+    Args:
+        judgement: of the study.
+        title: above the text.
+        figures: of the judgement.
+    """
     parts = _tables(judgement)
     text = [f"# {title}", parts["headline"], tables.markdown(parts["overview"])]
     for measure, lines in parts["differences"]:
@@ -66,17 +88,17 @@ def markdown(judgement: Judgement, title: str) -> str:
     for measure in judgement.measures:
         if by_task := tables.by_task(judgement, measure):
             text += [f"## {measure.label} by task", tables.markdown(by_task)]
-    text += ["## Figures", *map(_linked, drawings(judgement))]
+    text += ["## Figures", *map(_linked, figures.plain)]
     text += ["## At equal operations", _BUDGET_NOTE, tables.markdown(parts["operations"])]
     if parts["trials"]:
         note = "Validation NLL, the mean over the tuning seeds; * marks what was chosen."
         text += ["## Tuning", note, tables.markdown(parts["trials"])]
     text += ["## What depends on the clock", tables.markdown(parts["seconds"])]
-    text += [tables.markdown(parts["equal_seconds"]), *map(_linked, clock_drawings(judgement))]
+    text += [tables.markdown(parts["equal_seconds"]), *map(_linked, figures.clock)]
     return "\n\n".join([*text, "## Made with", parts["facts"]]) + "\n"
 
 
-def _linked(drawing: Any) -> str:
+def _linked(drawing: Drawing) -> str:
     return f"![{drawing.name}]({FIGURES}/{drawing.name}.svg)\n\n{drawing.caption}"
 
 
@@ -93,10 +115,10 @@ def write_pages(judgement: Judgement, folder: Path, title: str) -> list[Path]:
     Raises:
         StorageError: a file cannot be written.
     """
-    figures = make_folder(folder / FIGURES)
-    for drawing in [*drawings(judgement), *clock_drawings(judgement)]:
-        atomic_write_text(figures / f"{drawing.name}.svg", standalone(drawing.svg) + "\n")
+    place, figures = make_folder(folder / FIGURES), drawn(judgement)
+    for drawing in [*figures.plain, *figures.clock]:
+        atomic_write_text(place / f"{drawing.name}.svg", standalone(drawing.svg) + "\n")
     return [
-        atomic_write_text(folder / PAGE, html(judgement, title)),
-        atomic_write_text(folder / TEXT, markdown(judgement, title)),
+        atomic_write_text(folder / PAGE, html(judgement, title, figures)),
+        atomic_write_text(folder / TEXT, markdown(judgement, title, figures)),
     ]

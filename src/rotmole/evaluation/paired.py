@@ -23,6 +23,7 @@ import numpy.typing as npt
 LEVEL = 0.05
 POWER = 0.8
 _EXACT = 1 << 14  # the most sign patterns that are counted; more are sampled
+_BLOCK = 1 << 22  # signs drawn at a time
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,8 @@ def sign_flip(differences: npt.ArrayLike, *, seed: int = 0) -> float:
     exact = 2 ** len(d_n) <= _EXACT
     result = permutation_test(
         (d_n,), np.mean, permutation_type="samples", vectorized=True,
-        n_resamples=_EXACT if exact else 9999, batch=max(1, (1 << 22) // len(d_n)), rng=np.random.default_rng(seed),
+        n_resamples=_EXACT if exact else 9999, batch=max(1, _BLOCK // len(d_n)),
+        rng=np.random.default_rng(seed),
     )  # fmt: skip
     return min(1.0, float(result.pvalue))
 
