@@ -55,7 +55,7 @@ def test_methods_with_several_seeds_are_paired_by_seed():
     [
         [("a", 0), ("a", 1), ("b", 0)],  # one method has a single seed
         [("a", 0), ("a", 1), ("b", 2), ("b", 3)],  # no seed is shared
-        [("a", 0), ("a", 0), ("b", 0), ("b", 1)],  # one run twice
+        [("a", 0), ("a", 0), ("a", 1), ("b", 0), ("b", 1)],  # one run twice
         [("a", 0), ("a", 1), ("b", None), ("b", 1)],  # a seed is not known
         [("a", 0), ("a", 1)],  # one method
     ],

@@ -297,10 +297,9 @@ def claimed(
         claims: size of the family.
     """
     family = [d for d in differences if _in_family(d, equal)]
-    p_values = [1.0 if d.estimate is None or d.estimate.p is None else d.estimate.p for d in family]
     # a claim without a p-value stays in the family, which was stated before
-    p_values += [1.0] * (claims - len(p_values))
-    adjusted = dict(zip(map(id, family), holm(p_values), strict=False))
+    p_values = [1.0 if d.estimate is None or d.estimate.p is None else d.estimate.p for d in family]
+    adjusted = dict(zip(map(id, family), holm(p_values), strict=True))
     higher = {measure.name: measure.higher_is_better for measure in measures}
     return tuple(
         d
