@@ -123,7 +123,7 @@ def _zoom(axes: Any, values: Any) -> None:
 def forest(judgement: Judgement, measure: Measure) -> Drawing | None:
     """Draw the paired differences to the baseline with their intervals."""
     found = [judgement.difference(name, measure.name) for name in judgement.others()]
-    known = [d for d in found if d is not None and d.estimate is not None]
+    known = [(d, d.estimate) for d in found if d is not None and d.estimate is not None]
     if not known:
         return None
     colors = {BETTER: GREEN, WORSE: RED}
@@ -131,15 +131,15 @@ def forest(judgement: Judgement, measure: Measure) -> Drawing | None:
     def paint(figure: Any) -> None:
         axes = figure.subplots()
         axes.axvline(0, color=INK, lw=1)
-        for line, d in enumerate(known):
-            estimate, color = d.estimate, colors.get(d.verdict, INK)
+        for line, (d, estimate) in enumerate(known):
+            color = colors.get(d.verdict, INK)
             if estimate.low is not None:
                 axes.plot([estimate.low, estimate.high], [line, line], color=color, lw=2)
             claim = d.verdict in colors
             axes.plot(estimate.value, line, "o", mec=color, mfc=color if claim else "none", ms=6)
             text = digits(measure, estimate.value, signed=True)
             axes.text(1.02, line, text, transform=axes.get_yaxis_transform(), va="center")
-        axes.set_yticks(range(len(known)), [short(d.method) for d in known])
+        axes.set_yticks(range(len(known)), [short(d.method) for d, _ in known])
         axes.set_ylim(len(known) - 0.4, -0.6)
         axes.grid(axis="y", visible=False)
         side = "right" if measure.higher_is_better else "left"

@@ -9,29 +9,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
 
-from rotmole.comparison import judgement as words
+from rotmole.comparison.differences import (
+    ByUnit,
+    claimed,
+    estimate,
+    finite_or_none,
+    measures_of,
+    paired_differences,
+    parts_of,
+)
 from rotmole.comparison.judgement import (
     AtBudget,
     Clock,
     Curve,
-    Difference,
     Judgement,
-    Measure,
     Method,
     Score,
     Trial,
 )
-from rotmole.comparison.results import NLL, Point, Result, Results
-from rotmole.comparison.scores import OWN, Part, Scores, own_metrics, scores
+from rotmole.comparison.results import Point, Result, Results
+from rotmole.comparison.scores import own_metrics, scores
 from rotmole.errors import InputError
-from rotmole.evaluation.metrics import METRICS
-from rotmole.evaluation.paired import LEVEL, Paired, detectable, holm, paired, seeds_needed
+from rotmole.evaluation.paired import seeds_needed
 from rotmole.units import count_word
 
 PAIRING_FACTS = ("dtype", "device", "threads", "processor")
@@ -89,21 +93,6 @@ def judge(results: Results) -> Judgement:
         notes=tuple([*notes, *_facts_notes(results.final), *_plan_notes(results)]),
         clock=_clock(cells, pairs, results.baseline),
     )
-
-
-def measures_of(own: Mapping[str, str]) -> tuple[Measure, ...]:
-    """Return what is judged.
-
-    Args:
-        own: task -> its own metric.
-    """
-    nll = Measure(NLL, "NLL", higher_is_better=False)
-    if not own:
-        return (nll,)
-    names = set(own.values())
-    higher = {METRICS[name].higher_is_better for name in names if name in METRICS} or {True}
-    label = names.pop() if len(names) == 1 else OWN
-    return nll, Measure(OWN, label, higher_is_better=higher == {True})
 
 
 def _headline(tuned: bool, seeds: int, claims: int) -> str:
@@ -210,24 +199,8 @@ def _method(name: str, seeds: Mapping[int, Result]) -> Method:
     )
 
 
-ByUnit = Mapping[str, Mapping[Any, Scores]]
-"""method -> unit, such as the seed -> its scores."""
-
-
-def _parts(by_unit: ByUnit) -> list[tuple[str, Part]]:
-    """Return measures and parts: everything, then tasks, then groups, in the order of the data."""
-    found = dict.fromkeys(
-        (measure, part)
-        for seeds in by_unit.values()
-        for values in seeds.values()
-        for measure, parts in values.items()
-        for part in parts
-    )
-    return sorted(found, key=lambda key: (bool(key[1][0]), bool(key[1][1])))
-
-
 def _scores(by_unit: ByUnit) -> Iterable[Score]:
-    for measure, part in _parts(by_unit):
+    for measure, part in parts_of(by_unit):
         for name, seeds in by_unit.items():
             values = {s: v[measure][part] for s, v in seeds.items() if part in v.get(measure, {})}
             if not values:
@@ -242,97 +215,6 @@ def _scores(by_unit: ByUnit) -> Iterable[Score]:
                 spread=stdev(values.values()) if finite and len(values) > 1 else None,
                 by_seed={seed: finite_or_none(value) for seed, value in values.items()},
             )
-
-
-def finite_or_none(value: float) -> float | None:
-    """Return a value, None in place of NaN and infinity, which JSON has not."""
-    return value if math.isfinite(value) else None
-
-
-def paired_differences(
-    by_unit: ByUnit, pairs: Mapping[str, Sequence[Any]], baseline: str
-) -> list[Difference]:
-    """Return each method's differences to the baseline by measure and part, without verdicts.
-
-    Args:
-        by_unit: scores of every method, the baseline among them.
-        pairs: method -> units that can be paired.
-        baseline: name of the baseline.
-    """
-    differences = []
-    for measure, part in _parts(by_unit):
-        for name, units in pairs.items():
-            both = [[by_unit[side][unit].get(measure, {}) for side in (name, baseline)]
-                    for unit in units]  # fmt: skip
-            values = [
-                here.get(part, math.nan) - there.get(part, math.nan)
-                for here, there in both
-                if part in here or part in there
-            ]
-            found = estimate(values)
-            verdict = words.DIVERGED if values and found is None else ""
-            differences.append(Difference(name, measure, *part, found, verdict))
-    return differences
-
-
-def estimate(values: Sequence[float]) -> Paired | None:
-    """Return the paired difference; None if there is none or one of them is not finite."""
-    if not values or not all(map(math.isfinite, values)):
-        return None
-    return paired(values)
-
-
-def claimed(
-    differences: Sequence[Difference],
-    equal: Sequence[str],
-    measures: Sequence[Measure],
-    claims: int,
-) -> tuple[Difference, ...]:
-    """Add verdicts to the differences over everything, by Holm's steps over the family.
-
-    Args:
-        differences: of all parts.
-        equal: methods that claims are about.
-        measures: that are judged.
-        claims: size of the family.
-    """
-    family = [d for d in differences if _in_family(d, equal)]
-    # a claim without a p-value stays in the family, which was stated before
-    p_values = [1.0 if d.estimate is None or d.estimate.p is None else d.estimate.p for d in family]
-    adjusted = dict(zip(map(id, family), holm(p_values), strict=True))
-    higher = {measure.name: measure.higher_is_better for measure in measures}
-    return tuple(
-        d
-        if d.task
-        else _verdict(d, adjusted.get(id(d)), claims, higher_is_better=higher[d.measure])
-        for d in differences
-    )
-
-
-def _in_family(difference: Difference, equal: Sequence[str]) -> bool:
-    return not difference.task and difference.method in equal
-
-
-def _verdict(
-    d: Difference, adjusted: float | None, claims: int, *, higher_is_better: bool
-) -> Difference:
-    found = d.estimate
-    least = None
-    if found is not None and found.spread is not None:
-        least = detectable(found.spread, found.n, claims=claims)
-    if d.verdict:
-        verdict = d.verdict
-    elif adjusted is None:
-        verdict = words.UNEQUAL
-    elif found is None:
-        verdict = words.UNPAIRED
-    elif found.n < seeds_needed(claims):
-        verdict = words.FEW
-    elif adjusted > LEVEL:
-        verdict = words.NONE
-    else:
-        verdict = words.BETTER if (found.value > 0) == higher_is_better else words.WORSE
-    return replace(d, verdict=verdict, adjusted=adjusted, detectable=least)
 
 
 def _at_budget(

@@ -18,7 +18,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from rotmole.comparison.judge import finite_or_none
+from rotmole.comparison.differences import finite_or_none
 from rotmole.comparison.judgement import Judgement
 from rotmole.comparison.results import Result, Results
 from rotmole.comparison.scores import OWN

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from rotmole.comparison.judge import ByUnit, claimed, measures_of, paired_differences
+from rotmole.comparison.differences import ByUnit, claimed, measures_of, paired_differences
 from rotmole.comparison.judgement import FEW, Difference, Measure
 from rotmole.comparison.results import Row
 from rotmole.comparison.scores import own_metrics, row_scores, scores
