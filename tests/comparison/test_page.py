@@ -123,7 +123,7 @@ def test_a_study_of_one_seed_without_tuning_curves_or_tasks_has_a_page():
     bare = [replace(c, curve=(), difference=None) for c in results.final]
     judged = judge(replace(results, final=tuple(bare)))
     assert [drawing.name for drawing in drawings(judged)] == [
-        "differences-nll", "differences-own-metric", "score-by-parameters",
+        "score-by-parameters", "differences-nll", "differences-own-metric",
     ]  # fmt: skip
     page = html(judged, "Title", drawn(judged))
     assert "Tuning" not in page

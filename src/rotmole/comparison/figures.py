@@ -37,12 +37,10 @@ class Drawing:
 
 def drawings(judgement: Judgement) -> list[Drawing]:
     """Return the figures that do not depend on the clock, those that have data."""
-    found = [convergence(judgement, "update"), *(forest(judgement, m) for m in judgement.measures)]
-    found += [
-        parameters(judgement),
-        rates(judgement),
-        *(heat_map(judgement, m) for m in judgement.measures),
-    ]
+    found = [convergence(judgement, "update"), parameters(judgement)]
+    found += [forest(judgement, measure) for measure in judgement.measures]
+    found.append(rates(judgement))
+    found += [heat_map(judgement, measure) for measure in judgement.measures]
     return [drawing for drawing in found if drawing is not None]
 
 
@@ -158,8 +156,10 @@ def forest(judgement: Judgement, measure: Measure) -> Drawing | None:
 
 def parameters(judgement: Judgement) -> Drawing:
     """Draw the score against the number of trainable parameters."""
-    cost = {method.name: method.parameters / 1e6 for method in judgement.methods}
-    return _scatter(judgement, cost, "parameters", "trainable parameters, millions")
+    most = max(method.parameters for method in judgement.methods)
+    unit, word = (1e6, "millions") if most >= 1e6 else (1e3, "thousands")
+    cost = {method.name: method.parameters / unit for method in judgement.methods}
+    return _scatter(judgement, cost, "parameters", f"trainable parameters, {word}")
 
 
 def score_by_seconds(judgement: Judgement) -> Drawing:
@@ -245,7 +245,8 @@ def heat_map(judgement: Judgement, measure: Measure) -> Drawing | None:
         for part in parts
         if (d := judgement.difference(name, measure.name, *part)) and d.estimate
     }
-    largest = max(map(abs, changes.values()), default=0.0) or 1.0
+    largest = max(map(abs, changes.values()), default=0.0)
+    strongest = f", the strongest colour a difference of {digits(measure, largest)}" * bool(largest)
 
     def paint(figure: Any) -> None:
         from matplotlib.patches import Rectangle
@@ -278,8 +279,8 @@ def heat_map(judgement: Judgement, measure: Measure) -> Drawing | None:
 
     caption = (
         f"Numbers: {measure.label}, the mean over seeds. Colour: the difference to "
-        f"{judgement.baseline}; green is better, orange worse, and the strongest colour is a "
-        f"difference of {digits(measure, largest)}. No claims are made of single tasks."
+        f"{judgement.baseline}; green is better, orange worse{strongest}. No claims are made of "
+        "single tasks."
     )
     name = f"tasks-{measure.name.replace(' ', '-')}"
     width = 1.6 + 0.72 * len(names)
