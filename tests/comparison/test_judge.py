@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 
+from judged_cases import FACTS, made_results
 from rotmole.comparison.judge import judge
 from rotmole.comparison.judgement import read_judgement, write_judgement
 from rotmole.comparison.results import Row
 from rotmole.errors import InputError
-from judged_cases import FACTS, made_results
 
 
 def verdicts(judgement, measure="nll") -> dict[str, str]:

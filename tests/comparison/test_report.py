@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from peft import LoraConfig, PeftConfig
 
+from judged_cases import FACTS
 from rotmole.comparison.method_comparison import FOLDER
 from rotmole.comparison.report import write_report
 from rotmole.comparison.results import Results, read_results
 from rotmole.config.load import resolved_yaml
 from rotmole.errors import InputError
 from rotmole.training.folder.manifest import manifest
-from study_cases import FACTS
 from training_cases import run_file
 
 # what PEFT's method_comparison/processing.py takes from each part of a result
@@ -137,6 +137,22 @@ def test_peft_reads_settings_and_results(study):
     assert content["train_info"]["file_size"] == 1000
     assert content["meta_info"]["package_info"].keys() >= PACKAGES
     assert content["run_info"]["train_config"] == training
+
+
+def test_a_study_that_was_trained_is_reported(done, tmp_path):
+    study, _ = done
+    results = read_results(study.folder)
+    judged, _ = write_report(results, tmp_path, "Trained")
+    assert {method.name for method in judged.methods} == set(study.file.methods)
+    assert judged.facts["dtype"] == "float32"
+    assert all(d.estimate is not None for d in judged.differences)
+    for path in (tmp_path / FOLDER / "experiments").rglob("adapter_config.json"):
+        assert PeftConfig.from_pretrained(path.parent).target_modules
+    content = json.loads((tmp_path / "study.json").read_text(encoding="utf-8"))
+    del content["clock"]
+    text = json.dumps(content)
+    assert str(study.folder) not in text
+    assert "second" not in text  # no figure of the clock anywhere else
 
 
 def test_a_cell_that_lost_its_adapter_is_named(study):

@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from judged_cases import made_cell
 from rotmole.comparison.results import Row
 from rotmole.comparison.runs import Run, check_same_rows, compare_runs
 from rotmole.data.examples import Example
 from rotmole.errors import InputError
-from study_cases import made_cell
 
 METRICS = ("exact_match", "perplexity")
 
