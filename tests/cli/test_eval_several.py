@@ -119,6 +119,14 @@ def test_an_adapter_alone_and_a_base_model_with_one_run_file(shared, tmp_path, c
     assert main(["eval", str(shared / "r2-0"), str(adapter), "--config", words[0]]) == 0
 
 
+def test_rows_that_chose_a_checkpoint_are_told(shared, capsys):
+    assert run(shared, "r2-0", "r4-0", "--split", "validation") == 0
+    said = capsys.readouterr().out
+    assert said.count("chose the checkpoint of") == 2
+    assert run(shared, "r2-0", "r4-0") == 0
+    assert "chose the checkpoint" not in capsys.readouterr().out
+
+
 def test_other_rows_are_refused_before_anything_is_scored(shared, capsys):
     assert run(shared, "r2-0", "other") == 2
     said = capsys.readouterr().err

@@ -24,7 +24,7 @@ from rotmole.data import Example
 from rotmole.errors import ConfigError
 from rotmole.evaluation import Report, System, compare, limit_rows, measure, to_json
 from rotmole.evaluation.evaluate import task_metrics
-from rotmole.evaluation.files import PREDICTIONS, RESULT, as_text, write_files
+from rotmole.evaluation.files import PREDICTIONS, RESULT, as_text, is_chosen_here, write_files
 from rotmole.evaluation.paired import LEVEL
 from rotmole.evaluation.render import footnotes, print_lines, print_table, rows
 from rotmole.evaluation.report import prediction_rows
@@ -178,9 +178,11 @@ def _deliver(
     as_json: bool,
 ) -> None:
     """Print the tables, or JSON; write the files if there is a folder for them."""
+    chosen = [name for name, place in places.items() if is_chosen_here(place.run, place.adapter)]
     facts = {
         "adapters": {name: str(p.adapter) if p.adapter else None for name, p in places.items()},
         "models": {name: p.model.name for name, p in places.items()},
+        "chosen_on_these_rows": chosen,
         "paired": asdict(found),
     }
     files = [] if output is None else write_files(report, facts, output.expanduser())
@@ -194,7 +196,12 @@ def _deliver(
     print_table(lines)
     for one in found.measures:
         print_table(_lines(found, one), title=f"{one.label} minus that of {found.baseline}")
-    print_lines([*_remarks(found, places), *footnotes(report)[1:]])
+    advice = [
+        f"validation rows chose the checkpoint of {name} in training, so its figures are a little "
+        "too good; --split test scores others if there are some."
+        for name in chosen
+    ]
+    print_lines([*_remarks(found, places), *advice, *footnotes(report)[1:]])
     if files:
         print(f"written: {', '.join(map(str, files))}")
 
