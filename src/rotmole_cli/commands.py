@@ -189,7 +189,14 @@ def combine(
 @app.command("eval")
 def evaluate(
     target: Target,
-    overrides: Overrides = None,
+    more: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[TARGET...] [KEY=VALUE...]",
+            help="More targets, which are compared with the first one on the same rows; and "
+            "settings that replace those of the run file.",
+        ),
+    ] = None,
     config: Annotated[
         Path | None,
         typer.Option(
@@ -215,17 +222,27 @@ def evaluate(
         typer.Option(
             "--output",
             metavar="DIR",
-            help="Folder for eval.json and predictions.jsonl. [default: the run folder]",
+            help="Folder for eval.json and predictions.jsonl. [default: the run folder; with "
+            "several targets no files]",
         ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     trust_remote_code: Trust = False,
 ) -> int:
-    """Score a model on the run's tasks, with and without the adapter."""
+    """Score a model on the run's tasks, with and without the adapter; or compare several."""
+    others = [word for word in more or [] if "=" not in word or Path(word).exists()]
+    overrides = [word for word in more or [] if word not in others]
+    if others:
+        from rotmole.cli.eval_several import evaluate_several
+
+        return evaluate_several(
+            [target, *map(Path, others)], overrides, config, split, limit, json,
+            tasks=task or [], output=output, trust_remote_code=trust_remote_code,
+        )  # fmt: skip
     from rotmole.cli.eval import evaluate as work
 
     return work(
-        target, overrides or [], config, split, limit, json,
+        target, overrides, config, split, limit, json,
         tasks=task or [], output=output, trust_remote_code=trust_remote_code,
     )  # fmt: skip
 
