@@ -227,11 +227,35 @@ def evaluate(
         ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    harness: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TASK,...",
+            help="Score on these tasks of lm_eval in place of the run's.",
+        ),
+    ] = None,
+    harness_path: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="A folder with more task files of lm_eval."),
+    ] = None,
     trust_remote_code: Trust = False,
 ) -> int:
     """Score a model on the run's tasks, with and without the adapter; or compare several."""
     others = [word for word in more or [] if "=" not in word or Path(word).exists()]
     overrides = [word for word in more or [] if word not in others]
+    if harness is not None:
+        several = {"a second target": others or None}
+        several |= {"--config": config, "--split": split, "--task": task or None}
+        _refuse("--harness", several)
+        from rotmole.cli.harness import harness as run_harness
+
+        return run_harness(
+            target, harness,
+            overrides=overrides, include=harness_path, limit=limit, output=output,
+            as_json=json, trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+    if harness_path is not None:
+        raise typer.BadParameter("it needs --harness TASK,...", param_hint="--harness-path")
     if others:
         from rotmole.cli.eval_several import evaluate_several
 
@@ -464,6 +488,110 @@ def grow(
 
 
 @app.command()
+def chat(
+    target: Target,
+    system: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="A system message before the conversation.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="The most tokens an answer may have.")
+    ] = 512,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy decoding.")
+    ] = 0.0,
+    top_p: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="Sample from the most likely tokens that hold this probability; 1 takes all.",
+        ),
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of sampling.")] = 0,
+    trust_remote_code: Trust = False,
+) -> int:
+    """Talk to a model: each line is a message; /help lists the commands."""
+    from rotmole.cli.chat import chat as work
+    from rotmole.cli.generate import Sampling
+
+    return work(
+        target,
+        system=system, sampling=Sampling(max_new_tokens, temperature, top_p, seed),
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+
+
+@app.command(
+    "exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False}
+)
+def execute(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="-- CMD ...",
+            help="A console script, a file ending in .py, or -m MODULE, and its arguments.",
+        ),
+    ] = None,
+) -> int:
+    """Run a Python program with the method registered in it, such as lm_eval."""
+    from rotmole_cli.exec import execute as work
+
+    work(words or [])
+
+
+@app.command()
+def serve(
+    targets: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="TARGET...",
+            help="Run folders, run files or adapter folders of one base model. NAME=PATH names "
+            "the model in requests; otherwise it is the folder's name.",
+        ),
+    ],
+    host: Annotated[
+        str, typer.Option(help="The address to listen at; any but this computer's needs a key.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="The port to listen at; 0 takes a free one.")
+    ] = 8000,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A file with the key that clients must send."),
+    ] = None,
+    parallel: Annotated[
+        int, typer.Option(min=1, max=1024, help="Answers that are generated at the same time.")
+    ] = 16,
+    waiting: Annotated[
+        int, typer.Option(min=0, help="Requests that wait for their turn; others are refused.")
+    ] = 64,
+    cache_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tokens that the key-value cache of each model holds. [default: by the free "
+            "memory]",
+        ),
+    ] = None,
+    batching: Annotated[
+        bool,
+        typer.Option(
+            "--batching/--no-batching", help="Generate answers together, or one after the other."
+        ),
+    ] = True,
+    trust_remote_code: Trust = False,
+) -> int:
+    """Serve a base model and its adapters to programs that speak OpenAI's interface."""
+    from rotmole.cli.serve import serve as work
+
+    return work(
+        targets,
+        host=host, port=port, api_key_file=api_key_file, parallel=parallel, waiting=waiting,
+        cache_tokens=cache_tokens, batching=batching, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+
+
+@app.command()
 def doctor(
     adapter: Annotated[
         Path | None, typer.Argument(metavar="ADAPTER", help="An adapter folder to check as well.")
@@ -499,6 +627,15 @@ def demo(
     from rotmole.cli.demo.command import demo as work
 
     return work(output, steps, seed)
+
+
+def _refuse(option: str, others: dict[str, object]) -> None:
+    """Refuse options that have no effect with another one."""
+    for name, value in others.items():
+        if value is not None:
+            raise typer.BadParameter(
+                f"it has no effect with {option}; leave it out", param_hint=name
+            )
 
 
 def _import_beside(module: str) -> None:
