@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python experiments/grow/run.py [--cells DIR] [--seeds 0 1 2]
 
 Every cell is an ordinary run folder in DIR (runs/grow); a finished cell is not run again, so the
-command goes on where it was stopped. When all cells of all seeds are there, results.json beside
-this file is written anew; docs/scripts/grow_table.py makes the table of docs/grow.md from it.
+command goes on where it was stopped. Then results.json beside this file is written anew from the
+cells that are there; docs/scripts/grow_table.py makes the table of docs/grow.md from it.
 """
 
 from __future__ import annotations
@@ -162,12 +162,9 @@ def do(cell: Cell, seed: int, cells: Path) -> None:
 
 
 def collect(cells: Path, seeds: Sequence[int]) -> None:
-    """Write results.json from the figures of all cells."""
-    records = [
-        json.loads((cells / f"{cell.name}-{seed}" / "figures.json").read_text(encoding="utf-8"))
-        for cell in CELLS
-        for seed in seeds
-    ]
+    """Write results.json from the figures that are there."""
+    files = [cells / f"{cell.name}-{seed}" / "figures.json" for cell in CELLS for seed in seeds]
+    records = [json.loads(f.read_text(encoding="utf-8")) for f in files if f.is_file()]
     packages = ("rotmole", "torch", "transformers", "peft", "babel", "num2words")
     made_with = {name: version(name) for name in packages} | {"machine": platform.machine()}
     content = {"made_with": made_with, "cells": records}
@@ -181,14 +178,13 @@ def main() -> None:
     )
     options.add_argument("--cells", type=Path, default=HERE.parents[1] / "runs" / "grow")
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    options.add_argument("--only", nargs="+", metavar="CELL", help="these cells, no results.json")
+    options.add_argument("--only", nargs="*", metavar="CELL", help="run these cells; none at all")
     given = options.parse_args()
     for seed in given.seeds:
         for cell in CELLS:
             if given.only is None or cell.name in given.only:
                 do(cell, seed, given.cells.resolve())
-    if given.only is None:
-        collect(given.cells, given.seeds)
+    collect(given.cells, given.seeds)
 
 
 if __name__ == "__main__":
