@@ -143,7 +143,9 @@ def do(cell: Cell, seed: int, cells: Path) -> None:
         return
     run = run_file(cell, seed, folder)
     started = time.perf_counter()
-    result = train(run, progress=False)
+    result = train(run, progress=False, resume="auto")
+    if result.interrupted is not None:
+        raise SystemExit(f"stopped in {folder}; run the command again to go on")
     built = result.built
     seconds = time.perf_counter() - started
     scores = score(built.model, built.base.tokenizer, run)
