@@ -52,6 +52,7 @@ class Cell:
         start: the cell whose adapter it goes on with; None begins anew.
         grows: experts that each layer gets before.
         freezes: what is kept of the old mixture.
+        replays: old rows of each kind and first language among the new ones.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Cell:
     start: str | None = None
     grows: int = 0
     freezes: Sequence[str] = ()
+    replays: int = 0
 
 
 ALL = FIRST + ADDED
@@ -70,6 +72,16 @@ CELLS = (
     Cell("grown-frozen", ADDED, 50, start="mixture", grows=2, freezes=("experts", "router")),
     Cell("lora-on", ADDED, 50, start="lora"),
     Cell("joint-lora", ALL, 150, LORA),
+    Cell(
+        "grown-replay",
+        ADDED,
+        50,
+        start="mixture",
+        grows=2,
+        freezes=("experts", "router"),
+        replays=10,
+    ),
+    Cell("lora-replay", ADDED, 50, start="lora", replays=10),
     Cell("grown", ADDED, 50, start="mixture", grows=2),
     Cell("mixture-on", ADDED, 50, start="mixture"),
     Cell("joint-mixture", ALL, 150),
@@ -81,6 +93,11 @@ def run_file(cell: Cell, seed: int, folder: Path) -> RunFile:
     spoken = f"[{', '.join(cell.languages)}]"
     overrides = [f"data.tasks.{kind}.languages={spoken}" for kind in KINDS]
     overrides += [f"training.max_steps={cell.updates}", f"seed={seed}", f"output_dir={folder}"]
+    if cell.replays:  # the first rows of those that were trained on before
+        rows = f"languages: [{', '.join(FIRST)}], limit: {{train: {cell.replays}}}"
+        overrides += [
+            f"data.tasks.{kind}_old={{source: locale, kind: {kind}, {rows}}}" for kind in KINDS
+        ]
     if cell.start is not None:
         start = folder.with_name(f"{cell.start}-{seed}")
         if cell.grows:
@@ -93,9 +110,7 @@ def run_file(cell: Cell, seed: int, folder: Path) -> RunFile:
 
 def test_rows(run: RunFile) -> dict[str, list[Example]]:
     """Return the test rows of all four languages, the same for every cell of a seed."""
-    tasks = {
-        name: task.model_copy(update={"languages": [*ALL]}) for name, task in run.data.tasks.items()
-    }
+    tasks = {name: run.data.tasks[name].model_copy(update={"languages": [*ALL]}) for name in KINDS}
     data = run.data.model_copy(update={"tasks": tasks})
     rows = load_examples(data, "test", seed=run.seed)
     return {task: list(examples) for task, examples in rows.items()}
