@@ -29,7 +29,9 @@ NAMES = {
 
 
 def _row(name: str, cells: list[dict[str, Any]]) -> str:
-    columns = [NAMES[name], f"{cells[0]['updates']}", f"{cells[0]['trainable_parameters']:,}"]
+    first = cells[0]
+    columns = [NAMES[name], f"{first['updates']}", f"{first['trainable_parameters']:,}"]
+    columns.append(str(len(cells)))
     for language in LANGUAGES:
         scores = [cell["scores"][language] for cell in cells]
         exact = [score["exact_match"] for score in scores]
@@ -41,8 +43,8 @@ def _row(name: str, cells: list[dict[str, Any]]) -> str:
 def table(figures: dict[str, Any]) -> str:
     """Return exact match, mean and range over the seeds, and nats a token, by language."""
     lines = [
-        "| | updates | trained | " + " | ".join(LANGUAGES) + " |",
-        "|---|---|---|" + "---|" * len(LANGUAGES),
+        "| | updates | trained | seeds | " + " | ".join(LANGUAGES) + " |",
+        "|---|---|---|---|" + "---|" * len(LANGUAGES),
     ]
     for name in NAMES:
         cells = [cell for cell in figures["cells"] if cell["cell"] == name]

@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python experiments/grow/run.py [--cells DIR] [--seeds 0 1 2]
 
 Every cell is an ordinary run folder in DIR (runs/grow); a finished cell is not run again, so the
-command goes on where it was stopped. When all cells of all seeds are there, results.json beside
-this file is written anew; docs/scripts/grow_table.py makes the table of docs/grow.md from it.
+command goes on where it was stopped. Then results.json beside this file is written anew from the
+cells that are there; docs/scripts/grow_table.py makes the table of docs/grow.md from it.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ class Cell:
         start: the cell whose adapter it goes on with; None begins anew.
         grows: experts that each layer gets before.
         freezes: what is kept of the old mixture.
+        replays: old rows of each kind and first language among the new ones.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Cell:
     start: str | None = None
     grows: int = 0
     freezes: Sequence[str] = ()
+    replays: int = 0
 
 
 ALL = FIRST + ADDED
@@ -70,6 +72,16 @@ CELLS = (
     Cell("grown-frozen", ADDED, 50, start="mixture", grows=2, freezes=("experts", "router")),
     Cell("lora-on", ADDED, 50, start="lora"),
     Cell("joint-lora", ALL, 150, LORA),
+    Cell(
+        "grown-replay",
+        ADDED,
+        50,
+        start="mixture",
+        grows=2,
+        freezes=("experts", "router"),
+        replays=10,
+    ),
+    Cell("lora-replay", ADDED, 50, start="lora", replays=10),
     Cell("grown", ADDED, 50, start="mixture", grows=2),
     Cell("mixture-on", ADDED, 50, start="mixture"),
     Cell("joint-mixture", ALL, 150),
@@ -81,6 +93,11 @@ def run_file(cell: Cell, seed: int, folder: Path) -> RunFile:
     spoken = f"[{', '.join(cell.languages)}]"
     overrides = [f"data.tasks.{kind}.languages={spoken}" for kind in KINDS]
     overrides += [f"training.max_steps={cell.updates}", f"seed={seed}", f"output_dir={folder}"]
+    if cell.replays:  # the first rows of those that were trained on before
+        rows = f"languages: [{', '.join(FIRST)}], limit: {{train: {cell.replays}}}"
+        overrides += [
+            f"data.tasks.{kind}_old={{source: locale, kind: {kind}, {rows}}}" for kind in KINDS
+        ]
     if cell.start is not None:
         start = folder.with_name(f"{cell.start}-{seed}")
         if cell.grows:
@@ -93,9 +110,7 @@ def run_file(cell: Cell, seed: int, folder: Path) -> RunFile:
 
 def test_rows(run: RunFile) -> dict[str, list[Example]]:
     """Return the test rows of all four languages, the same for every cell of a seed."""
-    tasks = {
-        name: task.model_copy(update={"languages": [*ALL]}) for name, task in run.data.tasks.items()
-    }
+    tasks = {name: run.data.tasks[name].model_copy(update={"languages": [*ALL]}) for name in KINDS}
     data = run.data.model_copy(update={"tasks": tasks})
     rows = load_examples(data, "test", seed=run.seed)
     return {task: list(examples) for task, examples in rows.items()}
@@ -143,7 +158,9 @@ def do(cell: Cell, seed: int, cells: Path) -> None:
         return
     run = run_file(cell, seed, folder)
     started = time.perf_counter()
-    result = train(run, progress=False)
+    result = train(run, progress=False, resume="auto")
+    if result.interrupted is not None:
+        raise SystemExit(f"stopped in {folder}; run the command again to go on")
     built = result.built
     seconds = time.perf_counter() - started
     scores = score(built.model, built.base.tokenizer, run)
@@ -162,12 +179,9 @@ def do(cell: Cell, seed: int, cells: Path) -> None:
 
 
 def collect(cells: Path, seeds: Sequence[int]) -> None:
-    """Write results.json from the figures of all cells."""
-    records = [
-        json.loads((cells / f"{cell.name}-{seed}" / "figures.json").read_text(encoding="utf-8"))
-        for cell in CELLS
-        for seed in seeds
-    ]
+    """Write results.json from the figures that are there."""
+    files = [cells / f"{cell.name}-{seed}" / "figures.json" for cell in CELLS for seed in seeds]
+    records = [json.loads(f.read_text(encoding="utf-8")) for f in files if f.is_file()]
     packages = ("rotmole", "torch", "transformers", "peft", "babel", "num2words")
     made_with = {name: version(name) for name in packages} | {"machine": platform.machine()}
     content = {"made_with": made_with, "cells": records}
@@ -181,14 +195,13 @@ def main() -> None:
     )
     options.add_argument("--cells", type=Path, default=HERE.parents[1] / "runs" / "grow")
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    options.add_argument("--only", nargs="+", metavar="CELL", help="these cells, no results.json")
+    options.add_argument("--only", nargs="*", metavar="CELL", help="run these cells; none at all")
     given = options.parse_args()
     for seed in given.seeds:
         for cell in CELLS:
             if given.only is None or cell.name in given.only:
                 do(cell, seed, given.cells.resolve())
-    if given.only is None:
-        collect(given.cells, given.seeds)
+    collect(given.cells, given.seeds)
 
 
 if __name__ == "__main__":
