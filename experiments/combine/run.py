@@ -44,7 +44,6 @@ from rotmole.evaluation.shares import shares_by_task
 from rotmole.files import atomic_write_text
 from rotmole.training.run import train
 
-
 RESULTS = Path(__file__).with_name("results.json")
 
 
