@@ -38,6 +38,7 @@ from parts import (
     train_lora,
 )
 from peft import PeftModel
+from routing import routing
 from settings import FINAL, SEARCH
 
 from rotmole.evaluation.shares import shares_by_task
@@ -189,16 +190,29 @@ def one_lora(cells: Cells) -> None:
 
 def search(cells: Cells) -> None:
     """Try settings of the gates, on validation rows; one seed."""
+    for part in GROUPS["A+B"]:
+        cells.scored(part, "A+B", "validation")
+    cells.mean("A+B", "validation")
     for name, settings in SEARCH.items():
         cells.gates(name, "A+B", 360, settings, split="validation")
+
+
+def look(cells: Cells) -> None:
+    """Score routers that are fitted to know the part, on validation rows; one seed."""
+
+    def work(folder: Path) -> dict[str, Any]:
+        return {"ways": dict(routing(cells.place, GROUPS["A+B"], cells.seed, folder))}
+
+    cells.make("routing/A+B", work)
 
 
 def gates(cells: Cells) -> None:
     """Train the gates with the settings that were chosen, and score the mean of the adapters."""
     for group in GROUPS:
         cells.mean(group)
-        for rows, settings in FINAL.items():
-            cells.gates("final", group, rows, settings)
+        for name, by_rows in FINAL.items():
+            for rows, settings in by_rows.items():
+                cells.gates(name, group, rows, settings)
 
 
 def results(folder: Path) -> dict[str, Any]:
@@ -220,7 +234,8 @@ def results(folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-STAGES = {"single": single, "search": search, "gates": gates, "one-lora": one_lora}
+STAGES = {"single": single, "search": search, "look": look, "gates": gates, "one-lora": one_lora}
+ONE_SEED = ("search", "look")
 
 
 def main() -> None:
@@ -234,7 +249,7 @@ def main() -> None:
     given = options.parse_args()
     torch.set_num_threads(1)
     for stage in given.stages:
-        for seed in given.seeds:
+        for seed in given.seeds[:1] if stage in ONE_SEED else given.seeds:
             STAGES[stage](Cells(given.cells, seed))
             text = json.dumps(results(given.cells), indent=1) + "\n"
             atomic_write_text(RESULTS, text)

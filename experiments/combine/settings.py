@@ -36,4 +36,11 @@ SEARCH: dict[str, Settings] = {
     "all parameters, gates at 5e-3": tried(5e-4, trainable="all", gate_rate=5e-3),
     "all parameters at 1e-3, gates at 5e-3": tried(1e-3, trainable="all", gate_rate=5e-3),
 }
-FINAL: dict[int, Settings] = {60: tried(updates=60), 360: tried()}
+FINAL: dict[str, dict[int, Settings]] = {
+    "all parameters": {
+        60: tried(5e-4, 45, trainable="all", gate_rate=5e-3),
+        360: tried(5e-4, 90, trainable="all", gate_rate=5e-3),
+    },
+    "gates": {60: tried(5e-3, 45), 360: tried(5e-3, 90)},
+}
+"""Rows of each part -> settings; the first are those of `rotmole combine`."""
