@@ -200,6 +200,18 @@ def test_twins_that_tokens_choose_apart_are_merged_and_what_changes_is_measured(
     assert found.difference.kl == pytest.approx(divergence / tokens, rel=1e-3)
 
 
+def test_a_layer_with_fewer_than_K_left_uses_all_of_them(tmp_path: Path) -> None:
+    model = adapted(rotation="none", num_experts=3, top_k=3)
+    path = "model.layers.0.self_attn.q_proj"
+    with torch.no_grad():
+        for parameter, _ in named(model)[path].by_expert():
+            parameter[2] = parameter[0]
+    found = prune(model, batches(), tmp_path, similarity=0.99)
+    assert (found.config.num_experts_pattern, found.config.top_k) == ({path: 2}, 3)
+    again = PeftModel.from_pretrained(tiny.llama(), tmp_path)
+    assert {n: e.spec.top_k for n, e in named(again).items() if e.spec.top_k != 3} == {path: 2}
+
+
 def test_gates_that_read_the_router_miss_the_logits_of_what_went(tmp_path: Path) -> None:
     settings = {"rotation": "givens", "r": 4, "rotation_input": "router"}
     model = forget(adapted(router_bias_rate=0.1, **settings))

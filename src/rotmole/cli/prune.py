@@ -18,6 +18,7 @@ from rotmole.evaluation.pruning import Batch, Pruned, prune
 from rotmole.evaluation.render import print_table
 from rotmole.evaluation.target import Target, find_target, load_target
 from rotmole.files import atomic_write_text, whole_folder
+from rotmole.models.adapter import check_adapter_folder
 from rotmole.models.load import LoadedModel
 from rotmole.training.build import UNLIMITED
 from rotmole.tuner.config import RotMoleConfig
@@ -92,7 +93,7 @@ def prune_adapter(
 
 def _check(folder: Path) -> None:
     """Refuse what cannot be pruned before the model is loaded, which takes long."""
-    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    settings = check_adapter_folder(folder)
     if settings.get("peft_type") != "ROTMOLE":
         raise AdapterError(
             f"{folder} is a {settings.get('peft_type')} adapter; rotmole prune takes RotMoLE's."
