@@ -206,13 +206,23 @@ def look(cells: Cells) -> None:
     cells.make("routing/A+B", work)
 
 
-def gates(cells: Cells) -> None:
-    """Train the gates with the settings that were chosen, and score the mean of the adapters."""
+def combined(cells: Cells) -> None:
+    """Combine with the settings that were chosen, and score the mean of the adapters."""
+    final(cells, "all parameters")
     for group in GROUPS:
         cells.mean(group)
-        for name, by_rows in FINAL.items():
-            for rows, settings in by_rows.items():
-                cells.gates(name, group, rows, settings)
+
+
+def gates(cells: Cells) -> None:
+    """Combine with the experts as they are: the gates alone are trained."""
+    final(cells, "gates")
+
+
+def final(cells: Cells, name: str) -> None:
+    """Train and score one of the final settings on every group and number of rows."""
+    for group in GROUPS:
+        for rows, settings in FINAL[name].items():
+            cells.gates(name, group, rows, settings)
 
 
 def results(folder: Path) -> dict[str, Any]:
@@ -234,7 +244,14 @@ def results(folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-STAGES = {"single": single, "search": search, "look": look, "gates": gates, "one-lora": one_lora}
+STAGES = {
+    "single": single,
+    "search": search,
+    "look": look,
+    "combine": combined,
+    "gates": gates,
+    "one-lora": one_lora,
+}
 ONE_SEED = ("search", "look")
 
 
