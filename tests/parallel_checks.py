@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -22,8 +23,9 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 import tiny
-from rotmole import RotMoleConfig, balance_states
+from rotmole import ConfigError, RotMoleConfig, balance_states
 from rotmole.ops.routing.route import select_by
+from rotmole.optim import ExpertRates
 from rotmole.processes import highest
 from rotmole.training.sharding import adapter_state
 
@@ -281,6 +283,68 @@ def sgd_steps_agree() -> None:
         assert_same(weights[name], weights["one"], 1e-12)
 
 
+def old_experts_stay() -> None:
+    """Three updates with weight decay of a grown mixture: what is frozen stays, in every bit."""
+    base = adapted(experts_added=[2], freeze_old=["experts", "router"])
+    start = {n: v.detach().clone() for n, v in adapter_state(base, CPU).items()}
+    weights = {}
+    for name in ("one", *WRAPS):
+        model = copy.deepcopy(base)
+        wrapped, silent = (model, None) if name == "one" else WRAPS[name](model)
+        learns = [p for p in wrapped.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(learns, lr=0.01, weight_decay=0.5)
+        for _ in range(3):
+            optimizer.zero_grad()
+            if silent is None:
+                ids, mask = everything(2)
+                balance_states(model)[0].managed = True
+                loss_of(model, ids, mask, learnt(mask)).backward()
+            else:
+                backward(wrapped, rank_batches(dist.get_rank(), 2), 2, silent)
+            torch.nn.utils.clip_grad_norm_(learns, 0.1)
+            optimizer.step()
+        state = adapter_state(model, CPU)
+        weights[name] = {n: v.detach().clone() for n, v in state.items()}
+    for name, value in start.items():
+        for way, trained in weights.items():
+            assert torch.equal(value, trained[name]) != name.endswith("_1"), (way, name)
+    for way in WRAPS:
+        assert_same(weights[way], weights["one"], 1e-8)
+
+
+def rates_by_load_agree() -> None:
+    """Shares are of all ranks' tokens, so that every rank steps by the same rates."""
+    base = adapted()
+    alone = copy.deepcopy(base)
+    weights, factors = {}, {}
+    for name in ("one", "ddp"):
+        model = alone if name == "one" else copy.deepcopy(base)
+        wrapped, silent = (model, None) if name == "one" else with_ddp(model)
+        trained = [p for p in wrapped.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=0.01, eps=1e-3)
+        rates = ExpertRates(optimizer, model=model, decay=0.5)
+        if silent is None:
+            ids, mask = everything(2)
+            balance_states(model)[0].managed = True
+            loss_of(model, ids, mask, learnt(mask)).backward()
+        else:
+            backward(wrapped, rank_batches(dist.get_rank(), 2), 2, silent)
+        optimizer.step()
+        weights[name] = {n: v.detach().clone() for n, v in adapter_state(model, CPU).items()}
+        factors[name] = rates.factors()
+    assert_ranks_agree(weights["ddp"])
+    assert any((factor_E != 1).any() for factor_E in factors["one"].values())
+    # in the one process both ranks count the same rows, so the shares are equal
+    assert_same(factors["ddp"], factors["one"], 1e-6)
+    assert_same(weights["ddp"], weights["one"], 1e-6)
+    wrapped, silent = with_fsdp(copy.deepcopy(base))
+    optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad])
+    ExpertRates(optimizer, model=wrapped)
+    backward(wrapped, rank_batches(dist.get_rank(), 2), 2, silent)
+    with pytest.raises(ConfigError, match="FSDP shards them"):
+        optimizer.step()
+
+
 def a_sharded_adapter_is_saved_whole(folder: str) -> None:
     base = adapted(torch.float32)
     model = copy.deepcopy(base)
@@ -331,6 +395,8 @@ CHECKS: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {
     "an expert rests on one rank": (an_expert_is_used_on_one_rank_alone, {}),
     "a plain mean over ranks is wrong": (a_mean_over_ranks_is_not_the_mean_over_tokens, {}),
     "three updates": (sgd_steps_agree, {}),
+    "old experts stay": (old_experts_stay, {}),
+    "rates by load": (rates_by_load_agree, {}),
     "memory": (memory_is_as_the_formula_says, {}),
     "highest": (ranks_agree_on_the_highest_number, {}),
     "a sharded adapter is saved whole": (a_sharded_adapter_is_saved_whole, {"folder": "adapter"}),

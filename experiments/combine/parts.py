@@ -55,12 +55,14 @@ def run_file(
         more: further sections of the run file.
     """
     tasks = {}
-    for part in parts:
+    groups = bool((more or {}).get("adapter", {}).get("router_task_loss_coef"))
+    for number, part in enumerate(parts):
         for kind in KINDS:
             scored = SCORED // len(PARTS[part])
             limit = {"train": rows_of(part, kind, rows), "validation": scored, "test": scored}
             tasks[f"{part}-{kind}"] = {
                 "source": "locale", "kind": kind, "languages": list(PARTS[part]), "limit": limit,
+                "task_group": number if groups else None,
             }  # fmt: skip
     content: dict[str, Any] = {
         "output_dir": str(folder),

@@ -11,17 +11,41 @@ from __future__ import annotations
 
 import argparse
 import json
+import platform
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from parts import GROUPS, RANK, UPDATES, base_model, examples, run_file, score, train_lora
+from parts import (
+    GROUPS,
+    KINDS,
+    LENGTH,
+    PARTS,
+    RANK,
+    RATE,
+    ROWS,
+    SCORED,
+    UPDATES,
+    base_model,
+    examples,
+    run_file,
+    score,
+    train_lora,
+)
 from peft import PeftModel
+from routing import routing
+from settings import FINAL, SEARCH
 
+from rotmole.evaluation.shares import shares_by_task
 from rotmole.files import atomic_write_text
+from rotmole.training.run import train
+
+RESULTS = Path(__file__).with_name("results.json")
 
 
 @dataclass(frozen=True)
@@ -82,6 +106,64 @@ class Cells:
 
         return self.make(f"scores/{split}/{group}/{name}", work)
 
+    def gates(
+        self, name: str, group: str, rows: int, settings: Mapping[str, Any], split: str = "test"
+    ) -> dict[str, Any]:
+        """Train the gates of a group's adapters on some rows of each part, and score the mixture.
+
+        The run is what `rotmole combine` makes; its prompts and its router know no part.
+        """
+        parts = GROUPS[group]
+
+        def work(folder: Path) -> dict[str, Any]:
+            paths = [str(self.place(part) / "adapter") for part in parts]
+            experts = {"paths": paths, "names": list(parts)}
+            more = {**settings, "experts_from": {**experts, **settings.get("experts_from", {})}}
+            updates = more.get("training", {}).get("max_steps", 0)
+            run = run_file(parts, folder / "run", self.seed, updates, rows=rows, more=more)
+            result = train(run, progress=False)
+            if result.interrupted is not None:
+                sys.exit(128 + result.interrupted)
+            built = result.built
+            known = built.examples[split]  # type: ignore[index] # a split's name
+            return {
+                "rows": rows, "settings": settings,
+                "trainable_parameters": result.trainable_parameters,
+                "nll": score(built.model, built.base.tokenizer, known, parts),
+                "shares": {
+                    part: shares_by_task(
+                        built.model, built.base.tokenizer,
+                        {part: [row for kind in KINDS for row in known[f"{part}-{kind}"][:4]]},
+                        batch_size=24, max_length=LENGTH,
+                    )[part]
+                    for part in parts
+                },
+            }  # fmt: skip
+
+        return self.make(f"gates-{split}/{group}/{rows}/{name}", work)
+
+    def mean(self, group: str, split: str = "test") -> dict[str, Any]:
+        """Score the mean of a group's adapters, made by PEFT's add_weighted_adapter."""
+        parts = GROUPS[group]
+
+        def work(folder: Path) -> dict[str, Any]:
+            run = run_file(parts, folder, self.seed, 1)
+            base = base_model(run)
+            model: Any = None
+            for part in parts:
+                path = str(self.place(part) / "adapter")
+                if model is None:
+                    model = PeftModel.from_pretrained(base.model, path, adapter_name=part)
+                else:
+                    model.load_adapter(path, adapter_name=part)
+            weights = [1 / len(parts)] * len(parts)
+            model.add_weighted_adapter(list(parts), weights, "mean", combination_type="cat")
+            model.set_adapter("mean")
+            rows = examples(run, base.tokenizer)[split]  # type: ignore[index] # a split's name
+            return {"nll": score(model, base.tokenizer, rows, parts)}
+
+        return self.make(f"scores/{split}/{group}/mean", work)
+
 
 def single(cells: Cells) -> None:
     """Train and score the adapters of single parts."""
@@ -106,7 +188,54 @@ def one_lora(cells: Cells) -> None:
         cells.scored(joint, group)
 
 
-STAGES = {"single": single, "one-lora": one_lora}
+def search(cells: Cells) -> None:
+    """Try settings of the gates, on validation rows; one seed."""
+    for part in GROUPS["A+B"]:
+        cells.scored(part, "A+B", "validation")
+    cells.mean("A+B", "validation")
+    for name, settings in SEARCH.items():
+        cells.gates(name, "A+B", 360, settings, split="validation")
+
+
+def look(cells: Cells) -> None:
+    """Score routers that are fitted to know the part, on validation rows; one seed."""
+
+    def work(folder: Path) -> dict[str, Any]:
+        return {"ways": dict(routing(cells.place, GROUPS["A+B"], cells.seed, folder))}
+
+    cells.make("routing/A+B", work)
+
+
+def gates(cells: Cells) -> None:
+    """Train the gates with the settings that were chosen, and score the mean of the adapters."""
+    for group in GROUPS:
+        cells.mean(group)
+        for name, by_rows in FINAL.items():
+            for rows, settings in by_rows.items():
+                cells.gates(name, group, rows, settings)
+
+
+def results(folder: Path) -> dict[str, Any]:
+    """Collect the figures of all cells that are there."""
+    cells: dict[str, Any] = {}
+    for file in sorted(folder.glob("seed*/**/figures.json")):
+        name = file.parent.relative_to(folder)
+        if "run" not in name.parts:
+            cells[str(name)] = json.loads(file.read_text(encoding="utf-8"))
+    packages = ("rotmole", "torch", "transformers", "peft")
+    return {
+        "made_with": {
+            **{package: version(package) for package in packages},
+            "machine": platform.machine(), "threads": torch.get_num_threads(),
+        },
+        "updates": UPDATES, "rank": RANK, "learning_rate": RATE, "kinds": KINDS,
+        "train_rows": ROWS, "scored_rows": SCORED, "parts": PARTS, "groups": GROUPS,
+        "cells": cells,
+    }  # fmt: skip
+
+
+STAGES = {"single": single, "search": search, "look": look, "gates": gates, "one-lora": one_lora}
+ONE_SEED = ("search", "look")
 
 
 def main() -> None:
@@ -120,8 +249,10 @@ def main() -> None:
     given = options.parse_args()
     torch.set_num_threads(1)
     for stage in given.stages:
-        for seed in given.seeds:
+        for seed in given.seeds[:1] if stage in ONE_SEED else given.seeds:
             STAGES[stage](Cells(given.cells, seed))
+            text = json.dumps(results(given.cells), indent=1) + "\n"
+            atomic_write_text(RESULTS, text)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from rotmole.optim import parameter_groups  # noqa: E402  needs the member
 from rotmole.tuner.batch.loads import update_router_bias  # noqa: E402  needs the member
 from rotmole.tuner.batch.losses import balance_states  # noqa: E402  needs the member
 from rotmole.tuner.config import RotMoleConfig  # noqa: E402  needs the member
+from rotmole.tuner.grow import grow  # noqa: E402  needs the member
 from rotmole.tuner.model import RotMoleModel  # noqa: E402  needs the member
 
 register()
@@ -46,6 +47,7 @@ __all__ = [
     "StorageError",
     "__version__",
     "balance_states",
+    "grow",
     "parameter_groups",
     "update_router_bias",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import secrets
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -108,6 +109,39 @@ def make_folder(path: str | Path) -> Path:
         except FileExistsError as error:
             raise OSError(errno.ENOTDIR, "a file of that name exists") from error
     return path
+
+
+@contextmanager
+def whole_folder(path: str | Path) -> Iterator[Path]:
+    """Yield an empty folder to fill; it gets its name when the block ends, all or nothing.
+
+    Args:
+        path: the folder to be; it must not exist, or be empty.
+
+    Raises:
+        StorageError: it cannot be written, or something is in it.
+    """
+    path = Path(path)
+    make_folder(path.parent)
+    fresh = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    with storage_errors(path):
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise StorageError(
+                f"{str(path)!r} exists and is no empty folder; choose another name or remove it."
+            )
+        try:
+            fresh.mkdir()
+            yield fresh
+            share(fresh)
+            for file in (*fresh.rglob("*"), fresh):
+                sync(file)
+            if path.is_dir():
+                path.rmdir()
+            fresh.rename(path)
+        except BaseException:
+            shutil.rmtree(fresh, ignore_errors=True)
+            raise
+        sync(path.parent)
 
 
 def check_writable(folder: str | Path, *names: str) -> None:

@@ -44,3 +44,13 @@ def task_losses(row: Mapping[str, Any]) -> dict[str, float]:
         for name, value in row.items()
         if name.startswith("eval_") and name.endswith("_loss") and name != "eval_loss"
     }
+
+
+def count_word(number: int) -> str:
+    """Say a small number in letters, as a sentence does: "two", "ten", "12".
+
+    >>> count_word(2), count_word(12)
+    ('two', '12')
+    """
+    words = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    return words[number] if number < len(words) else str(number)

@@ -189,7 +189,14 @@ def combine(
 @app.command("eval")
 def evaluate(
     target: Target,
-    overrides: Overrides = None,
+    more: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[TARGET...] [KEY=VALUE...]",
+            help="More targets, which are compared with the first one on the same rows; and "
+            "settings that replace those of the run file.",
+        ),
+    ] = None,
     config: Annotated[
         Path | None,
         typer.Option(
@@ -215,19 +222,105 @@ def evaluate(
         typer.Option(
             "--output",
             metavar="DIR",
-            help="Folder for eval.json and predictions.jsonl. [default: the run folder]",
+            help="Folder for eval.json and predictions.jsonl. [default: the run folder; with "
+            "several targets no files]",
         ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    harness: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TASK,...",
+            help="Score on these tasks of lm_eval in place of the run's.",
+        ),
+    ] = None,
+    harness_path: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="A folder with more task files of lm_eval."),
+    ] = None,
     trust_remote_code: Trust = False,
 ) -> int:
-    """Score a model on the run's tasks, with and without the adapter."""
+    """Score a model on the run's tasks, with and without the adapter; or compare several."""
+    others = [word for word in more or [] if "=" not in word or Path(word).exists()]
+    overrides = [word for word in more or [] if word not in others]
+    if harness is not None:
+        several = {"a second target": others or None}
+        several |= {"--config": config, "--split": split, "--task": task or None}
+        _refuse("--harness", several)
+        from rotmole.cli.harness import harness as run_harness
+
+        return run_harness(
+            target, harness,
+            overrides=overrides, include=harness_path, limit=limit, output=output,
+            as_json=json, trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+    if harness_path is not None:
+        raise typer.BadParameter("it needs --harness TASK,...", param_hint="--harness-path")
+    if others:
+        from rotmole.cli.eval_several import evaluate_several
+
+        return evaluate_several(
+            [target, *map(Path, others)], overrides, config, split, limit, json,
+            tasks=task or [], output=output, trust_remote_code=trust_remote_code,
+        )  # fmt: skip
     from rotmole.cli.eval import evaluate as work
 
     return work(
-        target, overrides or [], config, split, limit, json,
+        target, overrides, config, split, limit, json,
         tasks=task or [], output=output, trust_remote_code=trust_remote_code,
     )  # fmt: skip
+
+
+@app.command()
+def prune(
+    target: Target,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="The adapter folder to write.")
+    ],
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data",
+            metavar="RUN.yaml",
+            help="Run file whose training rows decide. [default: the target's own]",
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option("--limit", min=1, help="At most this number of rows per task and group."),
+    ] = None,
+    similarity: Annotated[
+        float | None,
+        typer.Option(
+            "--similarity",
+            min=0.0,
+            max=1.0,
+            help="Merge experts that are alike to this degree, such as 0.98; 1 is equal. "
+            "[default: none]",
+        ),
+    ] = None,
+    max_difference: Annotated[
+        float,
+        typer.Option(
+            "--max-difference",
+            min=0.0,
+            help="Write nothing if predictions change by more (mean KL, nats a learnt token).",
+        ),
+    ] = 0.01,
+    trust_remote_code: Trust = False,
+) -> int:
+    """Write an adapter without the experts that rows do not use, and measure what changes."""
+    from rotmole.cli.prune import prune_adapter as work
+
+    return work(
+        target,
+        output,
+        data=data,
+        limit=limit,
+        similarity=similarity,
+        max_difference=max_difference,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 @app.command()
@@ -355,6 +448,243 @@ def generate(
 
 
 @app.command()
+def grow(
+    target: Target,
+    experts: Annotated[
+        int, typer.Option("--experts", "-n", min=1, help="How many experts each layer gets.")
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="The folder to write.")
+    ],
+    freeze_old: Annotated[
+        bool,
+        typer.Option(
+            "--freeze-old",
+            help="Keep all that was there: --freeze-experts --freeze-router --freeze-shared.",
+        ),
+    ] = False,
+    freeze_experts: Annotated[
+        bool,
+        typer.Option("--freeze-experts", help="Keep the old experts, their rotations included."),
+    ] = False,
+    freeze_router: Annotated[
+        bool, typer.Option("--freeze-router", help="Keep how old experts are chosen and weighed.")
+    ] = False,
+    freeze_shared: Annotated[
+        bool, typer.Option("--freeze-shared", help="Keep the expert that every token uses.")
+    ] = False,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Random seed of the new experts.")] = 0,
+) -> int:
+    """Add experts to a trained mixture; its outputs stay the same until it is trained on."""
+    from rotmole.cli.grow import grow as work
+
+    chosen = {
+        "experts": freeze_experts,
+        "router": freeze_router,
+        "shared_expert": freeze_shared,
+    }
+    kept = [part for part, is_kept in chosen.items() if is_kept]
+    return work(target, experts, output, freeze_old=kept, keep_all=freeze_old, seed=seed)
+
+
+@app.command()
+def chat(
+    target: Target,
+    system: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="A system message before the conversation.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="The most tokens an answer may have.")
+    ] = 512,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy decoding.")
+    ] = 0.0,
+    top_p: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="Sample from the most likely tokens that hold this probability; 1 takes all.",
+        ),
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of sampling.")] = 0,
+    trust_remote_code: Trust = False,
+) -> int:
+    """Talk to a model: each line is a message; /help lists the commands."""
+    from rotmole.cli.chat import chat as work
+    from rotmole.cli.generate import Sampling
+
+    return work(
+        target,
+        system=system, sampling=Sampling(max_new_tokens, temperature, top_p, seed),
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+
+
+@app.command(
+    "exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False}
+)
+def execute(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="-- CMD ...",
+            help="A console script, a file ending in .py, or -m MODULE, and its arguments.",
+        ),
+    ] = None,
+) -> int:
+    """Run a Python program with the method registered in it, such as lm_eval."""
+    from rotmole_cli.exec import execute as work
+
+    work(words or [])
+
+
+@app.command()
+def serve(
+    targets: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="TARGET...",
+            help="Run folders, run files or adapter folders of one base model. NAME=PATH names "
+            "the model in requests; otherwise it is the folder's name.",
+        ),
+    ],
+    host: Annotated[
+        str, typer.Option(help="The address to listen at; any but this computer's needs a key.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="The port to listen at; 0 takes a free one.")
+    ] = 8000,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A file with the key that clients must send."),
+    ] = None,
+    parallel: Annotated[
+        int, typer.Option(min=1, max=1024, help="Answers that are generated at the same time.")
+    ] = 16,
+    waiting: Annotated[
+        int, typer.Option(min=0, help="Requests that wait for their turn; others are refused.")
+    ] = 64,
+    cache_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tokens that the key-value cache of each model holds. [default: by the free "
+            "memory]",
+        ),
+    ] = None,
+    batching: Annotated[
+        bool,
+        typer.Option(
+            "--batching/--no-batching", help="Generate answers together, or one after the other."
+        ),
+    ] = True,
+    trust_remote_code: Trust = False,
+) -> int:
+    """Serve a base model and its adapters to programs that speak OpenAI's interface."""
+    from rotmole.cli.serve import serve as work
+
+    return work(
+        targets,
+        host=host, port=port, api_key_file=api_key_file, parallel=parallel, waiting=waiting,
+        cache_tokens=cache_tokens, batching=batching, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+
+
+@app.command()
+def export(
+    target: Target,
+    overrides: Overrides = None,
+    lora: Annotated[
+        bool, typer.Option("--lora", help="Write the nearest static LoRA, for programs without us.")
+    ] = False,
+    onnx: Annotated[
+        bool, typer.Option("--onnx", help="Write the adapted model as an ONNX graph.")
+    ] = False,
+    merged: Annotated[
+        bool, typer.Option("--merged", help="Refused: says why, and what to do instead.")
+    ] = False,
+    card: Annotated[
+        bool,
+        typer.Option(
+            "--card", help="Write the adapter's model card, with its settings and scores."
+        ),
+    ] = False,
+    push: Annotated[
+        str | None,
+        typer.Option(
+            "--push",
+            metavar="NAME/REPO",
+            help="Upload what was written, or the adapter with its card, to the hub.",
+        ),
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="A repository that --push makes is private.")
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="DIR", help="A new folder for --lora or --onnx."),
+    ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            "--rank",
+            min=1,
+            help="Rank of the static LoRA. [default: 16, or the adapter's if it is a LoRA]",
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            "--data",
+            metavar="RUN.yaml",
+            help="The run file whose rows the LoRA is fitted on. [default: the run's own]",
+        ),
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            "--text",
+            metavar="FILE",
+            help="Other text that the LoRA is fitted on too, passages with a blank line between "
+            "them. [default: a text of rotmole's]",
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            "--limit",
+            min=1,
+            help="Rows of each task and group to fit on, and to judge by. [default: 50]",
+        ),
+    ] = None,
+    max_kl: Annotated[
+        float | None,
+        typer.Option(
+            "--max-kl",
+            "--max-loss",
+            min=0.0,
+            help="Refuse a static LoRA whose predictions are farther from the mixture's, in nats "
+            "for each token. [default: 0.1]",
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write it all the same.")] = False,
+    trust_remote_code: Trust = False,
+) -> int:
+    """Take an adapter out of rotmole: a static LoRA, an ONNX graph, a card, an upload."""
+    from rotmole.cli.export import Kinds
+    from rotmole.cli.export import export as work
+
+    return work(
+        target, overrides or [],
+        kinds=Kinds(lora, onnx, merged, card, push, private),
+        output=output, config=config, rank=rank, text=text, limit=limit,
+        max_kl=max_kl, force=force, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+
+
+@app.command()
 def doctor(
     adapter: Annotated[
         Path | None, typer.Argument(metavar="ADAPTER", help="An adapter folder to check as well.")
@@ -390,6 +720,15 @@ def demo(
     from rotmole.cli.demo.command import demo as work
 
     return work(output, steps, seed)
+
+
+def _refuse(option: str, others: dict[str, object]) -> None:
+    """Refuse options that have no effect with another one."""
+    for name, value in others.items():
+        if value is not None:
+            raise typer.BadParameter(
+                f"it has no effect with {option}; leave it out", param_hint=name
+            )
 
 
 def _import_beside(module: str) -> None:

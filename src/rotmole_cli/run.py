@@ -21,7 +21,7 @@ from rotmole_cli.commands import app
 
 _STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 INTERRUPTED, TERMINATED = 130, 143
-SHARED = ("train", "combine", "eval")  # commands whose work a launcher's processes share
+SHARED = ("train", "combine", "eval", "exec")  # whose work a launcher's processes share
 
 
 class Terminated(BaseException):

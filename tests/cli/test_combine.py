@@ -57,7 +57,8 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def combined(place: Path) -> Path:
     """Return the run folder of a short combination."""
-    words = ["--rows", "8", "training.max_steps=4", "training.logging_steps=1"]
+    words = ["--rows", "8", "experts_from.trainable=gates", "training.max_steps=4"]
+    words += ["training.logging_steps=1"]
     assert combine(place, place / "both", *words) == 0
     return place / "both"
 
@@ -119,6 +120,12 @@ def tmp_path_of(place: Path, folder: Path) -> Path:
     """Copy the run file of a place beside adapters of its own."""
     shutil.copy(place / "run.yaml", folder / "run.yaml")
     return folder
+
+
+def test_a_single_adapter_is_no_combination(place: Path, tmp_path: Path, capsys) -> None:
+    words = [str(place / "first"), "--data", str(place / "run.yaml"), "--output", str(tmp_path)]
+    assert main(["combine", *words]) == 2
+    assert "1 adapter is named; name at least two" in capsys.readouterr().err
 
 
 def test_check_names_every_adapter_and_what_it_was_trained_on(

@@ -88,6 +88,31 @@ CUSTOM_CASES: list[tuple[str, str, dict[str, Any]]] = [
         {"target_modules": ["lin1"], "rotation": "cayley", "lora_alpha": 64, **ONE},
     ),
     (
+        "tangent, grown",
+        "MLP",
+        {
+            "target_modules": ["lin0"],
+            "num_experts": 4,
+            "top_k": 2,
+            "r": 4,
+            "experts_added": [2],
+            "lora_alpha": 1,
+        },
+    ),
+    (
+        "shared expert, gated and turned",
+        "MLP",
+        {
+            "target_modules": ["lin0", "lin1"],
+            "shared_expert_r": 2,
+            "shared_expert_gate": True,
+            "shared_expert_rotation": "tangent",
+            "routed_scaling_factor": 2.0,
+            "lora_alpha": 1,
+            **PAIR,
+        },
+    ),
+    (
         "radar, dense",
         "MLP",
         {

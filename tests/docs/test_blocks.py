@@ -7,9 +7,12 @@ that block prints; it runs on a model of the real sizes with random weights.
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import tiny
+from fake_hub import fake_hub
 from rotmole.config.load import load_run
 from rotmole.models.builtin import SMOLLM2, built_in_folder
 from rotmole_cli.run import run
@@ -111,6 +115,26 @@ def run_yaml(block: Block, folder: Path) -> None:
     load_run(folder / "block.yaml")
 
 
+def needs_shell(block: Block) -> bool:
+    """Tell whether a block has pipes, commands in the background or text for a file."""
+    return bool(re.search(r" \| |&$|<<|>", block.text, re.MULTILINE))
+
+
+def run_in_shell(block: Block, folder: Path) -> None:
+    """Run a block by bash as it stands; `rotmole` is the command of this Python."""
+    command = folder / "bin" / "rotmole"
+    command.parent.mkdir(exist_ok=True)
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m rotmole_cli "$@"\n', encoding="utf-8")
+    command.chmod(0o755)
+    path = f"{command.parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-e", "-m", "-o", "pipefail", "-c", block.text + "wait\n"],
+        cwd=folder, env=os.environ | {"PATH": path}, timeout=300, check=False,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def run_shell(block: Block) -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for line in block.text.strip().split("\n"):
@@ -128,6 +152,18 @@ def run_shell(block: Block) -> None:
             raise AssertionError(f"do not know how to run {line!r}")
 
 
+@pytest.fixture
+def hub(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A hub on loopback for the blocks that upload something."""
+    if "--push" not in request.node.callspec.params["block"].text:
+        yield
+        return
+    with fake_hub(monkeypatch) as there:
+        yield
+    assert there.files
+
+
+@pytest.mark.usefixtures("hub")
 @pytest.mark.filterwarnings("default")  # a reader sees warnings; they do not stop the example
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda b: f"{b.document.name}:{b.line}")
 def test_block_runs(
@@ -149,6 +185,8 @@ def test_block_runs(
         run_python(block)
     elif block.language == "yaml":
         run_yaml(block, workplace)
+    elif block.language == "sh" and needs_shell(block):
+        run_in_shell(block, workplace)
     elif block.language == "sh":
         run_shell(block)
     else:

@@ -22,6 +22,7 @@ CASES: dict[str, dict[str, Any]] = {
     "one A": {"share_A": True, "rotation": "none"},
     "through C": {"rotation": "plane", "rotation_dim": 4},
     "centers": {"rotation": "centroid"},
+    "grown": {"experts_added": [1], "selection": "top_p"},
     "biased": {"router_bias_rate": 0.01, "top_k": 1, "norm_topk_prob": False},
     "top_p": {"selection": "top_p", "shared_expert_r": 2, "router": "mlp"},
 }
@@ -109,26 +110,24 @@ def test_each_expert_moves_as_by_an_optimizer_with_its_own_rate(name: str, kind:
         wanted_E = (4 * share[n]).sqrt().clamp(0.25, 2.0)
         torch.testing.assert_close(factors[f"{n}.default"], wanted_E)
     assert len({round(float(f), 3) for factor in factors.values() for f in factor}) > 4
-    rows = [p for m in expert_modules(model) for p in m.by_expert()]
-    ids = {id(p) for p in rows}
+    numbers = {id(p): experts for m in expert_modules(model) for p, experts in m.by_expert()}
     moved = set()
     for n, p in model.named_parameters():
         if n not in start:
             continue
-        if id(p) not in ids:
+        if id(p) not in numbers:
             assert torch.equal(found[n], plain[n]), n
             continue
-        moved.add(n.rpartition(".")[2])
+        moved.add(n.rpartition(".")[2].removesuffix("_1"))
         factor_E = factors[n.partition(".rotmole_experts")[0] + ".default"]
-        for e in range(4):
-            step = found[n][e] - start[n][e]
-            torch.testing.assert_close(
-                step, factor_E[e] * (plain[n][e] - start[n][e]), rtol=1e-3, atol=1e-6
-            )
+        for row, factor in enumerate(factor_E[numbers[id(p)]]):
+            step = found[n][row] - start[n][row]
+            wanted = factor * (plain[n][row] - start[n][row])
+            torch.testing.assert_close(step, wanted, rtol=1e-3, atol=1e-6)
     expected = {"expert_B"} | ({"expert_A"} if name != "one A" else set())
     gates = {"plain": {"rotation_vector"}, "through C": {"rotation_vector", "rotation_angle"},
              "centers": {"rotation_center", "rotation_angle"}, "biased": {"rotation_vector"},
-             "top_p": {"rotation_vector"}}  # fmt: skip
+             "top_p": {"rotation_vector"}, "grown": {"rotation_vector"}}  # fmt: skip
     assert moved == expected | gates.get(name, set())
 
 

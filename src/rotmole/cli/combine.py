@@ -24,7 +24,9 @@ TAKEN = ("model", "data", "evaluation", "seed")
 
 DEFAULTS: dict[str, Any] = {
     "adapter": {"selection": "dense", "rotation": "none"},
-    "training": {"max_steps": 90, "learning_rate": 1e-3, "warmup_steps": 10},
+    "experts_from": {"trainable": "all"},
+    "training": {"max_steps": 90, "learning_rate": 5e-4, "warmup_steps": 10},
+    "optimizer": {"scaling_gate_lr": 5e-3},
 }
 """Settings of a combination; docs/combine.md has the comparison that they come from."""
 
@@ -55,10 +57,13 @@ def combine(
     """
     paths = [word for word in words if "=" not in word or Path(word).exists()]
     overrides = [word for word in words if word not in paths]
-    if not paths:
-        raise ConfigError("name at least one adapter: a folder, or an id on the hub")
+    if len(paths) < 2:
+        raise ConfigError(
+            f"{len(paths)} adapter{' is' if len(paths) == 1 else 's are'} named; name at least "
+            "two: folders, or ids on the hub"
+        )
     content = {**copy.deepcopy(DEFAULTS), **_sections(data), "output_dir": str(output)}
-    content["experts_from"] = {"paths": paths}
+    content["experts_from"]["paths"] = paths
     if names is not None:
         content["experts_from"]["names"] = [name.strip() for name in names.split(",")]
     if "model" not in content:

@@ -70,28 +70,18 @@ def evaluate(
     Raises:
         StorageError: the files cannot be written; the table was printed.
     """
-    for word in overrides:
-        key = word.partition("=")[0].strip()
-        reason = _WITHOUT_EFFECT.get(key.partition(".")[0])
-        if reason and key not in _WITH_EFFECT:
-            warnings.warn(f"{word} has no effect on eval, because {reason}.", stacklevel=2)
-    chosen = {"split": split, "limit": limit}
-    given = [f"evaluation.{key}={value}" for key, value in chosen.items() if value is not None]
-    place = find_target(target, overrides=[*overrides, *given], config=config)
+    tell_without_effect(overrides)
+    place = with_data(target, [*overrides, *section_words(split, limit)], config)
     run = place.run
-    if run is None:
-        raise ConfigError(
-            f"{target} is not in a run folder, so there is no data to evaluate it on; add "
-            "--config RUN.yaml."
-        )
-    data = run.data.model_copy(update={"tasks": _chosen_tasks(run.data, tasks)})
+    assert run is not None  # with_data
+    data = run.data.model_copy(update={"tasks": chosen_tasks(run.data, tasks)})
     folder = (place.folder if output is None else output).expanduser()
     is_main = is_main_process()
     say = note if is_main else lambda text: None
     if is_main:
         _say_if_unwritable(folder)
     say(f"loading data (split {run.evaluation.split})")
-    examples, shown = _examples(run, data, place.date, trust_remote_code)
+    examples, shown = load_rows(run, data, place.date, trust_remote_code)
     metrics = {name: task.metrics for name, task in data.tasks.items()}
     task_metrics(examples, metrics)  # raises before the model is loaded, which takes long
     loaded = load_target(place, say=say, trust_remote_code=trust_remote_code)
@@ -114,7 +104,42 @@ def evaluate(
     return 0
 
 
-def _chosen_tasks(data: DataSection, names: Sequence[str]) -> dict[str, TaskSection]:
+def tell_without_effect(overrides: Sequence[str]) -> None:
+    """Warn of settings that cannot change what an evaluation finds."""
+    for word in overrides:
+        key = word.partition("=")[0].strip()
+        reason = _WITHOUT_EFFECT.get(key.partition(".")[0])
+        if reason and key not in _WITH_EFFECT:
+            warnings.warn(f"{word} has no effect on eval, because {reason}.", stacklevel=3)
+
+
+def section_words(split: str | None, limit: int | None) -> list[str]:
+    """Return the options as key=value of the evaluation section."""
+    chosen = {"split": split, "limit": limit}
+    return [f"evaluation.{key}={value}" for key, value in chosen.items() if value is not None]
+
+
+def with_data(target: Path, overrides: Sequence[str], config: Path | None) -> Target:
+    """Find a target that has a run file, and so data.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    place = find_target(target, overrides=overrides, config=config)
+    if place.run is None:
+        raise ConfigError(
+            f"{target} is not in a run folder, so there is no data to evaluate it on; add "
+            "--config RUN.yaml."
+        )
+    return place
+
+
+def chosen_tasks(data: DataSection, names: Sequence[str]) -> dict[str, TaskSection]:
+    """Return the tasks of these names, all if there is no name.
+
+    Raises:
+        ConfigError: there is no task of such a name.
+    """
     known = f"; the tasks are {', '.join(data.tasks)}"
     unknown = [
         f"--task {name}: there is no such task{did_you_mean(name, data.tasks) or known}"
@@ -133,7 +158,7 @@ def _say_if_unwritable(folder: Path) -> None:
         note(f"{error} The figures will be printed only; --output DIR writes them elsewhere.")
 
 
-def _examples(
+def load_rows(
     run: RunFile, data: DataSection, date: str, trust_remote_code: bool
 ) -> tuple[dict[str, list[Example]], dict[str, list[Example]]]:
     """Return the rows to evaluate, and the training rows for examples in prompts."""

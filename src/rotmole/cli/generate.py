@@ -104,7 +104,7 @@ def generate(
         new_tokens=sampling.max_new_tokens,
         fix="set --max-new-tokens lower, or shorten the prompt",
     )  # fmt: skip
-    if not as_rows and stream and _streams_whole(model, tokenizer):
+    if not as_rows and stream and streams_whole(model, tokenizer):
         _stream(model, tokenizer, rows, sampling)
         return 0
     if output is None:
@@ -177,7 +177,7 @@ def _is_chat(place: Target) -> bool:
     return (place.adapter / CHAT_TEMPLATE_FILE).is_file()
 
 
-def _streams_whole(model: Any, tokenizer: Any) -> bool:
+def streams_whole(model: Any, tokenizer: Any) -> bool:
     """Tell whether a streamer, which leaves special tokens out, would show no end of an answer."""
     ends = set(end_tokens(model, tokenizer))
     return ends <= set(tokenizer.all_special_ids) and not end_strings(model, tokenizer)

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rotmole.errors import InputError
-from rotmole.evaluation.files import PREDICTIONS
+from rotmole.evaluation.files import PREDICTIONS, RESULT
 from rotmole.training.callbacks.metrics import read_metrics
 from rotmole.training.folder.layout import METRICS
 
@@ -86,6 +86,7 @@ class Result:
         facts: dtype, device, threads, processor, versions, commit: cells that differ in them are
             not paired.
         rows: "task/id" -> scores on the test split; empty while tuning.
+        figures: task -> metric -> figure of the whole task on the test split; empty while tuning.
         curve: validations, in order.
         folder: the run folder.
     """
@@ -106,6 +107,7 @@ class Result:
     nll: float
     facts: Mapping[str, Any]
     rows: Mapping[str, Row] = field(repr=False)
+    figures: Mapping[str, Mapping[str, float]] = field(repr=False)
     curve: Sequence[Point] = field(repr=False)
     folder: Path
 
@@ -181,7 +183,8 @@ def read_cell(folder: Path) -> Result | None:
     return Result(
         **{name: content[name] for name in _PLAIN},
         nll=math.inf if nll is None else nll,
-        rows=_rows(folder / PREDICTIONS) if content["stage"] == FINAL else {},
+        rows=rows_of(_lines(folder / PREDICTIONS)) if content["stage"] == FINAL else {},
+        figures=_figures(folder / RESULT) if content["stage"] == FINAL else {},
         curve=tuple(_curve(folder / METRICS, each)),
         folder=folder,
     )
@@ -193,11 +196,20 @@ _PLAIN = (
 )  # fmt: skip
 
 
-def _rows(path: Path) -> dict[str, Row]:
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def rows_of(lines: Iterable[Mapping[str, Any]], system: str = "after") -> dict[str, Row]:
+    """Return "task/id" -> the scores of a row.
+
+    Args:
+        lines: of predictions.jsonl.
+        system: whose answers are meant.
+    """
     rows = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        scores = row["systems"]["after"]
+    for row in lines:
+        scores = row["systems"][system]
         values = {k: v for k, v in scores["metrics"].items() if v is not None}
         loss = scores.get("loss")
         rows[f"{row['task']}/{row['id']}"] = Row(
@@ -208,6 +220,23 @@ def _rows(path: Path) -> dict[str, Row]:
             metrics=values,
         )
     return rows
+
+
+def _figures(path: Path) -> dict[str, dict[str, float]]:
+    return figures_of(json.loads(path.read_text(encoding="utf-8")))
+
+
+def figures_of(content: Mapping[str, Any], system: str = "after") -> dict[str, dict[str, float]]:
+    """Return task -> metric -> figure of the whole task; figures that are not finite are left out.
+
+    Args:
+        content: of eval.json.
+        system: whose figures are meant.
+    """
+    return {
+        task: {m: e["value"] for m, e in part["metrics"].items() if e["value"] is not None}
+        for task, part in content["systems"][system]["tasks"].items()
+    }
 
 
 def _curve(path: Path, flops: float) -> list[Point]:

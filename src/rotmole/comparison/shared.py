@@ -54,10 +54,10 @@ class SharedSources(Sources):
             self._rows = {key: super().examples(run, tokenizer, date)}
         return self._rows[key]
 
-    def adapted(self, run: RunFile, base: Any, *, trained: bool) -> Any:
+    def adapted(self, run: RunFile, base: Any, *, resumes: bool) -> Any:
         """Put the adapter on; methods start alike where their shapes agree."""
-        model = super().adapted(run, base, trained=trained)
-        if not run.experts_from.paths:
+        model = super().adapted(run, base, resumes=resumes)
+        if not run.experts_from.paths and run.init_from is None:
             draw_by_layer(model, run.seed)
         return model
 

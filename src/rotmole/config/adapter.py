@@ -43,6 +43,8 @@ def check_adapter(
     values: Mapping[str, Any],
     suggest: Suggest = no_hint,
     decided: Mapping[str, Any] | None = None,
+    *,
+    starts: bool = False,
 ) -> tuple[dict[str, Any], PeftConfig | None, list[str]]:
     """Check the section and make the adapter's configuration.
 
@@ -50,6 +52,7 @@ def check_adapter(
         values: the section as parsed from YAML.
         suggest: as of `check_fields`.
         decided: settings that the adapters of experts_from decide; None or empty if there are none.
+        starts: whether the weights are those of a saved adapter.
 
     Returns:
         The settings that passed, with the decided ones and the preset's filled in; the
@@ -64,7 +67,9 @@ def check_adapter(
     )
     if peft_type == OURS:
         settings.pop("peft_type", None)
-        settings, ours = _own_settings(settings | dict(decided or {}), bool(decided))
+        settings, ours = _own_settings(
+            settings | dict(decided or {}), decided=bool(decided), starts=starts
+        )
         problems += ours
     elif decided:
         problems.append(
@@ -87,7 +92,9 @@ def check_adapter(
     return settings, None if problems else config, problems
 
 
-def _own_settings(settings: dict[str, Any], decided: bool) -> tuple[dict[str, Any], list[str]]:
+def _own_settings(
+    settings: dict[str, Any], *, decided: bool, starts: bool
+) -> tuple[dict[str, Any], list[str]]:
     """Fill in a preset of ours, and check what only our method has."""
     from rotmole.tuner.config import RotMoleConfig
     from rotmole.tuner.from_adapters import REFUSED as CHANGES_EXPERTS
@@ -112,7 +119,7 @@ def _own_settings(settings: dict[str, Any], decided: bool) -> tuple[dict[str, An
             if settings.get(name)
             and settings[name] != RotMoleConfig.__dataclass_fields__[name].default
         ]
-    elif settings.get("frozen") == "AB" and settings.get("init_weights") != "svd":
+    elif settings.get("frozen") == "AB" and not starts and settings.get("init_weights") != "svd":
         problems.append(
             "adapter.frozen is 'AB', which keeps B at zero here, so nothing would be trained; it "
             "is for experts that were trained before (experts_from)"

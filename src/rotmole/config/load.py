@@ -25,6 +25,7 @@ from rotmole.config.schema import (
     TaskSection,
 )
 from rotmole.config.sections import early_stopping_problems, optimizer_problems, task_group_problems
+from rotmole.config.start import settings_from
 from rotmole.config.training import (
     arguments,
     best_problems,
@@ -134,10 +135,20 @@ def _check_sections(
     schema_is_right: bool,
 ) -> _Checked:
     """Check what the schema cannot know: the keys that belong to other classes, and metrics."""
-    section = _section(raw, "adapter")
+    section: Mapping[str, Any] = _section(raw, "adapter")
+    start_problems: list[str] = []
+    starts = isinstance(raw.get("init_from"), str) and bool(raw["init_from"])
+    if starts:
+        section, start_problems = settings_from(raw["init_from"], section)
     imported = imported_experts(_valid(raw, "experts_from", ExpertsFromSection), section)
-    adapter, config, problems = check_adapter(section, did_you_mean_place, imported.decided)
-    problems = [*imported.problems, *problems]
+    if starts and imported.decided:
+        start_problems.append(
+            "init_from and experts_from both say where the weights start; leave one of them out"
+        )
+    adapter, config, problems = check_adapter(
+        section, did_you_mean_place, imported.decided, starts=starts
+    )
+    problems = [*start_problems, *imported.problems, *problems]
     config = None if imported.problems else config
     tasks = _valid_tasks(raw)
     model = _valid(raw, "model", ModelSection)

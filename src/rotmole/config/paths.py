@@ -12,9 +12,9 @@ HERE = Path(".")
 def anchor_paths(raw: dict[str, Any], folder: Path) -> None:
     """Make the relative paths of a run file, as parsed, relative to the working directory.
 
-    These are output_dir, data.root, and model.name and experts_from.paths if they are folders or
-    files there. Names in data.tasks.NAME.files follow data.root, also on the command line. Values
-    of other types are left to the schema.
+    These are output_dir, init_from, data.root, and model.name and experts_from.paths if they are
+    folders or files there. Names in data.tasks.NAME.files follow data.root, also on the command
+    line. Values of other types are left to the schema.
 
     Args:
         raw: the run file; changed in place.
@@ -22,8 +22,9 @@ def anchor_paths(raw: dict[str, Any], folder: Path) -> None:
     """
     if folder == HERE:
         return
-    if isinstance(raw.get("output_dir"), str) and raw["output_dir"]:
-        raw["output_dir"] = _joined(folder, raw["output_dir"])
+    for name in ("output_dir", "init_from"):
+        if isinstance(raw.get(name), str) and raw[name]:
+            raw[name] = _joined(folder, raw[name])
     data = raw.get("data")
     if isinstance(data, dict) and isinstance(data.get("root", "."), str):
         data["root"] = _joined(folder, data.get("root", "."))

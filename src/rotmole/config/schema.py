@@ -361,6 +361,14 @@ class RunFile(Section):
         examples=[1],
     )
     model: ModelSection = Field(default_factory=ModelSection, description="The base model.")
+    init_from: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Adapter folder, or run folder, whose adapter is trained on, such as one that "
+        "`rotmole grow` wrote. Its settings are those of the run; `adapter:` may change those that "
+        "act in training alone.",
+        examples=["runs/grown"],
+    )
     adapter: dict[str, Any] = Field(
         default_factory=dict,
         description="Settings of RotMoleConfig, or of the method that peft_type names.",

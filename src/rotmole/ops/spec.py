@@ -52,6 +52,17 @@ class Spec:
     dispatch: str = "auto"
     compute_dtype: str = "adapter"
     shared: Spec | None = None
+    experts_added: tuple[int, ...] = ()
+
+    @property
+    def generations(self) -> tuple[int, ...]:
+        """The numbers of experts that came together: those of the start, then each growth's."""
+        return (self.num_experts - sum(self.experts_added), *self.experts_added)
+
+    @property
+    def chosen(self) -> int:
+        """Experts that a token uses with selection top_k: up to K of each generation."""
+        return sum(min(self.top_k, count) for count in self.generations)
 
     @property
     def small_gates(self) -> bool:
@@ -63,6 +74,7 @@ class Spec:
         """Whether the scaling gate is softmax over a linear router, by top_k or dense."""
         usual = (self.router, self.scoring, self.router_jitter) == ("linear", "softmax", 0.0)
         usual = usual and self.router_bias_rate == 0 and self.router_dim is None
+        usual = usual and not self.experts_added
         return usual and self.router_temperature is None and self.selection in ("top_k", "dense")
 
 

@@ -85,7 +85,7 @@ class ExpertRates:
                 "(num_experts is 1, or selection is dense or expert_choice)",
                 stacklevel=2,
             )
-        self.share_E = {name: _even(layers[0].expert_B) for name, _, layers in self.choices}
+        self.share_E = {name: _even(layers[0]) for name, _, layers in self.choices}
         self.warned = False
         self._before: list[tuple[nn.Parameter, Tensor, Tensor]] = []
         optimizer.register_step_pre_hook(self._keep)
@@ -104,9 +104,9 @@ class ExpertRates:
         self._before = []
         for choice in self.choices:
             factor_E = _factor(self.share_E[choice.name])
-            for parameter in _whole(choice.layers):
+            for parameter, experts in _whole(choice.layers):
                 if id(parameter) in stepped and parameter.grad is not None:
-                    rows = factor_E.view(-1, *[1] * (parameter.dim() - 1)).to(parameter)
+                    rows = factor_E[experts].view(-1, *[1] * (parameter.dim() - 1)).to(parameter)
                     self._before.append((parameter, parameter.detach().clone(), rows))
 
     @torch.no_grad()
@@ -148,7 +148,7 @@ class ExpertRates:
         state[STATE] = {name: share_E.cpu() for name, share_E in self.share_E.items()}
 
     def _load(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        saved = state.pop(STATE, {})
+        saved = state.get(STATE, {})
         for name, share_E in self.share_E.items():
             if name in saved and saved[name].shape == share_E.shape:
                 share_E.copy_(saved[name])
@@ -156,17 +156,17 @@ class ExpertRates:
                 share_E.fill_(1 / len(share_E))
 
 
-def _even(B_ERO: Tensor) -> Tensor:
-    experts = len(B_ERO)
-    return torch.full((experts,), 1 / experts, dtype=torch.float32, device=B_ERO.device)
+def _even(experts: Experts) -> Tensor:
+    number, device = experts.spec.num_experts, experts.expert_B.device
+    return torch.full((number,), 1 / number, dtype=torch.float32, device=device)
 
 
 def _factor(share_E: Tensor) -> Tensor:
     return (len(share_E) * share_E).sqrt().clamp(LOWEST, HIGHEST)
 
 
-def _whole(layers: list[Experts]) -> list[nn.Parameter]:
-    """Return the parameters with a row for each expert.
+def _whole(layers: list[Experts]) -> list[tuple[nn.Parameter, slice]]:
+    """Return the parameters with a row for each expert, and which experts these are.
 
     Raises:
         ConfigError: this process holds only a shard of them.
@@ -176,7 +176,7 @@ def _whole(layers: list[Experts]) -> list[nn.Parameter]:
         rows = experts.by_expert()
         # FSDP2 makes DTensors of them (builds without torch.distributed lack that class), FSDP1
         # takes them away
-        if not rows or any(hasattr(parameter, "placements") for parameter in rows):
+        if not rows or any(hasattr(parameter, "placements") for parameter, _ in rows):
             raise ConfigError(
                 "rates by load need each expert whole, but FSDP shards them; train with DDP or in "
                 "one process, or set optimizer.expert_lr_by_load: none"

@@ -22,8 +22,7 @@ def _roles(model: nn.Module) -> dict[int, str]:
             experts = module.experts(adapter_name)
             for name, parameter in experts.named_parameters(recurse=False):
                 roles[id(parameter)] = experts.role(name)
-            for _, B in experts.pairs():
-                roles[id(B)] = "expert_B"
+            roles |= {id(B): "expert_B" for B in experts.output_factors()}
     return roles
 
 

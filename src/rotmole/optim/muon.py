@@ -69,8 +69,7 @@ class Muon(torch.optim.AdamW):
             raise ConfigError(f"momentum is {momentum!r}; it must be at least 0 and below 1")
         self.momentum = momentum
         modules = expert_modules(model)
-        pairs = [pair for experts in modules for pair in experts.pairs()]
-        self.factors = {id(factor) for pair in pairs for factor in pair}
+        self.factors = {id(p) for experts in modules for p, _ in experts.factor_pairs()}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -60,8 +60,8 @@ def _preconditioned_gradients(
     trained = {id(p) for group in groups for p in group["params"]}
     plain: list[tuple[nn.Parameter, Tensor]] = []
     scaled: list[Tensor] = []
-    for A, B in [pair for experts in modules for pair in experts.pairs()]:
-        for factor, other in ((A, B), (B, A)):
+    for experts in modules:
+        for factor, other in experts.factor_pairs():
             if factor.grad is not None and id(factor) in trained:
                 check_unsharded(factor, other)
                 plain.append((factor, factor.grad))

@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import (
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 from trl import SFTConfig
@@ -18,11 +24,13 @@ from trl import SFTConfig
 from rotmole.config.load import sft_arguments
 from rotmole.config.schema import DataSection, ModelSection, RunFile, Split
 from rotmole.config.sections import early_stopping_problems
+from rotmole.config.start import start_folder
 from rotmole.config.training import saves_when_it_validates
 from rotmole.data import Collator, Example, encode_all, load_splits, mix
 from rotmole.data.chat import today
 from rotmole.data.load import within_limit
 from rotmole.errors import AdapterError, ConfigError, DataError, ModelError
+from rotmole.models.adapter import check_adapter_folder
 from rotmole.models.limits import check_readable
 from rotmole.models.load import LoadedModel, load_model
 from rotmole.training.callbacks.balance import BiasCallback
@@ -37,7 +45,8 @@ from rotmole.training.folder.manifest import run_date
 from rotmole.training.trainer import RotMoleTrainer
 from rotmole.tuner.config import RotMoleConfig
 from rotmole.tuner.from_adapters import differing, put_experts
-from rotmole.tuner.loras import base_problems, listed, read_loras
+from rotmole.tuner.loras import Lora, base_problems, listed, read_loras
+from rotmole.tuner.storage.fingerprint import base_fingerprint, compare_bases
 
 UNLIMITED = 1 << 30
 ExamplesBySplit = dict[Split, dict[str, list[Example]]]
@@ -84,9 +93,9 @@ class Sources:
         """Load every split that the tasks have."""
         return all_examples(run, tokenizer, date=date)
 
-    def adapted(self, run: RunFile, base: Any, *, trained: bool) -> PeftModel:
+    def adapted(self, run: RunFile, base: Any, *, resumes: bool) -> PeftModel:
         """Put the run's adapter on a base model; arguments as of `add_adapter`."""
-        return add_adapter(run, base, trained=trained)
+        return add_adapter(run, base, resumes=resumes)
 
 
 def build(
@@ -119,7 +128,7 @@ def build(
     origin = None if checkpoints is None else checkpoints.origin
     date = today() if origin is None else run_date(origin.parent)
     examples = sources.examples(run, base.tokenizer, date)
-    model = sources.adapted(run, base.model, trained=origin is not None)
+    model = sources.adapted(run, base.model, resumes=origin is not None)
     validation = validation_rows(run, examples["validation"])
     used = {"train": examples["train"], "validation": validation}
     trainer = build_trainer(run, model, base.tokenizer, used, callbacks, checkpoints)
@@ -167,34 +176,53 @@ def all_examples(run: RunFile, tokenizer: Any, *, date: str | None = None) -> Ex
     return examples
 
 
-def add_adapter(run: RunFile, base: Any, *, trained: bool = False) -> PeftModel:
+def add_adapter(run: RunFile, base: Any, *, resumes: bool = False) -> PeftModel:
     """Put the run's adapter on a base model; run.seed decides its initial weights.
 
+    With `init_from` they are those of the adapter it names; with `experts_from` the experts are.
+
     Args:
-        trained: a checkpoint of the run will be loaded, so that the adapters of experts_from are
-            not needed.
+        run: a checked run file.
+        base: the base model.
+        resumes: the weights will come from a checkpoint.
 
     Raises:
         ConfigError: the settings do not fit the model.
-        AdapterError, ModelError: an adapter of experts_from cannot be read, changed, or does not
-            fit the model.
+        AdapterError, ModelError: an adapter of `init_from` or `experts_from` cannot be read,
+            changed, or does not fit the model.
     """
     set_seed(run.seed)
-    paths = [] if trained else run.experts_from.paths
-    loras = read_loras(paths)
-    if paths and (changes := differing(run.adapter_config, loras)):
+    start = None
+    if run.init_from is not None and not resumes:
+        start = start_folder(run.init_from)
+        saved = check_adapter_folder(start)
+        name, here = saved.get("base_model_name_or_path"), base.config.name_or_path
+        made_for, now = saved.get("base_fingerprint") or {}, base_fingerprint(base)
+        notice = compare_bases(made_for, now, name, here)
+        if notice and made_for.get("final_norm") != now["final_norm"]:  # not only another place
+            warnings.warn(f"init_from: {notice}.", stacklevel=2)
+    loras = _imported(run, base) if not resumes else []
+    model = get_peft_model(base, copy.deepcopy(run.adapter_config))  # PEFT changes it
+    if loras:
+        put_experts(model, loras, model.active_adapter)
+    if start is not None:
+        set_peft_model_state_dict(model, load_peft_weights(str(start), device="cpu"))
+    # PEFT looks for a base model's configuration at every save: here, not on the hub
+    model.active_peft_config.base_model_name_or_path = base.config.name_or_path
+    return model
+
+
+def _imported(run: RunFile, base: Any) -> list[Lora]:
+    """Read the adapters of experts_from, and check them against run file and model."""
+    loras = read_loras(run.experts_from.paths)
+    if loras and (changes := differing(run.adapter_config, loras)):
         raise AdapterError(
             f"the adapters of experts_from are not those that this run file was made for: "
             f"{'; '.join(changes)}. Leave what they decide out of the adapter section."
         )
     if problems := base_problems(base, loras):
         raise ModelError(listed(problems))
-    model = get_peft_model(base, copy.deepcopy(run.adapter_config))  # PEFT changes it
-    if loras:
-        put_experts(model, loras, model.active_adapter)
-    # PEFT looks for a base model's configuration at every save: here, not on the hub
-    model.active_peft_config.base_model_name_or_path = base.config.name_or_path
-    return model
+    return loras
 
 
 def build_trainer(

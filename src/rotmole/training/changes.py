@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 _SHAPES = {
     f"adapter.{name}"
     for name in (
-        "peft_type", "r", "num_experts", "num_experts_pattern", "share_A", "router",
-        "router_scope", "rotation", "rotation_input", "rotation_dim", "router_dim",
+        "peft_type", "r", "num_experts", "num_experts_pattern", "experts_added", "share_A",
+        "router", "router_scope", "rotation", "rotation_input", "rotation_dim", "router_dim",
         "rotation_planes", "radar_rank", "shared_expert_r", "shared_expert_rotation",
         "shared_expert_gate",
         "rank_pattern", "target_modules", "exclude_modules", "layers_to_transform",
@@ -65,7 +65,7 @@ _MEASURED = (_VALIDATION, _VALIDATED, "dtype of ", *_CHOICE, "training.max_lengt
 _ONLY_WHILE_TRAINING = (
     "adapter.lora_dropout", "adapter.router_jitter", "adapter.router_aux_loss",
     "adapter.router_z_loss", "adapter.router_task_", "adapter.router_bias_rate",
-    "adapter.router_sqrt_gate", "adapter.frozen", "adapter.init_weights",
+    "adapter.router_sqrt_gate", "adapter.frozen", "adapter.freeze_old", "adapter.init_weights",
 )  # fmt: skip
 """Beginnings of those adapter settings that do not."""
 _PACKAGES = ("rotmole", "torch", "transformers", "peft", "accelerate", "tokenizers")

@@ -183,7 +183,7 @@ class RotMoleLayer(BaseTunerLayer):  # type: ignore[misc] # peft ships no types
             mask_T = None if layout is None else layout.tokens.mask_T
             selected_TE = routed.selected()
             for count in counts:
-                result = count_loads(result, selected_TE, mask_T, count, experts.expert_B, stack)
+                result = count_loads(result, selected_TE, mask_T, count, experts.newest_B, stack)
         return result
 
     def delete_adapter(self, adapter_name: str) -> None:

@@ -28,6 +28,7 @@ TWINS = {
     "routing.route:scaling_gate_shapes": "shapes:scaling_gate_shapes",
     "routing.route:route": "routing:route",
     "routing.route:select_by": "routing:select",
+    "routing.generations:select_generations": "generations:select_generations",
     "routing.balance:load_balance_loss": "balance:load_balance_loss",
     "routing.balance:router_z_loss": "balance:router_z_loss",
     "routing.balance:balance_gradient": "balance:balance_gradient",

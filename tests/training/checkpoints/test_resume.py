@@ -124,6 +124,10 @@ HIDDEN: dict[str, dict[str, dict]] = {
         "optimizer": {"name": "riemannian_sgd", "riemannian_delta": 0.1},
         "training": {"learning_rate": 0.1},
     },
+    "rates by load": {
+        "adapter": {"top_k": 1, "norm_topk_prob": False},
+        "optimizer": {"expert_lr_by_load": "sqrt"},
+    },
     "by length": {"training": {"train_sampling_strategy": "group_by_length"}},
 }
 """Where state may hide -> section -> settings."""
@@ -153,6 +157,10 @@ def test_no_state_hides_from_a_resume(model_folder, data_folder, tmp_path, name)
         biases = [value for key, value in ours.items() if key.endswith("router_bias")]
         assert len(biases) == 4
         assert all(value.any() for value in biases)
+    if name == "rates by load":
+        saved = torch.load(last / "optimizer.pt", weights_only=True)["expert_shares"]
+        assert len(saved) == 4
+        assert all(len(set(share_E.tolist())) > 1 for share_E in saved.values())
     for step in (2, 4) if name == "by length" else (2,):
         folder = tmp_path / f"cut-{step}"
         shutil.copytree(whole.run_dir, folder)

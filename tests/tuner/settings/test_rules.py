@@ -51,6 +51,13 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
         "shared_expert_r is 4 but router_scope is 'block'",
     ),
     ({"selection": "expert_choice", "task_type": "CAUSAL_LM"}, "not written yet"),
+    ({"expert_names": ["a", "b"]}, "expert_names has 2 names but num_experts is 4"),
+    ({"num_experts": 2, "expert_names": ["a", "a"]}, "a list of different names"),
+    ({"num_experts": 2, "expert_names": ["a", "b c"]}, "of letters, digits and - _ . +"),
+    (
+        {"num_experts_pattern": [1, 4], "expert_names": list("abcd")},
+        "expert_names is set but num_experts_pattern too",
+    ),
 ]
 IDLE: list[tuple[dict[str, Any], str]] = [
     ({"router": "hash", "router_dim": 8}, "router_dim=8 has no effect"),

@@ -15,21 +15,21 @@ from rotmole.cli.compare.table import (
     Progress,
     console,
     finished_line,
-    headline,
     look,
     method_lines,
     progress_table,
-    result_lines,
     rounding_lines,
     stage_lines,
     summary,
 )
 from rotmole.cli.compare.worker import do_cells, log_of
 from rotmole.cli.screen import note
-from rotmole.comparison.plan import Cell, make_plan
+from rotmole.comparison.plan import make_plan
+from rotmole.comparison.report import write_report
 from rotmole.comparison.results import read_results
 from rotmole.comparison.share import check_cells, failures, fix_machine, short, todo
 from rotmole.comparison.study import Study, load_study
+from rotmole.comparison.tables import remarks, screen
 from rotmole.errors import InputError
 from rotmole.evaluation.render import print_lines, print_table
 from rotmole.models.builtin import built_in_named
@@ -217,26 +217,14 @@ def _close(study: Study, words: Sequence[str], code: int, only: str | None) -> i
         results = read_results(study.folder)
     except InputError:
         return code or 1
-    if results.final:
-        if line := headline(study):
-            print(line)
-        print_table(result_lines(study, results))
-        print_lines(_remarks(study, plan.on_edge, [short(c) for c in _missing(study)]))
-    print(f"results: {study.folder}")
+    try:
+        judgement, files = write_report(results, study.folder, Path(study.where).stem)
+    except InputError as error:
+        note(str(error))
+        return code or 1
+    for title, lines in screen(judgement):
+        print_table(lines, title=title)
+        print()
+    print_lines(remarks(judgement))
+    print(f"written: {', '.join(map(str, files))}")
     return code or int(bool(failed))
-
-
-def _missing(study: Study) -> list[Cell]:
-    return todo(study, make_plan(study), float("inf"))
-
-
-def _remarks(study: Study, on_edge: Sequence[str], missing: Sequence[str]) -> list[str]:
-    remarks = []
-    if on_edge:
-        remarks.append(
-            f"the best of {', '.join(on_edge)} lies on the edge of the grid, which may not grow "
-            "further (tune.growth): better values may lie beyond"
-        )
-    if missing:
-        remarks.append(f"missing: {', '.join(missing)}")
-    return remarks

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from rotmole.comparison.cells import cell_lock, failure, is_done
 from rotmole.comparison.plan import Cell, Plan, make_plan
-from rotmole.comparison.results import CELL, FINAL, TUNING, Results
+from rotmole.comparison.results import CELL, FINAL, TUNING
 from rotmole.comparison.share import short
 from rotmole.comparison.study import Study
 from rotmole.training.callbacks.metrics import read_metrics
@@ -23,9 +23,6 @@ from rotmole.training.folder.layout import METRICS
 from rotmole.units import duration
 
 WIDTH = 80
-FEW = 5
-"""With fewer seeds no difference can be shown, however large it is."""
-_NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
 
 
 def method_lines(study: Study) -> list[list[str]]:
@@ -227,43 +224,3 @@ def finished_line(study: Study, cell: Cell) -> str:
     nll = content.get("nll")
     text = "diverged" if nll is None and "diverged" in content else f"validation loss {nll:.4f}"
     return f"{short(cell)}: {text}, {duration(content.get('seconds', 0.0))}"
-
-
-def headline(study: Study) -> str:
-    """Return what a study of this kind can decide, in one line; the empty string if it can."""
-    words = []
-    if study.file.tune is None:
-        words.append("rates not tuned")
-    count = len(study.file.seeds)
-    if count < FEW:
-        words.append(f"{_NUMBERS.get(count, str(count))} seed{'s' if count > 1 else ''}")
-    return f"{', '.join(words)}: shows the tool, decides nothing" if words else ""
-
-
-def result_lines(study: Study, results: Results) -> list[list[str]]:
-    """Return the table of results: means over the seeds of each method, on the scored rows."""
-    lines = [["method", "parameters", "rate", "NLL", "to baseline", "seconds", "seeds"]]
-    means = {}
-    for method in results.methods:
-        cells = [cell for cell in results.final if cell.method == method]
-        if cells:
-            means[method] = _mean([_mean([row.nll for row in c.rows.values()]) for c in cells])
-            lines.append(
-                [
-                    method,
-                    f"{cells[0].parameters:,}",
-                    f"{cells[0].rate:g}",
-                    f"{means[method]:.4f}",
-                    "",
-                    f"{_mean([cell.train_seconds for cell in cells]):.0f}",
-                    str(len(cells)),
-                ]
-            )
-    for line in lines[1:]:
-        if results.baseline in means:
-            line[4] = f"{means[line[0]] - means[results.baseline]:+.4f}"
-    return lines
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

@@ -157,7 +157,7 @@ def grouped_mixture(
         dropped_TD: [T, D] the same after dropout, in the type of A.
         weights: of the layer, A and B of one type.
         weight_TE: [T, E] g.
-        selected_TE: [T, E] bool, K of them in each row.
+        selected_TE: [T, E] bool, spec.chosen (K, if nothing was grown) of them in each row.
         logits_TE: [T, E] the router's; only rotation_input "router" reads them.
 
     Returns:
@@ -169,7 +169,7 @@ def grouped_mixture(
     torch.Size([5, 6])
     """
     B_ERO, gates, rotation = weights.B_ERO, weights.gates, spec.rotation
-    expert_TK = torch.topk(selected_TE.to(weight_TE.dtype), spec.top_k, dim=-1).indices
+    expert_TK = torch.topk(selected_TE.to(weight_TE.dtype), spec.chosen, dim=-1).indices
     weight_K1T = weight_TE.gather(1, expert_TK).mT.unsqueeze(1)
     z_KRT = at_least_float32(_chosen(dropped_TD, weights.A_ERD, expert_TK))
     vector = angle = few_TN = None

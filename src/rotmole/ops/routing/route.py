@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from torch import Tensor
 
+from rotmole.ops.routing.generations import select_generations
 from rotmole.ops.routing.routers import ROUTERS, router_scores, router_shapes
 from rotmole.ops.routing.selection import Routing, select
 from rotmole.ops.routing.threshold import threshold_of, threshold_shapes
@@ -74,8 +78,14 @@ def select_by(
     bias_E: Tensor | None = None,
     tokens: Tokens = NO_TOKENS,
 ) -> Routing:
-    """Return what the selection of a layer makes of the router's logits; see `select`."""
-    return select(
+    """Return what the selection of a layer makes of the router's logits; see `select`.
+
+    A mixture that has grown: see `select_generations`.
+    """
+    chooses: Callable[..., Routing] = select
+    if spec.experts_added:
+        chooses = partial(select_generations, generations=spec.generations)
+    return chooses(
         logits_TE,
         selection=spec.selection,
         scoring=spec.scoring,

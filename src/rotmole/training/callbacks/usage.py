@@ -84,7 +84,7 @@ class UsageCallback(TrainerCallback):
             layout = batch.layout(args[2].x)
             if layout is not None and layout.tokens.mask_T is not None:
                 chosen_TE = chosen_TE & layout.tokens.mask_T[:, None]
-            self.top_k[name] = spec.top_k
+            self.top_k[name] = spec.chosen
             self.chosen[name] = self.chosen.get(name, 0) + chosen_TE.sum(0)
 
         return count
@@ -155,7 +155,7 @@ class UsageCallback(TrainerCallback):
 
 
 def _chooses(spec: Spec) -> bool:
-    return spec.selection == "top_k" and spec.top_k < spec.num_experts
+    return spec.selection == "top_k" and spec.chosen < spec.num_experts
 
 
 def usage_logs(counts: Mapping[str, list[int]], top_k: Mapping[str, int]) -> dict[str, float]:

@@ -120,9 +120,8 @@ def update_router_bias(model: nn.Module) -> int:
     Source: DeepSeek-V3 (arXiv 2412.19437, section 2.1.2); Wang et al. 2024 (2408.15664).
     """
     modules: list[Any] = [m for m in model.modules() if hasattr(m, "router_bias")]
-    pairs: list[tuple[LoadCount, Tensor]] = [
-        (module.loads, module.router_bias) for module in modules if module.router_bias is not None
-    ]
+    biased = [module for module in modules if module.router_bias is not None]
+    pairs: list[tuple[LoadCount, Tensor]] = [(m.loads, m.router_bias) for m in biased]
     if not pairs:
         return 0
     first = pairs[0][0]
@@ -142,8 +141,11 @@ def update_router_bias(model: nn.Module) -> int:
         torch.distributed.all_reduce(flat)
     moved = 0
     parts = torch.split(flat, [len(load_E) for load_E in loads])
-    for (count, bias_E), load_E in zip(pairs, parts, strict=True):
-        step_E = torch.sign(load_E.mean() - load_E).to(bias_E)
+    for module, (count, bias_E), load_E in zip(biased, pairs, parts, strict=True):
+        # experts that came together are chosen among themselves
+        own = torch.split(load_E, list(module.spec.generations))
+        step_E = torch.cat([torch.sign(part.mean() - part) for part in own]).to(bias_E)
+        step_E[: module.kept_biases] = 0
         bias_E.add_(step_E, alpha=count.rate)
         moved += bool(step_E.any())
         count.loads_E = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +16,7 @@ from rotmole.ops.routing.route import scaling_gate_shapes
 from rotmole.ops.spec import Spec, Weights
 from rotmole.tuner.batch.loads import LoadCount
 from rotmole.tuner.batch.losses import LossWeights
+from rotmole.tuner.experts.generations import joined, pieces_of
 
 if TYPE_CHECKING:
     from rotmole.tuner.settings.settings import Settings
@@ -49,10 +50,12 @@ def spec_of(settings: Settings, in_features: int) -> Spec:
         scale = math.sqrt(3 * settings.goat_eta * in_features / settings.r)
     else:
         scale = settings.lora_alpha / (math.sqrt(settings.r) if settings.use_rslora else settings.r)
-    names = [entry.name for entry in fields(Spec) if entry.name not in ("scale", "shared")]
+    made = ("scale", "shared", "experts_added")
+    names = [entry.name for entry in fields(Spec) if entry.name not in made]
     chosen = {name: getattr(settings, name) for name in names}
-    shared = _shared_spec(settings, scale)
-    return Spec(scale=scale * routed_factor(settings), shared=shared, **chosen)
+    shared, added = _shared_spec(settings, scale), tuple(settings.experts_added)
+    scale = scale * routed_factor(settings)
+    return Spec(scale=scale, shared=shared, experts_added=added, **chosen)
 
 
 def routed_factor(settings: Settings) -> float:
@@ -107,6 +110,7 @@ class Experts(nn.Module):
 
     Parameters (E experts, R rank, D in_features, O out_features):
         expert_A: [E, R, D], or [1, R, D] if all experts share it;  expert_B: [E, R, O];
+        names that end in _1, _2 ...: what each growth added to the parameter of that name;
         router_*: those of the scaling gate, absent at E = 1; residual_A, residual_B: the start of
         A and B, with init_weights "svd"; and the rotation gate's, as in rotmole.ops.gate_shapes.
         shared_*: those of the shared expert, if there is one: A [1, R_0, D], B [1, R_0, O], gate
@@ -147,30 +151,41 @@ class Experts(nn.Module):
         self.choices: LoadCount | None = None
         experts, rank = spec.num_experts, settings.r
         self.has_router = has_router and experts > 1
-        input_factors = (1 if spec.share_A else experts, rank, in_features)
-        shapes: dict[str, tuple[int, ...]] = {"expert_A": input_factors}
+
+        def shapes_of(count: int) -> dict[str, tuple[int, ...]]:
+            """Return name and shape of each parameter of as many routed experts."""
+            counted = replace(spec, num_experts=count)
+            shapes: dict[str, tuple[int, ...]] = {
+                "expert_A": (1 if spec.share_A else count, rank, in_features)
+            }
+            if self.has_router and count > 1:
+                shapes |= scaling_gate_shapes(counted, in_features)
+            shapes["expert_B"] = (count, rank, out_features)
+            return shapes | _gate_shapes(counted, rank, in_features, out_features)
+
+        self.pieces = pieces_of(spec.generations, shapes_of)
         routers = scaling_gate_shapes(spec, in_features) if self.has_router else {}
         self.router_names = tuple(routers)
-        shapes |= routers
-        shapes["expert_B"] = (experts, rank, out_features)
-        gates = _gate_shapes(spec, rank, in_features, out_features)
-        self.gate_names = tuple(gates)
+        self.gate_names = tuple(_gate_shapes(spec, rank, in_features, out_features))
+        shapes = {name: piece.shape for name, piece in self.pieces.items()}
         shared: dict[str, tuple[int, ...]] = {}
         if spec.shared is not None:
-            rank = settings.shared_expert_r
-            shared = {"shared_A": (1, rank, in_features), "shared_B": (1, rank, out_features)}
+            low = settings.shared_expert_r
+            shared = {"shared_A": (1, low, in_features), "shared_B": (1, low, out_features)}
             if settings.shared_expert_gate:
                 shared["shared_gate"] = (1, in_features)
-            for name, shape in _gate_shapes(spec.shared, rank, in_features, out_features).items():
+            for name, shape in _gate_shapes(spec.shared, low, in_features, out_features).items():
                 shared[SHARED + name] = shape
         self.shared_names = tuple(shared)
         residual = {}
         if settings.init_weights == "svd":
-            residual = {"residual_A": input_factors, "residual_B": shapes["expert_B"]}
-        self.frozen = FROZEN[settings.frozen] | residual.keys()
-        for name, shape in (shapes | gates | shared | residual).items():
+            residual = {"residual_A": shapes["expert_A"], "residual_B": shapes["expert_B"]}
+        self.frozen = self._frozen(settings) | residual.keys()
+        for name, shape in (shapes | shared | residual).items():
             learns = name not in self.frozen
             self.register_parameter(name, nn.Parameter(torch.empty(shape), requires_grad=learns))
+        keeps = "router" in settings.freeze_old
+        self.kept_biases = sum(spec.generations[:-1]) if keeps else 0
         biased = self.has_router and settings.router_bias_rate > 0
         self.register_buffer("router_bias", torch.zeros(experts) if biased else None)
 
@@ -182,15 +197,23 @@ class Experts(nn.Module):
     @property
     def first_router_parameter(self) -> Tensor | None:
         """One parameter of the scaling gate, by which to know whether it learns; None without."""
-        return getattr(self, self.router_names[0]) if self.router_names else None
+        named = [name for name in self.pieces if self.whole_name(name) in self.router_names]
+        parameters = [getattr(self, name) for name in named]
+        learning = [parameter for parameter in parameters if parameter.requires_grad]
+        return next(iter(learning or parameters), None)
+
+    @property
+    def newest_B(self) -> nn.Parameter:
+        """B of the experts that came last, which learns where any B does."""
+        return self._tensors("expert_B")[-1]
 
     def weights(self) -> Weights:
         """Return the tensors that the layer computes with, as they are now."""
         return Weights(
-            self.expert_A,
-            self.expert_B,
-            {name: getattr(self, name) for name in self.gate_names},
-            {name: getattr(self, name) for name in self.router_names},
+            self._whole("expert_A"),
+            self._whole("expert_B"),
+            {name: self._whole(name) for name in self.gate_names},
+            {name: self._whole(name) for name in self.router_names},
             self.router_bias,
             self._shared_weights(),
         )
@@ -203,11 +226,26 @@ class Experts(nn.Module):
         router = {"router_weight": named["shared_gate"]} if "shared_gate" in named else {}
         return Weights(named["shared_A"], named["shared_B"], gates, router)
 
-    def pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        """Return each A with its B: the routed experts' stacks, and the shared expert's."""
-        pairs = [(self.expert_A, self.expert_B)]
+    def whole_name(self, name: str) -> str:
+        """Return the parameter that a tensor belongs to: "expert_B" for "expert_B_1"."""
+        return self.pieces[name].whole if name in self.pieces else name
+
+    def output_factors(self) -> list[nn.Parameter]:
+        """Return every B: the routed experts', growth by growth, and the shared expert's."""
+        return [*self._tensors("expert_B"), *([self.shared_B] if self.shared_names else [])]
+
+    def factor_pairs(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Return each A and B with the other factor of its experts.
+
+        The routed experts' stacks as they were added, and the shared expert's.
+        """
+        A, B = self._tensors("expert_A"), self._tensors("expert_B")
+        if self.spec.share_A:
+            pairs = [(A[0], joined("expert_B", B)), *((b, A[0]) for b in B)]
+        else:
+            pairs = [pair for a, b in zip(A, B, strict=True) for pair in ((a, b), (b, a))]
         if self.shared_names:
-            pairs.append((self.shared_A, self.shared_B))
+            pairs += [(self.shared_A, self.shared_B), (self.shared_B, self.shared_A)]
         return pairs
 
     def counts(self) -> list[LoadCount]:
@@ -215,11 +253,41 @@ class Experts(nn.Module):
         counts = [] if self.router_bias is None else [self.loads]
         return counts if self.choices is None else [*counts, self.choices]
 
-    def by_expert(self) -> list[nn.Parameter]:
-        """Return the parameters whose row e belongs to expert e alone, [E, ...] each."""
-        names = [n for n in ROW_BY_ROW if n in self._parameters]
-        parameters: list[nn.Parameter] = [getattr(self, name) for name in names]
-        return [p for p in parameters if len(p) == self.spec.num_experts]
+    def by_expert(self) -> list[tuple[nn.Parameter, slice]]:
+        """Return the parameters with a row for each expert, and which experts these are."""
+        rows, generations = [], self.spec.generations
+        for name, piece in self.pieces.items():
+            first, count = sum(generations[: piece.growth]), generations[piece.growth]
+            shared = piece.whole == "expert_A" and self.spec.share_A
+            if piece.whole in ROW_BY_ROW and not shared:
+                rows.append((getattr(self, name), slice(first, first + count)))
+        return rows
+
+    def _tensors(self, whole: str) -> list[nn.Parameter]:
+        return [getattr(self, n) for n, piece in self.pieces.items() if piece.whole == whole]
+
+    def _whole(self, name: str) -> Tensor:
+        return joined(name, self._tensors(name))
+
+    def _frozen(self, settings: Settings) -> frozenset[str]:
+        """Return the tensors that are not trained: by `frozen`, and old ones by `freeze_old`.
+
+        An A that is frozen as it was drawn stays so in added experts; experts that were imported
+        and are frozen say nothing of those that are added.
+        """
+        frozen = set(FROZEN[settings.frozen])
+        if settings.frozen == "A":
+            frozen = {name for name in self.pieces if self.whole_name(name) == "expert_A"}
+        last = len(self.spec.generations) - 1
+        if last == 0:
+            return frozenset(frozen)
+        parts = {EXPERT: "experts", ROTATION_GATE: "experts", SCALING_GATE: "router"}
+        for name, piece in self.pieces.items():
+            if piece.growth < last and parts[self.role(name)] in settings.freeze_old:
+                frozen.add(name)
+        if "shared_expert" in settings.freeze_old:
+            frozen |= set(self.shared_names)
+        return frozenset(frozen)
 
     def residual(self) -> Weights | None:
         """Return where A and B started, with init_weights "svd"; None otherwise."""
@@ -229,9 +297,10 @@ class Experts(nn.Module):
 
     def role(self, name: str) -> str:
         """Return "expert", "scaling_gate" or "rotation_gate" for a parameter of this module."""
-        if name in self.gate_names or (name in self.shared_names and name not in SHARED_PLAIN):
+        whole = self.whole_name(name)
+        if whole in self.gate_names or (name in self.shared_names and name not in SHARED_PLAIN):
             return ROTATION_GATE
-        scales = name in self.router_names or name == "shared_gate"
+        scales = whole in self.router_names or name == "shared_gate"
         return SCALING_GATE if scales else EXPERT
 
     def forward(self, way: Callable[..., Any], *arguments: Any) -> Any:
@@ -252,7 +321,8 @@ class Experts(nn.Module):
 
     def extra_repr(self) -> str:
         """Show shape and modes when the model is printed."""
-        inputs, (experts, rank, outputs) = self.expert_A.shape[-1], self.expert_B.shape
+        inputs, (_, rank, outputs) = self.expert_A.shape[-1], self.expert_B.shape
+        experts = self.spec.num_experts
         return (
             f"in_features={inputs}, out_features={outputs}, num_experts={experts}, r={rank}, "
             f"top_k={self.spec.top_k}, rotation={self.spec.rotation!r}"

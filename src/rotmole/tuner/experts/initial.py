@@ -36,7 +36,8 @@ def draw(experts: Experts, init_weights: bool | str, A_density: float = 1.0) -> 
         if experts.spec.shared is not None:
             gates = ROTATIONS[experts.spec.shared.rotation].zero
             zero += ("shared_B", *[SHARED + name for name in gates])
-    for full_name, parameter in experts.named_parameters():
+    for tensor, parameter in experts.named_parameters():
+        full_name = experts.whole_name(tensor)
         name = full_name.removeprefix(SHARED)
         if full_name in zero or name.startswith("residual_"):
             nn.init.zeros_(parameter)
@@ -52,8 +53,9 @@ def draw(experts: Experts, init_weights: bool | str, A_density: float = 1.0) -> 
                 fan_in = experts.expert_A.shape[-1]
             nn.init.uniform_(parameter, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
     if A_density < 1:
-        mask_ERD = sparse_mask(_three(experts.expert_A), A_density)
-        experts.expert_A.mul_(mask_ERD.to(experts.expert_A.device))
+        for tensor, parameter in experts.named_parameters():
+            if experts.whole_name(tensor) == "expert_A":
+                parameter.mul_(sparse_mask(_three(parameter), A_density).to(parameter.device))
 
 
 def _three(parameter: Tensor) -> tuple[int, int, int]:

@@ -102,7 +102,7 @@ def _is_grouped(spec: Spec) -> bool:
     able = able and spec.rotation_input != "z"
     if not (able and _in_rank_space(spec)) or spec.dispatch == "fused":
         return False
-    return spec.dispatch == "grouped" or spec.num_experts >= GROUPED_FROM * spec.top_k
+    return spec.dispatch == "grouped" or spec.num_experts >= GROUPED_FROM * spec.chosen
 
 
 def _packs(spec: Spec) -> bool:
@@ -265,6 +265,7 @@ def add(experts: Experts, ways: tuple[Way, ...], call: Call) -> Added:
 def _start_addition(spec: Spec, start: Weights, x_TD: Tensor) -> Tensor:
     """Return what balanced gates would have added at the start: (s / E) sum_e B0_e^T A0_e x."""
     x_TD = x_TD.to(start.A_ERD.dtype)
-    even_TE = x_TD.new_full((x_TD.shape[0], spec.num_experts), 1 / spec.num_experts)
-    plain = Spec(num_experts=spec.num_experts, scale=spec.scale)
+    experts = start.B_ERO.shape[0]  # a mixture that has grown had fewer
+    even_TE = x_TD.new_full((x_TD.shape[0], experts), 1 / experts)
+    plain = Spec(num_experts=experts, scale=spec.scale)
     return mixture(plain, x_TD, x_TD, start, even_TE)

@@ -64,6 +64,7 @@ def _idle_in_experts(s: Settings) -> dict[str, bool]:
     return {
         "share_A": s.share_A and not s.is_routed,
         "routed_scaling_factor": s.routed_scaling_factor != 1 and not s.is_routed,
+        "freeze_old": bool(s.freeze_old) and not s.experts_added,
         "use_rslora": s.use_rslora and s.goat_eta is not None,
         "alpha_pattern": bool(s.alpha_pattern) and s.goat_eta is not None,
         "rotation_dim": s.rotation_dim is not None
@@ -80,7 +81,8 @@ def _idle_in_experts(s: Settings) -> dict[str, bool]:
 def _weak(s: Settings) -> Iterator[str]:
     """Yield what has an effect, but not the one that is expected of it."""
     learned = s.is_routed and ROUTERS[s.router].weight == "learned"
-    if learned and s.selection == "top_k" and s.top_k == 1 and s.norm_topk_prob:
+    always = learned and s.selection == "top_k" and s.top_k == 1 and s.norm_topk_prob
+    if always and not s.experts_added:  # added experts share with those before
         yield (
             "top_k=1 with norm_topk_prob=True gives the selected expert the constant weight 1, so "
             "the scaling gate cannot learn; set norm_topk_prob=False (as Switch does) or top_k >= 2"

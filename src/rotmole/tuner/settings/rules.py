@@ -39,11 +39,30 @@ def setting_problems(settings: Settings, task_type: object = None) -> list[str]:
     return [
         *sentences,
         *_block_rules(settings, wrong),
+        *_growth_rules(settings, wrong),
         *_causal_rules(settings, wrong, task_type),
     ]
 
 
 Names = frozenset[str]
+
+
+def _growth_rules(s: Settings, wrong: Names) -> Iterator[str]:
+    if wrong & {"experts_added", "freeze_old", "num_experts", "num_experts_pattern"}:
+        return
+    added = sum(s.experts_added)
+    counts = {s.num_experts, *(count for _, count in entries_of(s.num_experts_pattern))}
+    if added and min(counts) <= added:
+        yield (
+            f"experts_added is {list(s.experts_added)!r} but a module has {min(counts)} experts; "
+            "the added ones are among them, and the mixture had at least one before"
+        )
+    if added and s.router_scope == "block":
+        yield (
+            "experts_added is set but router_scope is 'block', which weights whole feed-forward "
+            "blocks: weights that must sum to one leave none for new experts without changing the "
+            "old ones'; a mixture with router_scope block cannot grow"
+        )
 
 
 def _count_rules(s: Settings, wrong: Names) -> Iterator[str]:

@@ -33,6 +33,16 @@ def _about(allowed: Range | None, text: str, *, example: Any) -> dict[str, Any]:
 _START = Range(
     "true, false, gaussian or svd", lambda value: value in (True, False, "gaussian", "svd")
 )
+PARTS = ("experts", "router", "shared_expert")
+"""What can be kept from being trained when a mixture has grown."""
+_COUNTS = Range(
+    "a list of whole numbers of at least 1",
+    lambda value: isinstance(value, (list, tuple)) and all(is_whole(n) and n >= 1 for n in value),
+)
+_PARTS = Range(
+    f"a list of any of {', '.join(PARTS)}",
+    lambda value: isinstance(value, (list, tuple)) and all(part in PARTS for part in value),
+)
 
 
 @dataclass
@@ -449,6 +459,25 @@ class Settings:
             "A name for each expert, as `rotmole combine` gives them; reports use them. null: "
             "experts have numbers only.",
             example=["math", "code"],
+        ),
+    )
+    experts_added: list[int] = field(
+        default_factory=list,
+        metadata=_about(
+            _COUNTS,
+            "Numbers of experts that `rotmole grow` added, growth by growth; they are the last of "
+            "num_experts. Experts that came together are chosen among themselves, so what the "
+            "others compute does not change (docs/grow.md).",
+            example=[2],
+        ),
+    )
+    freeze_old: list[str] = field(
+        default_factory=list,
+        metadata=_about(
+            _PARTS,
+            "What a grown mixture keeps of what it had before its last growth: experts (A, B and "
+            "rotation gates), router, shared_expert.",
+            example=["experts", "router"],
         ),
     )
     share_A: bool = field(

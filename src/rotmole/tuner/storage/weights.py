@@ -111,8 +111,9 @@ def header_problems(settings: Settings, header: Mapping[str, Entry]) -> list[str
     factors = {name: entry.shape for name, entry in header.items() if name.endswith("expert_B")}
     if not factors:
         return [*problems, "it holds no tensor expert_B, so it is not an adapter of this method"]
+    added = sum(settings.experts_added)  # they have tensors of their own
     allowed = {
-        "num_experts": _values(settings, "num_experts"),
+        "num_experts": {count - added for count in _values(settings, "num_experts")},
         "r": _values(settings, "r", "rank_pattern"),
     }
     if settings.router_scope == "block":  # modules outside of feed-forward blocks have one

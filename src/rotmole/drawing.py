@@ -1,0 +1,128 @@
+"""Figures as SVG that fits any page: light and dark, any width, text that stays text.
+
+matplotlib paints with stand-ins for colours. The SVG has CSS variables in their place, so the page
+(`THEME`), or the reader's own light or dark setting (`standalone`), decides what they look like.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Callable
+from html import escape
+from typing import Any
+
+WIDTH = 4.8
+"""Inches. Small, so that text stays readable when a page is as narrow as a telephone."""
+INK, FAINT, BETTER, WORSE = "#010101", "#020202", "#030303", "#040404"
+"""Stand-ins: text and axes, grid and zero lines, what is better, what is worse."""
+
+_LIGHT = ("#0072b2", "#c74600", "#007a57", "#a8387f", "#8a6a00", "#5b4bb5", "#6b4f3f", "#4d6472",
+          "#b3123f", "#2b7fa0")  # fmt: skip
+_DARK = ("#5fb4f5", "#ff9a5c", "#45d3a2", "#f09acb", "#e6c34d", "#b4a5ff", "#cfae9a", "#a9bcc8",
+         "#ff7d9c", "#7fd6f0")  # fmt: skip
+_MARKERS = "osD^vPX<>*"
+_NAMES = {INK: "ink", FAINT: "faint", BETTER: "better", WORSE: "worse"} | {
+    f"#{0x050505 + index:06x}": f"series-{index}" for index in range(len(_LIGHT))
+}
+_SERIES = list(_NAMES)[4:]
+_COMMON = {
+    "light": ("#1b1f24", "#c9ced6", "#00695c", "#b33c00"),
+    "dark": ("#e8eaed", "#4a515c", "#4fd1b8", "#ff9a5c"),
+}
+
+
+def _variables(name: str, series: tuple[str, ...]) -> str:
+    values = zip(_NAMES.values(), (*_COMMON[name], *series), strict=True)
+    return " ".join(f"--{variable}: {value};" for variable, value in values)
+
+
+THEME = (
+    f":root {{ {_variables('light', _LIGHT)} }}\n"
+    f"@media (prefers-color-scheme: dark) {{ :root {{ {_variables('dark', _DARK)} }} }}"
+)
+"""Style sheet with the colours of the figures."""
+
+_STYLE: dict[str, Any] = {
+    "svg.fonttype": "none", "font.size": 9.0, "axes.titlesize": 10.0, "axes.titleweight": "bold",
+    "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": FAINT, "xtick.color": INK,
+    "ytick.color": INK, "grid.color": FAINT, "grid.linewidth": 0.6, "axes.grid": True,
+    "axes.axisbelow": True, "axes.facecolor": "none", "figure.facecolor": "none",
+    "axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 1.6,
+    "lines.markersize": 4.5, "legend.frameon": False, "legend.fontsize": 8.5,
+    "text.parse_math": False,
+}  # fmt: skip
+
+
+def draw(
+    paint: Callable[[Any], None], *, name: str, label: str, height: float, width: float = WIDTH
+) -> str:
+    """Draw a figure for a page.
+
+    Args:
+        paint: called with an empty matplotlib figure, on which it draws.
+        name: of the figure, the beginning of every id in it; unique on the page.
+        label: what the figure shows, for readers who cannot see it.
+        height, width: inches.
+
+    Returns:
+        An svg element without fixed size: it takes the width of what is around it.
+    """
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    buffer = io.BytesIO()
+    with rc_context({**_STYLE, "svg.hashsalt": name}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # a browser has letters of its own
+        figure = Figure(figsize=(width, height), layout="constrained")
+        paint(figure)
+        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
+    return _for_page(buffer.getvalue().decode("utf-8"), name, label)
+
+
+def _for_page(text: str, name: str, label: str) -> str:
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'(\sid="|url\(#|xlink:href="#)', rf"\g<1>{name}-", text)
+    text = re.sub(r"'DejaVu Sans'.*?sans-serif", "system-ui, sans-serif", text)
+    for color, variable in _NAMES.items():
+        text = text.replace(color, f"var(--{variable})")
+    text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", text, flags=re.DOTALL)
+    text = re.sub(r' (?:width|height)="[0-9.]+pt"', "", text, count=2)
+    head = f'<svg role="img" aria-label="{escape(label)}" style="stroke-linejoin: round"'
+    return text.replace("<svg", head, 1).strip()
+
+
+def standalone(svg: str) -> str:
+    """Return a drawn figure as a file of its own, with the colours of THEME in it."""
+    start = svg.index(">") + 1
+    head = '<?xml version="1.0" encoding="utf-8"?>\n'
+    return f"{head}{svg[:start]}\n<style>\n{THEME}\n</style>{svg[start:]}"
+
+
+def series(index: int) -> dict[str, Any]:
+    """Return colour, marker and line style of the index-th series; all differ up to the 40th."""
+    count = len(_SERIES)
+    return {
+        "color": _SERIES[index % count],
+        "marker": _MARKERS[index % len(_MARKERS)],
+        "linestyle": ("-", "--", ":", "-.")[index // count % 4],
+    }
+
+
+def legend(figure: Any, axes: Any, columns: int = 2) -> None:
+    """Put the legend of some axes below the figure, where it hides nothing."""
+    handles, names = axes.get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, names, loc="outside lower left", ncols=columns)
+
+
+def short(text: str, letters: int = 24) -> str:
+    """Cut a text for a label.
+
+    >>> short("a_very_long_name", 8)
+    'a_very_…'
+    """
+    return text if len(text) <= letters else text[: letters - 1] + "…"
