@@ -103,7 +103,8 @@ def test_check_reads_a_study(study_yaml, capsys):
     assert main(["check", str(study_yaml)]) == 0
     out = capsys.readouterr().out
     for words in (
-        "moe     r = 3 or 4  2  3,648       512    +1.8 %", "sums    test", "example     colours", "price       about",
+        "moe     r = 3 or 4  2  3,648       512    +1.8 %",
+        "sums    test", "example     colours", "price       about",
         f"no mistakes found in {study_yaml}",
     ):  # fmt: skip
         assert words in out, out
