@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM ?= false
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help audit fuzz setup demo test test-all conformance matrix mutation lint types imports docs pages bench bench-one bench-check bench-parity clean
+.PHONY: help audit fuzz setup demo study-demo test test-all conformance matrix mutation lint types imports docs pages bench bench-one bench-check bench-parity clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ setup: .venv/.complete  ## make .venv with everything the project needs (honours
 
 demo: setup  ## train RotMoLE and MoE-LoRA on SmolLM2-135M and compare them (under 5 minutes on two cores)
 	$(BIN)/rotmole demo --yes
+
+study-demo: setup  ## compare LoRA, MoE-LoRA, RotMoLE and a shared expert at equal parameters (under 15 minutes on two quiet cores)
+	$(BIN)/rotmole compare src/rotmole/config/studies/compare.yaml --jobs 2 --output runs/compare
 
 test: setup  ## run the tests (two processes, one torch thread each)
 	@command -v g++ >/dev/null || { echo "missing: g++, which torch.compile's tests need (Debian: apt-get install g++)"; exit 1; }

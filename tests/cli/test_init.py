@@ -7,6 +7,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 import rotmole.config
 import rotmole_cli.init
+from rotmole.comparison.study import load_study
 from rotmole.config.load import load_run
 from rotmole_cli import main
 
@@ -27,6 +28,20 @@ def test_the_file_is_written_and_named(tmp_path, monkeypatch, capsys):
 def test_every_template_by_name(tmp_path, template):
     assert main(["init", str(tmp_path / "x.yaml"), "--template", template]) == 0
     assert (tmp_path / "x.yaml").read_text() == (SHIPPED / f"{template}.yaml").read_text()
+
+
+def test_the_template_of_a_study_is_a_study(tmp_path, capsys):
+    assert main(["init", str(tmp_path), "--template", "compare"]) == 0
+    (file,) = tmp_path.iterdir()
+    assert file.name == "study.yaml"
+    study = load_study(file)
+    assert all(sized.equal for sized in study.sized.values())  # to two per cent
+    assert list(study.file.methods) == ["lora", "moe_lora", "rotmole", "shared"]
+    assert study.file.tune is None
+    assert study.model.dtype == "float32"
+    rows = study.file.base["training"]["per_device_train_batch_size"]
+    limits = [task["limit"]["train"] for task in study.file.base["data"]["tasks"].values()]
+    assert rows * study.file.base["training"]["max_steps"] == 3 * sum(limits)  # each row once
 
 
 @pytest.mark.parametrize("name", [path.name for path in sorted(LAUNCH.iterdir())])

@@ -23,6 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import tiny
 from fake_hub import fake_hub
+from rotmole.comparison.study import is_study, load_study
 from rotmole.config.load import load_run
 from rotmole.models.builtin import SMOLLM2, built_in_folder
 from rotmole_cli.run import run
@@ -112,7 +113,8 @@ def run_python(block: Block) -> None:
 
 def run_yaml(block: Block, folder: Path) -> None:
     (folder / "block.yaml").write_text(block.text, encoding="utf-8")
-    load_run(folder / "block.yaml")
+    read = load_study if is_study(folder / "block.yaml") else load_run
+    read(folder / "block.yaml")
 
 
 def needs_shell(block: Block) -> bool:

@@ -198,6 +198,8 @@ def _close(study: Study, words: Sequence[str], code: int, only: str | None) -> i
     """Name what failed and what is left, or show the results."""
     plan = make_plan(study)
     failed = failures(study, plan)
+    if only is not None:
+        failed = {c: said for c, said in failed.items() if short(c) == only.removeprefix("cells/")}
     for cell, message in failed.items():
         note(f"failed: {short(cell)}: {message}")
         note(f"  repeat it with: {shlex.join([*words, '--cell', short(cell)])}")
