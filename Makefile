@@ -68,6 +68,7 @@ pages: setup  ## write what is generated: docs/files.md and reference.md, all ta
 	$(BIN)/python docs/scripts/demo_table.py
 	$(BIN)/python docs/scripts/turn.py
 	$(BIN)/python docs/scripts/gate_table.py
+	$(BIN)/python docs/scripts/load_table.py
 	$(BIN)/python docs/scripts/grow_table.py
 	$(BIN)/python docs/scripts/combine_tables.py
 	$(BIN)/python docs/scripts/vectors.py

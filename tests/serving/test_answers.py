@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from rotmole.serving.answers import StopQueue
 
-LETTERS = st.text("ab", max_size=8)
+LETTERS = st.text("ab", max_size=2)
 
 
 def sent(pieces, stops):

@@ -51,11 +51,11 @@ CALLS = {
     f"{BATCHING}.cb_logits_processors:ContinuousBatchingLogitsProcessorList": (
         "logits_processor",
     ),
-    f"{BATCHING}.cb_logits_processors:ContinuousBatchingLogitsProcessor.fill_defaults": (
-        "int32_tensor",
+    f"{BATCHING}.cb_logits_processors:ContinuousBatchingLogitsProcessorList.__call__": (
+        "input_ids", "scores", "logits_processor_args",
     ),
-    f"{BATCHING}.cb_logits_processors:ContinuousBatchingLogitsProcessor.__call__": (
-        "scores", "tensor_arg",
+    f"{BATCHING}.cb_logits_processors:ContinuousBatchingLogitsProcessorList.prepare_tensor_args": (
+        "requests_in_batch", "arg_storage",
     ),
 }  # fmt: skip
 FIELDS = {

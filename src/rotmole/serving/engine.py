@@ -7,6 +7,7 @@ tests/serving/test_internals.py says which of them a new version has moved.
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 import queue
 import threading
@@ -88,39 +89,47 @@ class _Choice:
         return chosen_1V.scatter_(1, token_11, 0.0)[0]
 
 
-class _Choices(ContinuousBatchingLogitsProcessor):
+class _Choices(ContinuousBatchingLogitsProcessorList):
     """Chooses the next token of every sampled answer in a batch that is greedy otherwise.
 
     transformers samples with one setting and one source of random numbers for the whole batch.
     """
 
-    supported_kwargs: dict[str, type] = {"choice": _Choice}  # noqa: RUF012 - the base class's form
-    ignored_kwargs: tuple[str, ...] = ()
-
     def __init__(self) -> None:
-        self._choices: list[_Choice | None] = []
-        self._last: list[int] = []
+        super().__init__(LogitsProcessorList())
+        self.do_processing = True
+        self.supported_keys = {"choice": _Choice}
+        self._choices: list[tuple[int, _Choice | None]] = []
+        self._tokens = self._requests = 0
 
-    def fill_defaults(self, int32_tensor: torch.Tensor) -> None:
-        int32_tensor.zero_()
-
-    def prepare_tensor_args(self, requests_with_new_token: Sequence[Any]) -> torch.Tensor:
-        # transformers before 5.23 hands over all requests, and later the scores of all tokens
-        self._choices, self._last, tokens = [], [], 0
-        for request in requests_with_new_token:
-            tokens += request.query_length
+    def prepare_tensor_args(self, requests_in_batch: Sequence[Any], arg_storage: Any) -> Any:
+        """Note for each request with a new token its last token and how the next one is chosen."""
+        self._choices, self._tokens = [], 0
+        self._requests = len(requests_in_batch)
+        for request in requests_in_batch:
+            self._tokens += request.query_length
             if request.has_new_token:
-                self._choices.append(request.state.logit_processor_kwargs.get("choice"))
-                self._last.append(tokens - 1)
-        return torch.zeros(len(self._choices), dtype=torch.int32)
+                choice = request.state.logit_processor_kwargs.get("choice")
+                self._choices.append((self._tokens - 1, choice))
+        return arg_storage
 
-    def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
-        one_each = scores.shape[0] == len(self._choices)
-        rows = range(len(self._choices)) if one_each else self._last
-        for row, choice in zip(rows, self._choices, strict=True):
+    def __call__(self, input_ids: Any, scores: torch.Tensor, logits_processor_args: Any) -> Any:
+        """Return the scores; in the rows of sampled answers only that of one token is finite."""
+        of_tokens = scores.shape[0] == self._tokens  # all that were read, else one of each request
+        if self._tokens == self._requests:
+            of_tokens = _SCORES_OF_TOKENS
+        for place, (last, choice) in enumerate(self._choices):
+            row = last if of_tokens else place
             if choice is not None:
                 scores[row] = choice(scores[row])
         return scores
+
+
+_SCORES_OF_TOKENS = (
+    "requests_with_new_token"
+    not in inspect.signature(ContinuousBatchingLogitsProcessor.prepare_tensor_args).parameters
+)
+"""Whether transformers computes the scores of all tokens that it reads, as it did in 5.10."""
 
 
 class Engine:
@@ -239,9 +248,7 @@ class Batched(Engine):
             )
         except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
             raise ModelError(f"{served.name}: no continuous batching: {error}") from error
-        choices = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([_Choices()]))
-        choices.tensors_required = 1
-        self._manager.logit_processor = choices
+        self._manager.logit_processor = _Choices()
         self._manager.start()
         self._try()
 
