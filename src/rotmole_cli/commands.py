@@ -447,6 +447,98 @@ def grow(
 
 
 @app.command()
+def export(
+    target: Target,
+    overrides: Overrides = None,
+    lora: Annotated[
+        bool, typer.Option("--lora", help="Write the nearest static LoRA, for programs without us.")
+    ] = False,
+    onnx: Annotated[
+        bool, typer.Option("--onnx", help="Write the adapted model as an ONNX graph.")
+    ] = False,
+    merged: Annotated[
+        bool, typer.Option("--merged", help="Refused: says why, and what to do instead.")
+    ] = False,
+    card: Annotated[
+        bool,
+        typer.Option(
+            "--card", help="Write the adapter's model card, with its settings and scores."
+        ),
+    ] = False,
+    push: Annotated[
+        str | None,
+        typer.Option(
+            "--push",
+            metavar="NAME/REPO",
+            help="Upload what was written, or the adapter with its card, to the hub.",
+        ),
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="A repository that --push makes is private.")
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="DIR", help="A new folder for --lora or --onnx."),
+    ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            "--rank",
+            min=1,
+            help="Rank of the static LoRA. [default: 16, or the adapter's if it is a LoRA]",
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            "--data",
+            metavar="RUN.yaml",
+            help="The run file whose rows the LoRA is fitted on. [default: the run's own]",
+        ),
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            "--text",
+            metavar="FILE",
+            help="Other text that the LoRA is fitted on too, passages with a blank line between "
+            "them. [default: a text of rotmole's]",
+        ),
+    ] = None,
+    limit: Annotated[
+        int,
+        typer.Option(
+            "--limit", min=1, help="Rows of each task and group to fit on, and to judge by."
+        ),
+    ] = 50,
+    max_kl: Annotated[
+        float,
+        typer.Option(
+            "--max-kl",
+            "--max-loss",
+            min=0.0,
+            help="Refuse a static LoRA whose predictions are farther from the mixture's, in nats "
+            "for each token.",
+        ),
+    ] = 0.1,
+    force: Annotated[bool, typer.Option("--force", help="Write it all the same.")] = False,
+    trust_remote_code: Trust = False,
+) -> int:
+    """Take an adapter out of rotmole: a static LoRA, an ONNX graph, a card, an upload."""
+    from rotmole.cli.export import Kinds
+    from rotmole.cli.export import export as work
+    from rotmole.export.lora import Settings
+
+    return work(
+        target, overrides or [],
+        kinds=Kinds(lora, onnx, merged, card, push, private),
+        output=output, config=config, settings=Settings(rank, text, limit),
+        max_kl=max_kl, force=force, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+
+
+@app.command()
 def doctor(
     adapter: Annotated[
         Path | None, typer.Argument(metavar="ADAPTER", help="An adapter folder to check as well.")
