@@ -16,7 +16,7 @@ PATTERNS = (
     "README.md", "*.json", "*.jinja", "*.safetensors", "*.onnx", "*.onnx.data", "*.model",
     "vocab.txt", "merges.txt",
 )  # fmt: skip
-"""Names of files that are uploaded; everything else in the folder stays here."""
+"""Names of files that are uploaded; everything else in the folder, and hidden files, stay here."""
 _TEXT = {".md", ".json", ".jinja", ".txt"}
 
 
@@ -67,14 +67,13 @@ def push(folder: Path, repo: str, *, private: bool = False, message: str = "Uplo
             api.create_commit(repo, adds, commit_message=message)
     except HFValidationError as error:
         raise InputError(f"--push {repo!r}: {_first_line(error)}") from error
-    except HfHubHTTPError as error:
-        raise InputError(_refusal(error, repo)) from error
-    except OSError as error:  # httpx's errors of connections are no OSError; see below
-        raise RotMoleError(_unreachable(error)) from error
-    except Exception as error:
-        if type(error).__module__.partition(".")[0] not in ("httpx", "httpcore", "requests"):
+    except Exception as error:  # while a large file is sent, the cause is inside a RuntimeError
+        cause = error.__cause__ if isinstance(error, RuntimeError) else error
+        if isinstance(cause, HfHubHTTPError):
+            raise InputError(_refusal(cause, repo)) from error
+        if not type(cause).__module__.startswith(("httpx", "httpcore", "requests")):
             raise
-        raise RotMoleError(_unreachable(error)) from error
+        raise RotMoleError(_unreachable(cause)) from error
     kept = [name for name in files if name not in sent]
     return Pushed(url, tuple(sent), tuple(kept))
 
@@ -94,7 +93,8 @@ def _token(repo: str) -> str:
 
 def _files(folder: Path) -> Iterator[Path]:
     for path in sorted(folder.iterdir()):
-        if path.is_file() and any(path.match(pattern) for pattern in PATTERNS):
+        named = any(path.match(pattern) for pattern in PATTERNS)
+        if path.is_file() and named and not path.name.startswith("."):
             yield path
 
 
@@ -120,11 +120,11 @@ def _refusal(error: HfHubHTTPError, repo: str) -> str:
     return f"--push {repo!r}: the hub refused ({status}): {_first_line(error)}"
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException | None) -> str:
     return str(error).strip().split("\n")[0].rstrip(".") + "."
 
 
-def _unreachable(error: Exception) -> str:
+def _unreachable(error: BaseException | None) -> str:
     return (
         f"the hub at {constants.ENDPOINT} cannot be reached ({_first_line(error)}); check the "
         "network and HF_ENDPOINT, and run the same command again: what arrived is not sent twice."
