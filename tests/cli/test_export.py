@@ -11,7 +11,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import rotmole
@@ -96,7 +96,7 @@ assert not any(name.startswith("rotmole") for name in sys.modules)
 def elsewhere(model: Path, adapter: Path, file: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a folder's logits, as it is and merged, by a process that cannot import rotmole.
 
-    They are computed in float64, where two orders of a product show no difference.
+    They are computed in float64, where only the rounding of the stored B shows.
     """
     command = [sys.executable, "-W", "ignore", "-c", ELSEWHERE, str(model), str(adapter), str(file)]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
@@ -118,8 +118,9 @@ def test_a_lora_is_exported_exactly_and_loads_where_rotmole_is_not(
     plain, merged = elsewhere(place / "model", tmp_path / "out", tmp_path / "logits.pt")
     with torch.no_grad():
         expected = model.double()(torch.arange(24).reshape(2, 12)).logits
-    torch.testing.assert_close(plain, expected, rtol=0, atol=1e-6)
-    torch.testing.assert_close(merged, expected, rtol=0, atol=1e-6)
+    near = 1e-6 * float(expected.abs().max())
+    torch.testing.assert_close(plain, expected, rtol=0, atol=near)
+    torch.testing.assert_close(merged, expected, rtol=0, atol=near)
 
 
 def test_a_mixture_becomes_the_nearest_lora_with_its_figures(
@@ -199,16 +200,15 @@ def test_whole_trained_modules_come_along(place: Path, tmp_path: Path) -> None:
     save_adapter(place, folder, num_experts=1, rotation="none", modules_to_save=["lm_head"])
     weights = load_file(folder / "adapter_model.safetensors")
     name = next(name for name in weights if "lm_head" in name)
-    from safetensors.torch import save_file
-
     save_file(weights | {name: weights[name] + 1}, folder / "adapter_model.safetensors")
     assert main(["export", str(folder), "--lora", "--output", str(tmp_path / "out")]) == 0
-    plain, _ = elsewhere(place / "model", tmp_path / "out", tmp_path / "logits.pt")
-    base = AutoModelForCausalLM.from_pretrained(place / "model")
-    model = PeftModel.from_pretrained(base, folder).double()
-    with torch.no_grad():
-        expected = model(torch.arange(24).reshape(2, 12)).logits
-    torch.testing.assert_close(plain, expected, rtol=0, atol=1e-6)
+    logits = []
+    for adapter in (folder, tmp_path / "out"):
+        base = AutoModelForCausalLM.from_pretrained(place / "model")
+        with torch.no_grad():
+            ids = torch.arange(24).reshape(2, 12)
+            logits.append(PeftModel.from_pretrained(base, adapter).double()(ids).logits)
+    torch.testing.assert_close(logits[0], logits[1], rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize(
