@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import tiny
+from fake_hub import fake_hub
 from rotmole.config.load import load_run
 from rotmole.models.builtin import SMOLLM2, built_in_folder
 from rotmole_cli.run import run
@@ -128,6 +130,18 @@ def run_shell(block: Block) -> None:
             raise AssertionError(f"do not know how to run {line!r}")
 
 
+@pytest.fixture
+def hub(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A hub on loopback for the blocks that upload something."""
+    if "--push" not in request.node.callspec.params["block"].text:
+        yield
+        return
+    with fake_hub(monkeypatch) as there:
+        yield
+    assert there.files
+
+
+@pytest.mark.usefixtures("hub")
 @pytest.mark.filterwarnings("default")  # a reader sees warnings; they do not stop the example
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda b: f"{b.document.name}:{b.line}")
 def test_block_runs(
