@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from rotmole.config.load import sft_arguments
 from rotmole.config.schema import RunFile
@@ -89,6 +92,100 @@ class Verdict:
         return part, self.agreements[part].kl
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A mixture, its base model once more, and tokens to fit and judge a static LoRA by.
+
+    Attributes:
+        place: the target.
+        adapter: its folder.
+        model: with the mixture.
+        base: a second copy of the base model that shares its tensors.
+        tokenizer: the model's.
+        rows: name of a part -> rows of token ids; labels where not every token counts.
+        judged: the held-out rows of the tasks.
+        split: of these.
+        own_rank: the rank at which the LoRA is the adapter itself, None for a mixture.
+    """
+
+    place: Target
+    adapter: Path
+    model: Any
+    base: Any
+    tokenizer: Any
+    rows: Mapping[str, Sequence[Row]]
+    judged: Tasks
+    split: str
+    own_rank: int | None
+
+    def fit(
+        self,
+        rank: int,
+        *,
+        fitted_on: Sequence[str] = (ROWS, TEXT),
+        progress: Progress | None = None,
+    ) -> dict[str, StaticLayer]:
+        """Return the static LoRA that is nearest on some parts, judged on the other ones too."""
+        parts = {name: _batches(rows, self.model) for name, rows in self.rows.items()}
+        fitted = {name: parts.pop(name) for name in fitted_on}
+        return static_lora(self.model, fitted, parts, rank=rank, progress=progress)
+
+    def write(self, layers: Mapping[str, StaticLayer], folder: Path) -> None:
+        """Write a static LoRA as a PEFT folder, with what else belongs to the adapter."""
+        config = self.model.peft_config[self.model.active_adapter]
+        write_lora(folder, layers, config, trained_beside(self.adapter))
+        endings = self.adapter / GENERATION_CONFIG_NAME
+        if endings.is_file():
+            shutil.copyfile(endings, folder / GENERATION_CONFIG_NAME)
+
+    def agreements(self, second: Any) -> dict[str, Agreement]:
+        """Compare a second model with the mixture on the parts that judge."""
+        return {
+            name: agreement(self.model, second, rows)
+            for name, rows in self.rows.items()
+            if name in (HELD_OUT, OTHER)
+        }
+
+
+def prepare(
+    place: Target, settings: Settings, *, say: Say, trust_remote_code: bool = False
+) -> Prepared:
+    """Read the rows and load the models for a static LoRA.
+
+    Args:
+        place: its run gives the rows; without one the adapter must be a LoRA already.
+        say: called with one line before each slow step.
+
+    Raises:
+        AdapterError: the target has no adapter, or one of another method.
+        ConfigError: there are no rows to fit a mixture on.
+        ModelError: the adapter has no layers for which a linear map can stand.
+    """
+    adapter = _mixture_of(place)
+    passages = general_passages() if settings.text is None else read_passages(settings.text)
+    tokenizer = load_tokenizer(place.model, trust_remote_code=trust_remote_code)
+    fit, judge, split = _rows(place, settings.limit, tokenizer)
+    loaded = load_model(place.model, trust_remote_code=trust_remote_code, say=say)
+    base = shared_copy(loaded.model).eval()
+    model = with_adapter(loaded.model, adapter).eval()
+    own_rank = needed_rank(model)
+    if own_rank is None and not fit:
+        raise ConfigError(
+            "a static LoRA of a mixture is fitted on rows, and there is no run file to take them "
+            "from; add --config RUN.yaml."
+        )
+    fitted, kept = divided(passages)
+    rows = {
+        ROWS: _encoded(place.run, fit, tokenizer),
+        TEXT: [{"input_ids": ids} for ids in tokenised(fitted, tokenizer)],
+        HELD_OUT: _encoded(place.run, judge, tokenizer),
+        OTHER: [{"input_ids": ids} for ids in tokenised(kept, tokenizer)],
+    }
+    if not judge:
+        del rows[HELD_OUT]
+    return Prepared(place, adapter, model, base, tokenizer, rows, judge, split, own_rank)
+
+
 def export_lora(
     place: Target,
     folder: Path,
@@ -101,60 +198,28 @@ def export_lora(
     """Write the static LoRA of a target's adapter, and judge the files that were written.
 
     Args:
-        place: its run gives the rows; without one the adapter must be a LoRA already.
+        place, settings, say: as in `prepare`, which says what it raises.
         folder: exists; receives what PEFT's save_pretrained writes.
-        say: called with one line before each slow step.
         progress: called with (what, done, total).
-
-    Raises:
-        AdapterError: the target has no adapter, or one of another method.
-        ConfigError: there are no rows to fit a mixture on.
-        ModelError: the adapter has no layers for which a linear map can stand.
     """
-    adapter = _mixture_of(place)
-    passages = general_passages() if settings.text is None else read_passages(settings.text)
-    tokenizer = load_tokenizer(place.model, trust_remote_code=trust_remote_code)
-    fit, judge, split = _rows(place, settings.limit, tokenizer)
-    loaded = load_model(place.model, trust_remote_code=trust_remote_code, say=say)
-    second = shared_copy(loaded.model)
-    model = with_adapter(loaded.model, adapter).eval()
-    exact_rank = needed_rank(model)
-    if exact_rank is None and not fit:
-        raise ConfigError(
-            "a static LoRA of a mixture is fitted on rows, and there is no run file to take them "
-            "from; add --config RUN.yaml."
-        )
-    rank = settings.rank or exact_rank or RANK
-    fitted, kept = divided(passages)
-    parts = {ROWS: fit, HELD_OUT: judge}
-    rows = {name: _encoded(place.run, tasks, tokenizer) for name, tasks in parts.items()}
-    rows[TEXT] = [{"input_ids": ids} for ids in tokenised(fitted, tokenizer)]
-    rows[OTHER] = [{"input_ids": ids} for ids in tokenised(kept, tokenizer)]
-    judged = [name for name in (HELD_OUT, OTHER) if rows[name]]
+    ready = prepare(place, settings, say=say, trust_remote_code=trust_remote_code)
+    rank = settings.rank or ready.own_rank or RANK
     say(f"fitting a LoRA of rank {rank}")
-    layers = static_lora(
-        model,
-        {name: _batches(rows[name], model) for name in (ROWS, TEXT)},
-        {name: _batches(rows[name], model) for name in judged},
-        rank=rank,
-        progress=progress,
-    )
-    config = model.peft_config[model.active_adapter]
-    write_lora(folder, layers, config, trained_beside(adapter))
+    layers = ready.fit(rank, progress=progress)
+    ready.write(layers, folder)
     exact = all(layer.exact for layer in layers.values())
-    shares = {name: total_share(layers, name) for name in (ROWS, TEXT, *judged)}
+    shares = {name: total_share(layers, name) for name in ready.rows}
 
     say("comparing the LoRA in these files with the mixture")
-    second.eval()
-    without = {name: agreement(model, second, rows[name]) for name in judged}
-    second = with_adapter(second, folder).eval()
-    agreements = {name: agreement(model, second, rows[name]) for name in judged}
+    without = ready.agreements(ready.base)
+    second = with_adapter(ready.base, folder).eval()
+    agreements = ready.agreements(second)
     report = None
-    if judge and not exact:
-        for each in (model, second):
-            take_endings(each, adapter)
-        report = _measured(place, model, second, tokenizer, judge, progress)
-    return Verdict(layers, rank, exact, shares, agreements, without, report, split)
+    if ready.judged and not exact:
+        for each in (ready.model, second):
+            take_endings(each, ready.adapter)
+        report = _measured(ready, second, progress)
+    return Verdict(layers, rank, exact, shares, agreements, without, report, ready.split)
 
 
 def shared_copy(model: Any) -> Any:
@@ -230,16 +295,15 @@ def _batches(rows: Sequence[Row], model: Any) -> list[dict[str, Any]]:
     ]
 
 
-def _measured(
-    place: Target, mixture: Any, static: Any, tokenizer: Any, rows: Tasks, progress: Progress | None
-) -> Report:
-    run = place.run
+def _measured(ready: Prepared, static: Any, progress: Progress | None) -> Report:
+    run = ready.place.run
     assert run is not None  # it gave the rows
+    section = run.evaluation.model_copy(update={"examples_in_prompt": 0})
     systems = {}
-    for name, model in (("mixture", mixture), ("static", static)):
+    for name, model in (("mixture", ready.model), ("static", static)):
         show = None if progress is None else _named(progress, name)
         systems[name] = measure(
-            model, tokenizer, rows, run.evaluation.model_copy(update={"examples_in_prompt": 0}),
+            model, ready.tokenizer, ready.judged, section,
             metrics_by_task=_wanted(run), progress=show, seed=run.seed,
             max_length=sft_arguments(run)["max_length"],
         )  # fmt: skip
