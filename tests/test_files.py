@@ -14,7 +14,13 @@ from hypothesis import strategies as st
 import rotmole.errors
 import rotmole.files
 from rotmole.errors import StorageError
-from rotmole.files import atomic_write_bytes, atomic_write_text, make_folder, storage_errors
+from rotmole.files import (
+    atomic_write_bytes,
+    atomic_write_text,
+    make_folder,
+    storage_errors,
+    whole_folder,
+)
 
 SOURCES = [rotmole.errors.__file__, rotmole.files.__file__]
 LIGHT = """
@@ -132,3 +138,40 @@ while True:
             finally:
                 writer.kill()
         assert Path(path).read_bytes() in contents
+
+
+def test_a_folder_gets_its_name_when_it_is_whole(tmp_path):
+    with whole_folder(tmp_path / "new" / "folder") as fresh:
+        (fresh / "inner").mkdir()
+        (fresh / "inner" / "file").write_text("x", encoding="utf-8")
+        (fresh / "private").touch(0o600)
+        assert not (tmp_path / "new" / "folder").exists()
+    assert (tmp_path / "new" / "folder" / "inner" / "file").read_text(encoding="utf-8") == "x"
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["folder"]
+    (tmp_path / "ordinary").touch()
+    ordinary = (tmp_path / "ordinary").stat().st_mode
+    assert (tmp_path / "new" / "folder" / "private").stat().st_mode == ordinary
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(errno.ENOSPC, "full"), ValueError])
+def test_a_folder_that_is_not_whole_leaves_nothing(tmp_path, error):
+    (tmp_path / "folder").mkdir()  # an empty one may be there
+    expected = StorageError if isinstance(error, OSError) else error
+    with pytest.raises(expected), whole_folder(tmp_path / "folder") as fresh:
+        (fresh / "file").touch()
+        raise error
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    assert not list((tmp_path / "folder").iterdir())
+
+
+def test_what_is_in_a_folder_is_never_replaced(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "mine").touch()
+    (tmp_path / "file").touch()
+    for name in ("folder", "file"):
+        with (
+            pytest.raises(StorageError, match="no empty folder"),
+            whole_folder(tmp_path / name),
+        ):
+            raise AssertionError
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
