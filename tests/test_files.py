@@ -156,10 +156,14 @@ def test_a_folder_gets_its_name_when_it_is_whole(tmp_path):
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(errno.ENOSPC, "full"), ValueError])
 def test_a_folder_that_is_not_whole_leaves_nothing(tmp_path, error):
     (tmp_path / "folder").mkdir()  # an empty one may be there
-    expected = StorageError if isinstance(error, OSError) else error
-    with pytest.raises(expected), whole_folder(tmp_path / "folder") as fresh:
-        (fresh / "file").touch()
-        raise error
+
+    def fill() -> None:
+        with whole_folder(tmp_path / "folder") as fresh:
+            (fresh / "file").touch()
+            raise error
+
+    with pytest.raises(StorageError if isinstance(error, OSError) else error):
+        fill()
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
     assert not list((tmp_path / "folder").iterdir())
 

@@ -133,7 +133,7 @@ def _lora(
             )
         built_in = built_in_named(place.model.name)
         base = built_in.hub_id if built_in else place.model.name
-        card = lora_card(base, verdict, built_in=built_in and built_in.name)
+        card = lora_card(base, verdict, built_in=built_in.name if built_in else None)
         atomic_write_text(fresh / CARD, card)
         atomic_write_text(fresh / FIGURES, json.dumps(_figures(verdict), indent=1) + "\n")
     print(f"written: {folder} (an ordinary LoRA for PEFT; it needs no rotmole)")

@@ -73,9 +73,10 @@ def scores_table(scores: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _measure(values: Mapping[str, Any]) -> Measure:
-    missing = float("nan")
-    ends = (missing if values[name] is None else values[name] for name in ("value", "low", "high"))
-    return Measure(*ends, n=values["n"])
+    """Return a figure of eval.json, in which one that is not finite is null."""
+    names = ("value", "low", "high")
+    ends = [float("nan") if values[name] is None else values[name] for name in names]
+    return Measure(ends[0], ends[1], ends[2], values["n"])
 
 
 def read_scores(file: Path) -> dict[str, Any] | None:

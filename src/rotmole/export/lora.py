@@ -175,7 +175,7 @@ def prepare(
             "from; add --config RUN.yaml."
         )
     fitted, kept = divided(passages)
-    rows = {
+    rows: dict[str, Sequence[Row]] = {
         ROWS: _encoded(place.run, fit, tokenizer),
         TEXT: [{"input_ids": ids} for ids in tokenised(fitted, tokenizer)],
         HELD_OUT: _encoded(place.run, judge, tokenizer),
