@@ -507,33 +507,34 @@ def export(
         ),
     ] = None,
     limit: Annotated[
-        int,
+        int | None,
         typer.Option(
-            "--limit", min=1, help="Rows of each task and group to fit on, and to judge by."
+            "--limit",
+            min=1,
+            help="Rows of each task and group to fit on, and to judge by. [default: 50]",
         ),
-    ] = 50,
+    ] = None,
     max_kl: Annotated[
-        float,
+        float | None,
         typer.Option(
             "--max-kl",
             "--max-loss",
             min=0.0,
             help="Refuse a static LoRA whose predictions are farther from the mixture's, in nats "
-            "for each token.",
+            "for each token. [default: 0.1]",
         ),
-    ] = 0.1,
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Write it all the same.")] = False,
     trust_remote_code: Trust = False,
 ) -> int:
     """Take an adapter out of rotmole: a static LoRA, an ONNX graph, a card, an upload."""
     from rotmole.cli.export import Kinds
     from rotmole.cli.export import export as work
-    from rotmole.export.lora import Settings
 
     return work(
         target, overrides or [],
         kinds=Kinds(lora, onnx, merged, card, push, private),
-        output=output, config=config, settings=Settings(rank, text, limit),
+        output=output, config=config, rank=rank, text=text, limit=limit,
         max_kl=max_kl, force=force, trust_remote_code=trust_remote_code,
     )  # fmt: skip
 

@@ -219,6 +219,8 @@ def test_whole_trained_modules_come_along(place: Path, tmp_path: Path) -> None:
         (["--lora", "--onnx", "--output", "x"], "once for each"),
         (["--lora", "--card", "--output", "x"], "--card has no effect"),
         (["--card", "--output", "x"], "has no effect without"),
+        (["--card", "--rank", "4", "--force"], "--rank, --force has no effect without --lora"),
+        (["--card", "--private"], "--private has no effect"),
         ([], "nothing to do"),
         (["--lora", "--output", "x", "--text", "none.txt"], "none.txt cannot be read"),
     ],
@@ -260,6 +262,9 @@ def test_onnxruntime_computes_the_adapted_model(
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     assert (out / "tokenizer_config.json").is_file()
     assert (out / "config.json").is_file()
+    card = ModelCard.load(out / "README.md")
+    assert card.data.library_name == "onnx"
+    assert str(place) not in card.content
 
 
 @pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning")

@@ -13,7 +13,7 @@ from rotmole.errors import ConfigError, InputError, RotMoleError
 from rotmole.evaluation import to_json
 from rotmole.evaluation.render import footnotes, print_lines, print_table, rows
 from rotmole.evaluation.target import Target, find_target, load_target
-from rotmole.export.card import lora_card, read_scores, with_scores
+from rotmole.export.card import lora_card, onnx_card, read_scores, with_scores
 from rotmole.export.hub import push
 from rotmole.export.lora import MAX_KL, Settings, Verdict, export_lora
 from rotmole.export.onnx_model import FILE, TOLERANCE, export_onnx
@@ -57,8 +57,10 @@ def export(
     kinds: Kinds,
     output: Path | None = None,
     config: Path | None = None,
-    settings: Settings | None = None,
-    max_kl: float = MAX_KL,
+    rank: int | None = None,
+    text: Path | None = None,
+    limit: int | None = None,
+    max_kl: float | None = None,
     force: bool = False,
     trust_remote_code: bool = False,
 ) -> int:
@@ -67,8 +69,9 @@ def export(
     Args:
         output: a new or empty folder for the static LoRA or the ONNX graph.
         config: run file for an adapter folder.
-        settings: of the static LoRA; None: the defaults.
-        max_kl: a static LoRA whose predictions are farther from the mixture's is refused.
+        rank, text, limit: settings of the static LoRA; None: their defaults.
+        max_kl: a static LoRA whose predictions are farther from the mixture's is refused; None:
+            MAX_KL.
         force: write it all the same.
 
     Raises:
@@ -76,6 +79,10 @@ def export(
         RotMoleError: the static LoRA is refused; nothing was written.
     """
     _check(kinds, output)
+    of_lora = {"rank": rank, "text": text, "limit": limit, "max-kl": max_kl, "force": force or None}
+    without = [f"--{name}" for name, value in of_lora.items() if value is not None]
+    if without and not kinds.lora:
+        raise ConfigError(f"{', '.join(without)} has no effect without --lora.")
     place = find_target(target, overrides=overrides, config=config, needs_data=kinds.lora)
     if place.adapter is None:
         raise InputError(
@@ -83,7 +90,10 @@ def export(
         )
     folder = place.adapter if output is None else output.expanduser()
     if kinds.lora:
-        _lora(place, folder, settings or Settings(), max_kl, force, trust_remote_code)
+        given = {"rank": rank, "text": text, "limit": limit}
+        settings = Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type] # by name
+        bound = MAX_KL if max_kl is None else max_kl
+        _lora(place, folder, settings, bound, force, trust_remote_code)
     elif kinds.onnx:
         _onnx(place, folder, trust_remote_code)
     else:
@@ -105,6 +115,8 @@ def _check(kinds: Kinds, output: Path | None) -> None:
         raise ConfigError(f"--card has no effect with {writes[0]}, which writes a card of its own.")
     if not writes and output is not None:
         raise ConfigError(f"--output {output} has no effect without --lora or --onnx.")
+    if kinds.private and kinds.push is None:
+        raise ConfigError("--private has no effect without --push.")
     if not (writes or kinds.card or kinds.push):
         raise ConfigError("nothing to do; add --lora, --onnx, --card or --push NAME.")
 
@@ -132,8 +144,7 @@ def _lora(
                 "FILE with texts like those it will read, may help; --force writes it as it is."
             )
         built_in = built_in_named(place.model.name)
-        base = built_in.hub_id if built_in else place.model.name
-        card = lora_card(base, verdict, built_in=built_in.name if built_in else None)
+        card = lora_card(_base(place), verdict, built_in=built_in.name if built_in else None)
         atomic_write_text(fresh / CARD, card)
         atomic_write_text(fresh / FIGURES, json.dumps(_figures(verdict), indent=1) + "\n")
     print(f"written: {folder} (an ordinary LoRA for PEFT; it needs no rotmole)")
@@ -218,19 +229,22 @@ def _onnx(place: Target, folder: Path, trust_remote_code: bool) -> None:
         difference = export_onnx(loaded.model, fresh)
         loaded.tokenizer.save_pretrained(fresh)
         loaded.model.config.save_pretrained(fresh)
+        atomic_write_text(fresh / CARD, onnx_card(_base(place), difference))
     print(f"written: {folder / FILE} (input_ids, attention_mask -> logits; no cache)")
     print(f"onnxruntime's logits differ from torch's by {difference:.1e}, at most {TOLERANCE:g}.")
+
+
+def _base(place: Target) -> str:
+    """Return the base model's name as others know it."""
+    built_in = built_in_named(place.model.name)
+    return built_in.hub_id if built_in else place.model.name
 
 
 def _card(place: Target) -> None:
     """Write the card of the adapter itself, with its scores."""
     assert place.adapter is not None  # checked above
     file = place.adapter / CARD
-    if file.is_file():
-        card = file.read_text(encoding="utf-8")
-    else:
-        built_in = built_in_named(place.model.name)
-        card = adapter_card(built_in.hub_id if built_in else place.model.name)
+    card = file.read_text(encoding="utf-8") if file.is_file() else adapter_card(_base(place))
     scores = read_scores(place.folder / "eval.json")
     if scores is None:
         note(f"no scores: {place.folder / 'eval.json'} is missing; `rotmole eval` writes it")

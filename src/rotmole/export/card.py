@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCardData
+
 from rotmole import __version__
 from rotmole.config.schema import RunFile
 from rotmole.config.yaml_text import write_yaml
@@ -14,7 +16,7 @@ from rotmole.errors import InputError
 from rotmole.evaluation.render import format_measure
 from rotmole.evaluation.report import Measure, to_json
 from rotmole.export.lora import Verdict
-from rotmole.tuner.card import header, shown_name
+from rotmole.tuner.card import header, hub_id, shown_name
 
 BEGIN, END = "<!-- scores -->", "<!-- end of scores -->"
 _SECTIONS = ("seed", "adapter", "optimizer", "training")
@@ -122,6 +124,22 @@ def lora_card(base: str | None, verdict: Verdict, *, built_in: str | None = None
     return "\n".join(lines).rstrip() + "\n"
 
 
+def onnx_card(base: str | None, difference: float) -> str:
+    """Write the card of an ONNX graph.
+
+    Args:
+        base: name or path of the base model.
+        difference: the largest between onnxruntime's logits and torch's.
+    """
+    data = ModelCardData(
+        base_model=hub_id(base), library_name="onnx", pipeline_tag="text-generation",
+        tags=["onnx", "rotmole"],
+    )  # fmt: skip
+    return _ONNX.format(
+        header=data.to_yaml(), base=shown_name(base), version=__version__, difference=difference
+    )
+
+
 def _verdict(verdict: Verdict) -> Iterator[str]:
     if verdict.agreements:
         yield "| tokens of | number | KL from the mixture, nats | same likeliest token |"
@@ -143,4 +161,15 @@ adapter = "path/to/this/folder"  # or its hub id
 tokenizer = AutoTokenizer.from_pretrained(base)
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
 ```
+"""
+
+_ONNX = """---
+{header}
+---
+
+# {base} with a mixture of low-rank experts, as an ONNX graph
+
+model.onnx takes input_ids and attention_mask, int64 [batch, length] of any size, and returns
+logits, float32 [batch, length, vocabulary]. It has no key-value cache. It was written by rotmole
+{version}; onnxruntime's logits differed from PyTorch's by {difference:.1e} at most.
 """

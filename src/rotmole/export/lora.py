@@ -32,6 +32,8 @@ from rotmole.export.text import divided, general_passages, read_passages, tokeni
 from rotmole.models.adapter import check_adapter_folder
 from rotmole.models.endings import take_endings
 from rotmole.models.load import load_model, load_tokenizer
+from rotmole.models.logits import accepts_logits_to_keep
+from rotmole.tuner.layer import RotMoleLayer
 
 RANK = 16
 """Of a mixture's static LoRA if none is given."""
@@ -289,9 +291,13 @@ def _encoded(run: RunFile | None, tasks: Tasks, tokenizer: Any) -> list[Row]:
 
 def _batches(rows: Sequence[Row], model: Any) -> list[dict[str, Any]]:
     device = next(model.parameters()).device
+    arguments: dict[str, Any] = {"use_cache": False}
+    head = model.get_base_model().get_output_embeddings()
+    if accepts_logits_to_keep(model) and not isinstance(head, RotMoleLayer):
+        arguments["logits_to_keep"] = 1  # nobody reads them
     return [
-        {name: value.to(device) for name, value in arguments.items()}
-        for arguments, _ in equal_length_batches(rows, BATCH)
+        {name: value.to(device) for name, value in batch.items()} | arguments
+        for batch, _ in equal_length_batches(rows, BATCH)
     ]
 
 

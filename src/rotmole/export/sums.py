@@ -14,7 +14,7 @@ from rotmole.evaluation.scoring import evaluating
 from rotmole.export.regression import Sums
 from rotmole.tuner.experts.experts import Experts
 
-Batch = Mapping[str, Tensor]
+Batch = Mapping[str, Any]
 
 
 class _Running:
