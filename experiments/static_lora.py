@@ -13,7 +13,8 @@ from pathlib import Path
 
 from rotmole.evaluation.target import find_target, with_adapter
 from rotmole.export.lora import HELD_OUT, OTHER, ROWS, TEXT, Settings, prepare, shared_copy
-from rotmole.export.static_lora import total_share
+from rotmole.export.static_lora import active_experts, nearest_layer, total_share
+from rotmole.export.sums import added_sums
 
 RANKS = (4, 8, 16)
 FITS = {"rows": (ROWS,), "rows and text": (ROWS, TEXT)}
@@ -26,10 +27,19 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, required=True, help="the file to write")
     options = parser.parse_args()
     ready = prepare(find_target(options.run), Settings(), say=lambda text: None)
+    experts = active_experts(ready.model)
+    sums = {
+        part: added_sums(ready.model, experts, batches) for part, batches in ready.batches().items()
+    }
     lines = []
     for name, parts in FITS.items():
         for rank in RANKS:
-            layers = ready.fit(rank, fitted_on=parts)
+            layers = {
+                path: nearest_layer(
+                    {part: found[path] for part, found in sums.items()}, parts, rank
+                )
+                for path in experts
+            }
             with tempfile.TemporaryDirectory() as folder:
                 ready.write(layers, Path(folder))
                 static = with_adapter(shared_copy(ready.base), Path(folder)).eval()

@@ -120,17 +120,9 @@ class Prepared:
     split: str
     own_rank: int | None
 
-    def fit(
-        self,
-        rank: int,
-        *,
-        fitted_on: Sequence[str] = (ROWS, TEXT),
-        progress: Progress | None = None,
-    ) -> dict[str, StaticLayer]:
-        """Return the static LoRA that is nearest on some parts, judged on the other ones too."""
-        parts = {name: _batches(rows, self.model) for name, rows in self.rows.items()}
-        fitted = {name: parts.pop(name) for name in fitted_on}
-        return static_lora(self.model, fitted, parts, rank=rank, progress=progress)
+    def batches(self) -> dict[str, list[dict[str, Any]]]:
+        """Return the rows of each part as arguments of the model, without padding."""
+        return {name: _batches(rows, self.model) for name, rows in self.rows.items()}
 
     def write(self, layers: Mapping[str, StaticLayer], folder: Path) -> None:
         """Write a static LoRA as a PEFT folder, with what else belongs to the adapter."""
@@ -207,7 +199,9 @@ def export_lora(
     ready = prepare(place, settings, say=say, trust_remote_code=trust_remote_code)
     rank = settings.rank or ready.own_rank or RANK
     say(f"fitting a LoRA of rank {rank}")
-    layers = ready.fit(rank, progress=progress)
+    parts = ready.batches()
+    fitted = {name: parts.pop(name) for name in (ROWS, TEXT)}
+    layers = static_lora(ready.model, fitted, parts, rank=rank, progress=progress)
     ready.write(layers, folder)
     exact = all(layer.exact for layer in layers.values())
     shares = {name: total_share(layers, name) for name in ready.rows}

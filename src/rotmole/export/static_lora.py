@@ -105,7 +105,7 @@ def static_lora(
         sums = {name: added_sums(model, group, batches) for name, batches in parts.items()}
         for path in group:
             here = {name: layers[path] for name, layers in sums.items()}
-            result[path] = _nearest_layer(here, list(calibration), rank)
+            result[path] = nearest_layer(here, list(calibration), rank)
             done += 1
             if progress is not None:
                 progress("layers", done, len(experts))
@@ -122,7 +122,14 @@ def _own_layer(experts: Experts, rank: int, parts: Parts) -> StaticLayer | None:
     return StaticLayer(A_RD.cpu(), B_OR.cpu(), True, shares, dict.fromkeys(parts, 0.0))
 
 
-def _nearest_layer(sums: Mapping[str, Sums], fitted: Sequence[str], rank: int) -> StaticLayer:
+def nearest_layer(sums: Mapping[str, Sums], fitted: Sequence[str], rank: int) -> StaticLayer:
+    """Return the static LoRA of one layer from the sums of its parts.
+
+    Args:
+        sums: name of a part -> its sums.
+        fitted: names of the parts to fit on; the others only judge.
+        rank: of the LoRA.
+    """
     W_DO, A_RD, B_OR = best_map(mean([sums[name] for name in fitted]), rank)
     static_DO = A_RD.T @ B_OR.T
     shares = {
