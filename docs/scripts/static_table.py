@@ -1,15 +1,13 @@
-"""Write the tables of docs/use.md from the figures in experiments/results.
+"""Write the tables of docs/use.md from experiments/results/static_demo.json.
 
     python docs/scripts/static_table.py [--new EXPORTED_FOLDER] [--page FILE]
 
---new first replaces the committed figures by those of a static LoRA that was just exported. The
-table by rank has the figures of experiments/static_lora.py.
+--new first replaces the committed figures by those of a static LoRA that was just exported.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,6 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "use.md"
 EXPORTED = ROOT / "experiments" / "results" / "static_demo.json"
-FITS = ROOT / "experiments" / "results" / "static_lora.csv"
 
 
 def _rows(lines: list[list[str]]) -> str:
@@ -60,30 +57,10 @@ def tasks(exported: dict[str, Any]) -> str:
     return _rows(lines)
 
 
-def fits(table: list[dict[str, str]]) -> str:
-    """Return the table by rank and by what the LoRA was fitted on."""
-    head = [
-        "fitted on",
-        "rank",
-        "share, held-out",
-        "share, other text",
-        "KL, held-out",
-        "KL, other text",
-    ]
-    lines = [head]
-    for row in table:
-        shares = [f"{float(row[name]):.3f}" for name in ("held_out_share", "other_share")]
-        divergences = [f"{float(row[name]):.4f}" for name in ("held_out_kl", "other_kl")]
-        lines.append([row["fitted_on"], row["rank"], *shares, *divergences])
-    return _rows(lines)
-
-
 def page(text: str) -> str:
     """Return docs/use.md with the tables of the committed figures."""
     exported = json.loads(EXPORTED.read_text(encoding="utf-8"))
-    with FITS.open(encoding="utf-8", newline="") as stream:
-        measured = list(csv.DictReader(stream))
-    tables = {"static": static(exported), "tasks": tasks(exported), "fits": fits(measured)}
+    tables = {"static": static(exported), "tasks": tasks(exported)}
     for mark, table in tables.items():
         before, _, rest = text.partition(f"<!-- {mark} -->")
         _, _, after = rest.partition(f"<!-- end of {mark} -->")

@@ -44,6 +44,11 @@ def test_the_table_of_the_load_test_is_that_of_the_committed_figures() -> None:
     assert page == script("load_table").page(page), "run `make pages`"
 
 
+def test_the_tables_of_the_static_lora_are_those_of_the_committed_export() -> None:
+    page = (ROOT / "docs" / "use.md").read_text(encoding="utf-8")
+    assert page == script("static_table").page(page), "run `make pages`"
+
+
 def test_the_picture_is_what_its_script_draws(tmp_path: Path) -> None:
     """Numbers are compared to 0.01 point: another matplotlib may write a digit more or less."""
     turn = script("turn")

@@ -16,7 +16,7 @@ LENGTH = 128
 
 
 def general_passages() -> list[str]:
-    """Return the passages that come with the package: stories, letters, code, eight languages."""
+    """Return the passages that come with the package: stories, letters, code, ten languages."""
     text = files("rotmole.export").joinpath("general.txt").read_text(encoding="utf-8")
     return _passages(text)
 
