@@ -56,7 +56,8 @@ ADAPTER = """Keys of the section `adapter:` are the arguments of `rotmole.RotMol
 same names, defaults and meanings. `null` is None in Python, `true` is True.
 [method.md](method.md) has the equations, [family.md](family.md) the presets.
 
-`preset` and `peft_type` are keys of the run file only; in Python a preset is `RotMoleConfig.preset(NAME, ...)`.
+`preset` and `peft_type` are keys of the run file only; in Python a preset is
+`RotMoleConfig.preset(NAME, ...)`.
 """
 ADAPTER_REFUSED = """These arguments of RotMoleConfig cannot be set in a run file:
 """
