@@ -20,12 +20,9 @@ NAMES = {
     "mixture": "mixture on de, fr, es",
     "grown-frozen": "then grown, old experts and router frozen, on pl",
     "grown-replay": "the same with 180 old rows among the 900 new ones",
-    "grown": "then grown, nothing frozen, on pl",
-    "mixture-on": "then trained on as it is, on pl",
     "lora": "LoRA on de, fr, es",
     "lora-on": "then trained on, on pl",
     "lora-replay": "the same with 180 old rows among the 900 new ones",
-    "joint-mixture": "mixture on all four",
     "joint-lora": "LoRA on all four",
 }
 

@@ -82,9 +82,6 @@ CELLS = (
         replays=10,
     ),
     Cell("lora-replay", ADDED, 50, start="lora", replays=10),
-    Cell("grown", ADDED, 50, start="mixture", grows=2),
-    Cell("mixture-on", ADDED, 50, start="mixture"),
-    Cell("joint-mixture", ALL, 150),
 )
 
 
