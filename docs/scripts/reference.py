@@ -21,6 +21,7 @@ from pydantic_core import PydanticUndefined
 
 from rotmole.config import adapter, training
 from rotmole.config.fields import describe
+from rotmole.config.peft_types import OURS
 from rotmole.config.schema import (
     DataSection,
     EvaluationSection,
@@ -55,7 +56,8 @@ ADAPTER = """Keys of the section `adapter:` are the arguments of `rotmole.RotMol
 same names, defaults and meanings. `null` is None in Python, `true` is True.
 [method.md](method.md) has the equations, [family.md](family.md) the presets.
 
-`preset` is a key of the run file only; in Python it is `RotMoleConfig.preset(NAME, ...)`.
+`preset` and `peft_type` are keys of the run file only; in Python a preset is
+`RotMoleConfig.preset(NAME, ...)`.
 """
 ADAPTER_REFUSED = """These arguments of RotMoleConfig cannot be set in a run file:
 """
@@ -86,7 +88,13 @@ def _adapter() -> Iterator[str]:
         "Settings of a published method; other keys of this section replace the preset's.",
         "`goat`",
     ]  # fmt: skip
-    rows, hints = [preset], adapter.adapter_hints()
+    peft_type = [
+        "`peft_type`", "text", f"`{OURS}`", "a method of the installed PEFT",
+        "The method that is trained; with another than ROTMOLE the keys of this section are those "
+        "of its configuration ([compare.md](compare.md)).",
+        "`LORA`",
+    ]  # fmt: skip
+    rows, hints = [preset, peft_type], adapter.adapter_hints()
     for entry in fields(Settings):
         default = entry.default if entry.default is not MISSING else {}
         rows.append(

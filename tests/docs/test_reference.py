@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from peft import LoraConfig
 from pydantic import BaseModel, TypeAdapter
 
 from docs_scripts import script
@@ -90,4 +91,5 @@ def test_every_example_is_allowed_and_differs_from_the_default() -> None:
 
 
 def test_what_a_run_file_refuses_are_names_that_exist() -> None:
-    assert adapter.REFUSED.keys() <= {entry.name for entry in fields(RotMoleConfig)}
+    names = {entry.name for kind in (RotMoleConfig, LoraConfig) for entry in fields(kind)}
+    assert adapter.REFUSED.keys() <= names
