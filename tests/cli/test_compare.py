@@ -134,7 +134,9 @@ def test_the_live_table_fits_80_columns(study_yaml, tmp_path):
     assert summary(progress, time.monotonic()) == "0 done, 0 running, 4 left, 0 s so far"
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "stop", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.heavy)]
+)
 def test_a_signal_saves_and_the_same_command_goes_on(study_yaml, tmp_path, stop):
     output = tmp_path / "out"
     words = [sys.executable, "-m", "rotmole_cli", "compare", str(study_yaml), "seeds=[0]",

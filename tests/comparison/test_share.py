@@ -112,7 +112,7 @@ def test_one_method_under_two_names_is_equal_in_every_bit(study_yaml, tmp_path):
 def test_methods_start_with_the_same_factors_where_shapes_agree(study_yaml, tmp_path):
     changes = [
         "tune=null", "seeds=[5]", "equal=none", "base.training.learning_rate=0", "baseline=a",
-        "methods={a: {adapter: {rotation: none}}, b: {adapter: {rotation: tangent}}}",
+        "methods={a: {adapter: {rotation: none}}, b: {adapter: {rotation: plane}}}",
     ]  # fmt: skip
     study = load_study(study_yaml, changes, output=tmp_path / "out")
     assert work(study, fix_machine(study)).failed == {}

@@ -43,8 +43,6 @@ class SharedSources(Sources):
             self._sum = _checksum(loaded.model)
         tensors = [*loaded.model.parameters(), *loaded.model.buffers()]
         model = copy.deepcopy(loaded.model, {id(tensor): tensor for tensor in tensors})
-        for parameter in model.parameters():
-            parameter.requires_grad_(parameter.is_floating_point())
         return LoadedModel(model, loaded.tokenizer, loaded.name, loaded.note)
 
     def examples(self, run: RunFile, tokenizer: Any, date: str) -> ExamplesBySplit:
