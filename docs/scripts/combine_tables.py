@@ -14,6 +14,12 @@ from typing import Any
 
 PAGE = Path(__file__).parents[1] / "combine.md"
 FIGURES = Path(__file__).parents[2] / "experiments" / "combine" / "results.json"
+COMBINED = {"`rotmole combine`": "all parameters", "gates alone": "gates"}
+FITTED = {
+    "token": "a fitted router in each layer, reads the token",
+    "prefix": "a fitted router in each layer, reads the text so far",
+    "shared": "one fitted router for all layers, reads the text so far",
+}
 Scores = Mapping[str, Mapping[str, float]]  # seed -> part -> nats a token
 
 
@@ -63,8 +69,12 @@ def group_table(results: Mapping[str, Any], group: str) -> str:
     cells = {
         **{f"adapter of {part} alone": f"scores/test/{group}/{part}" for part in parts},
         "mean of the adapters (`add_weighted_adapter`)": f"scores/test/{group}/mean",
-        "gates, 60 rows a part": f"gates-test/{group}/60/final",
-        "gates, 360 rows a part": f"gates-test/{group}/360/final",
+        **{
+            f"{name}, {rows} rows a part": f"gates-test/{group}/{rows}/{cell}"
+            for name, cell in COMBINED.items()
+            for rows in (60, 360)
+        },
+        "experts alone, weights about equal, 360 rows a part": f"gates-test/{group}/360/experts",
         "one LoRA, part after part": f"scores/test/{group}/{chain}",
         "one LoRA, all parts together": f"scores/test/{group}/joint-{group}",
     }
@@ -76,25 +86,27 @@ def group_table(results: Mapping[str, Any], group: str) -> str:
 
 def search_table(results: Mapping[str, Any]) -> str:
     """Return the table of the settings that were tried, on validation rows of one seed."""
-    prefix = "seed0/gates-validation/A+B/360/"
+    place = "seed0/gates-validation/A+B/360/"
+    cells = results["cells"]
+    alone = {part: cells[f"seed0/scores/validation/A+B/{part}"]["nll"][part] for part in "AB"}
     rows = []
-    bounds = {"the right adapter (an oracle router)": "oracle", "equal weights": "uniform"}
-    for name, cell in bounds.items():
-        figures = results["cells"].get(f"seed0/routing/A+B/{cell}")
-        if figures:
-            nll = figures["nll"]
-            rows.append([name, "", f"{nll['A']:.3f}", f"{nll['B']:.3f}", "", ""])
-    for name, figures in results["cells"].items():
-        if name.startswith(prefix):
-            nll, shares = figures["nll"], figures["shares"]
-            rows.append(
-                [
-                    name.removeprefix(prefix), f"{figures['trainable_parameters']:,}",
-                    f"{nll['A']:.3f}", f"{nll['B']:.3f}",
-                    f"{shares['A']['A']:.2f}", f"{shares['B']['B']:.2f}",
-                ]
-            )  # fmt: skip
-    head = ["gates", "trained parameters", "A", "B", "weight of A on A", "weight of B on B"]
+
+    def row(name: str, nll: Mapping[str, float], *more: str) -> None:
+        worst = max(nll[part] - alone[part] for part in "AB")
+        figures = [f"{nll[part]:.3f}" for part in "AB"]
+        rows.append([name, *figures, f"{worst:+.3f}", *more, *[""] * (3 - len(more))])
+
+    row("the right adapter for each part, as an oracle router has it", alone)
+    row("equal weights", cells["seed0/scores/validation/A+B/mean"]["nll"])
+    for way, figures in cells.get("seed0/routing/A+B", {"ways": {}})["ways"].items():
+        row(FITTED[way], figures["nll"])
+    for name, figures in cells.items():
+        if name.startswith(place):
+            own = [f"{figures['shares'][part][part]:.2f}" for part in "AB"]
+            count = f"{figures['trainable_parameters']:,}"
+            row(name.removeprefix(place), figures["nll"], *own, count)
+    head = ["what weighs or what is trained", "A", "B", "worst part, to the right adapter",
+            "weight of A on A", "weight of B on B", "trained parameters"]  # fmt: skip
     return _lines(head, rows)
 
 

@@ -218,6 +218,11 @@ def gates(cells: Cells) -> None:
     final(cells, "gates")
 
 
+def experts(cells: Cells) -> None:
+    """Combine with gates that are not trained: what comes from training on, and not from gates."""
+    final(cells, "experts")
+
+
 def final(cells: Cells, name: str) -> None:
     """Train and score one of the final settings on every group and number of rows."""
     for group in GROUPS:
@@ -250,6 +255,7 @@ STAGES = {
     "look": look,
     "combine": combined,
     "gates": gates,
+    "experts": experts,
     "one-lora": one_lora,
 }
 ONE_SEED = ("search", "look")
@@ -262,14 +268,17 @@ def main() -> None:
     )
     options.add_argument("--cells", type=Path, default=Path("runs/combine"))
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    options.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    options.add_argument(
+        "--stages", nargs="*", choices=STAGES, default=list(STAGES),
+        help="none: only write results.json of the cells that are there",
+    )  # fmt: skip
     given = options.parse_args()
     torch.set_num_threads(1)
     for stage in given.stages:
         for seed in given.seeds[:1] if stage in ONE_SEED else given.seeds:
             STAGES[stage](Cells(given.cells, seed))
-            text = json.dumps(results(given.cells), indent=1) + "\n"
-            atomic_write_text(RESULTS, text)
+    text = json.dumps(results(given.cells), indent=1) + "\n"
+    atomic_write_text(RESULTS, text)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ SEARCH: dict[str, Settings] = {
     "task loss, rate 5e-3": tried(5e-3, **TASKS),
     "all parameters": tried(5e-4, trainable="all"),
     "all parameters, gates at 5e-3": tried(5e-4, trainable="all", gate_rate=5e-3),
+    "all parameters, gates at 0": tried(5e-4, trainable="all", gate_rate=0.0),
     "all parameters at 1e-3, gates at 5e-3": tried(1e-3, trainable="all", gate_rate=5e-3),
 }
 FINAL: dict[str, dict[int, Settings]] = {
@@ -42,5 +43,6 @@ FINAL: dict[str, dict[int, Settings]] = {
         360: tried(5e-4, 90, trainable="all", gate_rate=5e-3),
     },
     "gates": {60: tried(5e-3, 45), 360: tried(5e-3, 90)},
+    "experts": {360: tried(5e-4, 90, trainable="all", gate_rate=0.0)},
 }
 """Rows of each part -> settings; the first are those of `rotmole combine`."""

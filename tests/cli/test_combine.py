@@ -186,3 +186,37 @@ def test_settings_that_contradict_the_adapters_are_refused(
     assert combine(place, tmp_path / "run", *words) == 2
     assert problem in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_without_a_model_section_the_model_is_the_one_that_the_adapters_name(
+    place: Path, tmp_path: Path, capsys
+) -> None:
+    content = yaml.safe_load((place / "run.yaml").read_text(encoding="utf-8"))
+    del content["model"]
+    file = tmp_path / "data.yaml"
+    file.write_text(yaml.safe_dump(content), encoding="utf-8")
+    words = ["--data", str(file), "--output", str(tmp_path / "run"), "training.max_steps=1"]
+    adapters = [str(place / "first"), str(place / "second")]
+    assert main(["combine", *adapters, *words]) == 0
+    assert load_run(tmp_path / "run" / "run.yaml").model.name == str(place / "model")
+    other = tmp_path / "other"
+    shutil.copytree(place / "first", other)
+    config = json.loads((other / "adapter_config.json").read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = "me/another"
+    (other / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert main(["combine", adapters[0], str(other), *words]) == 2
+    assert "name different base models" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"), [(None, "cannot be read"), ("seed: 1", "has no section data")]
+)
+def test_data_must_be_a_run_file_with_tasks(
+    place: Path, tmp_path: Path, capsys, text: str | None, problem: str
+) -> None:
+    file = tmp_path / "data.yaml"
+    if text is not None:
+        file.write_text(text, encoding="utf-8")
+    words = ["--data", str(file), "--output", str(tmp_path / "run")]
+    assert main(["combine", str(place / "first"), str(place / "second"), *words]) == 2
+    assert problem in capsys.readouterr().err

@@ -25,7 +25,7 @@ def test_every_table_has_its_place_and_its_figures() -> None:
     for group in ("A+B", "de+es+pl"):
         before, _, rest = text.partition(f"<!-- combine {group} -->")
         assert before
-        assert "| gates, 360 rows a part |" in rest.partition("<!-- end of")[0]
+        assert "| `rotmole combine`, 360 rows a part |" in rest.partition("<!-- end of")[0]
 
 
 def test_the_run_file_is_right_where_its_adapters_are(tmp_path: Path) -> None:
