@@ -103,7 +103,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer({"error": "exists", "url": f"{self.hub.url}/{repo}"}, 409)
             return
         self.hub.files[repo] = {}
-        self.hub.private[repo] = bool(wish.get("private"))
+        self.hub.private[repo] = wish.get("private") or wish.get("visibility") == "private"
         self._answer({"url": f"{self.hub.url}/{repo}"})
 
     def _paths_info(self, repo: str, body: bytes) -> None:

@@ -133,4 +133,4 @@ def test_a_wrong_preset_is_told_with_the_nearest(
     assert "did you mean 'goat'?" in printed
     assert "top_k is 99" in printed
     assert main(["train", *run, "adapter.frozen=AB"]) == 2
-    assert "from_adapters" in capsys.readouterr().err
+    assert "experts_from" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from rotmole.errors import AdapterError
 from rotmole.models.adapter import check_adapter_folder
 from rotmole.models.builtin import BUILT_IN, built_in_folder, built_in_named, cache_folder
 
-USERS_EXTRAS = ("", "train", "demo", "quant", "eval", "onnx")
+USERS_EXTRAS = ("", "train", "demo", "quant", "eval", "onnx", "serve")
 """Extras of the package that a user may want, "" for what is always needed; others develop it."""
 
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HOME")
