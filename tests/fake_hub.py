@@ -25,6 +25,7 @@ class FakeHub:
 
     Attributes:
         files: repository -> path -> content.
+        private: repository -> what was asked for; None leaves it to the owner's settings.
         sent: number of bytes of the contents that arrived, large files and small ones.
         commits: number of commits.
         refuse: HTTP status of every answer, None for real answers.
@@ -33,7 +34,7 @@ class FakeHub:
 
     url: str = ""
     files: dict[str, dict[str, bytes]] = field(default_factory=dict)
-    private: dict[str, bool] = field(default_factory=dict)
+    private: dict[str, bool | None] = field(default_factory=dict)
     objects: dict[str, bytes] = field(default_factory=dict)
     sent: int = 0
     commits: int = 0
@@ -103,7 +104,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer({"error": "exists", "url": f"{self.hub.url}/{repo}"}, 409)
             return
         self.hub.files[repo] = {}
-        self.hub.private[repo] = wish.get("private") or wish.get("visibility") == "private"
+        # what the wish leaves out is decided by the owner's settings
+        self.hub.private[repo] = {"private": True, "public": False}.get(wish.get("visibility"))
         self._answer({"url": f"{self.hub.url}/{repo}"})
 
     def _paths_info(self, repo: str, body: bytes) -> None:

@@ -45,6 +45,7 @@ def test_the_files_arrive_and_nothing_else(hub: FakeHub, folder: Path) -> None:
 
 def test_nothing_is_sent_twice(hub: FakeHub, folder: Path) -> None:
     push(folder, "me/adapter")
+    assert hub.private == {"me/adapter": None}
     before = hub.sent
     done = push(folder, "me/adapter")
     assert done.sent == ()

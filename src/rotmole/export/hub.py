@@ -42,7 +42,7 @@ def push(folder: Path, repo: str, *, private: bool = False, message: str = "Uplo
 
     Args:
         repo: such as "name/my-adapter".
-        private: for a new repository.
+        private: a new repository is private; otherwise the owner's settings on the hub decide.
         message: of the commit.
 
     Raises:
@@ -59,7 +59,8 @@ def push(folder: Path, repo: str, *, private: bool = False, message: str = "Uplo
             raise InputError(f"{path} contains your hub token; remove it, and nothing was sent.")
     api = HfApi(token=token)
     try:
-        url = str(api.create_repo(repo, exist_ok=True, private=private))
+        # None, because False would make a repository public whose owner's default is private
+        url = str(api.create_repo(repo, exist_ok=True, private=private or None))
         there = {entry.path: entry for entry in api.get_paths_info(repo, list(files))}
         sent = [name for name, path in files.items() if not _is_same(path, there.get(name))]
         if sent:
