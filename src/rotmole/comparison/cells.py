@@ -28,6 +28,7 @@ from rotmole.evaluation.files import origin, write_files
 from rotmole.evaluation.metrics import default_metrics
 from rotmole.evaluation.target import with_adapter
 from rotmole.files import atomic_write_text, make_folder
+from rotmole.models.endings import take_endings
 from rotmole.training.callbacks.metrics import read_metrics
 from rotmole.training.checkpoints.find import checkpoints
 from rotmole.training.checkpoints.seal import is_sealed
@@ -257,6 +258,7 @@ def _score(study: Study, run: RunFile, folder: Path, sources: SharedSources) -> 
     if section.examples_in_prompt:
         shown = sources.examples(run, loaded.tokenizer, run_date(folder))["train"]
     model = with_adapter(loaded.model, folder / ADAPTER)
+    take_endings(model, folder / ADAPTER)
     model.eval()
     report = evaluate(
         model, loaded.tokenizer, rows, section,

@@ -75,16 +75,16 @@ def make_plan(study: Study) -> Plan:
         if any(result is None for result in results.values()):
             return Plan(cells, grid, {}, (), open=True)
         chosen = _best(study, grid, results)
-        edges = {
-            (key, value): method
+        edges = [
+            (key, value, method)
             for method, settings in chosen.items()
             for key, best in settings.items()
             if (value := grown(grid[key], best)) is not None
-        }
+        ]
         if not edges or added >= file.tune.growth:
-            late = tuple(dict.fromkeys(edges.values()))
+            late = tuple(dict.fromkeys(method for _, _, method in edges))
             return Plan(cells + _final(study, chosen), grid, chosen, late, open=False)
-        key, value = min(edges)
+        key, value, _ = min(edges)
         grid = grid | {key: sorted([*grid[key], value])}
     raise AssertionError  # pragma: no cover - count() does not end
 
