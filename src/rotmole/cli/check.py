@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from rich.filesize import decimal
 
-from rotmole.cli.rows import Rows, load_rows, print_example, print_table
+from rotmole.cli.rows import Rows, load_rows, print_rows
 from rotmole.comparison.study import is_study
 from rotmole.config.load import load_run, sft_arguments
 from rotmole.config.schema import RunFile
@@ -68,7 +68,7 @@ def check(path: Path, overrides: Sequence[str], *, trust_remote_code: bool = Fal
     importlib.import_module("rotmole.training.build")  # so resident_bytes counts its imports
     settings = sft_arguments(run)
     loaded, faults = load_rows(run, model, tokenizer, settings.get("max_length"))
-    _print_rows(loaded, tokenizer)
+    print_rows(loaded, tokenizer)
     if faults:
         raise together(faults)
     if not any(rows.split == "train" for rows in loaded):
@@ -101,17 +101,6 @@ def _print_experts(run: RunFile) -> None:
             f"            {name}: rank {lora.rank} in {len(lora.factors)} modules, trained on "
             f"{base}, from {path}"
         )
-
-
-def _print_rows(loaded: Sequence[Rows], tokenizer: Any) -> None:
-    """Print how many rows there are, and the first row of each task."""
-    if loaded:
-        print_table(loaded)
-    first: dict[str, Rows] = {}
-    for rows in loaded:
-        first.setdefault(rows.task, rows)
-    for rows in first.values():
-        print_example(rows, tokenizer)
 
 
 def _print_cost(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
 import shlex
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +10,7 @@ from rotmole.cli.screen import fact
 from rotmole.config.load import resolved_yaml
 from rotmole.errors import AdapterError, InputError
 from rotmole.evaluation.target import find_target
-from rotmole.files import atomic_write_text, make_folder, share, storage_errors, sync
+from rotmole.files import atomic_write_text, whole_folder
 from rotmole.models.adapter import check_adapter_folder
 from rotmole.training.folder.layout import ADAPTER
 from rotmole.tuner.grow import grow_saved
@@ -61,30 +59,18 @@ def grow(
     output = output.expanduser()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"--output {output} exists and is not empty; choose another folder.")
-    make_folder(output.parent)
-    fresh = output.with_name(f".{output.name}-{secrets.token_hex(4)}")
-    with storage_errors(output):
-        try:
-            config = grow_saved(
-                place.adapter, fresh / ADAPTER, experts, freeze_old=freeze_old, seed=seed
-            )
-            share(fresh / ADAPTER)
-            if place.run is not None:
-                changed = {
-                    "adapter": {},
-                    "init_from": str(output.absolute()),
-                    "output_dir": str(output.absolute() / "trained"),
-                }
-                text = resolved_yaml(place.run.model_copy(update=changed))
-                atomic_write_text(fresh / RUN, text)
-            for path in (fresh / ADAPTER, fresh):
-                sync(path)
-            if output.exists():
-                output.rmdir()
-            fresh.rename(output)
-        except BaseException:
-            shutil.rmtree(fresh, ignore_errors=True)
-            raise
+    with whole_folder(output) as fresh:
+        config = grow_saved(
+            place.adapter, fresh / ADAPTER, experts, freeze_old=freeze_old, seed=seed
+        )
+        if place.run is not None:
+            changed = {
+                "adapter": {},
+                "init_from": str(output.absolute()),
+                "output_dir": str(output.absolute() / "trained"),
+            }
+            text = resolved_yaml(place.run.model_copy(update=changed))
+            atomic_write_text(fresh / RUN, text)
     fact("experts", f"{config.num_experts - experts} + {experts} in each layer")
     fact("frozen", ", ".join(config.freeze_old) or "nothing of what was there")
     fact("adapter", str(output / ADAPTER))

@@ -209,3 +209,14 @@ def _elided(name: str, width: int) -> str:
         return name
     half = (width - 3) // 2
     return f"{name[:half]}...{name[len(name) - half :]}"
+
+
+def print_rows(loaded: Sequence[Rows], tokenizer: Any) -> None:
+    """Print how many rows there are, and the first row of each task."""
+    if loaded:
+        print_table(loaded)
+    first: dict[str, Rows] = {}
+    for rows in loaded:
+        first.setdefault(rows.task, rows)
+    for rows in first.values():
+        print_example(rows, tokenizer)

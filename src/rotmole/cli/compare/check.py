@@ -14,7 +14,7 @@ import torch
 from rich.filesize import decimal
 
 from rotmole.cli.compare.table import method_lines, rounding_lines, stage_lines
-from rotmole.cli.rows import Rows, load_rows, print_example, print_table
+from rotmole.cli.rows import Rows, load_rows, print_rows
 from rotmole.cli.screen import note
 from rotmole.comparison.plan import make_plan
 from rotmole.comparison.shared import SharedSources
@@ -92,13 +92,7 @@ def _print_rows(study: Study) -> list[Rows]:
     )
     tokenizer = load_tokenizer(run.model, trust_remote_code=study.trust_remote_code)
     loaded, faults = load_rows(run, model, tokenizer, sft_arguments(run).get("max_length"))
-    if loaded:
-        print_table(loaded)
-    first: dict[str, Rows] = {}
-    for rows in loaded:
-        first.setdefault(rows.task, rows)
-    for rows in first.values():
-        print_example(rows, tokenizer)
+    print_rows(loaded, tokenizer)
     if faults:
         raise together(faults)
     for split in ("train", study.file.split):
