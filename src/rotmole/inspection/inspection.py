@@ -127,7 +127,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Affinity:
-    """How much the task of a token says about its expert.
+    """How much the task of a token, or its group such as a language, says about its expert.
 
     Attributes:
         information: mutual information of task and selected expert, in nats.
@@ -156,7 +156,7 @@ class Experts:
         cosine: [E, E] <P_i, P_j> / (|P_i| |P_j|); 0 if one of them is 0.
         alike: [E, E] 2 <P_i, P_j> / (|P_i|^2 + |P_j|^2), or that of the rotation gates if it is
             smaller: 1 for equal experts alone.
-        input_angle: [E, E] mean principal angle between what two products read.
+        input_angle: [E, E] mean principal angle between what two products read; None if one is 0.
         output_angle: [E, E] mean principal angle between what two products write.
         router_drift: estimate of how far the router's entries moved from their start, relative to
             the largest of them there; None without a router that starts uniformly.
@@ -167,8 +167,8 @@ class Experts:
     drift: Known
     cosine: Table
     alike: Table
-    input_angle: Table
-    output_angle: Table
+    input_angle: tuple[Known, ...]
+    output_angle: tuple[Known, ...]
     router_drift: float | None = None
     reach: Reach | None = None
 
@@ -266,8 +266,10 @@ class Layer:
         depth: number of the block in which it lies; None if the path has none.
         num_experts, rank, top_k: E, R and the experts that a token selects.
         rotation: its mode.
-        usage: task -> usage; ALL over all tasks. {} without a router.
-        affinity: of tasks and experts; None with fewer than two tasks or without a router.
+        usage: task -> usage; ALL over all tasks. {} without a router. A task whose rows have
+            groups is several, such as "units/de" and "units/fr".
+        affinity: "task" and "group" -> of experts and tasks, or groups over all tasks; neither if
+            there is only one, or no router.
         experts: None for one expert.
         static: None if it was not asked for, or cannot be.
         effects: task -> effects; ALL over all tasks.
@@ -281,7 +283,7 @@ class Layer:
     top_k: int
     rotation: str
     usage: dict[str, Usage] = field(default_factory=dict)
-    affinity: Affinity | None = None
+    affinity: dict[str, Affinity] = field(default_factory=dict)
     experts: Experts | None = None
     static: StaticShare | None = None
     effects: dict[str, Effects] = field(default_factory=dict)
