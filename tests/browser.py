@@ -2,8 +2,8 @@
 
     python tests/browser.py [PAGE ...]
 
-Without pages, those of `pages()` are written and looked at. A page fails if it scrolls sideways, says
-anything on the console, asks for anything but itself, or if axe-core finds something serious.
+Without pages, those of `pages()` are written and looked at. A page fails if it scrolls sideways,
+says anything on the console, asks for anything but itself, or if axe-core finds something serious.
 Screenshots lie in .cache/pages/.
 """
 
@@ -25,10 +25,11 @@ SERIOUS = ("serious", "critical")
 def pages(folder: Path) -> list[Path]:
     """Write a study's page and reports of inspections: small, large, and of two runs."""
     from inspected_cases import made_inspection
+    from rotmole.inspection.report import write_report
+
     from judged_cases import made_results
     from rotmole.comparison.judge import judge
     from rotmole.comparison.page import PAGE, write_pages
-    from rotmole.inspection.report import write_report
 
     study = folder / "study"
     shifts = {"lora": 0.0, "moe_lora": 0.05, "rotmole": -0.05}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from html import escape
 from typing import Any
@@ -133,7 +133,7 @@ def _take_light_colors(artist: Any) -> None:
             continue
         colors = to_rgba_array(get())
         light = [to_rgba(_LIGHT_OF.get(to_hex(c), to_hex(c)), c[3]) for c in colors]
-        if len(light) and (colors != light).any():
+        if light and (colors != light).any():
             alpha = artist.get_alpha()
             artist.set_alpha(None)  # it is in the colours now
             put(light[0] if len(light) == 1 else light)
