@@ -117,9 +117,7 @@ def made_layer(
     around = np.linspace(0, 2 * np.pi, 24, endpoint=False)
     turned = [(1.9 * math.cos(t), 1.6 * math.sin(t)) for t in around]
     off = 0.01 * (depth + 1) if rotates else None
-    effects = {
-        task: Effects(0.1 + 0.01 * depth, off, 0.02 * (depth + 1)) for task in (*tasks, ALL)
-    }
+    effects = {task: Effects(0.1 + 0.01 * depth, off, 0.02 * (depth + 1)) for task in (*tasks, ALL)}
     cosine = np.eye(experts) + 0.1 * (depth + 1) / layers * (1 - np.eye(experts))
     return Layer(
         path=f"model.layers.{depth}.self_attn.{module}", module=module, depth=depth,
@@ -142,9 +140,7 @@ def made_layer(
     )  # fmt: skip
 
 
-def made_usage(
-    depth: int, number: int, tasks: Sequence[int], experts: int, rotates: bool
-) -> Usage:
+def made_usage(depth: int, number: int, tasks: Sequence[int], experts: int, rotates: bool) -> Usage:
     """Usage over the tokens of some tasks, 1,000 tokens each."""
     share = np.mean(
         [[share_of(depth, e, task, experts) for e in range(experts)] for task in tasks], axis=0

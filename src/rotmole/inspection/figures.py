@@ -191,9 +191,7 @@ def angle_histogram(inspection: Inspection) -> Plot | None:
     if turned is None:
         return None
     name = max(turned.angles, key=lambda n: _difference(turned.angles[n], turned.edges))
-    found = {
-        task: counts / max(counts.sum(), 1) for task, counts in turned.angles[name].items()
-    }
+    found = {task: counts / max(counts.sum(), 1) for task, counts in turned.angles[name].items()}
     used = np.flatnonzero(sum(found.values()))
     low, high = (used[0], used[-1]) if len(used) else (0, len(turned.edges) - 2)
     edges = turned.edges[low : high + 2]
@@ -318,10 +316,26 @@ def reach(inspection: Inspection) -> Plot | None:
             found.experts, "oD", found.outputs, found.actual, strict=True
         ):
             name = f"expert {expert}"
-            axes.plot([0, plain[0]], [0, plain[1]], color=INK, lw=1.4, marker=mark, markevery=[1],
-                      label=f"{name}, not turned")
-            axes.plot([0, moved[0]], [0, moved[1]], color=INK, lw=1.2, ls=":", marker=mark,
-                      mfc="none", markevery=[1], label=f"{name}, as turned")
+            axes.plot(
+                [0, plain[0]],
+                [0, plain[1]],
+                color=INK,
+                lw=1.4,
+                marker=mark,
+                markevery=[1],
+                label=f"{name}, not turned",
+            )
+            axes.plot(
+                [0, moved[0]],
+                [0, moved[1]],
+                color=INK,
+                lw=1.2,
+                ls=":",
+                marker=mark,
+                mfc="none",
+                markevery=[1],
+                label=f"{name}, as turned",
+            )
         axes.set_aspect("equal", adjustable="datalim")
         axes.set(xlabel=f"along expert {first}'s output", ylabel=f"across, towards expert {second}")
         legend(figure, axes)
@@ -438,10 +452,12 @@ def static_share(inspection: Inspection) -> Plot | None:
         axes = figure.subplots()
         for index, (rank, values) in enumerate(zip(ranks, held, strict=True)):
             label = f"rank {rank}"
-            axes.plot(range(len(names)), 100 * np.array(values), label=label,
-                      **_marked(index, len(names)))
-        axes.plot(range(len(names)), 100 * np.array(linear), color=INK, ls="--", lw=1.2,
-                  label="any rank")
+            axes.plot(
+                range(len(names)), 100 * np.array(values), label=label, **_marked(index, len(names))
+            )
+        axes.plot(
+            range(len(names)), 100 * np.array(linear), color=INK, ls="--", lw=1.2, label="any rank"
+        )
         low = min(min(min(line) for line in held), min(linear))
         axes.set(xlabel="layer", ylabel="share (%)", ylim=(min(0, max(100 * low, -20)) - 2, 103))
         _ticks(axes, names)
@@ -501,8 +517,9 @@ def effects(inspection: Inspection) -> Plot | None:
     def paint(figure: Any) -> None:
         axes = figure.subplots()
         for index, (label, values) in enumerate(drawn.items()):
-            axes.plot(range(len(names)), 100 * np.array(values), label=label,
-                      **_marked(index, len(names)))
+            axes.plot(
+                range(len(names)), 100 * np.array(values), label=label, **_marked(index, len(names))
+            )
         axes.set(xlabel="layer", ylabel="change (% of what the adapter adds)", ylim=(0, None))
         _ticks(axes, names)
         legend(figure, axes)
