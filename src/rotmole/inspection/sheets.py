@@ -1,0 +1,289 @@
+"""Tables of a report: every number as text, with a shade where a column of numbers is a map."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from rotmole.inspection.inspection import ALL, Inspection, Layer, TokenRouting
+
+SHADES = 9
+"""Shades of a cell: 0 is none, 9 the strongest."""
+MOST_LAYERS, MOST_TOKENS = 24, 400
+"""Layers of a table with a line for each expert or task, and tokens of a passage, that are shown."""
+
+
+class Cell(NamedTuple):
+    """A cell of a table.
+
+    Attributes:
+        text: its number.
+        shade: 0 to SHADES, a second way to see the number.
+    """
+
+    text: str
+    shade: int = 0
+
+
+Line = tuple[Cell, ...]
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table.
+
+    Attributes:
+        caption: what its numbers are.
+        head: name of each column; the first column names the lines.
+        lines: below it.
+    """
+
+    caption: str
+    head: tuple[str, ...]
+    lines: tuple[Line, ...]
+
+
+def percent(value: float | None) -> str:
+    """Return a share as text.
+
+    >>> percent(0.9843), percent(0.00213), percent(None)
+    ('98 %', '0.2 %', '-')
+    """
+    if value is None or not math.isfinite(value):
+        return "-"
+    return f"{value:.1%}".replace("%", " %") if 0 < abs(value) < 0.0995 else f"{100 * value:.0f} %"
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """Return a number as text, "-" if it is unknown."""
+    return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+
+
+def shade(value: float | None, most: float = 1.0) -> int:
+    """Return how strongly a number is shaded.
+
+    >>> shade(0.5), shade(2.0), shade(None)
+    (5, 9, 0)
+    """
+    if value is None or not math.isfinite(value) or most <= 0:
+        return 0
+    return min(SHADES, math.floor(SHADES * abs(value) / most + 0.5))
+
+
+def shares(values: Iterable[float | None], most: float = 1.0) -> Line:
+    """Return cells of shares, shaded."""
+    return tuple(Cell(percent(value), shade(value, most)) for value in values)
+
+
+def numbers(values: Iterable[float | None], most: float | None = None, digits: int = 2) -> Line:
+    """Return cells of numbers, shaded if the largest one is given."""
+    return tuple(
+        Cell(number(value, digits), 0 if most is None else shade(value, most)) for value in values
+    )
+
+
+def name_of(layer: Layer) -> str:
+    """Return how a layer is called where there is little room.
+
+    >>> name_of(Layer("model.layers.3.self_attn.q_proj", "q_proj", 3, 4, 8, 2, "none"))
+    '3 q_proj'
+    """
+    return layer.path if layer.depth is None else f"{layer.depth} {layer.module}"
+
+
+def by_depth(layers: Iterable[Layer]) -> dict[str, list[Layer]]:
+    """Return layers by the number of their block; those without one by their own path."""
+    groups: dict[str, list[Layer]] = {}
+    for layer in layers:
+        groups.setdefault(layer.path if layer.depth is None else str(layer.depth), []).append(layer)
+    return groups
+
+
+def tasks_of(inspection: Inspection) -> list[str]:
+    """Return the names of the tasks; ALL alone if there is no more than one."""
+    tasks = list(dict.fromkeys(t for layer in inspection.layers for t in layer.usage if t != ALL))
+    return tasks if len(tasks) > 1 else [ALL]
+
+
+def grid(inspection: Inspection, caption: str, cells: Mapping[str, Cell]) -> Sheet:
+    """Return a table with a line for each block of the model and a column for each module.
+
+    Args:
+        inspection: whose layers are shown.
+        caption: of the table.
+        cells: path of a layer -> its cell; layers without one stay empty.
+    """
+    known = [layer for layer in inspection.layers if layer.path in cells]
+    modules = tuple(dict.fromkeys(layer.module for layer in known))
+    lines = []
+    for name, group in by_depth(known).items():
+        places = {layer.module: cells[layer.path] for layer in reversed(group)}
+        lines.append((Cell(name), *(places.get(module, Cell("")) for module in modules)))
+    return Sheet(caption, ("layer", *modules), tuple(lines))
+
+
+def usage_grid(inspection: Inspection) -> Sheet:
+    """Return how much the most used expert of each layer is used."""
+    cells = {}
+    for layer in inspection.layers:
+        if ALL in layer.usage:
+            share = layer.usage[ALL].share
+            best = max(range(len(share)), key=share.__getitem__)
+            cells[layer.path] = Cell(f"{percent(share[best])} (expert {best})", shade(share[best]))
+    even = {percent(1 / layer.num_experts) for layer in inspection.layers if layer.usage}
+    caption = f"Share of choices that went to the most used expert; even use is {' or '.join(even)}"
+    return grid(inspection, caption, cells)
+
+
+def affinity_grid(inspection: Inspection) -> Sheet:
+    """Return how much the task says about the expert, layer by layer."""
+    cells = {
+        layer.path: Cell(percent(layer.affinity.share), shade(layer.affinity.share))
+        for layer in inspection.layers
+        if layer.affinity is not None
+    }
+    caption = "How much the task of a token says about its expert: 0 % is chance, 100 % everything"
+    return grid(inspection, caption, cells)
+
+
+def chosen_layers(inspection: Inspection) -> list[Layer]:
+    """Return the layers for which there is room: all, or those that most is to be said of.
+
+    Layers of verdicts come first, then those in which the task says most about the expert.
+    """
+    routed = [layer for layer in inspection.layers if layer.usage]
+    if len(routed) <= MOST_LAYERS:
+        return routed
+    named = list(dict.fromkeys(path for v in inspection.verdicts for path in v.layers[:3]))
+    ranks = {path: place for place, path in enumerate(named)}
+
+    def worth(layer: Layer) -> tuple[int, float]:
+        return ranks.get(layer.path, len(ranks)), -(layer.affinity.share if layer.affinity else 0)
+
+    chosen = {layer.path for layer in sorted(routed, key=worth)[:MOST_LAYERS]}
+    return [layer for layer in routed if layer.path in chosen]
+
+
+def usage_by_task(inspection: Inspection) -> list[Sheet]:
+    """Return each expert's share of the choices by layer and task, one table for each task."""
+    layers, sheets = chosen_layers(inspection), []
+    most = max((layer.num_experts for layer in layers), default=0)
+    for task in tasks_of(inspection):
+        here = [layer for layer in layers if task in layer.usage]
+        lines = tuple((Cell(name_of(x)), *shares(x.usage[task].share)) for x in here)
+        words = "all tokens" if task == ALL else f"task {task}"
+        caption = f"Share of choices by layer and expert, {words}"
+        if here:
+            head = ("layer", *(f"expert {e}" for e in range(most)))
+            sheets.append(Sheet(caption, head, tuple(_filled(line, most + 1) for line in lines)))
+    return sheets
+
+
+def _filled(line: Line, length: int) -> Line:
+    return line + (Cell(""),) * (length - len(line))
+
+
+def routing(inspection: Inspection) -> Sheet | None:
+    """Return weights, entropies and pairs of the chosen layers, over all tokens."""
+    lines = []
+    for layer in chosen_layers(inspection):
+        use = layer.usage.get(ALL)
+        if use is None:
+            continue
+        E = layer.num_experts
+        pairs = [(use.together[i][j], i, j) for i in range(E) for j in range(i)]
+        share, i, j = max(pairs, default=(None, 0, 0))
+        weights = [weight for weight in use.weight if weight is not None]
+        spread = f"{min(weights):.2f} to {max(weights):.2f}" if weights else "-"
+        unused = sum(count == 0 for count in use.choices)
+        top = Cell(percent(max(use.top)), shade(max(use.top)))
+        pair = f"{percent(share)} ({j} and {i})" if share is not None else "-"
+        even = None if use.entropy is None or E < 2 else use.entropy / math.log(E)
+        lines.append((
+            Cell(name_of(layer)), top, Cell(spread), Cell(percent(even), shade(even)), Cell(pair),
+            Cell(str(unused)),
+        ))  # fmt: skip
+    head = (
+        "layer", "most often first", "mean weight if selected", "entropy, of the largest",
+        "pair most often together", "experts unused",
+    )  # fmt: skip
+    caption = "Weights over all tokens: how often one expert weighs most, and how even they are"
+    return Sheet(caption, head, tuple(lines)) if lines else None
+
+
+def most_alike(inspection: Inspection) -> Layer | None:
+    """Return the layer in which two experts are most alike."""
+    known = [x for x in inspection.layers if x.experts is not None and x.num_experts > 1]
+
+    def largest(layer: Layer) -> float:
+        assert layer.experts is not None
+        table = layer.experts.cosine
+        return max(abs(table[i][j]) for i in range(len(table)) for j in range(i))
+
+    return max(known, key=largest, default=None)
+
+
+def similarity(inspection: Inspection) -> Sheet | None:
+    """Return the cosines between the experts of the layer in which two are most alike."""
+    layer = most_alike(inspection)
+    if layer is None or layer.experts is None:
+        return None
+    lines = tuple(
+        (Cell(f"expert {e}"), *numbers(line, 1.0)) for e, line in enumerate(layer.experts.cosine)
+    )
+    caption = f"Cosines between experts of layer {name_of(layer)}, in which two are most alike"
+    return Sheet(caption, ("", *(f"expert {e}" for e in range(layer.num_experts))), lines)
+
+
+def expert_sizes(inspection: Inspection) -> Sheet | None:
+    """Return size and drift of every expert of the chosen layers."""
+    lines, most = [], 0
+    for layer in chosen_layers(inspection) or inspection.layers[:MOST_LAYERS]:
+        if layer.experts is not None:
+            both = zip(layer.experts.norm, layer.experts.drift, strict=True)
+            cells = [Cell(f"{percent(norm)} ({percent(drift)})") for norm, drift in both]
+            router = number(layer.experts.router_drift)
+            lines.append((Cell(name_of(layer)), Cell(router), *cells))
+            most = max(most, len(cells))
+    if not lines:
+        return None
+    head = ("layer", "router moved", *(f"expert {e}" for e in range(most)))
+    caption = (
+        "Size of each expert relative to the base weight, in brackets how far it is from its start"
+    )
+    return Sheet(caption, head, tuple(_filled(line, most + 2) for line in lines))
+
+
+def tokens(names: Sequence[str], found: TokenRouting, caption: str) -> Sheet:
+    """Return each token with its experts' weights and angles.
+
+    Args:
+        names: text of each token.
+        found: their routing.
+        caption: which layer it is of.
+    """
+    lines = []
+    for place, name in enumerate(names[:MOST_TOKENS]):
+        cells = []
+        for expert, weight in enumerate(found.weight[place]):
+            text = "" if weight == 0 else percent(weight)
+            if weight and found.angle is not None:
+                text += f" at {found.angle[place][expert]:.2f}"
+            cells.append(Cell(text, shade(weight)))
+        lines.append((Cell(shown(name)), *cells))
+    experts = len(found.weight[0]) if found.weight else 0
+    more = len(names) - MOST_TOKENS
+    if more > 0:
+        caption += f"; {more:,} further tokens are in inspect.json"
+    return Sheet(caption, ("token", *(f"expert {e}" for e in range(experts))), tuple(lines))
+
+
+def shown(token: str) -> str:
+    r"""Return the text of a token with its spaces and line ends made visible.
+
+    >>> shown(" a\n")
+    '·a⏎'
+    """
+    return token.replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥") or "(empty)"
