@@ -87,8 +87,8 @@ class Angles:
         resultant: [E] length of the mean of (cos, sin): 1 if all angles are equal.
         direction: [E] angle of that mean.
         turned: angle -> [E] share of choices that were turned by more.
-        plane: [E] how alike the planes of the tokens are: 1 for one plane, 0 for planes at random;
-            None if the mode of rotation has no single plane.
+        plane: [E] how alike the planes of the tokens are, over all tasks: 1 for one plane, 2 / rank
+            for planes at random; None in the usage of one task, and if there are no planes.
     """
 
     edges: Row
@@ -108,6 +108,7 @@ class Usage:
         tokens: number of tokens.
         choices: [E] tokens that selected each expert.
         share: [E] share of the choices; they add up to 1.
+        part: [E] share of the weights; they add up to 1.
         weight: [E] mean weight of an expert given that it was selected.
         top: [E] share of tokens in which the expert has the largest weight.
         entropy: mean over tokens of the entropy of the router's probabilities, in nats.
@@ -123,6 +124,7 @@ class Usage:
     entropy: float | None
     together: Table
     angles: Angles | None = None
+    part: Row = ()
 
 
 @dataclass(frozen=True)
@@ -133,11 +135,13 @@ class Affinity:
         information: mutual information of task and selected expert, in nats.
         chance: what it is expected to be if experts do not depend on the task.
         ceiling: what it is at most: the entropy of the tasks or of the choices, the smaller one.
+        limit: what it exceeds by chance in 5 of 100 samples.
     """
 
     information: float
     chance: float
     ceiling: float
+    limit: float = 0.0
 
     @property
     def share(self) -> float:
@@ -182,9 +186,9 @@ class Reach:
     Attributes:
         experts: numbers of both.
         outputs: both experts' outputs without rotation, 2 x (x, y).
-        scaled: points that positive weights of these outputs reach, a grid of (x, y).
-        turned: points that weights and rotations of the activations reach: each expert is turned
-            by angles all around in the plane of rotation that the token gave it.
+        scaled: corners of what weights reach that are not negative and add up to at most 1.
+        turned: points whose convex hull the same weights reach if each expert may be turned by any
+            angle in the plane in which this token turned it; projected on the plane.
         actual: both experts' outputs as the adapter turned them, projected on the plane.
         token: the token's text.
     """
@@ -266,7 +270,7 @@ class Layer:
         depth: number of the block in which it lies; None if the path has none.
         num_experts, rank, top_k: E, R and the experts that a token selects.
         rotation: its mode.
-        usage: task -> usage; ALL over all tasks. {} without a router. A task whose rows have
+        usage: task -> usage; ALL over all tasks. {} if the layer was never called. A task whose rows have
             groups is several, such as "units/de" and "units/fr".
         affinity: "task" and "group" -> of experts and tasks, or groups over all tasks; neither if
             there is only one, or no router.
