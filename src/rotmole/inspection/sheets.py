@@ -12,7 +12,7 @@ from rotmole.inspection.inspection import ALL, Inspection, Layer, TokenRouting
 SHADES = 9
 """Shades of a cell: 0 is none, 9 the strongest."""
 MOST_LAYERS, MOST_TOKENS = 24, 400
-"""Layers of a table with a line for each expert or task, and tokens of a passage, that are shown."""
+"""Layers of a table with a column for each expert, and tokens of a text, that are shown."""
 
 
 class Cell(NamedTuple):
