@@ -250,26 +250,51 @@ def _one_lora(inspection: Inspection, threshold: float) -> Iterator[Place]:
 
 
 def _turned_tasks(inspection: Inspection, threshold: float) -> Iterator[Place]:
-    """Find experts that turn the tokens of one task farther than those of all others."""
+    """Find experts that turn the tokens of one task or group farther than those of all others."""
     for layer in _alive(inspection):
-        tasks = {name: usage for name, usage in layer.usage.items() if name != ALL}
         for e in range(layer.num_experts):
-            means = {
-                name: usage.angles.mean[e] or 0.0
-                for name, usage in tasks.items()
-                if usage.angles is not None and usage.choices[e] >= ENOUGH
-            }
-            if len(means) < 2:
+            best = max(
+                (_apart(layer, e, part) for part in ("group", "task", "both")),
+                key=lambda found: found[0],
+            )
+            more, means = best
+            if more < threshold:
                 continue
             first, second = sorted(means, key=lambda name: -means[name])[:2]
-            more = means[first] - means[second]
-            if more >= threshold:
-                words = (
-                    f"{name_of(layer)}: expert {e} turns the tokens of {first} by "
-                    f"{_degrees(means[first])} on average, those of {second} by "
-                    f"{_degrees(means[second])}, other tasks less"
-                )
-                yield Place(more, words, layer.path, first, (e,))
+            rest = ", the rest less" if len(means) > 2 else ""
+            words = (
+                f"{name_of(layer)}: expert {e} turns the tokens of {first} by "
+                f"{_degrees(means[first])} on average, those of {second} by "
+                f"{_degrees(means[second])}{rest}"
+            )
+            yield Place(more, words, layer.path, first, (e,))
+
+
+def _apart(layer: Layer, e: int, part: str) -> tuple[float, dict[str, float]]:
+    """Return how far the largest mean |angle| of an expert is above the second, and all means.
+
+    0 if it is not even twice the second.
+    """
+    sums: dict[str, tuple[float, int]] = {}
+    for key, usage in _by(layer, part):
+        mean = None if usage.angles is None else usage.angles.mean[e]
+        if mean is not None:
+            total, count = sums.get(key, (0.0, 0))
+            sums[key] = (total + mean * usage.choices[e], count + usage.choices[e])
+    means = {key: total / count for key, (total, count) in sums.items() if count >= ENOUGH}
+    if len(means) < 2:
+        return 0.0, means
+    first, second = sorted(means.values(), reverse=True)[:2]
+    return (first - second if first >= 2 * second else 0.0), means
+
+
+def _by(layer: Layer, part: str) -> Iterator[tuple[str, Usage]]:
+    """Yield the usage of each task by its "task", its "group" such as a language, or "both"."""
+    for name, usage in layer.usage.items():
+        head, _, group = name.rpartition(GROUP)
+        key = {"task": head or name, "group": group if head else "", "both": name}[part]
+        if name != ALL and key:
+            yield key, usage
 
 
 def _degrees(angle: float) -> str:
@@ -296,13 +321,9 @@ def _affinities(inspection: Inspection, threshold: float) -> Iterator[Place]:
 def _shares_by(layer: Layer, part: str) -> dict[str, list[float]]:
     """Return the share of choices of each expert, by task or by group over all tasks."""
     choices: dict[str, list[int]] = {}
-    for name, usage in layer.usage.items():
-        head, _, group = name.rpartition(GROUP)
-        key = (head or name) if part == "task" else group
-        if name == ALL or not key:
-            continue
-        sums = choices.setdefault(key, [0] * layer.num_experts)
-        choices[key] = [a + b for a, b in zip(sums, usage.choices, strict=True)]
+    for key, usage in _by(layer, part):
+        before = choices.get(key, [0] * layer.num_experts)
+        choices[key] = [a + b for a, b in zip(before, usage.choices, strict=True)]
     return {key: [n / max(sum(each), 1) for n in each] for key, each in choices.items()}
 
 
@@ -400,7 +421,8 @@ RULES = (
     ),
     Rule(
         "task turned alone",
-        "an expert's mean |angle| for one task is at least {} rad above that for any other",
+        "an expert's mean |angle| for one task, or group such as a language, is at least {} rad "
+        "above that for any other, and at least twice that",
         0.5,
         "The expert serves this task in another direction; rotation is used. Nothing to mend.",
         _turned_tasks,

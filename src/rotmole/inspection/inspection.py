@@ -270,8 +270,8 @@ class Layer:
         depth: number of the block in which it lies; None if the path has none.
         num_experts, rank, top_k: E, R and the experts that a token selects.
         rotation: its mode.
-        usage: task -> usage; ALL over all tasks. {} if the layer was never called. A task whose rows have
-            groups is several, such as "units/de" and "units/fr".
+        usage: task -> usage; ALL over all tasks. {} if the layer was never called. A task whose
+            rows have groups is several, such as "units/de" and "units/fr".
         affinity: "task" and "group" -> of experts and tasks, or groups over all tasks; neither if
             there is only one, or no router.
         experts: None for one expert.

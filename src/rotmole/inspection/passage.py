@@ -37,7 +37,7 @@ def matching(paths: Sequence[str], pattern: str | None) -> list[str]:
     if not found:
         hint = did_you_mean(pattern, [part for path in paths for part in path.split(".")])
         raise ConfigError(
-            f"--layer {pattern!r} names no adapted layer{hint or ';'} the first one is {paths[0]!r}."
+            f"--layer {pattern!r} names no adapted layer{hint or ';'} the first is {paths[0]!r}."
         )
     return found
 
