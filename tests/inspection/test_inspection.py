@@ -35,7 +35,7 @@ def example() -> Inspection:
     static = StaticShare((1, 2), (0.5, 0.6), (0.4, 0.5), (0.9, 0.6), (100, 50), (2.0, 1.0))
     layer = Layer(
         "model.layers.3.self_attn.q_proj", "q_proj", 3, 2, 4, 1, "tangent", {ALL: usage},
-        Affinity(0.3, 0.01, 0.7), experts, static, {ALL: Effects(0.1, 0.5, None)},
+        {"task": Affinity(0.3, 0.01, 0.7)}, experts, static, {ALL: Effects(0.1, 0.5, None)},
     )  # fmt: skip
     return Inspection(
         Source("runs/a", "tiny", {"rotation": "tangent"}, "validation rows", {"x": 3}),

@@ -87,8 +87,8 @@ class Angles:
         resultant: [E] length of the mean of (cos, sin): 1 if all angles are equal.
         direction: [E] angle of that mean.
         turned: angle -> [E] share of choices that were turned by more.
-        plane: [E] how alike the planes of the tokens are: 1 for one plane, 0 for planes at random;
-            None if the mode of rotation has no single plane.
+        plane: [E] how alike the planes of the tokens are, over all tasks: 1 for one plane, 2 / rank
+            for planes at random; None in the usage of one task, and if there are no planes.
     """
 
     edges: Row
@@ -108,6 +108,7 @@ class Usage:
         tokens: number of tokens.
         choices: [E] tokens that selected each expert.
         share: [E] share of the choices; they add up to 1.
+        part: [E] share of the weights; they add up to 1.
         weight: [E] mean weight of an expert given that it was selected.
         top: [E] share of tokens in which the expert has the largest weight.
         entropy: mean over tokens of the entropy of the router's probabilities, in nats.
@@ -123,21 +124,24 @@ class Usage:
     entropy: float | None
     together: Table
     angles: Angles | None = None
+    part: Row = ()
 
 
 @dataclass(frozen=True)
 class Affinity:
-    """How much the task of a token says about its expert.
+    """How much the task of a token, or its group such as a language, says about its expert.
 
     Attributes:
         information: mutual information of task and selected expert, in nats.
         chance: what it is expected to be if experts do not depend on the task.
         ceiling: what it is at most: the entropy of the tasks or of the choices, the smaller one.
+        limit: what it exceeds by chance in 5 of 100 samples.
     """
 
     information: float
     chance: float
     ceiling: float
+    limit: float = 0.0
 
     @property
     def share(self) -> float:
@@ -156,7 +160,7 @@ class Experts:
         cosine: [E, E] <P_i, P_j> / (|P_i| |P_j|); 0 if one of them is 0.
         alike: [E, E] 2 <P_i, P_j> / (|P_i|^2 + |P_j|^2), or that of the rotation gates if it is
             smaller: 1 for equal experts alone.
-        input_angle: [E, E] mean principal angle between what two products read.
+        input_angle: [E, E] mean principal angle between what two products read; None if one is 0.
         output_angle: [E, E] mean principal angle between what two products write.
         router_drift: estimate of how far the router's entries moved from their start, relative to
             the largest of them there; None without a router that starts uniformly.
@@ -167,8 +171,8 @@ class Experts:
     drift: Known
     cosine: Table
     alike: Table
-    input_angle: Table
-    output_angle: Table
+    input_angle: tuple[Known, ...]
+    output_angle: tuple[Known, ...]
     router_drift: float | None = None
     reach: Reach | None = None
 
@@ -182,9 +186,9 @@ class Reach:
     Attributes:
         experts: numbers of both.
         outputs: both experts' outputs without rotation, 2 x (x, y).
-        scaled: points that positive weights of these outputs reach, a grid of (x, y).
-        turned: points that weights and rotations of the activations reach: each expert is turned
-            by angles all around in the plane of rotation that the token gave it.
+        scaled: corners of what weights reach that are not negative and add up to at most 1.
+        turned: points whose convex hull the same weights reach if each expert may be turned by any
+            angle in the plane in which this token turned it; projected on the plane.
         actual: both experts' outputs as the adapter turned them, projected on the plane.
         token: the token's text.
     """
@@ -266,8 +270,10 @@ class Layer:
         depth: number of the block in which it lies; None if the path has none.
         num_experts, rank, top_k: E, R and the experts that a token selects.
         rotation: its mode.
-        usage: task -> usage; ALL over all tasks. {} without a router.
-        affinity: of tasks and experts; None with fewer than two tasks or without a router.
+        usage: task -> usage; ALL over all tasks. {} if the layer was never called. A task whose rows have
+            groups is several, such as "units/de" and "units/fr".
+        affinity: "task" and "group" -> of experts and tasks, or groups over all tasks; neither if
+            there is only one, or no router.
         experts: None for one expert.
         static: None if it was not asked for, or cannot be.
         effects: task -> effects; ALL over all tasks.
@@ -281,7 +287,7 @@ class Layer:
     top_k: int
     rotation: str
     usage: dict[str, Usage] = field(default_factory=dict)
-    affinity: Affinity | None = None
+    affinity: dict[str, Affinity] = field(default_factory=dict)
     experts: Experts | None = None
     static: StaticShare | None = None
     effects: dict[str, Effects] = field(default_factory=dict)
