@@ -11,7 +11,7 @@ import numpy as np
 from rotmole.drawing import INK, WIDTH, legend, series, short
 from rotmole.inspection import sheets
 from rotmole.inspection.inspection import ALL, Effects, Inspection, Layer
-from rotmole.inspection.plot import Plot, first_upper, marked, mean, ticks
+from rotmole.inspection.plot import Plot, file_names, first_upper, marked, mean, ticks
 from rotmole.inspection.sheets import Cell, Sheet, by_depth
 from rotmole.inspection.turning import angle_histogram, angles_by_layer, planes, reach
 
@@ -189,10 +189,15 @@ def convergence(inspections: Sequence[Inspection]) -> list[Plot]:
     """
     runs = {x.source.target: x.source.curves for x in inspections if x.source.curves}
     tasks = list(dict.fromkeys(task for curves in runs.values() for task in curves))
-    return [_curves(runs, task) for task in tasks if any(c.get(task) for c in runs.values())]
+    shown = [task for task in tasks if task and any(c.get(task) for c in runs.values())]
+    names = file_names("convergence", shown)
+    found = [_curves(runs, task, name) for task, name in zip(shown, names, strict=True)]
+    if any(curves.get("") for curves in runs.values()):
+        found.insert(0, _curves(runs, "", "convergence-training"))
+    return found
 
 
-def _curves(runs: Mapping[str, Mapping[str, Any]], task: str) -> Plot:
+def _curves(runs: Mapping[str, Mapping[str, Any]], task: str, file: str) -> Plot:
     what = "training loss" if task == "" else "validation loss"
     found = {name: np.array(c[task], dtype=float) for name, c in runs.items() if c.get(task)}
 
@@ -213,7 +218,7 @@ def _curves(runs: Mapping[str, Mapping[str, Any]], task: str) -> Plot:
         for update in kept
     )
     return Plot(
-        "convergence-" + (task or "training"),
+        file,
         words,
         f"{first_upper(what)} by update, in nats (lower is better). If it still falls at the end, "
         "train longer before you judge the method.",
@@ -225,9 +230,8 @@ def _curves(runs: Mapping[str, Mapping[str, Any]], task: str) -> Plot:
 
 def maps(inspection: Inspection) -> list[Plot]:
     """Return the tables with shades as figures: usage by layer and task, similarity."""
-    found = [
-        (f"usage-{number}", sheet) for number, sheet in enumerate(sheets.usage_by_task(inspection))
-    ]
+    usage = sheets.usage_by_task(inspection)
+    found = list(zip(file_names("usage", list(usage)), usage.values(), strict=True))
     cosines = sheets.similarity(inspection)
     found += [("similarity-matrix", cosines)] if cosines is not None else []
     return [_map(name, sheet) for name, sheet in found]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,19 @@ class Plot:
                 place / f"{self.name}.pdf", pdf(self.paint, height=self.height, width=self.width)
             ),
         ]
+
+
+def file_names(stem: str, tasks: Sequence[str]) -> list[str]:
+    """Return a name for a file of each task, of letters that every file system and page takes.
+
+    >>> file_names("usage", ["de", "../de", "漢"])
+    ['usage-de', 'usage-de-2', 'usage-3']
+    """
+    found: list[str] = []
+    for place, task in enumerate(tasks, 1):
+        name = "-".join([stem, *re.findall("[A-Za-z0-9]+", task)])
+        found.append(f"{name}-{place}" if name in (stem, *found) else name)
+    return found
 
 
 def marked(index: int, points: int) -> dict[str, Any]:

@@ -166,18 +166,20 @@ def chosen_layers(inspection: Inspection) -> list[Layer]:
     return [layer for layer in routed if layer.path in chosen]
 
 
-def usage_by_task(inspection: Inspection) -> list[Sheet]:
-    """Return each expert's share of the choices by layer and task, one table for each task."""
-    layers, sheets = chosen_layers(inspection), []
-    most = max((layer.num_experts for layer in layers), default=0)
+def usage_by_task(inspection: Inspection) -> dict[str, Sheet]:
+    """Return task -> each expert's share of the choices by layer."""
+    layers, sheets = chosen_layers(inspection), {}
     for task in tasks_of(inspection):
         here = [layer for layer in layers if task in layer.usage]
-        lines = tuple((Cell(name_of(x)), *shares(x.usage[task].share)) for x in here)
-        words = "all tokens" if task == ALL else f"task {task}"
-        caption = f"Share of choices by layer and expert, {words}"
-        if here:
-            head = ("layer", *(f"expert {e}" for e in range(most)))
-            sheets.append(Sheet(caption, head, tuple(_filled(line, most + 1) for line in lines)))
+        lines = [(Cell(name_of(x)), *shares(x.usage[task].share)) for x in here]
+        if lines:
+            length = max(map(len, lines))
+            words = "all tokens" if task == ALL else f"task {task}"
+            sheets[task] = Sheet(
+                f"Share of choices by layer and expert, {words}",
+                ("layer", *(f"expert {e}" for e in range(length - 1))),
+                tuple(_filled(line, length) for line in lines),
+            )
     return sheets
 
 
