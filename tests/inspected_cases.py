@@ -76,7 +76,7 @@ def made_inspection(
                            (3000, 1000), (1.0, 1.0)),
         answers=answers,
         passage=made_passage(made[0].path, experts) if passage else None,
-        notes=("the static share was measured on 4,000 tokens",),
+        notes=("The static share was measured on 4,000 tokens.",),
     )  # fmt: skip
 
 
@@ -122,7 +122,7 @@ def made_layer(
     return Layer(
         path=f"model.layers.{depth}.self_attn.{module}", module=module, depth=depth,
         num_experts=experts, rank=8, top_k=2, rotation=rotation, usage=usage,
-        affinity=Affinity(0.05 * (depth + 1), 0.01, 0.69) if len(tasks) > 1 else None,
+        affinity={"task": Affinity(0.05 * (depth + 1), 0.01, 0.69)} if len(tasks) > 1 else {},
         experts=Experts(
             norm=tuple(0.01 * (e + 1) for e in range(experts)),
             drift=tuple(0.005 * (e + 1) for e in range(experts)),

@@ -198,7 +198,7 @@ def test_maps_have_the_share_of_each_expert_in_its_place(inspection):
     found = {plot.name: plot for plot in figures.maps(inspection)}
     for task, name in enumerate(TASKS):
         plot = found[f"usage-{name}"]
-        assert plot.title == f"Share of choices by layer and expert, task {name}"
+        assert plot.title == f"Share of each expert by layer: {name}"
         (axes,) = painted(plot)
         texts = {text.get_position(): text.get_text() for text in axes.texts}
         for y in range(2 * DEPTHS):
@@ -212,7 +212,7 @@ def test_maps_have_the_share_of_each_expert_in_its_place(inspection):
 
 
 def test_files_of_tasks_have_names_that_every_file_system_takes():
-    tasks = ("a/../b", "漢字", "a b")
+    tasks = ("a..b", "漢字", "a b")
     made = made_inspection(layers=1, modules=("q_proj",), tasks=tasks)
     assert [plot.name for plot in figures.maps(made)] == [
         "usage-a-b", "usage-2", "usage-a-b-3", "similarity-matrix",

@@ -105,8 +105,8 @@ def test_every_number_of_figures_and_tables_is_text_on_the_page(page, inspection
     words = {word.strip() for word in page.words}
     every = [plot.sheet for plot in figures.plots(inspection)]
     every += [plot.sheet for plot in figures.convergence([inspection])]
-    every += [*sheets.usage_by_task(inspection).values(), *passage(inspection), answers(inspection)]
-    every += [sheets.usage_grid(inspection), sheets.affinity_grid(inspection)]
+    every += [*sheets.usage_by_part(inspection).values(), *passage(inspection), answers(inspection)]
+    every += [sheets.usage_grid(inspection), *sheets.affinity_grids(inspection)]
     every += [sheets.routing(inspection), sheets.similarity(inspection), glance([inspection])]
     every += [sheets.expert_sizes(inspection)]
     for sheet in every:
@@ -139,23 +139,50 @@ def test_light_dark_and_print_are_styled(text):
         assert f".{shade} {{ background" in text
 
 
-def test_usage_by_task_is_in_the_table_of_its_task(inspection):
-    dates, units = sheets.usage_by_task(inspection).values()
+def test_usage_by_part_is_in_the_table_of_its_task(inspection):
+    dates, units = sheets.usage_by_part(inspection).values()
     assert (dates.caption[-5:], units.caption[-5:]) == TASKS
     assert [cell.text for cell in dates.lines[0]] == ["0 q_proj", "70 %", "10 %", "10 %", "10 %"]
     assert [cell.text for cell in units.lines[0]] == ["0 q_proj", "10 %", "70 %", "10 %", "10 %"]
     assert [cell.shade for cell in units.lines[0]] == [0, 1, 6, 1, 1]
 
 
+def test_tokens_of_groups_are_shown_by_task_and_by_group():
+    made = made_inspection(
+        layers=1, modules=("q_proj",), tasks=("dates/de", "dates/fr", "units/de")
+    )
+    assert sheets.parts_of(made) == {
+        "dates": ("dates/de", "dates/fr"), "units": ("units/de",),
+        "de": ("dates/de", "units/de"), "fr": ("dates/fr",),
+    }  # fmt: skip
+    found = sheets.usage_by_part(made)
+    shares = {part: [c.text for c in sheet.lines[0][1:]] for part, sheet in found.items()}
+    assert shares["dates"] == ["40 %", "40 %", "10 %", "10 %"]
+    assert shares["de"] == ["40 %", "10 %", "40 %", "10 %"]
+    assert shares["fr"] == ["10 %", "70 %", "10 %", "10 %"]
+    same = made_inspection(layers=1, modules=("q_proj",), tasks=("de/de", "fr/fr"))
+    assert list(sheets.parts_of(same)) == ["de", "fr", "group de", "group fr"]
+
+
+def test_a_layer_that_uses_every_expert_is_shown_by_weights(inspection):
+    layer = replace(inspection.layers[0], top_k=4)
+    use = replace(layer.usage["dates"], choices=(9, 9, 9, 9), part=(0.1, 0.2, 0.3, 0.4))
+    more = replace(use, part=(0.3, 0.2, 0.3, 0.2), tokens=3 * use.tokens)
+    layer = replace(layer, usage={"dates": use, "units": more})
+    assert sheets.used(layer, ["dates"]) == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert sheets.used(layer, ["dates", "units"]) == pytest.approx([0.25, 0.2, 0.3, 0.25])
+    assert sheets.used(layer, ["none"]) is None
+
+
 def test_grids_have_a_line_for_each_block_and_a_column_for_each_module(inspection):
     layers = list(inspection.layers)
-    use = replace(layers[3].usage[ALL], share=(0.0, 0.03, 0.97, 0.0))
+    use = replace(layers[3].usage[ALL], choices=(0, 3, 97, 0))
     layers[3] = replace(layers[3], usage={ALL: use})
     sheet = sheets.usage_grid(replace(inspection, layers=tuple(layers)))
     assert sheet.head == ("layer", "q_proj", "v_proj")
     assert [cell.text for cell in sheet.lines[1]] == ["1", "40 % (expert 1)", "97 % (expert 2)"]
     assert "even use is 25 %" in sheet.caption
-    affinity = sheets.affinity_grid(inspection)
+    (affinity,) = sheets.affinity_grids(inspection)
     assert [cell.text for cell in affinity.lines[3]] == ["3", "28 %", "28 %"]  # .19 of .68
 
 
@@ -196,12 +223,12 @@ def test_120_layers_with_many_experts_and_tasks_stay_below_half_a_megabyte(tmp_p
     assert file.stat().st_size < 500_000
     text = file.read_text(encoding="utf-8")
     assert f"show {sheets.MOST_LAYERS} of 480 layers" in text
-    assert "1 q_proj" in [line[0].text for line in sheets.usage_by_task(large)["a"].lines]
+    assert "1 q_proj" in [line[0].text for line in sheets.usage_by_part(large)["a"].lines]
 
 
 def bare(inspection: Inspection) -> Inspection:
     """A record of which almost nothing is known."""
-    layer = replace(inspection.layers[0], usage={}, affinity=None, experts=None, static=None,
+    layer = replace(inspection.layers[0], usage={}, affinity={}, experts=None, static=None,
                     effects={}, depth=None)  # fmt: skip
     source = replace(inspection.source, curves={}, tokens={}, versions={})
     return Inspection(source, (), (layer,))

@@ -230,7 +230,7 @@ def _curves(runs: Mapping[str, Mapping[str, Any]], task: str, file: str) -> Plot
 
 def maps(inspection: Inspection) -> list[Plot]:
     """Return the tables with shades as figures: usage by layer and task, similarity."""
-    usage = sheets.usage_by_task(inspection)
+    usage = sheets.usage_by_part(inspection)
     found = list(zip(file_names("usage", list(usage)), usage.values(), strict=True))
     cosines = sheets.similarity(inspection)
     found += [("similarity-matrix", cosines)] if cosines is not None else []

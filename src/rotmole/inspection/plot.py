@@ -13,7 +13,6 @@ import numpy as np
 
 from rotmole.drawing import WIDTH, draw, pdf, series, short, standalone
 from rotmole.files import atomic_write_bytes, atomic_write_text, make_folder
-from rotmole.inspection.inspection import ALL
 from rotmole.inspection.sheets import Sheet
 
 MARKED = 24
@@ -94,11 +93,6 @@ def mean(values: Sequence[float | None]) -> float:
     """Return the mean of the known values, NaN if there are none."""
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else math.nan
-
-
-def task_name(task: str) -> str:
-    """Return what a task is called in a figure."""
-    return "all tokens" if task == ALL else task
 
 
 def first_upper(text: str) -> str:

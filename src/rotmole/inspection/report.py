@@ -144,8 +144,8 @@ def _glance(x: Inspection) -> dict[str, str]:
 
 def _usage(inspection: Inspection) -> list[Sheet]:
     """Return the tables of usage that have lines."""
-    found: list[Sheet | None] = [sheets.usage_grid(inspection), sheets.affinity_grid(inspection)]
-    found += [sheets.routing(inspection), *sheets.usage_by_task(inspection).values()]
+    found: list[Sheet | None] = [sheets.usage_grid(inspection), *sheets.affinity_grids(inspection)]
+    found += [*sheets.usage_by_part(inspection).values(), sheets.routing(inspection)]
     return [sheet for sheet in found if sheet is not None and sheet.lines]
 
 

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from rotmole.inspection.inspection import ALL, Inspection, Layer, TokenRouting
+from rotmole.inspection.usage import GROUP
 
 SHADES = 9
 """Shades of a cell: 0 is none, 9 the strongest."""
 MOST_LAYERS, MOST_TOKENS = 24, 400
 """Layers of a table with a column for each expert, and tokens of a text, that are shown."""
+ALL_TOKENS = "all tokens"
 
 
 class Cell(NamedTuple):
@@ -101,10 +103,39 @@ def by_depth(layers: Iterable[Layer]) -> dict[str, list[Layer]]:
     return groups
 
 
-def tasks_of(inspection: Inspection) -> list[str]:
-    """Return the names of the tasks; ALL alone if there is no more than one."""
-    tasks = list(dict.fromkeys(t for layer in inspection.layers for t in layer.usage if t != ALL))
-    return tasks if len(tasks) > 1 else [ALL]
+def parts_of(inspection: Inspection) -> dict[str, tuple[str, ...]]:
+    """Return name of a part of the tokens -> names of the usages that it is made of.
+
+    The parts are the tasks, then the groups over all tasks, such as languages; or all tokens if
+    there is a single part.
+    """
+    names = dict.fromkeys(n for layer in inspection.layers for n in layer.usage if n != ALL)
+    tasks: dict[str, list[str]] = {}
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        task, _, group = name.rpartition(GROUP)
+        tasks.setdefault(task or name, []).append(name)
+        if task:
+            groups.setdefault(group, []).append(name)
+    parts = {task: tuple(keys) for task, keys in tasks.items()} if len(tasks) > 1 else {}
+    if len(groups) > 1:
+        parts |= {g if g not in parts else f"group {g}": tuple(keys) for g, keys in groups.items()}
+    return parts or {ALL_TOKENS: (ALL,)}
+
+
+def used(layer: Layer, names: Iterable[str] = (ALL,)) -> list[float] | None:
+    """Return each expert's part of what a layer does for some tokens; the parts add up to 1.
+
+    That is its share of the choices or, if every token uses every expert, of the weights. None if
+    no token came by.
+    """
+    found = [layer.usage[name] for name in names if name in layer.usage]
+    if layer.top_k < layer.num_experts:
+        sums = [float(sum(each)) for each in zip(*(use.choices for use in found), strict=True)]
+    else:
+        known = [[use.tokens * share for share in use.part or use.share] for use in found]
+        sums = [sum(each) for each in zip(*known, strict=True)]
+    return [each / sum(sums) for each in sums] if sum(sums) > 0 else None
 
 
 def grid(inspection: Inspection, caption: str, cells: Mapping[str, Cell]) -> Sheet:
@@ -128,24 +159,28 @@ def usage_grid(inspection: Inspection) -> Sheet:
     """Return how much the most used expert of each layer is used."""
     cells = {}
     for layer in inspection.layers:
-        if ALL in layer.usage:
-            share = layer.usage[ALL].share
+        share = used(layer)
+        if share is not None:
             best = max(range(len(share)), key=share.__getitem__)
             cells[layer.path] = Cell(f"{percent(share[best])} (expert {best})", shade(share[best]))
     even = {percent(1 / layer.num_experts) for layer in inspection.layers if layer.usage}
-    caption = f"Share of choices that went to the most used expert; even use is {' or '.join(even)}"
+    caption = f"Share of the most used expert of each layer; even use is {' or '.join(even)}"
     return grid(inspection, caption, cells)
 
 
-def affinity_grid(inspection: Inspection) -> Sheet:
-    """Return how much the task says about the expert, layer by layer."""
-    cells = {
-        layer.path: Cell(percent(layer.affinity.share), shade(layer.affinity.share))
-        for layer in inspection.layers
-        if layer.affinity is not None
-    }
-    caption = "How much the task of a token says about its expert: 0 % is chance, 100 % everything"
-    return grid(inspection, caption, cells)
+def affinity_grids(inspection: Inspection) -> list[Sheet]:
+    """Return how much the task, and the group, of a token says about its expert."""
+    sheets = []
+    for part in ("task", "group"):
+        cells = {
+            layer.path: Cell(percent(known.share), shade(known.share))
+            for layer in inspection.layers
+            if (known := layer.affinity.get(part)) is not None
+        }
+        caption = f"How much a token's {part} says about its expert: 0 % is chance, 100 % all"
+        if cells:
+            sheets.append(grid(inspection, caption, cells))
+    return sheets
 
 
 def chosen_layers(inspection: Inspection) -> list[Layer]:
@@ -160,23 +195,26 @@ def chosen_layers(inspection: Inspection) -> list[Layer]:
     ranks = {path: place for place, path in enumerate(named)}
 
     def worth(layer: Layer) -> tuple[int, float]:
-        return ranks.get(layer.path, len(ranks)), -(layer.affinity.share if layer.affinity else 0)
+        most = max((known.share for known in layer.affinity.values()), default=0.0)
+        return ranks.get(layer.path, len(ranks)), -most
 
     chosen = {layer.path for layer in sorted(routed, key=worth)[:MOST_LAYERS]}
     return [layer for layer in routed if layer.path in chosen]
 
 
-def usage_by_task(inspection: Inspection) -> dict[str, Sheet]:
-    """Return task -> each expert's share of the choices by layer."""
+def usage_by_part(inspection: Inspection) -> dict[str, Sheet]:
+    """Return part of the tokens -> each expert's share of the choices by layer."""
     layers, sheets = chosen_layers(inspection), {}
-    for task in tasks_of(inspection):
-        here = [layer for layer in layers if task in layer.usage]
-        lines = [(Cell(name_of(x)), *shares(x.usage[task].share)) for x in here]
+    for part, names in parts_of(inspection).items():
+        lines = [
+            (Cell(name_of(layer)), *shares(found))
+            for layer in layers
+            if (found := used(layer, names)) is not None
+        ]
         if lines:
             length = max(map(len, lines))
-            words = "all tokens" if task == ALL else f"task {task}"
-            sheets[task] = Sheet(
-                f"Share of choices by layer and expert, {words}",
+            sheets[part] = Sheet(
+                f"Share of each expert by layer: {part}",
                 ("layer", *(f"expert {e}" for e in range(length - 1))),
                 tuple(_filled(line, length) for line in lines),
             )

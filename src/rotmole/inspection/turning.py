@@ -12,8 +12,8 @@ import numpy as np
 from rotmole.drawing import FAINT, INK, legend, series, short
 from rotmole.inspection import sheets
 from rotmole.inspection.inspection import ALL, Angles, Inspection, Layer
-from rotmole.inspection.plot import Plot, first_upper, marked, mean, task_name, ticks
-from rotmole.inspection.sheets import Cell, Sheet, by_depth, name_of, tasks_of
+from rotmole.inspection.plot import Plot, first_upper, marked, mean, ticks
+from rotmole.inspection.sheets import Cell, Sheet, by_depth, name_of, parts_of
 
 PANELS = 6
 """Tasks that a figure has room for; its table has all."""
@@ -56,13 +56,13 @@ def most_turned(inspection: Inspection) -> Turned | None:
     angles: dict[str, dict[str, Any]] = {}
     edges = None
     for name, group in by_depth(kept).items():
-        for task in tasks_of(inspection):
-            for found in (_angles(layer, task) for layer in group):
+        for part, keys in parts_of(inspection).items():
+            for found in (_angles(layer, key) for layer in group for key in keys):
                 if found is not None:
                     edges = np.asarray(found.edges)
                     counts = np.asarray(found.counts[expert], dtype=float)
-                    tasks = angles.setdefault(name, {})
-                    tasks[task] = tasks.get(task, 0) + counts
+                    parts = angles.setdefault(name, {})
+                    parts[part] = parts.get(part, 0) + counts
     return Turned(module, expert, angles, edges) if angles else None
 
 
@@ -88,7 +88,7 @@ def angles_by_layer(inspection: Inspection) -> Plot | None:
     turned = most_turned(inspection)
     if turned is None:
         return None
-    tasks, names = tasks_of(inspection), list(turned.angles)
+    tasks, names = list(parts_of(inspection)), list(turned.angles)
     nothing = np.zeros(len(turned.edges) - 1)
     found = {
         task: [quantiles(turned.edges, turned.angles[n].get(task, nothing)) for n in names]
@@ -107,7 +107,7 @@ def angles_by_layer(inspection: Inspection) -> Plot | None:
             axes.fill_between(x, q[1], q[3], color=color, alpha=0.35, lw=0)
             axes.plot(x, q[2], **marked(index, len(names)))
             axes.axhline(0, color=FAINT, lw=1)
-            axes.set_title(short(task_name(task)))
+            axes.set_title(short(task))
             ticks(axes, names, 10 // columns)
         figure.supylabel("angle (radians)", fontsize=9)
         figure.supxlabel("layer", fontsize=9)
@@ -124,7 +124,7 @@ def angles_by_layer(inspection: Inspection) -> Plot | None:
         "it; bands: 25 to 75 % and 5 to 95 % of them. Bands that differ between tasks are what a "
         "rotation gate is for; a flat line at zero is a rotation that costs parameters and does "
         "nothing: see the effect of rotation below.",
-        Sheet(caption, ("layer", *map(task_name, tasks)), lines),
+        Sheet(caption, ("layer", *tasks), lines),
         paint,
         height=0.7 + 1.9 * rows,
     )
@@ -148,7 +148,7 @@ def angle_histogram(inspection: Inspection) -> Plot | None:
             style = series(index)
             axes.stairs(
                 100 * share, edges, color=style["color"], ls=style["linestyle"], lw=1.6,
-                label=short(task_name(task)),
+                label=short(task),
             )  # fmt: skip
         axes.axvline(0, color=FAINT, lw=1)
         axes.set(xlabel="angle (radians)", ylabel="share of choices (%)", ylim=(0, None))
@@ -168,7 +168,7 @@ def angle_histogram(inspection: Inspection) -> Plot | None:
         "The layer in which the tasks' angles of this expert differ most. Curves that lie on one "
         "another say that the angle does not know the task; a single narrow peak away from zero is "
         "a fixed rotation, which A and B could learn without a gate.",
-        Sheet(f"Share of choices by angle in radians, {where}", ("angle", *map(task_name, shown)),
+        Sheet(f"Share of choices by angle in radians, {where}", ("angle", *shown),
               lines),
         paint,
         height=3.1 + 0.2 * math.ceil(len(shown) / 2),
