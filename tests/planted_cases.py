@@ -100,7 +100,7 @@ def inspected(
         with torch.no_grad():
             plant(layers(model))
     return inspect_adapter(
-        model, Words(), Sample(rows(1), rows(2), "rows", {}),
+        model, Words(), Sample(rows(1), rows(2), "rows"),
         request=request or Request(answers=False), target="planted",
     )  # fmt: skip
 

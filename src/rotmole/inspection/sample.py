@@ -10,7 +10,7 @@ from typing import Any
 
 from rotmole.config.load import sft_arguments
 from rotmole.config.schema import RunFile
-from rotmole.data import Example, encode_all, load_splits
+from rotmole.data import Example, encode_all
 from rotmole.data.encode import Row, equal_length_batches
 from rotmole.errors import ConfigError
 from rotmole.models.logits import accepts_logits_to_keep
@@ -24,6 +24,7 @@ TEXT = "text"
 """Name of the task of a text without a run file."""
 
 Rows = dict[str, list[Row]]
+Tasks = Mapping[str, Sequence[Example]]
 
 
 @dataclass(frozen=True)
@@ -34,38 +35,38 @@ class Sample:
         calibration: to fit a static map on.
         held_out: other rows, which all else is measured on.
         words: where they come from, as "validation rows".
-        examples: the held-out rows as they were before encoding; {} of a text.
     """
 
     calibration: Rows
     held_out: Rows
     words: str
-    examples: Mapping[str, list[Example]]
 
 
-def sample_of(run: RunFile, tokenizer: Any, date: str, limit: int = LIMIT) -> Sample:
+def sample_of(
+    run: RunFile, splits: Mapping[Any, Tasks], tokenizer: Any, limit: int = LIMIT
+) -> Sample:
     """Return rows of a run: training rows to fit on, validation or else test rows to look at.
 
     Args:
-        run: its data section is read.
+        run: whose seed and lengths hold.
+        splits: its rows by split and task, from rotmole.data.load_splits.
         tokenizer: of the model.
-        date: of the run, for chats.
         limit: tokens of each of both; each task and group gets an equal share, at least one row.
 
     Raises:
         ConfigError: no task has rows.
     """
-    splits = load_splits(run.data, seed=run.seed, tokenizer=tokenizer, date=date)
     longest = sft_arguments(run)["max_length"] or UNLIMITED
 
-    def some(split: str) -> tuple[Rows, dict[str, list[Example]]]:
-        return _within(_cells(splits[split]), tokenizer, limit, longest, f"{run.seed}/{split}")
+    def some(split: str) -> Rows:
+        cells = _cells(splits.get(split, {}))
+        return _within(cells, tokenizer, limit, longest, f"{run.seed}/{split}")
 
-    train, _ = some("train")
+    train = some("train")
     for split in ("validation", "test"):
-        held_out, examples = some(split)
+        held_out = some(split)
         if held_out:
-            return Sample(train, held_out, f"{split} rows", examples)
+            return Sample(train, held_out, f"{split} rows")
     if not train:
         raise ConfigError("no task has rows, so there is nothing to look at; add --text or --file.")
     warnings.warn(
@@ -102,10 +103,10 @@ def sample_of_text(text: str, tokenizer: Any, limit: int = LIMIT, *, longest: in
 def halves(rows: Rows, words: str) -> Sample:
     """Return a sample of which every second row of a task is fitted on."""
     fitted = {task: each[1::2] for task, each in rows.items() if len(each) > 1}
-    return Sample(fitted, {task: each[::2] for task, each in rows.items()}, words, {})
+    return Sample(fitted, {task: each[::2] for task, each in rows.items()}, words)
 
 
-def _cells(tasks: Mapping[str, Sequence[Example]]) -> dict[str, list[Example]]:
+def _cells(tasks: Tasks) -> dict[str, list[Example]]:
     cells: dict[str, list[Example]] = {}
     for task, rows in tasks.items():
         for row in rows:
@@ -113,24 +114,20 @@ def _cells(tasks: Mapping[str, Sequence[Example]]) -> dict[str, list[Example]]:
     return cells
 
 
-def _within(
-    cells: Mapping[str, Sequence[Example]], tokenizer: Any, limit: int, longest: int, seed: str
-) -> tuple[Rows, dict[str, list[Example]]]:
+def _within(cells: Tasks, tokenizer: Any, limit: int, longest: int, seed: str) -> Rows:
     """Return rows of each cell, in a seeded order, until its share of the tokens is reached."""
     rows: Rows = {}
-    chosen: dict[str, list[Example]] = {}
     for cell, examples in cells.items():
         budget = limit // len(cells)
         order = random.Random(f"{seed}/{cell}").sample(range(len(examples)), len(examples))
-        some = [examples[i] for i in order[: budget + 1]]  # a row has at least one token
         encoded: list[Row] = []
-        for start in range(0, len(some), BATCH):
-            encoded += encode_all(some[start : start + BATCH], tokenizer, max_length=longest)
+        for start in range(0, len(order), BATCH):
+            some = [examples[i] for i in order[start : start + BATCH]]
+            encoded += encode_all(some, tokenizer, max_length=longest)
             if sum(len(row["input_ids"]) for row in encoded) >= budget:
                 break
         rows[cell] = _cut(encoded, budget)
-        chosen[cell] = some[: len(rows[cell])]
-    return rows, chosen
+    return rows
 
 
 def _cut(rows: Sequence[Row], limit: int) -> list[Row]:

@@ -196,9 +196,7 @@ def _fused(experts: Experts, call: Call) -> Added:
     return y_TO, routed
 
 
-def _dense(
-    experts: Experts, call: Call, spec: Spec | None = None, *, even: bool = False
-) -> Added:
+def _dense(experts: Experts, call: Call, spec: Spec | None = None, *, even: bool = False) -> Added:
     spec, weights = spec or experts.spec, experts.weights()
     dtype = compute_dtype(call.x_TD, experts.expert_A, spec)
     routed = _routed(experts, call, weights)
