@@ -137,7 +137,7 @@ def _run_of(place: Target, look: Look) -> RunFile | None:
             f"{place.folder} is not in a run folder, so there are no rows to look at; add "
             "--data RUN.yaml, --text or --file."
         )
-    problems = data_problems(place.run)
+    problems = data_problems(place.run.data)
     if problems:
         raise ConfigError("\n".join(problems))
     return place.run
@@ -177,7 +177,7 @@ def _losses(place: Target) -> Inspection:
     curves = curves_of(place.folder)
     if not curves:
         warnings.warn(
-            f"{place.folder} has no RotMoLE adapter and no metrics.jsonl, so nothing of it is shown",
+            f"{place.folder} has neither a RotMoLE adapter nor metrics.jsonl; nothing of it is shown",
             stacklevel=2,
         )
     settings: Mapping[str, Any] = {}
