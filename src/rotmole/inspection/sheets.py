@@ -260,11 +260,12 @@ def routing(inspection: Inspection) -> Sheet | None:
             Cell(name_of(layer)), top, Cell(spread), Cell(percent(even), shade(even)), Cell(pair),
             Cell(str(unused)),
         ))  # fmt: skip
-    head = (
-        "layer", "most often first", "mean weight if selected", "entropy, of the largest",
-        "pair most often together", "experts unused",
-    )  # fmt: skip
-    caption = "Weights over all tokens: how often one expert weighs most, and how even they are"
+    head = ("layer", "first", "weights", "entropy", "pair", "unused")
+    caption = (
+        "Over all tokens: how often one expert has the largest weight, the experts' mean weights "
+        "if selected, entropy of the router in % of the largest, the pair most often together, "
+        "experts unused"
+    )
     return Sheet(caption, head, tuple(lines)) if lines else None
 
 

@@ -231,9 +231,9 @@ def planes(inspection: Inspection) -> Plot | None:
     return Plot(
         "planes",
         "How alike angles and planes of rotation are",
-        "1: every token is turned by the same angle, or in the same plane; angles spread evenly are "
-        "at 0, planes at random at 2 / rank. If both are near 1 the rotation is a fixed one, which "
-        "A and B could learn: rotation none does as well.",
+        "1: every token is turned by the same angle, or in the same plane. Angles spread evenly "
+        "are at 0, planes at random at 2 / rank. If both are near 1 the rotation is a fixed one, "
+        "which A and B could learn: rotation none does as well.",
         Sheet("Mean over experts and modules: |angle| in radians, share of choices turned by more, "
               "likeness of angles and of planes", head, lines),
         paint,
