@@ -20,7 +20,7 @@ from rotmole.inspection import summary
 from rotmole.inspection.curves import curves_of
 from rotmole.inspection.inspect import Request, inspect_adapter
 from rotmole.inspection.inspection import FILE, Inspection, Source
-from rotmole.inspection.report import PAGE, headline, write_figures, write_report
+from rotmole.inspection.report import PAGE, write_figures, write_report
 from rotmole.inspection.sample import LIMIT, Sample, sample_of, sample_of_text
 from rotmole.models.adapter import check_adapter_folder
 from rotmole.models.load import LoadedModel
@@ -137,7 +137,7 @@ def _run_of(place: Target, look: Look) -> RunFile | None:
             f"{place.folder} is not in a run folder, so there are no rows to look at; add "
             "--data RUN.yaml, --text or --file."
         )
-    problems = data_problems(place.run)
+    problems = data_problems(place.run.data)
     if problems:
         raise ConfigError("\n".join(problems))
     return place.run
@@ -177,7 +177,7 @@ def _losses(place: Target) -> Inspection:
     curves = curves_of(place.folder)
     if not curves:
         warnings.warn(
-            f"{place.folder} has no RotMoLE adapter and no metrics.jsonl, so nothing of it is shown",
+            f"{place.folder} has no RotMoLE adapter and no metrics.jsonl, so it is left out",
             stacklevel=2,
         )
     settings: Mapping[str, Any] = {}
@@ -190,7 +190,7 @@ def _losses(place: Target) -> Inspection:
 
 def _show(found: Inspection) -> None:
     """Print the verdict, then tables."""
-    print_lines([headline(found), *summary.verdict_lines(found)])
+    print_lines(summary.verdict_lines(found))
     counts = found.source.tokens
     of = f" of {len(counts)} tasks" if len(counts) > 1 else ""
     print(f"\n{sum(counts.values()):,} tokens{of}, {found.source.rows}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import NamedTuple
 
 from rotmole.inspection.inspection import ALL, Inspection, Layer, Usage, Verdict
@@ -227,11 +228,11 @@ def _duplicates(inspection: Inspection, threshold: float) -> Iterator[Place]:
         experts = layer.experts
         if experts is None:
             continue
-        for i in range(layer.num_experts):
-            for j in range(i):
-                if experts.alike[i][j] >= threshold and min(experts.norm[i], experts.norm[j]) > 0:
-                    words = f"{name_of(layer)}: experts {j} and {i} are alike to {experts.alike[i][j]:.3f}"
-                    yield Place(experts.alike[i][j], words, layer.path, experts=(j, i))
+        for i, j in combinations(range(layer.num_experts), 2):
+            alike = experts.alike[i][j]
+            if alike >= threshold and min(experts.norm[i], experts.norm[j]) > 0:
+                words = f"{name_of(layer)}: experts {i} and {j} are alike to {alike:.3f}"
+                yield Place(alike, words, layer.path, experts=(i, j))
 
 
 def _one_lora(inspection: Inspection, threshold: float) -> Iterator[Place]:

@@ -241,6 +241,6 @@ def _notes(layers: Mapping[str, Found], probes: Probes, fitted: int) -> tuple[st
         notes.append(
             f"The static share of {len(probes.sketched)} of {len(layers)} layers is a lower bound: "
             f"their inputs are too wide for {fitted:,} tokens, so the linear map is fitted on a "
-            "part of them; a larger --limit raises it."
+            "part of them; more tokens raise it."
         )
     return tuple(notes)

@@ -26,12 +26,14 @@ SHADES = " ░▒▓█"
 
 
 def verdict_lines(inspection: Inspection) -> list[str]:
-    """Return each verdict with its rule and advice."""
-    lines = []
+    """Return the verdict: a line that counts, then each sentence with its rule and advice."""
+    faults = sum(verdict.is_fault for verdict in inspection.verdicts)
+    others = len(inspection.verdicts) - faults
+    counted = f"{faults} thing{'' if faults == 1 else 's'} to mend" if faults else "nothing to mend"
+    lines = [counted + (f", {others} worth knowing" if others else "") + "."]
     for verdict in inspection.verdicts:
-        mark = "!" if verdict.is_fault else "-"
         lines += [
-            f"{mark} {verdict.name}: {verdict.sentence}",
+            f"{'!' if verdict.is_fault else '-'} {verdict.sentence}",
             f"    rule: {verdict.rule}.",
             f"    {verdict.advice}",
         ]
