@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM ?= false
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help audit fuzz setup demo study-demo test test-all conformance matrix mutation lint types imports docs pages bench bench-one bench-check bench-parity clean
+.PHONY: help audit fuzz setup demo study-demo test test-all conformance matrix mutation lint types imports docs pages looks bench bench-one bench-check bench-parity clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -73,6 +73,13 @@ pages: setup  ## write what is generated: docs/files.md and reference.md, all ta
 	$(BIN)/python docs/scripts/combine_tables.py
 	$(BIN)/python docs/scripts/vectors.py
 	$(BIN)/python docs/scripts/static_table.py
+	$(BIN)/python docs/scripts/inspect_figures.py
+	@$(MAKE) --no-print-directory looks
+
+looks: setup  ## look at the HTML pages in headless Chromium: wide and narrow, light and dark, with axe-core
+	@command -v chromium >/dev/null || { echo "missing: chromium, which looks at the pages (Debian: apt-get install chromium)"; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[pages]'
+	$(BIN)/python tests/browser.py
 
 # FULL=--full measures every case, in two hours; a shorter run later keeps the rows of those it does not measure.
 # ORIGINALS=folder adds the layers of other systems, which benchmarks/originals.py names.

@@ -29,7 +29,7 @@ TASKS = ("dates", "units")
 MODULES = ("q_proj", "v_proj")
 BINS = 72
 RANKS = (1, 2, 4, 8)
-LAW = "Share of all choices that went to the most used expert of a layer."
+LAW = "Share of all choices that went to the most used expert of a layer, at least 0.9"
 
 
 def made_inspection(
@@ -66,7 +66,7 @@ def made_inspection(
                 ("model.layers.1.self_attn.q_proj",), None, (2,),
             ),
             Verdict(
-                "affinity", "task dates prefers expert 0 in 1 of 8 layers", "Mutual information.",
+                "affinity", "task dates prefers expert 0 in 1 of 8 layers", "Information above 0.2",
                 0.2, 0.31, "nothing to do", False, ("model.layers.0.self_attn.q_proj",), tasks[0],
                 (0,),
             ),

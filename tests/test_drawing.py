@@ -75,6 +75,7 @@ def test_a_file_of_its_own_has_the_colours(svg):
     root = ElementTree.fromstring(text.encode())
     assert root[0].tag.endswith("style")
     assert root[0].text.strip() == THEME
+    assert (root.attrib["width"], root.attrib["height"]) == ("345.6pt", "216pt")
 
 
 def test_series_differ_up_to_the_fortieth():

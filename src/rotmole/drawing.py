@@ -160,10 +160,12 @@ def _for_page(text: str, name: str, label: str, description: str) -> str:
 
 
 def standalone(svg: str) -> str:
-    """Return a drawn figure as a file of its own, with the colours of THEME in it."""
+    """Return a drawn figure as a file of its own, with the colours of THEME and a size in it."""
     start = svg.index(">") + 1
-    head = '<?xml version="1.0" encoding="utf-8"?>\n'
-    return f"{head}{svg[:start]}\n<style>\n{THEME}\n</style>{svg[start:]}"
+    width, height = svg[:start].partition('viewBox="0 0 ')[2].partition('"')[0].split()
+    head = '<?xml version="1.0" encoding="utf-8"?>\n<svg'
+    size = f' width="{width}pt" height="{height}pt"'
+    return f"{head}{size}{svg[len('<svg') : start]}\n<style>\n{THEME}\n</style>{svg[start:]}"
 
 
 def series(index: int) -> dict[str, Any]:

@@ -84,8 +84,8 @@ def test_the_page_holds_all_it_needs_and_runs_nothing(page, text):
 def test_the_verdict_stands_first_with_rule_number_and_advice(page, inspection):
     words = " ".join(" ".join(page.words).split())
     places = [words.rindex(piece) for piece in (
-        "1 thing to mend: layer 1 q_proj sends 97 %", "To mend: layer 1 q_proj",
-        inspection.verdicts[0].advice, "Rule collapsed:", "Threshold 0.9, here 0.97.",
+        "1 thing to mend: collapsed.", "To mend: layer 1 q_proj sends 97 %",
+        inspection.verdicts[0].advice, "Rule collapsed: Share of all choices", "; here 0.97.",
         "Experts: 2.", "Layers: model.layers.1.self_attn.q_proj.",
         "Worth knowing: task dates", "Task: dates.", "At a glance", "Usage by layer and task",
         "Rotation: angles and planes", "How much of the mixture is mixture", "How it was measured",
@@ -98,7 +98,7 @@ def test_headlines_count_what_is_to_be_mended(inspection):
     healthy = replace(inspection, verdicts=inspection.verdicts[1:])
     assert headline(healthy) == "Nothing to mend: no rule found a fault."
     both = replace(inspection, verdicts=inspection.verdicts[:1] * 2)
-    assert headline(both).startswith("2 things to mend: layer 1")
+    assert headline(both) == "2 things to mend: collapsed."
 
 
 def test_every_number_of_figures_and_tables_is_text_on_the_page(page, inspection):
@@ -180,10 +180,23 @@ def test_grids_have_a_line_for_each_block_and_a_column_for_each_module(inspectio
     layers[3] = replace(layers[3], usage={ALL: use})
     sheet = sheets.usage_grid(replace(inspection, layers=tuple(layers)))
     assert sheet.head == ("layer", "q_proj", "v_proj")
-    assert [cell.text for cell in sheet.lines[1]] == ["1", "40 % (expert 1)", "97 % (expert 2)"]
+    assert [cell.text for cell in sheet.lines[1]] == ["1", "40 % (1)", "97 % (2)"]
     assert "even use is 25 %" in sheet.caption
     (affinity,) = sheets.affinity_grids(inspection)
     assert [cell.text for cell in affinity.lines[3]] == ["3", "28 %", "28 %"]  # .19 of .68
+
+
+def test_sizes_of_experts_say_whether_they_started_at_zero(inspection):
+    sheet = sheets.expert_sizes(inspection)
+    assert [cell.text for cell in sheet.lines[0]] == [
+        "0 q_proj", "0.30", "1.0 % (0.5 %)", "2.0 % (1.0 %)", "3.0 % (1.5 %)", "4.0 % (2.0 %)",
+    ]  # fmt: skip
+    layers = [
+        replace(x, experts=replace(x.experts, drift=x.experts.norm)) for x in inspection.layers
+    ]
+    sheet = sheets.expert_sizes(replace(inspection, layers=tuple(layers)))
+    assert sheet.lines[0][2].text == "1.0 %"
+    assert sheet.caption.endswith("they started at zero")
 
 
 def test_tokens_have_weight_and_angle_of_their_experts(inspection):
@@ -202,6 +215,7 @@ def test_runs_stand_side_by_side_and_names_are_text_and_no_markup(inspection):
     assert sheet.head == ("", "runs/made", "<u>run</u>")
     found = {line[0].text: [cell.text for cell in line[1:]] for line in sheet.lines}
     assert found["adapted layers"] == ["8", "4"]
+    assert found["most used expert of any layer"] == ["40 % (even use 25 %, at most 50 %)"] * 2
     assert found["more with rotation off"] == ["+0.020 nats", "-"]
     assert found["more with uniform routing"] == ["+0.110 nats"] * 2
     text = html(other, [inspection])

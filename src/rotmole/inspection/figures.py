@@ -43,8 +43,8 @@ def similarity(inspection: Inspection) -> Plot | None:
 
     cosines = pairs("cosine")
     lines_drawn = {
-        "two most alike": [max(values) for values in cosines],
-        "mean of all pairs": [mean(values) for values in cosines],
+        "most alike": [max(values) for values in cosines],
+        "mean": [mean(values) for values in cosines],
     }
     angles = [[mean(values) for values in pairs(t)] for t in ("input_angle", "output_angle")]
 
@@ -68,7 +68,7 @@ def similarity(inspection: Inspection) -> Plot | None:
         "at 1 are one expert: prune one of them, or train with fewer experts of a higher rank.",
         Sheet("Cosines between experts, and mean principal angles in radians between what they "
               "read and what they write",
-              ("layer", *lines_drawn, "angle of inputs", "angle of outputs"), lines),
+              ("layer", *lines_drawn, "inputs", "outputs"), lines),
         paint,
         height=3.1,
     )  # fmt: skip
@@ -105,9 +105,9 @@ def static_share(inspection: Inspection) -> Plot | None:
     ]
     whole = inspection.static
     if whole is not None:
-        total = zip(whole.ranks, whole.held_out, strict=True)
-        known = dict(total)
-        lines.append((Cell("all"), *sheets.shares([*map(known.get, ranks), whole.linear[1]])))
+        known = dict(zip(whole.ranks, whole.held_out, strict=True))
+        total = sheets.shares([*map(known.get, ranks), whole.linear[1]])
+        lines.insert(0, (Cell("all"), *total))
     return Plot(
         "static-share",
         "Share of what the adapter adds that a static LoRA does as well",

@@ -95,9 +95,7 @@ def headline(inspection: Inspection) -> str:
     if not faults:
         return "Nothing to mend: no rule found a fault."
     things = "1 thing" if len(faults) == 1 else f"{len(faults)} things"
-    return f"{things} to mend: {faults[0].sentence.rstrip('.')}" + (
-        "." if len(faults) == 1 else ", and what stands below it."
-    )
+    return f"{things} to mend: {', '.join(dict.fromkeys(fault.name for fault in faults))}."
 
 
 def glance(inspections: Sequence[Inspection]) -> Sheet:
@@ -120,7 +118,13 @@ def _glance(x: Inspection) -> dict[str, str]:
         static = f"{sheets.percent(share)} at rank {rank}"
     unused = sum(count == 0 for usage in use for count in usage.choices)
     experts = sum(len(usage.choices) for usage in use)
-    top = max((max(usage.share) for usage in use), default=None)
+    tops = [(max(share), layer) for layer in x.layers if (share := sheets.used(layer)) is not None]
+    share, where = max(tops, key=lambda top: top[0], default=(None, None))
+    top = sheets.percent(share)
+    if where is not None:
+        top += f" (even use {sheets.percent(1 / where.num_experts)}"
+        most = 1 / where.top_k if where.top_k < where.num_experts else 1.0
+        top += f", at most {sheets.percent(most)})"
     angles = [a for u in use if u.angles for a in u.angles.mean if a is not None]
     mean = sum(angles) / len(angles) if angles else None
 
@@ -132,7 +136,7 @@ def _glance(x: Inspection) -> dict[str, str]:
     return {
         "adapted layers": str(len(x.layers)),
         "experts that no token selected": f"{unused} of {experts}" if experts else "-",
-        "most used expert of any layer": sheets.percent(top),
+        "most used expert of any layer": top,
         "mean angle of rotation": "-" if mean is None else f"{mean:.3f} radians",
         "what a static LoRA does as well": static,
         "loss of the answers": "-" if answer is None else f"{answer.trained:.3f} nats",

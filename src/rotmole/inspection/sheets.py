@@ -12,7 +12,7 @@ from rotmole.inspection.usage import GROUP
 
 SHADES = 9
 """Shades of a cell: 0 is none, 9 the strongest."""
-MOST_LAYERS, MOST_TOKENS = 24, 400
+MOST_LAYERS, MOST_TOKENS = 12, 400
 """Layers of a table with a column for each expert, and tokens of a text, that are shown."""
 ALL_TOKENS = "all tokens"
 
@@ -60,7 +60,9 @@ def percent(value: float | None) -> str:
 
 def number(value: float | None, digits: int = 2) -> str:
     """Return a number as text, "-" if it is unknown."""
-    return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+    if value is None or not math.isfinite(value):
+        return "-"
+    return f"{round(value, digits) + 0.0:.{digits}f}"  # no -0.00
 
 
 def shade(value: float | None, most: float = 1.0) -> int:
@@ -103,24 +105,34 @@ def by_depth(layers: Iterable[Layer]) -> dict[str, list[Layer]]:
     return groups
 
 
-def parts_of(inspection: Inspection) -> dict[str, tuple[str, ...]]:
-    """Return name of a part of the tokens -> names of the usages that it is made of.
+Parts = dict[str, tuple[str, ...]]
+"""Name of a part of the tokens -> names of the usages that it is made of."""
 
-    The parts are the tasks, then the groups over all tasks, such as languages; or all tokens if
-    there is a single part.
-    """
+
+def _tasks_and_groups(inspection: Inspection) -> tuple[Parts, Parts]:
+    """Return the tasks, and the groups over all tasks; neither if there is only one."""
     names = dict.fromkeys(n for layer in inspection.layers for n in layer.usage if n != ALL)
-    tasks: dict[str, list[str]] = {}
-    groups: dict[str, list[str]] = {}
+    tasks: Parts = {}
+    groups: Parts = {}
     for name in names:
         task, _, group = name.rpartition(GROUP)
-        tasks.setdefault(task or name, []).append(name)
+        tasks[task or name] = (*tasks.get(task or name, ()), name)
         if task:
-            groups.setdefault(group, []).append(name)
-    parts = {task: tuple(keys) for task, keys in tasks.items()} if len(tasks) > 1 else {}
-    if len(groups) > 1:
-        parts |= {g if g not in parts else f"group {g}": tuple(keys) for g, keys in groups.items()}
-    return parts or {ALL_TOKENS: (ALL,)}
+            groups[group] = (*groups.get(group, ()), name)
+    return (tasks if len(tasks) > 1 else {}), (groups if len(groups) > 1 else {})
+
+
+def parts_of(inspection: Inspection) -> Parts:
+    """Return the tasks, then the groups such as languages; all tokens if there is one part."""
+    tasks, groups = _tasks_and_groups(inspection)
+    both = tasks | {g if g not in tasks else f"group {g}": keys for g, keys in groups.items()}
+    return both or {ALL_TOKENS: (ALL,)}
+
+
+def tasks_of(inspection: Inspection) -> Parts:
+    """Return parts without a token in common: the tasks, else the groups, else all tokens."""
+    tasks, groups = _tasks_and_groups(inspection)
+    return tasks or groups or {ALL_TOKENS: (ALL,)}
 
 
 def used(layer: Layer, names: Iterable[str] = (ALL,)) -> list[float] | None:
@@ -162,9 +174,12 @@ def usage_grid(inspection: Inspection) -> Sheet:
         share = used(layer)
         if share is not None:
             best = max(range(len(share)), key=share.__getitem__)
-            cells[layer.path] = Cell(f"{percent(share[best])} (expert {best})", shade(share[best]))
+            cells[layer.path] = Cell(f"{percent(share[best])} ({best})", shade(share[best]))
     even = {percent(1 / layer.num_experts) for layer in inspection.layers if layer.usage}
-    caption = f"Share of the most used expert of each layer; even use is {' or '.join(even)}"
+    caption = (
+        "Share of the most used expert of each layer, in brackets which one; even use is "
+        f"{' or '.join(even)}"
+    )
     return grid(inspection, caption, cells)
 
 
@@ -245,11 +260,12 @@ def routing(inspection: Inspection) -> Sheet | None:
             Cell(name_of(layer)), top, Cell(spread), Cell(percent(even), shade(even)), Cell(pair),
             Cell(str(unused)),
         ))  # fmt: skip
-    head = (
-        "layer", "most often first", "mean weight if selected", "entropy, of the largest",
-        "pair most often together", "experts unused",
-    )  # fmt: skip
-    caption = "Weights over all tokens: how often one expert weighs most, and how even they are"
+    head = ("layer", "first", "weights", "entropy", "pair", "unused")
+    caption = (
+        "Over all tokens: how often one expert has the largest weight, the experts' mean weights "
+        "if selected, entropy of the router in % of the largest, the pair most often together, "
+        "experts unused"
+    )
     return Sheet(caption, head, tuple(lines)) if lines else None
 
 
@@ -279,21 +295,24 @@ def similarity(inspection: Inspection) -> Sheet | None:
 
 def expert_sizes(inspection: Inspection) -> Sheet | None:
     """Return size and drift of every expert of the chosen layers."""
-    lines, most = [], 0
-    for layer in chosen_layers(inspection) or inspection.layers[:MOST_LAYERS]:
-        if layer.experts is not None:
-            both = zip(layer.experts.norm, layer.experts.drift, strict=True)
-            cells = [Cell(f"{percent(norm)} ({percent(drift)})") for norm, drift in both]
-            router = number(layer.experts.router_drift)
-            lines.append((Cell(name_of(layer)), Cell(router), *cells))
-            most = max(most, len(cells))
-    if not lines:
+    chosen = chosen_layers(inspection) or inspection.layers[:MOST_LAYERS]
+    known = [(layer, layer.experts) for layer in chosen if layer.experts is not None]
+    if not known:
         return None
+    pairs = [pair for _, each in known for pair in zip(each.norm, each.drift, strict=True)]
+    from_zero = all(drift is not None and math.isclose(norm, drift) for norm, drift in pairs)
+    lines, most = [], max(layer.num_experts for layer, _ in known)
+    for layer, each in known:
+        texts = [
+            percent(norm) + ("" if from_zero else f" ({percent(drift)})")
+            for norm, drift in zip(each.norm, each.drift, strict=True)
+        ]
+        cells = (Cell(name_of(layer)), Cell(number(each.router_drift)), *map(Cell, texts))
+        lines.append(_filled(cells, most + 2))
+    moved = "they started at zero" if from_zero else "in brackets how far it is from its start"
+    caption = f"Size of each expert's map relative to the base weight; {moved}"
     head = ("layer", "router moved", *(f"expert {e}" for e in range(most)))
-    caption = (
-        "Size of each expert relative to the base weight, in brackets how far it is from its start"
-    )
-    return Sheet(caption, head, tuple(_filled(line, most + 2) for line in lines))
+    return Sheet(caption, head, tuple(lines))
 
 
 def tokens(names: Sequence[str], found: TokenRouting, caption: str) -> Sheet:

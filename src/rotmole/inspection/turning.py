@@ -13,9 +13,9 @@ from rotmole.drawing import FAINT, INK, legend, series, short
 from rotmole.inspection import sheets
 from rotmole.inspection.inspection import ALL, Angles, Inspection, Layer
 from rotmole.inspection.plot import Plot, first_upper, marked, mean, ticks
-from rotmole.inspection.sheets import Cell, Sheet, by_depth, name_of, parts_of
+from rotmole.inspection.sheets import Cell, Sheet, by_depth, name_of, parts_of, tasks_of
 
-PANELS = 6
+PANELS = 8
 """Tasks that a figure has room for; its table has all."""
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -135,8 +135,13 @@ def angle_histogram(inspection: Inspection) -> Plot | None:
     turned = most_turned(inspection)
     if turned is None:
         return None
-    name = max(turned.angles, key=lambda n: _difference(turned.angles[n], turned.edges))
-    found = {task: counts / max(counts.sum(), 1) for task, counts in turned.angles[name].items()}
+    tasks = list(tasks_of(inspection))
+    layers = {
+        name: {task: counts for task, counts in found.items() if task in tasks}
+        for name, found in turned.angles.items()
+    }
+    name = max(layers, key=lambda each: _difference(layers[each], turned.edges))
+    found = {task: counts / max(counts.sum(), 1) for task, counts in layers[name].items()}
     used = np.flatnonzero(sum(found.values()))
     low, high = (used[0], used[-1]) if len(used) else (0, len(turned.edges) - 2)
     edges = turned.edges[low : high + 2]
@@ -222,15 +227,15 @@ def planes(inspection: Inspection) -> Plot | None:
         )
         for place, name in enumerate(names)
     )  # fmt: skip
-    head = ("layer", "mean angle", *(f"beyond {limit}" for limit in limits), "angle", "plane")
+    head = ("layer", "mean angle", *(f"> {limit}" for limit in limits), "angle", "plane")
     return Plot(
         "planes",
         "How alike angles and planes of rotation are",
-        "1: every token is turned by the same angle (or in the same plane); 0: angles (or planes) "
-        "are spread evenly. If both are near 1 the rotation is a fixed one, which A and B could "
-        "learn: rotation none does as well.",
+        "1: every token is turned by the same angle, or in the same plane. Angles spread evenly "
+        "are at 0, planes at random at 2 / rank. If both are near 1 the rotation is a fixed one, "
+        "which A and B could learn: rotation none does as well.",
         Sheet("Mean over experts and modules: |angle| in radians, share of choices turned by more, "
-              "likeness of angles and planes", head, lines),
+              "likeness of angles and of planes", head, lines),
         paint,
         height=3.1,
     )  # fmt: skip
@@ -292,14 +297,14 @@ def reach(inspection: Inspection) -> Plot | None:
     ]
     lines = [(Cell(name), *sheets.numbers(point, digits=3), Cell("")) for name, point in points]
     for name, border in (("scaling alone", scaled), ("scaling and rotation", turned)):
-        lines.append((Cell(name), Cell(""), Cell(""), Cell(sheets.number(area(border), 4))))
+        lines.append((Cell(name), Cell(""), Cell(""), Cell(f"{area(border):.3g}")))
     token = f" for the token {sheets.shown(found.token)!r}" if found.token else ""
     return Plot(
         "reach",
         f"Outputs that experts {first} and {second} of layer {name_of(layer)} reach",
         f"In the plane of the two experts' outputs{token}, in the layer in which rotation changes "
-        "most. Weights alone reach the inner area; with rotations too, the outer one. If what the "
-        "adapter does (dotted) lies in the inner area for most layers, rotation buys little.",
+        "most. Weights reach the inner area; with any angle in the token's plane of rotation, the "
+        "outer one. Dotted lines that stay in the inner area say that rotation buys little.",
         Sheet("Outputs in this plane, and the areas that are reached",
               ("", "along", "across", "area"), tuple(lines)),
         paint,
