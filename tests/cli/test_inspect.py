@@ -49,7 +49,7 @@ def test_the_verdict_comes_first_then_tables_that_fit_the_screen(
     assert main(words) == 0
     said = capsys.readouterr().out
     first, second, *_ = said.splitlines()
-    assert "to mend" in first
+    assert first.endswith("tokens show.")
     assert second.startswith("! ")
     assert (
         "duplicate experts in 1 of 4 layers: 1 q_proj: experts 0 and 2 are alike to 1.000." in said
@@ -81,6 +81,7 @@ def test_a_text_is_shown_token_by_token_and_nothing_is_written(
     rows = said.split(PATH)[1].splitlines()[1:]
     assert rows[0].split() == ["token", "expert", "0", "expert", "1", "expert", "2", "turned", "by"]
     assert "no files are written for a text alone" in said
+    assert "tokens are too few to judge the use of the experts" in said
     assert not (run / "inspect.json").exists()
     assert not (run / "report.html").exists()
 
