@@ -134,7 +134,7 @@ def _run(
                 show()
     except BaseException as error:
         for worker in workers:
-            worker.terminate()  # a Ctrl-C may have reached them already; a second signal does no harm
+            worker.terminate()  # no harm where a Ctrl-C has reached it already
         for worker in workers:
             worker.join()
         if isinstance(error, KeyboardInterrupt):
