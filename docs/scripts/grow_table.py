@@ -51,7 +51,7 @@ def table(figures: dict[str, Any]) -> str:
         if cells:
             lines.append(_row(name, cells))
     base = f"{figures['base_text_nll']:.3f}"
-    lines.append("| base model | " + "| " * (3 + len(LANGUAGES)) + f"| {base} |")
+    lines.append("| base model | " + "| " * (2 + len(LANGUAGES)) + f"| {base} |")
     return "\n".join(lines)
 
 

@@ -79,7 +79,7 @@ def test_rules_between_settings(study_yaml):
 
 
 def test_a_warning_names_the_methods_that_it_is_about(study_yaml):
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="constant weight 1") as caught:
         load_study(
             study_yaml,
             [
