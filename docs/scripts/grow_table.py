@@ -41,7 +41,7 @@ def _row(name: str, cells: list[dict[str, Any]]) -> str:
 
 
 def table(figures: dict[str, Any]) -> str:
-    """Return exact match, mean and range over the seeds, and nats a token, by language and on text."""
+    """Return exact match, mean and range over the seeds, nats a token by language, and on text."""
     lines = [
         "| | updates | trained | seeds | " + " | ".join(LANGUAGES) + " | other text |",
         "|---|---|---|---|" + "---|" * (len(LANGUAGES) + 1),
