@@ -33,7 +33,7 @@ def bin_edges() -> list[float]:
 class RotationStatistics:
     """Sums over the choices of one task's tokens: an angle for each token and selected expert.
 
-    What an angle is in each mode says `rotmole.ops.mixture.turns.turns`. With givens a choice has
+    What an angle is in each mode says `rotmole.ops.mixture.dense.turns`. With givens a choice has
     one angle for each plane; all of them count alike.
 
     Attributes:
