@@ -303,8 +303,9 @@ class LayerStatistics:
         """Add the sums of another log's same layer."""
         for name, task in other.tasks.items():
             self.tasks[name] = added(self.tasks[name], task) if name in self.tasks else task
-        if self.planes_ERR is not None and other.planes_ERR is not None:
-            self.planes_ERR = self.planes_ERR + other.planes_ERR
+        if other.planes_ERR is not None:
+            mine = self.planes_ERR
+            self.planes_ERR = other.planes_ERR if mine is None else mine + other.planes_ERR
         if self.shared is not None and other.shared is not None:
             self.shared.merge(other.shared)
 

@@ -55,9 +55,7 @@ def angle_between(a_ERT: Tensor, b_ERT: Tensor, metric_ERR: Tensor | None = None
     tensor([[[1.5708]]])
     """
     tiny = torch.finfo(a_ERT.dtype).tiny
-    u, v = (
-        w * torch.rsqrt(inner(w, w, metric_ERR).clamp(min=tiny)) for w in (a_ERT, b_ERT)
-    )
+    u, v = (w * torch.rsqrt(inner(w, w, metric_ERR).clamp(min=tiny)) for w in (a_ERT, b_ERT))
     apart, along = (inner(w, w, metric_ERR).clamp(min=0).sqrt() for w in (u - v, u + v))
     angle = 2 * torch.atan2(apart, along)
     empty = (a_ERT == 0).all(-2, keepdim=True) | (b_ERT == 0).all(-2, keepdim=True)
