@@ -66,7 +66,7 @@ def turns(
                 if rotation == "radar"
                 else radar_pairs(v, gates, x_TD[t])
             )
-        of_token = []
+        of_token: list[list[float]] = []
         for e in experts:
             z_R = before_TER[t, e]
             if not selected_TE[t, e]:
