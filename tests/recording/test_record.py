@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from witness import assert_log, facts, inputs_of
+from routing_witness import assert_log, facts, inputs_of
 
 import rotmole
 import tiny
@@ -31,7 +31,7 @@ def adapted(base: torch.nn.Module | None = None, **settings: Any) -> PeftModel:
             parameter.data.mul_(5)  # far from even
         if "rotation" in name:
             parameter.data.mul_(3)
-    return model.eval()
+    return model.double().eval()
 
 
 def call(model: PeftModel, **more: Any) -> Any:
@@ -105,9 +105,9 @@ def test_the_shared_expert_is_apart() -> None:
         experts = model.get_base_model().get_submodule(path).experts("default")
         x_TD = inputs[path][MASK.bool()]
         task = layer.shared.tasks["all"]
-        gate = torch.sigmoid(x_TD @ experts.shared_gate[0])
+        gate = torch.sigmoid(x_TD @ experts.shared_gate[0]).detach()
         assert float(task.mean_weight_E) == pytest.approx(float(gate.mean()), rel=1e-5)
-        angle = torch.pi * torch.tanh(x_TD @ experts.shared_rotation_angle[0, 0])
+        angle = torch.pi * torch.tanh(x_TD @ experts.shared_rotation_angle[0, 0]).detach()
         assert float(task.rotation.absolute_E) == pytest.approx(float(angle.abs().sum()), rel=1e-4)
         assert (layer.shared.rank, layer.shared.has_router) == (3, False)
     with record_routing(plain) as log, torch.no_grad():
@@ -136,13 +136,14 @@ def test_training_counts_each_token_once(settings: dict[str, Any], reentrant: bo
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     with record_routing(model) as once, torch.no_grad():
-        call(model)
+        call(model.eval())
     for path, layer in log.layers.items():
         total, wanted_total = layer.total(), once.layers[path].total()
         assert (total.tokens, total.rows) == (12, 3)
         assert torch.equal(total.choices_E, wanted_total.choices_E)
         assert torch.equal(total.rotation.count_E, wanted_total.rotation.count_E)
-        torch.testing.assert_close(total.rotation.cos_E, wanted_total.rotation.cos_E)
+        cos_E = wanted_total.rotation.cos_E
+        torch.testing.assert_close(total.rotation.cos_E, cos_E, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("settings", [{}, {"router": "cosine", "router_dim": 4}], ids=str)
@@ -167,11 +168,10 @@ def test_generation_with_a_cache_counts_as_one_pass_over_its_tokens(
             assert torch.equal(mine.choices_E, wanted.choices_E)
             torch.testing.assert_close(mine.weight_E, wanted.weight_E, rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(mine.rotation.cos_E, wanted.rotation.cos_E, rtol=1e-4, atol=1e-4)
-    with record_routing(model) as log:
-        with log.of(["a", "b"]):
-            model.generate(input_ids=prompt, num_beams=2, **options)
-    for layer in log.layers.values():
-        assert layer.tasks["a"].tokens == layer.tasks["b"].tokens == 6 * 1 + 2 * 4 or True
+    with record_routing(model) as log, log.of(["a", "b"]):
+        model.generate(input_ids=prompt, attention_mask=MASK[:2], num_beams=2, **options)
+    for layer in log.layers.values():  # of two beams, which begin together
+        assert [layer.tasks[name].tokens for name in "ab"] == [2 * 6 + 2 * 4, 2 * 4 + 2 * 4]
 
 
 def test_adapters_are_recorded_apart() -> None:
@@ -206,8 +206,9 @@ def test_tasks_by_number_by_name_and_by_packed_sequence() -> None:
                 call(model, task_id=torch.tensor([0, 1, 2]))
         with record_routing(model) as named, named.of(TASKS):
             call(model)
-        with pytest.raises(TypeError, match="task_id"):
-            call(model, task_id=torch.tensor([0, 1, 0]))
+        stack = model.get_base_model().model.layers[0].self_attn.q_proj.rotmole_stack
+        assert not stack.takes_tasks
+        assert not stack.outer.takes_tasks
     for path, layer in log.layers.items():
         for task in ("de", "fr"):
             assert torch.equal(layer.tasks[task].choices_E, named.layers[path].tasks[task].choices_E)
@@ -268,7 +269,6 @@ def test_logs_add_up_and_survive_json() -> None:
     ours, theirs = first.to_dict(), both.to_dict()
     assert ours.keys() == theirs.keys()
     flat = [torch.utils._pytree.tree_leaves(content) for content in (ours, theirs)]
-    assert flat[0] == pytest.approx(flat[1]) if False else True
     for mine, wanted in zip(*flat, strict=True):
         assert mine == (pytest.approx(wanted) if isinstance(wanted, float) else wanted)
     other = adapted(num_experts=3)

@@ -69,7 +69,7 @@ def add_choices(task: TaskStatistics, chosen: Chosen, row_T: Tensor, rows: int) 
     task.top_E += torch.bincount(top_T, minlength=experts)
     task.pairs_EE += (wide_TE.mT.double() @ wide_TE.double()).round().long()
     task.squares_E += (choices_NE.square() / size_N1.clamp(min=1)).sum(0)
-    task.entropy += torch.special.entr(chosen.probability_TE.float()).sum(dtype=torch.float64)
+    task.entropy += torch.special.entr(chosen.probability_TE).sum(dtype=torch.float64)
 
 
 def add_turns(rotation: RotationStatistics, angle_EMT: Tensor, counted_TE: Tensor) -> None:
