@@ -168,6 +168,17 @@ def test_static_share_is_that_of_held_out_rows_by_rank(inspection):
     ]  # fmt: skip
 
 
+def test_lines_differ_without_colour_however_many_points_they_have():
+    large = made_inspection(layers=60, modules=("q_proj",), tasks=("a", "b", "c", "d"))
+    for plot in (figures.static_share(large), figures.effects(large), turning.planes(large)):
+        (axes,) = painted(plot)
+        looks = [(found.get_marker(), found.get_linestyle()) for found in axes.lines]
+        assert len(set(looks)) == len(looks) > 1
+        assert "None" not in [marker for marker, style in looks if style == "-"]
+    (axes,) = painted(turning.angle_histogram(large))
+    assert len({steps.get_linestyle() for steps in axes.patches}) == 4
+
+
 def test_static_share_weighs_modules_by_what_they_add(inspection):
     layers = [
         replace(x, static=replace(x.static, held_out=(float(x.module == "v_proj"),) * len(RANKS)))

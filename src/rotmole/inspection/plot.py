@@ -15,8 +15,8 @@ from rotmole.drawing import WIDTH, draw, pdf, series, short, standalone
 from rotmole.files import atomic_write_bytes, atomic_write_text, make_folder
 from rotmole.inspection.sheets import Sheet
 
-MARKED = 24
-"""Points of a line up to which each gets a marker."""
+MARKERS = 15
+"""Markers of a line, at most."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,9 @@ def file_names(stem: str, tasks: Sequence[str]) -> list[str]:
 
 
 def marked(index: int, points: int) -> dict[str, Any]:
-    """Return the style of a line, without markers if there are many points."""
-    return series(index) | ({"marker": ""} if points > MARKED else {})
+    """Return the style of a line; of many points only some get the marker that tells it apart."""
+    step = math.ceil(points / MARKERS)
+    return series(index) | ({"markevery": (index % step, step)} if step > 1 else {})
 
 
 def ticks(axes: Any, names: Sequence[str], room: int = 10) -> None:

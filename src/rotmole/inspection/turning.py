@@ -105,7 +105,7 @@ def angles_by_layer(inspection: Inspection) -> Plot | None:
             color, x, q = series(index)["color"], range(len(names)), np.array(found[task]).T
             axes.fill_between(x, q[0], q[4], color=color, alpha=0.18, lw=0)
             axes.fill_between(x, q[1], q[3], color=color, alpha=0.35, lw=0)
-            axes.plot(x, q[2], **marked(index, len(names)))
+            axes.plot(x, q[2], color=color, marker="o", ms=2.5)  # a lone layer is a dot
             axes.axhline(0, color=FAINT, lw=1)
             axes.set_title(short(task))
             ticks(axes, names, 10 // columns)
@@ -150,11 +150,8 @@ def angle_histogram(inspection: Inspection) -> Plot | None:
     def paint(figure: Any) -> None:
         axes = figure.subplots()
         for index, (task, share) in enumerate(list(shown.items())[:PANELS]):
-            style = series(index)
-            axes.stairs(
-                100 * share, edges, color=style["color"], ls=style["linestyle"], lw=1.6,
-                label=short(task),
-            )  # fmt: skip
+            color, dashes = series(index)["color"], ("-", "--", ":", "-.")[index % 4]
+            axes.stairs(100 * share, edges, color=color, ls=dashes, lw=1.6, label=short(task))
         axes.axvline(0, color=FAINT, lw=1)
         axes.set(xlabel="angle (radians)", ylabel="share of choices (%)", ylim=(0, None))
         legend(figure, axes)
