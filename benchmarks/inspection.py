@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from common import (
     Row,
+    Times,
     adapter_config,
     finish,
     model_type,
