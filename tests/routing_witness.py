@@ -69,9 +69,7 @@ def facts(
         settings = {key: getattr(spec, key) for key in keys}
 
         def angles(x_TD: Tensor, selected: Tensor, logits: Tensor | None, w=weights, s=settings):
-            return turns(
-                x_TD, x_TD, w.A_ERD, w.B_ERO, w.gates, selected, logits_TE=logits, **s
-            )
+            return turns(x_TD, x_TD, w.A_ERD, w.B_ERO, w.gates, selected, logits_TE=logits, **s)
 
         if spec.rotation != "none" and (part is None or not part.outer):
             fact["angles"] = angles(x_TD, fact["selected"], logits_TE)

@@ -53,7 +53,7 @@ PLANTED = {
     ),
     "routing-imports-mixture": (
         "rotmole/ops/routing/balance.py",
-        TYPING + "from rotmole.ops.mixture.passes import How",
+        TYPING + "from rotmole.ops.mixture.banks import How",
         "rotmole.ops.routing is not allowed to import rotmole.ops.mixture",
     ),
     "routing-imports-rotation": (

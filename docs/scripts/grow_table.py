@@ -36,19 +36,22 @@ def _row(name: str, cells: list[dict[str, Any]]) -> str:
         exact = [score["exact_match"] for score in scores]
         spread = f" ({min(exact):.2f} to {max(exact):.2f})"
         columns.append(f"{mean(exact):.2f}{spread}, {mean(s['nll'] for s in scores):.3f}")
+    columns.append(f"{mean(cell['text_nll'] for cell in cells):.3f}")
     return "| " + " | ".join(columns) + " |"
 
 
 def table(figures: dict[str, Any]) -> str:
-    """Return exact match, mean and range over the seeds, and nats a token, by language."""
+    """Return exact match, mean and range over the seeds, nats a token by language, and on text."""
     lines = [
-        "| | updates | trained | seeds | " + " | ".join(LANGUAGES) + " |",
-        "|---|---|---|---|" + "---|" * len(LANGUAGES),
+        "| | updates | trained | seeds | " + " | ".join(LANGUAGES) + " | other text |",
+        "|---|---|---|---|" + "---|" * (len(LANGUAGES) + 1),
     ]
     for name in NAMES:
         cells = [cell for cell in figures["cells"] if cell["cell"] == name]
         if cells:
             lines.append(_row(name, cells))
+    base = f"{figures['base_text_nll']:.3f}"
+    lines.append("| base model | " + "| " * (2 + len(LANGUAGES)) + f"| {base} |")
     return "\n".join(lines)
 
 

@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=1 python experiments/grow/run.py [--cells DIR] [--seeds 0 1 2]
 
 Every cell is an ordinary run folder in DIR (runs/grow); a finished cell is not run again, so the
-command goes on where it was stopped. Then results.json beside this file is written anew from the
+command goes on where it was stopped. Each is also scored on text that no task has to do with, and
+so is the base model. Then results.json beside this file is written anew from the
 cells that are there; docs/scripts/grow_table.py makes the table of docs/grow.md from it.
 """
 
@@ -27,7 +28,10 @@ from rotmole.config.load import load_run
 from rotmole.config.schema import RunFile
 from rotmole.data import Example, load_examples
 from rotmole.evaluation.scoring import scored_answers
+from rotmole.evaluation.target import find_target, load_target
+from rotmole.export.text import general_passages, tokenised
 from rotmole.files import atomic_write_text
+from rotmole.models.load import load_model
 from rotmole.training.folder.layout import is_finished
 from rotmole.training.run import train
 
@@ -175,13 +179,47 @@ def do(cell: Cell, seed: int, cells: Path) -> None:
     print(cell.name, seed, short, f"{seconds:.0f} s", flush=True)
 
 
+@torch.no_grad()
+def text_nll(model: Any, tokenizer: Any) -> float:
+    """Return the loss in nats a token of the passages that come with the package."""
+    nll, tokens = 0.0, 0
+    for row in tokenised(general_passages(), tokenizer):
+        ids = torch.tensor([row])
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+        nll += float(cross_entropy(logits, ids[0, 1:], reduction="sum"))
+        tokens += len(row) - 1
+    return nll / tokens
+
+
+def score_text(cells: Path, seeds: Sequence[int]) -> None:
+    """Score the base model and every finished cell on text, unless its text.json is there."""
+    folders = [cells / f"{cell.name}-{seed}" for cell in CELLS for seed in seeds]
+    (cells / "base").mkdir(exist_ok=True)
+    for folder in [cells / "base", *filter(is_finished, folders)]:
+        if (folder / "text.json").is_file():
+            continue
+        if folder.name == "base":
+            loaded = load_model(load_run(RUN).model)
+            loaded.model.eval()
+        else:
+            loaded = load_target(find_target(folder, needs_data=False))
+        nll = text_nll(loaded.model, loaded.tokenizer)
+        atomic_write_text(folder / "text.json", json.dumps({"nll": nll}) + "\n")
+        print(folder.name, f"text {nll:.4f} nats a token", flush=True)
+
+
 def collect(cells: Path, seeds: Sequence[int]) -> None:
     """Write results.json from the figures that are there."""
-    files = [cells / f"{cell.name}-{seed}" / "figures.json" for cell in CELLS for seed in seeds]
-    records = [json.loads(f.read_text(encoding="utf-8")) for f in files if f.is_file()]
+    records = []
+    for folder in [cells / f"{cell.name}-{seed}" for cell in CELLS for seed in seeds]:
+        if (folder / "figures.json").is_file():
+            record = json.loads((folder / "figures.json").read_text(encoding="utf-8"))
+            text = json.loads((folder / "text.json").read_text(encoding="utf-8"))
+            records.append({**record, "text_nll": text["nll"]})
+    base = json.loads((cells / "base" / "text.json").read_text(encoding="utf-8"))
     packages = ("rotmole", "torch", "transformers", "peft", "babel", "num2words")
     made_with = {name: version(name) for name in packages} | {"machine": platform.machine()}
-    content = {"made_with": made_with, "cells": records}
+    content = {"made_with": made_with, "base_text_nll": base["nll"], "cells": records}
     atomic_write_text(RESULTS, json.dumps(content, indent=1) + "\n")
 
 
@@ -198,7 +236,8 @@ def main() -> None:
         for cell in CELLS:
             if given.only is None or cell.name in given.only:
                 do(cell, seed, given.cells.resolve())
-    collect(given.cells, given.seeds)
+    score_text(given.cells.resolve(), given.seeds)
+    collect(given.cells.resolve(), given.seeds)
 
 
 if __name__ == "__main__":

@@ -135,9 +135,14 @@ def test_the_live_table_fits_80_columns(study_yaml, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "stop", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.heavy)]
+    ("stop", "to_all"),
+    [
+        (signal.SIGINT, True),  # as a terminal sends it
+        (signal.SIGINT, False),
+        pytest.param(signal.SIGTERM, False, marks=pytest.mark.heavy),
+    ],
 )
-def test_a_signal_saves_and_the_same_command_goes_on(study_yaml, tmp_path, stop):
+def test_a_signal_saves_and_the_same_command_goes_on(study_yaml, tmp_path, stop, to_all):
     output = tmp_path / "out"
     words = [sys.executable, "-m", "rotmole_cli", "compare", str(study_yaml), "seeds=[0]",
              "--output", str(output), "training.max_steps=100000", "training.save_steps=50000",
@@ -149,7 +154,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(study_yaml, tmp_path, stop)
     deadline = time.monotonic() + 120
     while not log.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
-    os.killpg(process.pid, stop) if stop == signal.SIGINT else process.send_signal(stop)
+    os.killpg(process.pid, stop) if to_all else process.send_signal(stop)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + stop, err
     if stop == signal.SIGINT:

@@ -31,7 +31,6 @@ def run_yaml(tmp_path_factory) -> Path:
     model, data = write_model(root / "model"), root / "data"
     data.mkdir()
     content = settings(model, write_data(data), root / "run")
-    content["evaluation"] = {"report_tokens": 0}
     path = root / "run.yaml"
     path.write_text(yaml.safe_dump(content), encoding="utf-8")
     return path

@@ -78,6 +78,21 @@ def test_rules_between_settings(study_yaml):
         assert words in text, (words, text)
 
 
+def test_a_warning_names_the_methods_that_it_is_about(study_yaml):
+    with pytest.warns(UserWarning, match="constant weight 1") as caught:
+        load_study(
+            study_yaml,
+            [
+                "methods.moe.adapter={num_experts: 2, top_k: 1, rotation: none}",
+                "methods.one={adapter: {num_experts: 3, top_k: 1, rotation: none}}",
+            ],
+        )
+    said = [str(warning.message) for warning in caught]
+    (constant,) = [text for text in said if "constant weight 1" in text]
+    assert constant.startswith("methods moe, one: top_k=1 with norm_topk_prob=True")
+    assert len(said) == len(set(said))
+
+
 def test_a_grid_that_no_run_takes(study_yaml):
     text = problems(study_yaml, "tune.grid={training.learning_rate: [-1, 1e-3]}")
     assert "tune.grid, method lora: training.learning_rate is -1" in text

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from planted_cases import FIRST, RIGHT_ANGLE, SECOND, inspected
+from rotmole.inspection.diagnose import RULES
 from rotmole.inspection.inspection import Verdict
 from rotmole.inspection.probe import Found
 
@@ -156,3 +158,13 @@ def test_experts_that_follow_the_language_are_named() -> None:
     assert "gets 50 % of the choices" in verdict.sentence
     assert "0 % of those of the others" in verdict.sentence
     assert not verdict.is_fault
+
+
+def test_the_docs_have_every_rule() -> None:
+    """Its words with its threshold, in the order of the table."""
+    page = (Path(__file__).parents[2] / "docs" / "inspect.md").read_text(encoding="utf-8")
+    shown = page.replace("\\|", "|").splitlines()
+    lines = [f"| {r.name} | {r.words.format(f'{r.threshold:g}')} |" for r in RULES]
+    places = [shown.index(line) for line in lines]
+    assert places == list(range(places[0], places[0] + len(RULES)))
+    assert [rule.is_fault for rule in RULES] == [True] * 8 + [False] * 2

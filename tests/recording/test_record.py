@@ -167,7 +167,9 @@ def test_generation_with_a_cache_counts_as_one_pass_over_its_tokens(
             assert mine.tokens == wanted.tokens == tokens
             assert torch.equal(mine.choices_E, wanted.choices_E)
             torch.testing.assert_close(mine.weight_E, wanted.weight_E, rtol=1e-4, atol=1e-4)
-            torch.testing.assert_close(mine.rotation.cos_E, wanted.rotation.cos_E, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                mine.rotation.cos_E, wanted.rotation.cos_E, rtol=1e-4, atol=1e-4
+            )
     with record_routing(model) as log, log.of(["a", "b"]):
         model.generate(input_ids=prompt, attention_mask=MASK[:2], num_beams=2, **options)
     for layer in log.layers.values():  # of two beams, which begin together
@@ -211,7 +213,9 @@ def test_tasks_by_number_by_name_and_by_packed_sequence() -> None:
         assert not stack.outer.takes_tasks
     for path, layer in log.layers.items():
         for task in ("de", "fr"):
-            assert torch.equal(layer.tasks[task].choices_E, named.layers[path].tasks[task].choices_E)
+            assert torch.equal(
+                layer.tasks[task].choices_E, named.layers[path].tasks[task].choices_E
+            )
     place = torch.tensor([[0, 1, 2, 0, 1, 0], [0, 1, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5]])
     with record_routing(model) as packed, torch.no_grad():
         with packed.of(["a", "b", "c", "d", "e", "f"]):

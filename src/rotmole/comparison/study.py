@@ -39,6 +39,7 @@ from rotmole.models.preview import adapter_problems
 
 RATE = "training.learning_rate"
 SCALE = "scale"
+Notice = tuple[str, type[Warning]]
 _SECTIONS = ("model", "data", "training", "optimizer", "evaluation", "adapter")
 _FIXED = {
     "output_dir": "the cells' folders lie in the study's",
@@ -296,19 +297,33 @@ def _rules(file: StudyFile) -> list[str]:
 def _method_problems(study: Study) -> list[str]:
     """Check the run of each method; what is wrong in all of them is wrong in base."""
     found: dict[str, list[str]] = {}
+    notices: dict[str, set[Notice]] = {}
     for method in study.file.methods:
-        try:
-            study.run_of(method, check=True)
-        except ConfigError as error:
-            found[method] = error.problems
-        else:
-            found[method] = []
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                study.run_of(method, check=True)
+            except ConfigError as error:
+                found[method] = error.problems
+            else:
+                found[method] = []
+        notices[method] = {(str(warning.message), warning.category) for warning in caught}
+    _repeat(notices)
     problems = []
     shared = [p for p in next(iter(found.values())) if all(p in own for own in found.values())]
     problems += [f"base.{p}" if p.partition(".")[0] in _SECTIONS else f"base: {p}" for p in shared]
     for method, own in found.items():
         problems += [f"methods.{method}.{p}" for p in own if p not in shared]
     return problems
+
+
+def _repeat(notices: Mapping[str, set[Notice]]) -> None:
+    """Issue the warnings that all methods have once, and others with their methods' names."""
+    shared = set.intersection(*notices.values())
+    for text, category in dict.fromkeys(notice for own in notices.values() for notice in own):
+        methods = [method for method, own in notices.items() if (text, category) in own]
+        owner = "" if (text, category) in shared else f"methods {', '.join(methods)}: "
+        warnings.warn(f"{owner}{text}", category, stacklevel=2)
 
 
 def decide_sizes(study: Study) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from rotmole.data.encode import Row
 from rotmole.inspection.answers import answers_of, systems
-from rotmole.inspection.diagnose import diagnose
+from rotmole.inspection.diagnose import ENOUGH, diagnose
 from rotmole.inspection.geometry import geometry
 from rotmole.inspection.inspection import ALL, Effects, Inspection, Layer, Passage, Source
 from rotmole.inspection.passage import matching, passage_of
@@ -119,7 +119,7 @@ def inspect_adapter(
         static=total([layer.static for layer in found if layer.static is not None]),
         answers=answers,
         passage=passage,
-        notes=_notes(layers, probes, fitted),
+        notes=_notes(layers, probes, fitted, sum(counts.values())),
     )
     return replace(made, verdicts=diagnose(made))
 
@@ -225,7 +225,9 @@ def _with_reach(
     return tuple(drawn if layer is most else layer for layer in layers)
 
 
-def _notes(layers: Mapping[str, Found], probes: Probes, fitted: int) -> tuple[str, ...]:
+def _notes(
+    layers: Mapping[str, Found], probes: Probes, fitted: int, tokens: int
+) -> tuple[str, ...]:
     notes = []
     if any(found.is_block for found in layers.values()):
         notes.append(
@@ -242,5 +244,12 @@ def _notes(layers: Mapping[str, Found], probes: Probes, fitted: int) -> tuple[st
             f"The static share of {len(probes.sketched)} of {len(layers)} layers is a lower bound: "
             f"their inputs are too wide for {fitted:,} tokens, so the linear map is fitted on a "
             "part of them; more tokens raise it."
+        )
+    specs = [found.experts.spec for found in layers.values() if found.experts.has_router]
+    needed = max((ENOUGH * s.num_experts // s.chosen for s in specs), default=0)
+    if tokens < needed:
+        notes.append(
+            f"{tokens:,} tokens are too few to judge the use of the experts; {needed:,} would give "
+            f"each {ENOUGH} choices if they were used alike."
         )
     return tuple(notes)

@@ -6,6 +6,7 @@ be measured is None, and `Inspection.notes` says why.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -356,16 +357,25 @@ class Inspection:
         return made
 
     def write(self, folder: Path) -> Path:
-        """Write inspect.json into a folder, and return its path."""
-        text = _adapter().dump_json(self).decode()
-        atomic_write_text(folder / FILE, text + "\n")
-        return folder / FILE
+        """Write inspect.json into a folder, numbers with six digits, and return its path."""
+        text = json.dumps(_short(self.to_dict()), ensure_ascii=False, separators=(",", ":"))
+        return atomic_write_text(folder / FILE, text + "\n")
 
     @staticmethod
     def read(file: Path) -> Inspection:
         """Read an inspect.json."""
         made: Inspection = _adapter().validate_json(file.read_bytes())
         return made
+
+
+def _short(value: Any) -> Any:
+    """Return numbers with six digits, and whole ones without a point."""
+    if isinstance(value, float):
+        rounded = float(f"{value:.6g}")
+        return int(rounded) if rounded.is_integer() else rounded
+    if isinstance(value, dict):
+        return {name: _short(each) for name, each in value.items()}
+    return [_short(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 @cache

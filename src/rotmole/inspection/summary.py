@@ -30,7 +30,9 @@ def verdict_lines(inspection: Inspection) -> list[str]:
     faults = sum(verdict.is_fault for verdict in inspection.verdicts)
     others = len(inspection.verdicts) - faults
     counted = f"{faults} thing{'' if faults == 1 else 's'} to mend" if faults else "nothing to mend"
-    lines = [counted + (f", {others} worth knowing" if others else "") + "."]
+    tokens = sum(inspection.source.tokens.values())
+    known = f", {others} worth knowing" if others else ""
+    lines = [f"{counted}{known}, as far as {tokens:,} tokens show."]
     for verdict in inspection.verdicts:
         lines += [
             f"{'!' if verdict.is_fault else '-'} {verdict.sentence}",

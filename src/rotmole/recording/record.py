@@ -118,6 +118,7 @@ class Recorder:
         log: to which everything is added.
         tasks: names of the tasks that batches number.
         angles: that turns are compared with; None: rotations are left out.
+        planes: whether planes of rotation are summed up too.
         training: True: only training passes count.
 
     Attributes:
@@ -131,9 +132,10 @@ class Recorder:
         *,
         tasks: Sequence[str] | None = None,
         angles: Sequence[float] | None = None,
+        planes: bool = True,
         training: bool = False,
     ) -> None:
-        self.log, self.names, self.training = log, tasks, training
+        self.log, self.names, self.planes, self.training = log, tasks, planes, training
         self.angles = None if angles is None else tuple(float(angle) for angle in angles)
         self.counting, self.calls = True, 0
         self._parts: tuple[weakref.ref[Batch], Any, list[Part]] | None = None
@@ -165,7 +167,7 @@ class Recorder:
             selection=spec.selection,
             rotation=spec.rotation,
             rank=B_ERO.shape[1],
-            has_router=spec.num_experts > 1,
+            has_router=experts.has_router,
         )
         if spec.shared is not None:
             layer.shared = LayerStatistics(
@@ -196,7 +198,7 @@ class Recorder:
             rotation = layer.tasks[part.task].rotation
             assert rotation is not None
             add_turns(rotation, angle_EMT, counted_ME)
-        if found.turned_ERT is not None and layer.rank <= PLANE_RANK:
+        if self.planes and found.turned_ERT is not None and layer.rank <= PLANE_RANK:
             known_NE = counted_NE
             if any(part.index_T is not None for part in parts) or not parts:
                 known_NE = counted_NE & _marked(parts, T, counted_NE).repeat(slots, 1)

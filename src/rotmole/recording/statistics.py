@@ -225,8 +225,8 @@ class LayerStatistics:
         top_k: the most experts that a token selects: K, or E without top_k.
         selection, rotation: as in the settings.
         rank: R.
-        has_router: False for a layer of one expert; its sums say that all tokens use it. Layers of
-            a block-routed block show the routing of their block.
+        has_router: False for a layer of one expert, whose sums say that all tokens use it, and for
+            the layers of a block-routed block after its first one, which show its routing.
         tasks: name -> sums.
         planes_ERR: sum over choices of the weighted projector onto the plane span(z, z'), for
             `plane_drift_E`; None without rotation, for radar modes, or above rank 32.

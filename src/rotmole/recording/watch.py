@@ -115,11 +115,18 @@ def adapter_to_watch(model: Any, adapter: str | None) -> str:
         raise ConfigError(f"the model has no rotmole adapter {adapter!r}; {has}")
     if adapter is not None:
         return adapter
-    active = [n for n in names if any(n in layer.active_adapters for layer in layers)]
+    active = active_adapters(model)
     if len(active) != 1:
         what = f"adapters {', '.join(active)} are active" if active else "no adapter is active"
         raise ConfigError(f"{what}; say whose routing is recorded: adapter=NAME, one of {names}")
     return active[0]
+
+
+def active_adapters(model: Any) -> list[str]:
+    """Return the names of the adapters that are active in any layer."""
+    layers = [module for module in model.modules() if isinstance(module, RotMoleLayer)]
+    names = dict.fromkeys(name for layer in layers for name in layer.rotmole_experts)
+    return [n for n in names if any(n in layer.active_adapters for layer in layers)]
 
 
 @contextmanager

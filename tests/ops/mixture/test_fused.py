@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from rotmole.ops.mixture import fused
+from rotmole.ops.mixture.banks import How
 from rotmole.ops.mixture.fused import GATES, can_fuse, fused_mixture
-from rotmole.ops.mixture.passes import How
 from rotmole.ops.reference import method as reference
 from rotmole.ops.rotation.adjoint import BY_HAND, adjoint
 from rotmole.ops.rotation.table import ROTATIONS, Gate

@@ -13,11 +13,11 @@ from test_fused import FUSED
 from torch import Tensor
 from torch.nn.functional import linear
 
+from rotmole.ops.mixture.banks import How
 from rotmole.ops.mixture.dense import mixture, shared_weight
 from rotmole.ops.mixture.fused import GATES, fused_mixture
 from rotmole.ops.mixture.grouped import grouped_mixture
 from rotmole.ops.mixture.packed import pack, packed_activations, packed_mixture
-from rotmole.ops.mixture.passes import How
 from rotmole.ops.reference import layer, method
 from rotmole.ops.routing.selection import select
 from rotmole.ops.spec import Spec, Weights

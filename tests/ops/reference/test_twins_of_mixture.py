@@ -11,10 +11,11 @@ from ops_cases import IN_RANK_SPACE, Problem, Variant, assert_close, make
 from torch import Tensor
 
 from rotmole.ops.mixture import block, products
+from rotmole.ops.mixture.banks import Bank, How, Parts
 from rotmole.ops.mixture.fused import GATES, can_fuse, fused_mixture
 from rotmole.ops.mixture.grouped import chosen_dots, chosen_outer, chosen_sum, grouped_mixture
 from rotmole.ops.mixture.packed import pack, packed_activations, packed_mixture
-from rotmole.ops.mixture.passes import Bank, How, Parts, backward, dropped, forward
+from rotmole.ops.mixture.passes import backward, dropped, forward
 from rotmole.ops.mixture.radar import radar_pairs_weights, radar_sum
 from rotmole.ops.reference import block as slow_block
 from rotmole.ops.reference import layer, method

@@ -134,8 +134,7 @@ def _run(
                 show()
     except BaseException as error:
         for worker in workers:
-            if not isinstance(error, KeyboardInterrupt):  # Ctrl-C has reached them already
-                worker.terminate()
+            worker.terminate()  # no harm where a Ctrl-C has reached it already
         for worker in workers:
             worker.join()
         if isinstance(error, KeyboardInterrupt):

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rotmole.ops.mixture.banks import Bank, How, Parts, Saved
 from rotmole.ops.mixture.dense import mixture
-from rotmole.ops.mixture.passes import Bank, How, Parts, Saved, backward, dropped, forward
+from rotmole.ops.mixture.passes import backward, dropped, forward
 from rotmole.ops.precision import without_autocast
 from rotmole.ops.rotation.table import ROTATIONS
 from rotmole.ops.routing.route import route

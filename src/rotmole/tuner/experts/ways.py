@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from rotmole.errors import ModelError
+from rotmole.ops.mixture.banks import How
 from rotmole.ops.mixture.dense import mixture
 from rotmole.ops.mixture.fused import can_fuse, fused_mixture
 from rotmole.ops.mixture.grouped import grouped_mixture
-from rotmole.ops.mixture.passes import How
 from rotmole.ops.routing.route import route
 from rotmole.ops.routing.selection import Routed
 from rotmole.ops.spec import NO_TOKENS, Spec, Tokens, Weights
