@@ -230,7 +230,7 @@ def _duplicates(inspection: Inspection, threshold: float) -> Iterator[Place]:
             continue
         for i, j in combinations(range(layer.num_experts), 2):
             alike = experts.alike[i][j]
-            if alike >= threshold and min(experts.norm[i], experts.norm[j]) > 0:
+            if alike >= threshold:
                 words = f"{name_of(layer)}: experts {i} and {j} are alike to {alike:.3f}"
                 yield Place(alike, words, layer.path, experts=(i, j))
 
