@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from rotmole.drawing import THEME
 from rotmole.files import atomic_write_text, make_folder
@@ -168,11 +168,15 @@ def answers(inspection: Inspection) -> Sheet | None:
 
 def passage(inspection: Inspection) -> list[Sheet]:
     """Return the tokens of the text that was asked for: averaged, then by layer."""
-    text: Any = inspection.passage
+    text = inspection.passage
     if text is None:
         return []
-    found = [sheets.tokens(text.tokens, text.mean, "Weights and |angles| averaged over layers")]
-    return found + [
-        sheets.tokens(text.tokens, routing, f"Weights and angles in {path}")
-        for path, routing in text.layers.items()
-    ]
+    tables = {"Weights and |angles| averaged over layers": text.mean}
+    tables |= {f"Weights and angles in {path}": each for path, each in text.layers.items()}
+    some = dict(list(tables.items())[: sheets.MOST_LAYERS])
+    most = sheets.MOST_LINES // len(some)
+    found = [sheets.tokens(text.tokens, each, name, most) for name, each in some.items()]
+    if len(some) < len(tables):
+        more = f"{found[-1].caption}; {len(tables) - len(some)} further layers are in inspect.json"
+        found[-1] = replace(found[-1], caption=more)
+    return found
