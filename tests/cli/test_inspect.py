@@ -79,7 +79,7 @@ def test_a_text_is_shown_token_by_token_and_nothing_is_written(
     assert "weights and |angles|, averaged over layers" in said
     assert f"weights and angles in {PATH}" in said
     rows = said.split(PATH)[1].splitlines()[1:]
-    assert rows[0].split() == ["token", "expert", "0", "expert", "1", "expert", "2", "turned", "by"]
+    assert rows[0].split() == ["token", "expert", "0", "expert", "1", "expert", "2"]
     assert "no files are written for a text alone" in said
     assert "tokens are too few to judge the use of the experts" in said
     assert not (run / "inspect.json").exists()

@@ -34,11 +34,14 @@ def test_each_token_has_the_weights_and_angles_of_its_layer() -> None:
     routing = found.layers[FIRST]
     assert np.array(routing.weight) == pytest.approx(np.array([[0, 0.5, 0, 0.5]] * 4))
     assert routing.angle is not None
-    turned = [[0, 0, 0, 0], [0, RIGHT_ANGLE, 0, 0]] * 2
-    assert np.array(routing.angle) == pytest.approx(np.array(turned), abs=1e-5)
+    expected = [[0, 0, 0, 0], [0, RIGHT_ANGLE, 0, 0]] * 2
+    assert np.array(routing.angle) == pytest.approx(np.array(expected), abs=1e-5)
     each = passage_of(model, "default", Words(), TEXT, list(layers(model))).layers
-    mean = np.mean([np.array(one.weight) for one in each.values()], axis=0)
-    assert np.array(found.mean.weight) == pytest.approx(mean)
+    weights = np.array([one.weight for one in each.values()])
+    assert np.array(found.mean.weight) == pytest.approx(weights.mean(0))
+    turned = np.abs(np.array([one.angle for one in each.values()]))
+    mean = turned.sum(0) / np.maximum((weights > 0).sum(0), 1)  # of the layers that selected it
+    assert np.array(found.mean.angle) == pytest.approx(mean)
 
 
 def test_a_text_is_part_of_an_inspection() -> None:
@@ -61,15 +64,20 @@ def test_lines_of_tokens_fit_the_screen_and_show_the_largest() -> None:
     found = inspected(request=Request(TEXT, answers=False), num_experts=4).passage
     assert found is not None
     lines = token_lines(found.tokens, found.mean)
-    assert lines[0] == ["token", "expert 0", "expert 1", "expert 2", "expert 3", "turned by"]
+    assert lines[0] == ["token", "expert 0", "expert 1", "expert 2", "expert 3"]
     assert [line[0] for line in lines[1:]] == list(found.tokens)
-    assert lines[1][1].endswith(f"{found.mean.weight[0][0]:.2f}")
+    weight, angles = found.mean.weight[0][0], found.mean.angle
+    assert angles is not None
+    assert lines[1][1].endswith(f" {weight:.2f} {angles[0][0]:+.2f}")
     many = inspected(request=Request(TEXT, answers=False), num_experts=12, top_k=3).passage
     assert many is not None
     (_, *rest) = token_lines(many.tokens, many.mean)
     first = max(range(12), key=lambda e: many.mean.weight[0][e])
-    assert rest[0][1].startswith(f"{first}: {many.mean.weight[0][first]:.2f}")
-    assert max(len("  ".join(line)) for line in rest) <= 80
+    assert rest[0][1].startswith(f"{first}: ")
+    assert f" {many.mean.weight[0][first]:.2f} " in rest[0][1]
+    # in a frame of rich, with the longest token
+    assert max(14 + len(line[1]) + 7 for line in rest) <= 80
+    assert max(14 + sum(map(len, line[1:])) + 16 for line in lines) <= 80
 
 
 def test_reach_is_what_the_layer_can_do_with_its_outputs() -> None:

@@ -155,3 +155,5 @@ def _report(result: TrainResult) -> None:
         if found is not None:
             fact("report", f"{result.run_dir / PAGE}")
             fact("verdict", headline(found))
+        elif result.built.trainer.is_fsdp_enabled:
+            note(f"the weights are spread over processes; {again} makes a report.")

@@ -314,7 +314,7 @@ class Passage:
     Attributes:
         tokens: [T] text of each token.
         mean: over all layers with the same number of experts as most have: the weight's mean, and
-            the mean of |angle|.
+            the mean of |angle| over the layers that selected the expert.
         layers: path -> routing, of the layers that were asked for.
     """
 

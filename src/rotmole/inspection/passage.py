@@ -96,12 +96,14 @@ def _mean(weights: dict[str, Tensor], angles: dict[str, Tensor], tokens: int) ->
     if not weights:
         return TokenRouting(tuple(() for _ in range(tokens)))
     most = Counter(weight.shape[1] for weight in weights.values()).most_common(1)[0][0]
-    alike = {path: weight for path, weight in weights.items() if weight.shape[1] == most}
-    weight_TE = torch.stack(list(alike.values())).mean(0)
-    turned = [angles[path].abs() for path in alike if path in angles]
-    return TokenRouting(
-        _table(weight_TE) or (), _table(torch.stack(turned).mean(0) if turned else None)
-    )
+    alike = [path for path, weight in weights.items() if weight.shape[1] == most]
+    weight_LTE = torch.stack([weights[path] for path in alike])
+    angle_TE = None
+    if turning := [path for path in alike if path in angles]:
+        chosen_LTE = torch.stack([weights[path] != 0 for path in turning])
+        angle_LTE = torch.stack([angles[path].abs() for path in turning])
+        angle_TE = angle_LTE.sum(0) / chosen_LTE.sum(0).clamp(min=1)
+    return TokenRouting(_table(weight_LTE.mean(0)) or (), _table(angle_TE))
 
 
 def _table(values_TE: Tensor | None) -> Any:

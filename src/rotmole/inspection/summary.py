@@ -18,8 +18,8 @@ from rotmole.inspection.sheets import number, percent, shown
 
 Lines = list[list[str]]
 
-WIDEST = 8
-"""Experts that a token's line has a column for; of more it names the largest ones."""
+WIDEST, NAMED = 4, 3
+"""Experts that a token's line has columns for; of more it names so many."""
 TOKEN = 14
 """Letters of a token that are shown."""
 SHADES = " ░▒▓█"
@@ -129,40 +129,25 @@ def answer_lines(answers: dict[str, Answers]) -> Lines:
 def token_lines(tokens: Sequence[str], routing: TokenRouting) -> Lines:
     """Return a line for each token: its experts' weights, shaded, and angles in radians."""
     experts = max((len(row) for row in routing.weight), default=0)
-    angles = routing.angle
-    if experts > WIDEST:
-        head = ["token", "experts: weight" + ("" if angles is None else " turned by")]
-        return [head, *([_token(text), _largest(routing, i)] for i, text in enumerate(tokens))]
-    head = ["token", *(f"expert {e}" for e in range(experts))]
-    if angles is not None:
-        head.append("turned by")
-    lines = [head]
+    few = experts <= WIDEST
+    head = [f"expert {e}" for e in range(experts)] if few else ["experts of the largest weights"]
+    lines = [["token", *head]]
     for i, text in enumerate(tokens):
         row = routing.weight[i]
-        cells = [f"{shading(weight)} {weight:.2f}" if weight else "" for weight in row]
-        if angles is not None:
-            cells.append(_angle(row, angles[i]))
+        angles = None if routing.angle is None else routing.angle[i]
+        cells = [_cell(row, angles, e) for e in range(len(row))]
+        if not few:
+            order = sorted(range(len(row)), key=lambda e: -row[e])[:NAMED]
+            cells = ["  ".join(f"{e}: {cells[e]}" for e in order if row[e])]
         lines.append([_token(text), *cells])
     return lines
 
 
-def _largest(routing: TokenRouting, i: int) -> str:
-    row = routing.weight[i]
-    order = sorted(range(len(row)), key=lambda e: -row[e])[:4]
-    parts = []
-    for e in order:
-        if row[e]:
-            turned = "" if routing.angle is None else f" {routing.angle[i][e]:+.2f}"
-            parts.append(f"{e}: {row[e]:.2f}{shading(row[e])}{turned}")
-    return "  ".join(parts)
-
-
-def _angle(weights: Sequence[float], angles: Sequence[float]) -> str:
-    """Return the mean |angle| of a token's experts, by their weights."""
-    total = sum(weights)
-    if not total:
+def _cell(weights: Sequence[float], angles: Sequence[float] | None, e: int) -> str:
+    if not weights[e]:
         return ""
-    return f"{sum(w * abs(a) for w, a in zip(weights, angles, strict=True)) / total:.2f}"
+    turned = "" if angles is None else f" {angles[e]:+.2f}"
+    return f"{shading(weights[e])} {weights[e]:.2f}{turned}"
 
 
 def shading(weight: float) -> str:
