@@ -72,7 +72,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("pages", nargs="*", type=Path, help="HTML files")
     chosen = parser.parse_args().pages
-    program = shutil.which("chromium") or shutil.which("google-chrome")
+    program = shutil.which("chromium")
     if program is None:
         print("missing: chromium (Debian: apt-get install chromium)")
         return 1

@@ -186,6 +186,24 @@ def test_grids_have_a_line_for_each_block_and_a_column_for_each_module(inspectio
     assert [cell.text for cell in affinity.lines[3]] == ["3", "28 %", "28 %"]  # .19 of .68
 
 
+def test_the_static_share_at_a_glance_is_at_the_first_rank_that_is_enough(inspection):
+    def told(*held_out: float) -> str:
+        static = replace(inspection.static, held_out=held_out)
+        sheet = glance([replace(inspection, static=static)])
+        return dict((a.text, b.text) for a, b in sheet.lines)["what a static LoRA does as well"]
+
+    assert told(0.4, 0.6, 0.8, 0.9) == "90 % at rank 8"
+    assert told(0.4, 0.898, 0.9, 0.9) == "90 % at rank 2"
+
+
+def test_of_a_layer_with_one_expert_no_use_is_shown(inspection):
+    layers = tuple(replace(x, num_experts=1, top_k=1) for x in inspection.layers)
+    one = replace(inspection, layers=layers)
+    assert sheets.usage_grid(one).lines == ()
+    assert sheets.usage_by_part(one) == {}
+    assert sheets.routing(one) is None
+
+
 def test_sizes_of_experts_say_whether_they_started_at_zero(inspection):
     sheet = sheets.expert_sizes(inspection)
     assert [cell.text for cell in sheet.lines[0]] == [

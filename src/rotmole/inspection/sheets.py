@@ -170,12 +170,13 @@ def grid(inspection: Inspection, caption: str, cells: Mapping[str, Cell]) -> She
 def usage_grid(inspection: Inspection) -> Sheet:
     """Return how much the most used expert of each layer is used."""
     cells = {}
-    for layer in inspection.layers:
+    layers = routed_layers(inspection)
+    for layer in layers:
         share = used(layer)
         if share is not None:
             best = max(range(len(share)), key=share.__getitem__)
             cells[layer.path] = Cell(f"{percent(share[best])} ({best})", shade(share[best]))
-    even = {percent(1 / layer.num_experts) for layer in inspection.layers if layer.usage}
+    even = dict.fromkeys(percent(1 / layer.num_experts) for layer in layers)
     caption = (
         "Share of the most used expert of each layer, in brackets which one; even use is "
         f"{' or '.join(even)}"
@@ -198,12 +199,17 @@ def affinity_grids(inspection: Inspection) -> list[Sheet]:
     return sheets
 
 
+def routed_layers(inspection: Inspection) -> list[Layer]:
+    """Return the layers in which tokens were shared out among experts."""
+    return [layer for layer in inspection.layers if layer.usage and layer.num_experts > 1]
+
+
 def chosen_layers(inspection: Inspection) -> list[Layer]:
     """Return the layers for which there is room: all, or those that most is to be said of.
 
     Layers of verdicts come first, then those in which the task says most about the expert.
     """
-    routed = [layer for layer in inspection.layers if layer.usage]
+    routed = routed_layers(inspection)
     if len(routed) <= MOST_LAYERS:
         return routed
     named = list(dict.fromkeys(path for v in inspection.verdicts for path in v.layers[:3]))
