@@ -18,7 +18,6 @@ DOCUMENT = ROOT / "docs" / "files.md"
 ROOMS = (
     "ops", "tuner", "optim", "config", "models", "data", "recording", "training", "evaluation",
     "inspection", "comparison", "export", "serving", "cli",
-    "comparison", "export", "serving", "cli",
 )  # fmt: skip
 HEAD = """# Every source file in one line
 
