@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LilyConfig, LoraConfig, PeftModel, get_peft_model
+from peft import LilyConfig, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -22,6 +22,7 @@ METHODS = {
     "ours": rotmole.RotMoleConfig(r=4, num_experts=4, **SETTINGS),
     "lora": LoraConfig(r=4, lora_dropout=0.5, **SETTINGS),
     "lily": LilyConfig(r=4, **SETTINGS),
+    "prompt": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
 }
 
 
@@ -156,6 +157,11 @@ def test_a_sound_adapter_breaks_nothing(
 def test_pefts_lily_routes_by_the_whole_batch(folders: dict[str, Path]) -> None:
     broken = {"other rows", "padding left", "padding right", "cache", "later tokens"}
     assert names(check_laws(base, folders["lily"])) == broken
+
+
+@pytest.mark.filterwarnings("ignore:Position ids are not supported")  # PEFT's, on each generation
+def test_virtual_tokens_come_before_the_padding(folders: dict[str, Path]) -> None:
+    assert names(check_laws(base, folders["prompt"])) == {"padding left"}
 
 
 def test_an_untrained_adapter_shows_no_fault(tmp_path: Path) -> None:

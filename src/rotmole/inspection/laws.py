@@ -77,7 +77,7 @@ LAWS = (
     Law(
         "later tokens",
         "the output at a token depends on tokens after it, which are there in training and are "
-        "not there in generation, so losses and scores are too good",
+        "not there in generation, so losses and scores may be too good",
     ),
     Law(
         "training mode",
