@@ -108,6 +108,30 @@ def test_a_planted_fault_breaks_its_laws_and_no_other(name: str, folders: dict[s
     assert names(check_laws(base, folders["lora"], adapt=planted(fault))) == broken
 
 
+def test_one_set_of_three_is_no_fault(folders: dict[str, Path]) -> None:
+    """As where a router's scores tie and rounding decides: the median is judged."""
+    batches: dict[int, int] = {}
+
+    def once(module: nn.Module, y_BTO: Tensor) -> Tensor:
+        count = batches[id(module)] = batches.get(id(module), 0) + (len(y_BTO) > 1)
+        # three batches are scored before the laws; the fifth is the second set's
+        return y_BTO + 0.1 * y_BTO.mean(0) if count == 5 and len(y_BTO) > 1 else y_BTO
+
+    assert names(check_laws(base, folders["lora"], adapt=planted(once))) == set()
+    assert set(batches.values()) != {0}
+
+
+def test_a_fault_of_the_base_model_is_not_the_adapters(folders: dict[str, Path]) -> None:
+    def load() -> Any:
+        model = base()
+        model.model.norm.register_forward_hook(lambda _, x, y: y + 0.1 * y.mean(0))
+        return model
+
+    report = check_laws(load, folders["lora"])
+    assert names(report) == set()
+    assert report.findings[0].base > 100 * TOLERANCE[torch.float32]
+
+
 def test_what_a_call_leaves_for_the_next_is_named(folders: dict[str, Path]) -> None:
     report = check_laws(base, folders["lora"], adapt=planted(remembering))
     assert {"earlier calls", "training mode"} <= names(report)
