@@ -5,8 +5,8 @@
         model.name=FOLDER/Llama-3.2-3B
 
 `rotmole check` then counts parameters, operations and memory on any machine, and finds every
-mistake of the study file. Its tokenizer is a small one, whose texts are longer than those of the real one;
---tokenizer takes that of another model, such as smollm2-135m, with which the price was computed.
+mistake of the study file. Its tokenizer is a small one, which needs more tokens for a text than the
+real one does; --tokenizer takes that of another model, such as smollm2-135m.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,19 +88,25 @@ def check_study(path: Path, overrides: Sequence[str], *, trust_remote_code: bool
     for method in study.file.methods:
         what = f"measuring {UPDATES} updates" if measured else "estimating an update"
         note(f"{what} of {method}")
-        prices[method] = _price(study, method, loaded, sources if measured else None)
+        prices[method] = price_of(study, method, loaded, sources if measured else None)
     _print_prices(prices, measured)
     print(f"no mistakes found in {path}")
     return 0
 
 
-def _print_rows(study: Study) -> list[Rows]:
+def study_rows(study: Study) -> tuple[list[Rows], list[DataError], Any]:
+    """Return the rows of a study, the faults of its files and rows, and its tokenizer."""
     run = study.run_of(study.file.baseline, seed=study.file.seeds[0])
     model = preview(
         run.model, run.adapter_config, torch.float32, trust_remote_code=study.trust_remote_code
     )
     tokenizer = load_tokenizer(run.model, trust_remote_code=study.trust_remote_code)
     loaded, faults = load_rows(run, model, tokenizer, sft_arguments(run).get("max_length"))
+    return loaded, faults, tokenizer
+
+
+def _print_rows(study: Study) -> list[Rows]:
+    loaded, faults, tokenizer = study_rows(study)
     print_rows(loaded, tokenizer)
     if faults:
         raise together(faults)
@@ -113,12 +118,14 @@ def _print_rows(study: Study) -> list[Rows]:
     return loaded
 
 
-def _price(
+def price_of(
     study: Study, method: str, loaded: Sequence[Rows], sources: SharedSources | None
 ) -> Price:
     """Train a few updates of a method in a folder that is removed, and count the rest.
 
-    Without `sources`, for a model without weights, an update is estimated from its operations.
+    Args:
+        loaded: of `study_rows`.
+        sources: None for a model without weights: an update is estimated from its operations.
     """
     run = study.run_of(method, seed=study.file.seeds[0])
     settings = sft_arguments(run)
@@ -136,10 +143,12 @@ def _price(
     )
     mean = sum(lengths["train"]) / len(lengths["train"])
     try:
-        memory, estimated = _from_operations(study, run, loaded)
+        memory = _memory(study, run, loaded)
+        seconds = None if sources else _estimated_update(study, run, loaded)
     except UnknownCostError:
-        memory, estimated = None, None
-    seconds = estimated if sources is None else _seconds_an_update(study, method, sources)
+        memory, seconds = None, None
+    if sources is not None:
+        seconds = _seconds_an_update(study, method, sources)
     cell = None
     if seconds is not None:
         # a forward pass takes about half of an update that leaves the base's weights out
@@ -168,41 +177,43 @@ def _columns(loaded: Sequence[Rows]) -> dict[str, list[list[int]]]:
     return {name: [row[name] for row in rows] for name in ("input_ids", "labels")}
 
 
-def _from_operations(study: Study, run: RunFile, loaded: Sequence[Rows]) -> tuple[int, float]:
-    """Return the memory of a run and the seconds of an update, both from traced operations.
-
-    Raises:
-        UnknownCostError: the operations depend on values.
-    """
-    settings, columns = sft_arguments(run), _columns(loaded)
-    batch = settings["per_device_train_batch_size"]
-    device = choose_device(run.model)
-    dtype = choose_dtype(run.model, device)
-    build = partial(
-        preview, run.model, run.adapter_config, dtype, trust_remote_code=study.trust_remote_code
-    )
+def _memory(study: Study, run: RunFile, loaded: Sequence[Rows]) -> int:
+    """Return the bytes of a run at its peak: on the CPU all of the process, else the device's."""
+    settings, device = sft_arguments(run), choose_device(run.model)
     memory = estimate_memory(
-        build(),
-        batch=batch,
-        length=max(map(len, columns["input_ids"])),
+        _without_weights(study, run),
+        batch=settings["per_device_train_batch_size"],
+        length=max(_lengths(loaded, "train")),
         settings=settings,
         process=resident_bytes(),
         quantization=run.model.quantization,
     )
-    total = memory.total if device.type == "cpu" else memory.total - memory.process
-    count, model = len(columns["labels"]), build()  # a model can be traced once
+    return memory.total if device.type == "cpu" else memory.total - memory.process
+
+
+def _estimated_update(study: Study, run: RunFile, loaded: Sequence[Rows]) -> float:
+    """Return the seconds of an update on this machine, from its operations."""
+    settings, columns = sft_arguments(run), _columns(loaded)
+    model, device = _without_weights(study, run), choose_device(run.model)
+    batch, count = settings["per_device_train_batch_size"], len(columns["labels"])
     mean = max(round(sum(map(len, columns["input_ids"])) / count), 1)
     learnt = sum(label != IGNORED for labels in columns["labels"] for label in labels) / count
+    dtype, widths = choose_dtype(run.model, device), typical_widths(model)
     names = ("activation_checkpointing", "gradient_checkpointing")
     seconds = estimate_update(
         model,
-        measured_speed(device, dtype, rows=batch * mean, widths=typical_widths(model)),
+        measured_speed(device, dtype, rows=batch * mean, widths=widths),
         batch=batch,
         length=mean,
         learnt=batch * learnt,
         checkpointing=any(settings.get(name) for name in names),
     )
-    return total, seconds * settings.get("gradient_accumulation_steps", 1)
+    return seconds * int(settings.get("gradient_accumulation_steps", 1))
+
+
+def _without_weights(study: Study, run: RunFile) -> Any:
+    dtype = choose_dtype(run.model, choose_device(run.model))
+    return preview(run.model, run.adapter_config, dtype, trust_remote_code=study.trust_remote_code)
 
 
 def _lengths(loaded: Sequence[Rows], split: str) -> list[int]:
