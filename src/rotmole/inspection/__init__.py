@@ -1,0 +1,1 @@
+"""What an adapter does inside: whether it keeps the laws of its base model."""
