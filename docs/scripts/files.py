@@ -17,7 +17,7 @@ SOURCE = ROOT / "src"
 DOCUMENT = ROOT / "docs" / "files.md"
 ROOMS = (
     "ops", "tuner", "optim", "config", "models", "data", "training", "evaluation", "comparison",
-    "export", "serving", "cli",
+    "export", "serving", "plugins", "cli",
 )  # fmt: skip
 HEAD = """# Every source file in one line
 

@@ -7,6 +7,7 @@ without a title, a heading that is out of order.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from sphinx.application import Sphinx
 
@@ -63,6 +64,17 @@ def add_sidebar(app: Sphinx, name: str, source: list[str]) -> None:
         source[0] += sidebar()
 
 
+def for_keys_and_readers(
+    app: Sphinx, name: str, template: str, context: dict[str, Any], doctree: object
+) -> None:
+    """Let a key scroll what scrolls sideways, and give the sidebar's headings their level."""
+    body = context.get("body", "").replace("<pre>", '<pre tabindex="0">')
+    context["body"] = body.replace('class="table-wrapper', 'tabindex="0" class="table-wrapper')
+    headings = context["furo_navigation_tree"].replace('role="heading"', 'role="heading" aria-level="2"')
+    context["furo_navigation_tree"] = headings
+
+
 def setup(app: Sphinx) -> None:
-    """Hang the sidebar in."""
+    """Add the sidebar, and what the theme leaves out for keyboards and screen readers."""
     app.connect("source-read", add_sidebar)
+    app.connect("html-page-context", for_keys_and_readers, priority=900)  # behind the theme's own
