@@ -115,3 +115,11 @@ def test_a_section_that_contradicts_the_loaded_adapter_is_refused(
     section = SECTION | {"r": 8}
     with pytest.raises(ConfigError, match=r"rotmole\.r is 8, and the adapter in .* 4"):
         loaded(config(place, "other", lora_model_dir=str(trained), rotmole=section))
+
+
+def test_merging_is_refused(place: Path, trained: Path) -> None:
+    from axolotl.cli.merge_lora import do_cli
+
+    with pytest.raises(ConfigError, match="a mixture cannot be merged into its base"):
+        do_cli(str(place / "out.yaml"))
+    assert not (trained / "merged").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
+from axolotl.utils.schemas.peft import LoraConfig
 from peft import PeftModel, get_peft_model
 from pydantic import BaseModel, Field
 
@@ -13,9 +14,8 @@ from rotmole.plugins import adapter_config, foreign
 from rotmole.tuner.config import RotMoleConfig
 
 NAME = "rotmole"
-FOLLOWED = {"lora_model_dir", "peft_autocast_adapter_dtype"}
-PREFIXES = ("lora_", "loraplus_", "peft", "qlora", "relora")
-QUANTISED = ("load_in_4bit", "load_in_8bit", "gptq")
+FOLLOWED = {"adapter", "lora_model_dir", "merge_method", "peft_autocast_adapter_dtype"}
+QUANTISED = {"load_in_4bit", "load_in_8bit", "gptq", "bnb_config_kwargs"}
 
 
 class RotMoleArgs(BaseModel):
@@ -38,6 +38,18 @@ class RotMolePlugin(BasePlugin):
         """Return the name of the adapter; no setting of LoRA's applies to it."""
         return [AdapterCapabilities(name=NAME)]
 
+    def register(self, cfg: dict[str, Any]) -> None:
+        """Refuse to merge, which axolotl would try for every adapter.
+
+        Raises:
+            ConfigError: for `axolotl merge-lora`.
+        """
+        if cfg.get("adapter") == NAME and cfg.get("merge_lora"):
+            raise ConfigError(
+                "merge_lora is set, and a mixture cannot be merged into its base, because each "
+                "token gets a map of its own; `rotmole export` writes the nearest LoRA, which can be"
+            )
+
     def load_adapter(
         self, model: Any, cfg: Any, inference: bool = False, config_only: bool = False
     ) -> tuple[Any, RotMoleConfig] | None:
@@ -53,13 +65,13 @@ class RotMolePlugin(BasePlugin):
         if cfg.adapter != NAME:
             return None
         given = {
-            name: value
-            for name, value in cfg.items()
-            if name.startswith(PREFIXES) and name not in FOLLOWED and value
+            name: cfg[name]
+            for name, field in LoraConfig.model_fields.items()
+            if name not in FOLLOWED | QUANTISED and cfg.get(name) not in (None, False, field.default)
         }
         if given:
             raise foreign(given, "axolotl", "the section rotmole:")
-        if quantised := [name for name in QUANTISED if cfg.get(name)]:
+        if quantised := [name for name in sorted(QUANTISED) if cfg.get(name)]:
             raise ConfigError(
                 f"{quantised[0]} is set, and axolotl quantises only for its own adapters; leave it "
                 "out, or train with `rotmole train` and model.quantization"
