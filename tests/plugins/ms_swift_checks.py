@@ -81,19 +81,3 @@ def test_a_flag_that_would_not_be_followed_is_refused(place: Path) -> None:
     with pytest.raises(ConfigError, match=r"--lora_rank is 16, a setting of ms-swift's own"):
         sft_main(words(place, "none", "--lora_rank", "16"))
 
-
-def test_settings_from_a_file(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rotmole.plugins.ms_swift import settings
-
-    (place / "adapter.yaml").write_text("r: 2\n", encoding="utf-8")
-    monkeypatch.setenv("ROTMOLE_ADAPTER", str(place / "adapter.yaml"))
-    assert settings() == {"r": 2}
-    monkeypatch.setenv("ROTMOLE_ADAPTER", str(place / "none.yaml"))
-    with pytest.raises(ConfigError, match="cannot be read"):
-        settings()
-    (place / "adapter.yaml").write_text("- r\n", encoding="utf-8")
-    monkeypatch.setenv("ROTMOLE_ADAPTER", str(place / "adapter.yaml"))
-    with pytest.raises(ConfigError, match="holds no settings"):
-        settings()
-    monkeypatch.delenv("ROTMOLE_ADAPTER")
-    assert settings() == {}

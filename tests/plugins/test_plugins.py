@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from rotmole import ConfigError, RotMoleConfig
-from rotmole.plugins import adapter_config, foreign
+from rotmole.plugins import adapter_config, foreign, read_settings
 
 
 def test_the_settings_are_those_of_a_run_file() -> None:
@@ -34,3 +36,17 @@ def test_what_would_not_be_followed_is_named() -> None:
     error = foreign({"lora_r": 8}, "axolotl", "the section rotmole:")
     assert "lora_r is 8, a setting of axolotl's own adapters" in str(error)
     assert "the section rotmole:" in str(error)
+
+
+def test_settings_are_read_between_braces_or_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "adapter.yaml"
+    assert read_settings("", "HERE") == {}
+    assert read_settings(" {r: 4, rotation: plane}", "HERE") == {"r": 4, "rotation": "plane"}
+    file.write_text("r: 2\n", encoding="utf-8")
+    assert read_settings(str(file), "HERE") == {"r": 2}
+    file.write_text("- r\n", encoding="utf-8")
+    for given, said in ((str(file), "holds no settings"), ("none.yaml", "cannot be read")):
+        with pytest.raises(ConfigError, match=f"HERE is .*{said}"):
+            read_settings(given, "HERE")
+    with pytest.raises(ConfigError, match="HERE: not valid YAML"):
+        read_settings("{r: 4", "HERE")

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import MISSING, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft import get_peft_model
 from swift.arguments.tuner_args import TunerArguments
 from swift.tuner_plugin import PeftTuner, tuners_map
 
-from rotmole.config.yaml_text import parse_yaml
 from rotmole.errors import ConfigError
-from rotmole.plugins import adapter_config, foreign
+from rotmole.plugins import adapter_config, foreign, read_settings
 
 if TYPE_CHECKING:
     from swift.arguments import SftArguments
@@ -21,27 +19,6 @@ if TYPE_CHECKING:
 
 NAME = "rotmole"
 VARIABLE = "ROTMOLE_ADAPTER"
-
-
-def settings() -> dict[str, Any]:
-    """Read the environment variable: settings between braces, or the path of a YAML file with them.
-
-    Raises:
-        ConfigError: if the text or the file holds no settings.
-    """
-    given = os.environ.get(VARIABLE, "").strip()
-    try:
-        inline = not given or given.startswith("{")
-        text = given if inline else Path(given).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{VARIABLE} is {given!r}, and that file cannot be read: {error}") from error
-    values = parse_yaml(text, VARIABLE) or {}
-    if not isinstance(values, dict):
-        raise ConfigError(
-            f"{VARIABLE} is {given!r}, which holds no settings; write them as in the adapter "
-            "section of a run file, such as {r: 4, num_experts: 8}, or give a file that has them"
-        )
-    return values
 
 
 def changed(args: SftArguments) -> dict[str, Any]:
@@ -69,7 +46,8 @@ class RotMoleTuner(PeftTuner):
             raise ConfigError(f"--task_type is {args.task_type}; ROTMOLE trains causal_lm here")
         if given := changed(args):
             raise foreign(given, "ms-swift", f"the environment variable {VARIABLE}")
-        return get_peft_model(model, adapter_config(settings(), VARIABLE))
+        settings = read_settings(os.environ.get(VARIABLE, ""), VARIABLE)
+        return get_peft_model(model, adapter_config(settings, VARIABLE))
 
 
 tuners_map[NAME] = RotMoleTuner
