@@ -2,8 +2,8 @@
 
     python tests/notebooks.py [NAME ...]
 
-A cell that fails ends the run with its traceback. What was executed, with its outputs, is written to
-.cache/notebooks/.
+A cell that fails ends the run with its traceback. What was executed is written, with its
+outputs, to .cache/notebooks/.
 """
 
 from __future__ import annotations

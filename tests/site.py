@@ -1,11 +1,11 @@
-"""Check the documentation site as it was built: links, clicks to each page, and what a browser says.
+"""Check the documentation site as it was built: links, clicks to each page, looks in a browser.
 
     python tests/site.py FOLDER [--browser]
 
-Every link inside the site leads to a file and an anchor that exist, every page is at most two clicks
-away from the start page, and no page loads anything from elsewhere. With --browser, headless
-Chromium opens each page wide and narrow, light and dark, and searches without a server. A page fails
-if it scrolls sideways, says anything on the console, or if axe-core finds something serious.
+Every link inside the site leads to a file and an anchor that exist, every page is at most two
+clicks away from the start page, and no page loads anything from elsewhere. With --browser, headless
+Chromium opens each page wide and narrow, light and dark, and searches without a server. A page
+fails if it scrolls sideways, says anything on the console, or if axe-core finds something serious.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Page(HTMLParser):
             self.loads.append(names[LOADED[tag]] or "")
 
     def target(self, link: str) -> tuple[Path, str] | None:
-        """Return the file and the anchor that a link of this page leads to; None if it leads away."""
+        """Return the file and the anchor that a link leads to; None if it leads away."""
         parts = urlsplit(link)
         if parts.scheme or parts.netloc:
             return None
@@ -76,7 +76,7 @@ def link_faults(pages: dict[Path, Page]) -> Iterator[str]:
 
 
 def click_faults(pages: dict[Path, Page], folder: Path) -> Iterator[str]:
-    """Yield every page that is further than CLICKS from README, to which index.html leads by itself."""
+    """Yield every page further than CLICKS from README, to which index.html leads by itself."""
     reached = near = {folder / "index.html", folder / "README.html"}
     for _ in range(CLICKS):
         targets = (pages[file].target(link) for file in near for link in pages[file].links)

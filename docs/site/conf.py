@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 project = "rotmole"
 author = "The rotmole developers"
-copyright = author  # noqa: A001 - Sphinx asks for this name
+copyright = author
 
 extensions = ["myst_parser"]
 root_doc = "README"
@@ -70,7 +70,9 @@ def for_keys_and_readers(
     """Let a key scroll what scrolls sideways, and give the sidebar's headings their level."""
     body = context.get("body", "").replace("<pre>", '<pre tabindex="0">')
     context["body"] = body.replace('class="table-wrapper', 'tabindex="0" class="table-wrapper')
-    headings = context["furo_navigation_tree"].replace('role="heading"', 'role="heading" aria-level="2"')
+    headings = context["furo_navigation_tree"].replace(
+        'role="heading"', 'role="heading" aria-level="2"'
+    )
     context["furo_navigation_tree"] = headings
 
 

@@ -1,6 +1,6 @@
 """CITATION.cff follows its format, and says the version that the package and its changes say.
 
-citation-1.2.0.json is the schema of the Citation File Format 1.2.0 (CC-BY-4.0), as cffconvert has it.
+citation-1.2.0.json is the schema of the Citation File Format 1.2.0 (CC-BY-4.0), as in cffconvert.
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ import tiny_folders
 from rotmole import ConfigError
 
 SECTION = {
-    "r": 4, "num_experts": 3, "top_k": 2, "rotation": "plane", "target_modules": ["q_proj", "v_proj"]
+    "r": 4, "num_experts": 3, "top_k": 2, "rotation": "plane",
+    "target_modules": ["q_proj", "v_proj"],
 }  # fmt: skip
 
 
@@ -40,14 +41,18 @@ def config(place: Path, output: str, **more: Any) -> Any:
         "plugins": ["rotmole.plugins.axolotl.RotMolePlugin"],
         "adapter": "rotmole",
         "rotmole": SECTION,
-        "datasets": [{"path": str(place / "rows.jsonl"), "ds_type": "json", "type": "chat_template"}],
+        "datasets": [
+            {"path": str(place / "rows.jsonl"), "ds_type": "json", "type": "chat_template"}
+        ],
         "special_tokens": {"pad_token": tiny_folders.END},
         "dataset_prepared_path": str(place / "prepared"),
         "output_dir": str(place / output),
         "sequence_len": 64, "micro_batch_size": 2, "gradient_accumulation_steps": 1,
-        "max_steps": 3, "learning_rate": 0.01, "optimizer": "adamw_torch", "lr_scheduler": "constant",
+        "max_steps": 3, "learning_rate": 0.01, "optimizer": "adamw_torch",
+        "lr_scheduler": "constant",
         "val_set_size": 0, "save_safetensors": True, "attn_implementation": "sdpa",
-        "num_epochs": 1, "bf16": False, "fp16": False, "tf32": False, "gradient_checkpointing": False,
+        "num_epochs": 1, "bf16": False, "fp16": False, "tf32": False,
+        "gradient_checkpointing": False,
     }  # fmt: skip
     file = place / f"{output}.yaml"
     file.write_text(yaml.safe_dump(values | more), encoding="utf-8")

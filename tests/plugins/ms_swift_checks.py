@@ -80,4 +80,3 @@ def test_training_goes_on_from_the_checkpoint(place: Path, trained: Path) -> Non
 def test_a_flag_that_would_not_be_followed_is_refused(place: Path) -> None:
     with pytest.raises(ConfigError, match=r"--lora_rank is 16, a setting of ms-swift's own"):
         sft_main(words(place, "none", "--lora_rank", "16"))
-

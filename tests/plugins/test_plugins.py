@@ -11,8 +11,12 @@ from rotmole.plugins import adapter_config, foreign, read_settings
 
 
 def test_the_settings_are_those_of_a_run_file() -> None:
-    config = adapter_config({"preset": "hydralora", "r": 4, "target_modules": ["q_proj"]}, "rotmole")
-    preset = RotMoleConfig.preset("hydralora", task_type="CAUSAL_LM", r=4, target_modules=["q_proj"])
+    config = adapter_config(
+        {"preset": "hydralora", "r": 4, "target_modules": ["q_proj"]}, "rotmole"
+    )
+    preset = RotMoleConfig.preset(
+        "hydralora", task_type="CAUSAL_LM", r=4, target_modules=["q_proj"]
+    )
     assert config == preset
     assert config.task_type == "CAUSAL_LM"
 

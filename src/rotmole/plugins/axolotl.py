@@ -1,4 +1,4 @@
-"""The plug-in for axolotl: `plugins: [rotmole.plugins.axolotl.RotMolePlugin]` and `adapter: rotmole`."""
+"""The plug-in for axolotl, rotmole.plugins.axolotl.RotMolePlugin: `adapter: rotmole`."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class RotMolePlugin(BasePlugin):
         if cfg.get("adapter") == NAME and cfg.get("merge_lora"):
             raise ConfigError(
                 "merge_lora is set, and a mixture cannot be merged into its base, because each "
-                "token gets a map of its own; `rotmole export` writes the nearest LoRA, which can be"
+                "token gets a map of its own; `rotmole export --lora` writes the nearest LoRA"
             )
 
     def load_adapter(
@@ -67,7 +67,8 @@ class RotMolePlugin(BasePlugin):
         given = {
             name: cfg[name]
             for name, field in LoraConfig.model_fields.items()
-            if name not in FOLLOWED | QUANTISED and cfg.get(name) not in (None, False, field.default)
+            if name not in FOLLOWED | QUANTISED
+            and cfg.get(name) not in (None, False, field.default)
         }
         if given:
             raise foreign(given, "axolotl", "the section rotmole:")

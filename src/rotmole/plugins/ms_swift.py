@@ -1,4 +1,4 @@
-"""The plug-in for ms-swift: `--external_plugins` and `--tuner_type rotmole`; settings by ROTMOLE_ADAPTER."""
+"""The plug-in for ms-swift: `--tuner_type rotmole`, with the settings of ROTMOLE_ADAPTER."""
 
 from __future__ import annotations
 
