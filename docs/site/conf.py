@@ -22,6 +22,7 @@ root_doc = "README"
 include_patterns = ["README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "docs/*.md"]
 include_patterns += ["experiments/LOG.md"]
 myst_heading_anchors = 4  # links to headings are those of GitHub
+smartquotes = False  # -- in the text of a command stays as it is
 html_theme = "furo"
 html_title = "rotmole"
 html_extra_path = ["root"]  # index.html leads to README.html
