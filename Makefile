@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM ?= false
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help audit fuzz setup demo study-demo test test-all conformance matrix mutation lint types imports docs pages bench bench-one bench-check bench-parity site site-browser dist plugins notebooks docker clean
+.PHONY: help audit fuzz setup demo study-demo test test-all conformance matrix mutation lint types imports docs pages looks bench bench-one bench-check bench-parity site site-browser dist plugins notebooks docker clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,6 +61,9 @@ imports: setup  ## check that imports point only to the left of the pipeline and
 docs: setup  ## run every code block of README and docs
 	$(TEST_ENV) $(BIN)/python -m pytest -q tests/docs
 
+# What a target needs beside the extra `dev`: make's own set-up leaves it out, because few people build these.
+with = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(1)]'
+
 pages: setup  ## write what is generated: docs/files.md and reference.md, all tables, the picture
 	$(BIN)/python docs/scripts/files.py
 	$(BIN)/python docs/scripts/reference.py
@@ -74,9 +77,13 @@ pages: setup  ## write what is generated: docs/files.md and reference.md, all ta
 	$(BIN)/python docs/scripts/vectors.py
 	$(BIN)/python docs/scripts/static_table.py
 	$(BIN)/python docs/scripts/published_table.py
+	$(BIN)/python docs/scripts/inspect_figures.py
+	@$(MAKE) --no-print-directory looks
 
-# What a target needs beside the extra `dev`: make's own set-up leaves it out, because few people build these.
-with = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(1)]'
+looks: setup  ## look at the HTML pages in headless Chromium: wide and narrow, light and dark, with axe-core
+	@command -v chromium >/dev/null || { echo "missing: chromium, which looks at the pages (Debian: apt-get install chromium)"; exit 1; }
+	$(call with,browser)
+	$(BIN)/python tests/browser.py
 
 site: setup  ## build the documentation site into .cache/site; every warning is an error
 	$(call with,docs)
@@ -111,7 +118,7 @@ docker: setup  ## lint the Dockerfile, and build its CPU image where a Docker da
 # FULL=--full measures every case, in two hours; a shorter run later keeps the rows of those it does not measure.
 # ORIGINALS=folder adds the layers of other systems, which benchmarks/originals.py names.
 QUESTIONS := layer peers step decode experts operations startup
-FULL_QUESTIONS := sharing
+FULL_QUESTIONS := sharing inspection
 bench: setup  ## measure time and memory against LoRA and others into benchmarks/results (a quarter of an hour on a quiet machine)
 	@for q in $(QUESTIONS) $(if $(FULL),$(FULL_QUESTIONS)); do $(MAKE) --no-print-directory bench-one Q=$$q INTO=benchmarks/results || exit 1; done
 	$(BIN)/python benchmarks/plot.py

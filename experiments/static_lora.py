@@ -14,7 +14,7 @@ from pathlib import Path
 from rotmole.evaluation.target import find_target, with_adapter
 from rotmole.export.lora import HELD_OUT, OTHER, ROWS, TEXT, Settings, prepare, shared_copy
 from rotmole.export.static_lora import active_experts, nearest_layer, total_share
-from rotmole.export.sums import added_sums
+from rotmole.inspection.sums import added_sums
 
 RANKS = (4, 8, 16)
 FITS = {"rows": (ROWS,), "rows and text": (ROWS, TEXT)}

@@ -83,6 +83,7 @@ def settings(model: Path, data: Path, output: Path, **training: Any) -> dict[str
         },
         "data": {"tasks": tasks},
         "training": defaults | training,
+        "evaluation": {"report_tokens": 0},  # the report takes longer than these runs
     }
 
 

@@ -24,6 +24,7 @@ from rotmole.tuner.registration import add_member, register
 add_member()  # before the configuration, which names the member, can be used
 
 from rotmole.optim import parameter_groups  # noqa: E402  needs the member
+from rotmole.recording.record import record_routing  # noqa: E402  needs the member
 from rotmole.tuner.batch.loads import update_router_bias  # noqa: E402  needs the member
 from rotmole.tuner.batch.losses import balance_states  # noqa: E402  needs the member
 from rotmole.tuner.config import RotMoleConfig  # noqa: E402  needs the member
@@ -49,5 +50,6 @@ __all__ = [
     "balance_states",
     "grow",
     "parameter_groups",
+    "record_routing",
     "update_router_bias",
 ]

@@ -1,7 +1,8 @@
-"""Figures as SVG that fits any page: light and dark, any width, text that stays text.
+"""Figures as SVG that fits any page, light or dark, and as PDF for papers; text stays text.
 
 matplotlib paints with stand-ins for colours. The SVG has CSS variables in their place, so the page
-(`THEME`), or the reader's own light or dark setting (`standalone`), decides what they look like.
+(`THEME`), or the reader's own light or dark setting (`standalone`), decides what they look like. A
+PDF has the light colours.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from html import escape
 from typing import Any
 
@@ -55,8 +57,18 @@ _STYLE: dict[str, Any] = {
 }  # fmt: skip
 
 
+_PDF: dict[str, Any] = {"pdf.fonttype": 42}  # TrueType, which publishers ask for
+_LIGHT_OF = dict(zip(_NAMES, (*_COMMON["light"], *_LIGHT), strict=True))
+
+
 def draw(
-    paint: Callable[[Any], None], *, name: str, label: str, height: float, width: float = WIDTH
+    paint: Callable[[Any], None],
+    *,
+    name: str,
+    label: str,
+    height: float,
+    width: float = WIDTH,
+    description: str = "",
 ) -> str:
     """Draw a figure for a page.
 
@@ -65,24 +77,70 @@ def draw(
         name: of the figure, the beginning of every id in it; unique on the page.
         label: what the figure shows, for readers who cannot see it.
         height, width: inches.
+        description: what there is to see in it, for the same readers.
 
     Returns:
         An svg element without fixed size: it takes the width of what is around it.
     """
-    from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
 
     buffer = io.BytesIO()
-    with rc_context({**_STYLE, "svg.hashsalt": name}), warnings.catch_warnings():
+    with _painted(paint, height, width, {"svg.hashsalt": name}) as figure:
+        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
+    return _for_page(buffer.getvalue().decode("utf-8"), name, label, description)
+
+
+def pdf(paint: Callable[[Any], None], *, height: float, width: float = WIDTH) -> bytes:
+    """Draw a figure as a PDF file: light colours, letters that can be searched and edited.
+
+    Args:
+        paint: called with an empty matplotlib figure, on which it draws.
+        height, width: inches.
+    """
+    from matplotlib.backends.backend_pdf import FigureCanvasPdf
+
+    buffer = io.BytesIO()
+    with _painted(paint, height, width, _PDF) as figure:
+        figure.draw_without_rendering()  # makes the ticks, which need colours too
+        for artist in figure.findobj():
+            _take_light_colors(artist)
+        FigureCanvasPdf(figure).print_pdf(buffer, metadata={"CreationDate": None})
+    return buffer.getvalue()
+
+
+@contextmanager
+def _painted(
+    paint: Callable[[Any], None], height: float, width: float, settings: Mapping[str, Any]
+) -> Iterator[Any]:
+    """Yield the figure that `paint` has painted, under the settings that it is written with."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context({**_STYLE, **settings}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a browser has letters of its own
         figure = Figure(figsize=(width, height), layout="constrained")
         paint(figure)
-        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
-    return _for_page(buffer.getvalue().decode("utf-8"), name, label)
+        yield figure
 
 
-def _for_page(text: str, name: str, label: str) -> str:
+def _take_light_colors(artist: Any) -> None:
+    """Replace the stand-ins among the colours of one artist."""
+    from matplotlib.colors import to_hex, to_rgba, to_rgba_array
+
+    for part in ("color", "facecolor", "edgecolor", "markerfacecolor", "markeredgecolor"):
+        get, put = (getattr(artist, f"{verb}_{part}", None) for verb in ("get", "set"))
+        if get is None or put is None:
+            continue
+        colors = to_rgba_array(get())
+        light = [to_rgba(_LIGHT_OF.get(to_hex(c), to_hex(c)), c[3]) for c in colors]
+        if light and (colors != light).any():
+            alpha = artist.get_alpha()
+            artist.set_alpha(None)  # it is in the colours now
+            put(light[0] if len(light) == 1 else light)
+            artist.set_alpha(alpha)
+
+
+def _for_page(text: str, name: str, label: str, description: str) -> str:
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'(\sid="|url\(#|xlink:href="#)', rf"\g<1>{name}-", text)
@@ -91,15 +149,23 @@ def _for_page(text: str, name: str, label: str) -> str:
         text = text.replace(color, f"var(--{variable})")
     text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", text, flags=re.DOTALL)
     text = re.sub(r' (?:width|height)="[0-9.]+pt"', "", text, count=2)
-    head = f'<svg role="img" aria-label="{escape(label)}" style="stroke-linejoin: round"'
-    return text.replace("<svg", head, 1).strip()
+    words = f'<title id="{name}-title">{escape(label)}</title>'
+    names = f"{name}-title"
+    if description:
+        words += f'\n<desc id="{name}-desc">{escape(description)}</desc>'
+        names += f" {name}-desc"
+    end = text.index(">") + 1
+    head = f'<svg role="img" aria-labelledby="{names}" style="stroke-linejoin: round"'
+    return f"{head}{text[len('<svg') : end]}\n{words}{text[end:]}".strip()
 
 
 def standalone(svg: str) -> str:
-    """Return a drawn figure as a file of its own, with the colours of THEME in it."""
+    """Return a drawn figure as a file of its own, with the colours of THEME and a size in it."""
     start = svg.index(">") + 1
-    head = '<?xml version="1.0" encoding="utf-8"?>\n'
-    return f"{head}{svg[:start]}\n<style>\n{THEME}\n</style>{svg[start:]}"
+    width, height = svg[:start].partition('viewBox="0 0 ')[2].partition('"')[0].split()
+    head = '<?xml version="1.0" encoding="utf-8"?>\n<svg'
+    size = f' width="{width}pt" height="{height}pt"'
+    return f"{head}{size}{svg[len('<svg') : start]}\n<style>\n{THEME}\n</style>{svg[start:]}"
 
 
 def series(index: int) -> dict[str, Any]:

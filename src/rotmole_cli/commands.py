@@ -272,6 +272,73 @@ def evaluate(
 
 
 @app.command()
+def inspect(
+    targets: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="TARGET...",
+            help="Run folders, run files or adapter folders; the report shows the losses of "
+            "further ones beside the first.",
+        ),
+    ],
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data",
+            metavar="RUN.yaml",
+            help="Run file whose rows are looked at. [default: the target's own]",
+        ),
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option("--text", help="A text to show token by token; without --data, no rows."),
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            "--file", metavar="F", help="A text file, as --text; blank lines divide passages."
+        ),
+    ] = None,
+    limit: Annotated[
+        int,
+        typer.Option(
+            "--limit", min=1, help="Tokens to look at, and as many to fit a static LoRA on."
+        ),
+    ] = 4000,
+    layer: Annotated[
+        str | None,
+        typer.Option(
+            "--layer",
+            metavar="PATTERN",
+            help="Layers whose tokens are shown, such as 'layers.3.*q_proj'. [default: the mean]",
+        ),
+    ] = None,
+    figures: Annotated[
+        Path | None,
+        typer.Option("--figures", metavar="DIR", help="Write each figure as SVG and PDF, too."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="DIR",
+            help="Folder for inspect.json and report.html. [default: the target's]",
+        ),
+    ] = None,
+    trust_remote_code: Trust = False,
+) -> int:
+    """Say what the experts, weights and angles of a mixture do, and what is wrong with them."""
+    if text is not None:
+        _refuse("--text", {"--file": file})
+    from rotmole.cli.inspect import Look
+    from rotmole.cli.inspect import inspect as work
+
+    look = Look(data, text, file, limit, layer, figures, output)
+    return work(targets, look, trust_remote_code=trust_remote_code)
+
+
+@app.command()
 def prune(
     target: Target,
     output: Annotated[

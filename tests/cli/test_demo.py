@@ -47,6 +47,10 @@ def test_the_demo_tells_all_it_promises(overrides, output, capfd):
             assert [task, language] in cells
     assert "trainable parameters" in screen.out
     assert "One seed decides nothing" in screen.out
+    page = output / "rotmole" / "report.html"
+    assert page.is_file()
+    assert lines[-1] == f"  report: {page}"
+    assert re.match(rf"{OURS}: (\d+ things? to mend: |Nothing to mend: )", lines[-2])
     assert re.search(rf"update chose: {TWIN} \d+ of 32, {OURS} \d+ of 32 ", screen.out)
     assert "collapsed" not in screen.err
     assert f"{OURS}: training 3/3" in screen.err

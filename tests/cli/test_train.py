@@ -15,6 +15,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from rotmole.inspection.inspection import Inspection
+from rotmole.inspection.report import headline
 from rotmole.training.callbacks.metrics import read_metrics
 from rotmole.training.checkpoints.find import find_resume
 from rotmole.training.folder.lock import run_lock
@@ -47,8 +49,15 @@ def assert_close(first: Path, second: Path) -> None:
 
 def test_it_says_what_it_trains_and_what_came_out(run_yaml, tmp_path, capsys):
     words = [str(run_yaml), f"output_dir={tmp_path / 'run'}", "training.max_steps=5"]
-    assert main(["train", *words]) == 0
+    assert main(["train", *words, "evaluation.report_tokens=100"]) == 0
     screen = capsys.readouterr()
+    found = Inspection.read(tmp_path / "run" / "inspect.json")
+    assert found.source.tokens.keys() == {"colours", "sums"}
+    assert 50 <= found.source.tokens["sums"] < 70
+    assert [step for step, _ in found.source.curves["colours"]] == [5]
+    assert f"report           {tmp_path / 'run' / 'report.html'}" in screen.out
+    assert f"verdict          {headline(found)}" in screen.out
+    assert "<svg" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "q_proj x 2, v_proj x 2" in screen.out
     assert "gates included" in screen.out
     assert "colours 30, sums 30 rows" in screen.out
@@ -58,11 +67,28 @@ def test_it_says_what_it_trains_and_what_came_out(run_yaml, tmp_path, capsys):
     assert f"rotmole eval {tmp_path / 'run'}" in screen.out
 
 
+def test_a_report_that_fails_leaves_the_run_whole(run_yaml, tmp_path, capsys, monkeypatch):
+    def fails(*args, **options):
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr("rotmole.inspection.of_run.inspect_adapter", fails)
+    folder = tmp_path / "run"
+    words = [f"output_dir={folder}", "training.max_steps=5", "evaluation.report_tokens=100"]
+    assert main(["train", str(run_yaml), *words]) == 0
+    screen = capsys.readouterr()
+    assert "there is no report, because no room (RuntimeError); rotmole inspect" in screen.err
+    assert "report  " not in screen.out
+    assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+    assert not (folder / ".unfinished").exists()
+
+
 def test_it_runs_again_into_its_own_folder(run_yaml, tmp_path):
     words = ["train", str(run_yaml), f"output_dir={tmp_path / 'run'}", "training.max_steps=5"]
     assert main(words) == 0
     first = adapter(tmp_path / "run")
+    (tmp_path / "run" / "report.html").write_text("of the first run", encoding="utf-8")
     assert main(words) == 0
+    assert not (tmp_path / "run" / "report.html").exists()  # report_tokens is 0
     second = adapter(tmp_path / "run")
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 

@@ -11,6 +11,7 @@ import pytest
 from docs_scripts import script
 
 ROOT = Path(__file__).parents[2]
+PICTURES = ROOT / "docs" / "pictures"
 
 
 def test_files_md_lists_every_source_file_by_its_first_line() -> None:
@@ -54,20 +55,38 @@ def test_the_price_of_the_published_studies_is_that_of_the_committed_figures() -
     assert page == script("published_table").page(page), "run `make pages`"
 
 
-def test_the_picture_is_what_its_script_draws(tmp_path: Path) -> None:
-    """Numbers are compared to 0.01 point: another matplotlib may write a digit more or less."""
-    turn = script("turn")
-    turn.draw(tmp_path / "turn.svg")
-    number = r"-?\d+\.?\d*(?:e-?\d+)?"
-    texts = [
-        re.sub(r"<metadata>.*?</metadata>", "", file.read_text(encoding="utf-8"), flags=re.DOTALL)
-        for file in (tmp_path / "turn.svg", ROOT / "docs" / "pictures" / "turn.svg")
-    ]
-    new, committed = ([float(n) for n in re.findall(number, text)] for text in texts)
-    assert len(new) == len(committed) > 1000
-    assert all(math.isclose(a, b, abs_tol=0.01) for a, b in zip(new, committed, strict=True)), (
-        "run `make pages`"
+NUMBER = re.compile(r"-?\d+\.?\d*(?:e-?\d+)?")
+
+
+def numbers(text: str) -> list[float]:
+    """The numbers of a figure but those of its writer."""
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    return [float(number) for number in NUMBER.findall(text)]
+
+
+def same(new: str, committed: Path) -> bool:
+    """Whether numbers differ by under 0.01 point: another matplotlib may write a digit more."""
+    mine, theirs = numbers(new), numbers(committed.read_text(encoding="utf-8"))
+    return len(mine) == len(theirs) > 500 and all(
+        math.isclose(a, b, abs_tol=0.01) for a, b in zip(mine, theirs, strict=True)
     )
+
+
+def test_the_picture_is_what_its_script_draws(tmp_path: Path) -> None:
+    script("turn").draw(tmp_path / "turn.svg")
+    new = (tmp_path / "turn.svg").read_text(encoding="utf-8")
+    assert same(new, PICTURES / "turn.svg"), "run `make pages`"
+
+
+def test_the_figures_of_the_inspection_are_those_of_the_committed_record() -> None:
+    figures = script("inspect_figures")
+    page = (ROOT / "docs" / "inspect.md").read_text(encoding="utf-8")
+    names = []
+    for plot in figures.drawn(figures.RECORD):
+        names.append(f"inspect-{plot.name}.svg")
+        assert f"](pictures/{names[-1]})" in page
+        assert same(figures.standalone(plot.svg), PICTURES / names[-1]), "run `make pages`"
+    assert names == [file for file in re.findall(r"\(pictures/(inspect-[^)]+)\)", page)]
 
 
 def test_the_pictures_rotation_keeps_the_length() -> None:

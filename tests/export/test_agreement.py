@@ -5,7 +5,8 @@ import torch
 from torch.distributions import Categorical, kl_divergence
 
 import tiny
-from rotmole.export.agreement import agreement, equal_length_batches
+from rotmole.data.encode import equal_length_batches
+from rotmole.export.agreement import agreement
 
 
 def rows() -> list[dict[str, list[int]]]:

@@ -6,9 +6,9 @@ from peft import PeftModel, get_peft_model
 
 import rotmole
 import tiny
-from rotmole.export.regression import Sums, best_map, mean
 from rotmole.export.static_lora import active_experts, needed_rank, static_lora, total_share
-from rotmole.export.sums import added_sums
+from rotmole.inspection.regression import Sums, best_map, mean
+from rotmole.inspection.sums import added_sums
 from rotmole.tuner.experts.experts import Experts
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]

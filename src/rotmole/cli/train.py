@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rotmole.cli.screen import fact, note
+from rotmole.cli.screen import fact, note, progress
 from rotmole.config.load import load_run
 from rotmole.config.training import count_updates
 from rotmole.data import data_problems
@@ -84,6 +84,7 @@ def train_run(run: RunFile, words: Sequence[str], resume: str | None = None, **o
         print(f"continue with: {shlex.join(['rotmole', 'train', *words, '--resume', 'auto'])}")
     elif speaks:
         _summary(result)
+        _report(result)
     return 0 if result.interrupted is None else 128 + result.interrupted
 
 
@@ -135,3 +136,24 @@ def _summary(result: TrainResult) -> None:
         fact("weights", f"of update {result.weights_step:,}, the last")
     fact("adapter", str(result.adapter_dir))
     fact("score it", f"rotmole eval {shlex.quote(str(result.run_dir))}")
+
+
+def _report(result: TrainResult) -> None:
+    """Leave report.html beside the adapter; the run is complete, whatever becomes of it."""
+    from rotmole.inspection.of_run import report_of_run
+    from rotmole.inspection.report import PAGE, headline
+
+    again = f"rotmole inspect {shlex.quote(str(result.run_dir))}"
+    try:
+        with progress() as show:
+            found = report_of_run(result, progress=show)
+    except KeyboardInterrupt:
+        note(f"the report is left out; {again} makes it.")
+    except Exception as error:
+        note(f"there is no report, because {error} ({type(error).__name__}); {again} tries again.")
+    else:
+        if found is not None:
+            fact("report", f"{result.run_dir / PAGE}")
+            fact("verdict", headline(found))
+        elif result.built.trainer.is_fsdp_enabled:
+            note(f"the weights are spread over processes; {again} makes a report.")

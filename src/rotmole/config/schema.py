@@ -343,6 +343,14 @@ class EvaluationSection(Section):
         "training.metric_for_best_model; null: it goes on to its end.",
         examples=[3],
     )
+    report_tokens: int = Field(
+        default=1000,
+        ge=0,
+        description="Number of tokens that `rotmole train` looks at when it ends, to write "
+        "report.html (see `rotmole inspect`), and of those that it fits a static LoRA on; 0 writes "
+        "none.",
+        examples=[4000],
+    )
 
 
 class RunFile(Section):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rotmole.data.examples import Example
 from rotmole.errors import DataError, ModelError
@@ -13,6 +14,7 @@ from rotmole.errors import DataError, ModelError
 IGNORED = -100  # the label that torch's cross entropy ignores
 BATCH = 1000  # texts in one tokenizer call
 Span = tuple[int, int]
+Row = Mapping[str, Sequence[int]]
 
 
 def tokenize_pair(tokenizer: Any, prompt: str, completion: str) -> tuple[list[int], int]:
@@ -220,6 +222,30 @@ def _shorten(
         f"{example.place}: {len(ids)} tokens are more than training.max_length {max_length}: "
         f"{advice}"
     )
+
+
+def equal_length_batches(
+    rows: Sequence[Row], size: int
+) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """Yield batches of rows of one length, so that none holds padding.
+
+    Args:
+        rows: with input_ids, and labels of the same length; without labels every token counts.
+        size: of the largest batch.
+
+    Yields:
+        The model's arguments, and [B, T] whether the token is one that counts.
+    """
+    by_length: dict[int, list[Row]] = {}
+    for row in rows:
+        by_length.setdefault(len(row["input_ids"]), []).append(row)
+    for _, equal in sorted(by_length.items()):
+        for start in range(0, len(equal), size):
+            batch = equal[start : start + size]
+            ids_BT = torch.tensor([list(row["input_ids"]) for row in batch])
+            labels_BT = torch.tensor([list(row.get("labels", row["input_ids"])) for row in batch])
+            arguments = {"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT)}
+            yield arguments, labels_BT != IGNORED
 
 
 class Collator:

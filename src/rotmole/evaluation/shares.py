@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from peft import PeftModel
+
 from rotmole.data.examples import Example
 from rotmole.evaluation.scoring import evaluating, log_likelihoods, scored_answers
-from rotmole.tuner.shares import ExpertShares
+from rotmole.recording.record import record_routing
+from rotmole.recording.usage import named_shares
 
 ROWS = 32  # of each task; shares of so many rows move by a percent or two with others
 
@@ -28,14 +31,13 @@ def shares_by_task(
     Returns:
         {} if the experts have no names.
     """
-    shares: dict[str, dict[str, float]] = {}
-    watch = ExpertShares(model)
-    if not watch.names:
-        return shares
-    with watch, evaluating(model):
+    config = model.active_peft_config if isinstance(model, PeftModel) else None
+    names: list[str] = getattr(config, "expert_names", None) or []
+    if not names:
+        return {}
+    with record_routing(model, rotation=False) as log, evaluating(model):
         for task, rows in examples.items():
-            watch.reset()
             texts = scored_answers(rows[:ROWS], tokenizer, longest=max_length)
-            log_likelihoods(model, texts, batch_size=batch_size)
-            shares[task] = watch.shares()
-    return shares
+            with log.of(task):
+                log_likelihoods(model, texts, batch_size=batch_size)
+    return {task: named_shares(log, names, task) for task in examples}

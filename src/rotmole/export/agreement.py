@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rotmole.data.encode import Row, equal_length_batches
 from rotmole.evaluation.scoring import evaluating
 from rotmole.models.logits import accepts_logits_to_keep
-
-Row = Mapping[str, Sequence[int]]
-IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -29,30 +27,6 @@ class Agreement:
     kl: float
     same: float
     tokens: int
-
-
-def equal_length_batches(
-    rows: Sequence[Row], size: int
-) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-    """Yield batches of rows of one length, so that none holds padding.
-
-    Args:
-        rows: with input_ids, and labels of the same length; without labels every token counts.
-        size: of the largest batch.
-
-    Yields:
-        The model's arguments, and [B, T] whether the token is one that counts.
-    """
-    by_length: dict[int, list[Row]] = {}
-    for row in rows:
-        by_length.setdefault(len(row["input_ids"]), []).append(row)
-    for _, equal in sorted(by_length.items()):
-        for start in range(0, len(equal), size):
-            batch = equal[start : start + size]
-            ids_BT = torch.tensor([list(row["input_ids"]) for row in batch])
-            labels_BT = torch.tensor([list(row.get("labels", row["input_ids"])) for row in batch])
-            arguments = {"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT)}
-            yield arguments, labels_BT != IGNORED
 
 
 def agreement(first: Any, second: Any, rows: Sequence[Row], *, batch_size: int = 8) -> Agreement:

@@ -15,11 +15,12 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from rotmole.config.load import sft_arguments
 from rotmole.config.schema import RunFile
 from rotmole.data import Example, encode_all, load_splits
+from rotmole.data.encode import Row
 from rotmole.errors import AdapterError, ConfigError
 from rotmole.evaluation import Report, compare, limit_rows, measure
 from rotmole.evaluation.evaluate import task_metrics
 from rotmole.evaluation.target import Target, with_adapter
-from rotmole.export.agreement import Agreement, Row, agreement, equal_length_batches
+from rotmole.export.agreement import Agreement, agreement
 from rotmole.export.peft_folder import trained_beside, write_lora
 from rotmole.export.static_lora import (
     Share,
@@ -29,17 +30,15 @@ from rotmole.export.static_lora import (
     total_share,
 )
 from rotmole.export.text import divided, general_passages, read_passages, tokenised
+from rotmole.inspection.sample import batches
 from rotmole.models.adapter import check_adapter_folder
 from rotmole.models.endings import take_endings
 from rotmole.models.load import load_model, load_tokenizer
-from rotmole.models.logits import accepts_logits_to_keep
-from rotmole.tuner.layer import RotMoleLayer
 
 RANK = 16
 """Of a mixture's static LoRA if none is given."""
 MAX_KL = 0.1
 """Nats for each token: a static LoRA that is farther from its mixture is refused."""
-BATCH = 16
 ROWS, TEXT, HELD_OUT, OTHER = "training rows", "text", "held-out rows", "other text"
 
 Say = Callable[[str], None]
@@ -122,7 +121,7 @@ class Prepared:
 
     def batches(self) -> dict[str, list[dict[str, Any]]]:
         """Return the rows of each part as arguments of the model, without padding."""
-        return {name: _batches(rows, self.model) for name, rows in self.rows.items()}
+        return {name: batches(rows, self.model) for name, rows in self.rows.items()}
 
     def write(self, layers: Mapping[str, StaticLayer], folder: Path) -> None:
         """Write a static LoRA as a PEFT folder, with what else belongs to the adapter."""
@@ -281,18 +280,6 @@ def _encoded(run: RunFile | None, tasks: Tasks, tokenizer: Any) -> list[Row]:
         row for task in tasks.values() for row in encode_all(task, tokenizer, max_length=longest)
     ]
     return [{name: row[name] for name in ("input_ids", "labels")} for row in rows]
-
-
-def _batches(rows: Sequence[Row], model: Any) -> list[dict[str, Any]]:
-    device = next(model.parameters()).device
-    arguments: dict[str, Any] = {"use_cache": False}
-    head = model.get_base_model().get_output_embeddings()
-    if accepts_logits_to_keep(model) and not isinstance(head, RotMoleLayer):
-        arguments["logits_to_keep"] = 1  # nobody reads them
-    return [
-        {name: value.to(device) for name, value in batch.items()} | arguments
-        for batch, _ in equal_length_batches(rows, BATCH)
-    ]
 
 
 def _measured(ready: Prepared, static: Any, progress: Progress | None) -> Report:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from rotmole.errors import ConfigError, ModelError
-from rotmole.export.regression import Sums, best_map, mean
-from rotmole.export.sums import Batch, added_sums
+from rotmole.inspection.regression import Sums, best_map, mean
+from rotmole.inspection.sums import Batch, added_sums
 from rotmole.tuner.experts.experts import Experts
 from rotmole.tuner.layer import RotMoleLayer
 

@@ -1,1 +1,1 @@
-"""What an adapter does inside: whether it keeps the laws of its base model."""
+"""Inspection: what experts, weights and angles did, and which laws an adapter keeps."""

@@ -7,14 +7,10 @@ from typing import Any
 
 from rich.filesize import decimal
 
+from rotmole.recording.usage import FIGURES as USAGE
+from rotmole.recording.usage import SHARE, shares_in_words
 from rotmole.units import speed, task_losses
 
-USAGE = (
-    "experts_unused", "experts_total", "largest_expert_share", "largest_expert_share_mean",
-    "expert_share_even", "expert_share_ceiling",
-)  # fmt: skip
-SHARE = "expert_share/"
-"""How the names of the figures of single experts begin; the name of the expert follows."""
 _FIGURES = (
     "train_loss", "train_tokens_per_second", "num_input_tokens_seen", "peak_memory_bytes",
 )  # fmt: skip
@@ -76,24 +72,16 @@ def _usage(metrics: Mapping[str, Any]) -> dict[str, str]:
         unused, total = metrics["experts_unused"], metrics["experts_total"]
         words["experts"] = f"{unused:,} of {total:,} unused in the last logged update"
     if "largest_expert_share" in metrics:
-        most, mean, even, ceiling = (f"{100 * metrics[name]:.0f} %" for name in USAGE[2:])
+        most, mean, even, ceiling = (f"{100 * metrics[name]:.0f} %" for name in USAGE[2:6])
         words["busiest expert"] = (
             f"{mean} of a layer's choices on average, {most} in the worst layer "
             f"(even is {even}, {ceiling} is the most there can be)"
         )
-    if shares := named_shares(metrics):
+    if "rotation_angle" in metrics:
+        words["rotation"] = (
+            f"{metrics['rotation_angle']:.2g} rad, the mean of layers and tokens in the last "
+            "logged update (a half turn, 3.14, is the most there can be)"
+        )
+    if shares := shares_in_words(metrics):
         words["weights"] = f"{shares} in the last logged update, the mean of layers and tokens"
     return words
-
-
-def named_shares(figures: Mapping[str, Any]) -> str:
-    """Say how much experts with names are used.
-
-    >>> named_shares({"expert_share/math": 0.25, "expert_share/code": 0.75})
-    'math 25 %, code 75 %'
-    """
-    return ", ".join(
-        f"{name.removeprefix(SHARE)} {100 * share:.0f} %"
-        for name, share in figures.items()
-        if name.startswith(SHARE)
-    )

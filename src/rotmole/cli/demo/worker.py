@@ -23,6 +23,8 @@ from rotmole.data import Example
 from rotmole.errors import RotMoleError
 from rotmole.evaluation import measure
 from rotmole.evaluation.report import System
+from rotmole.inspection.of_run import report_of_run
+from rotmole.inspection.report import PAGE, headline
 from rotmole.training.build import Built
 from rotmole.training.callbacks import usage
 from rotmole.training.callbacks.metrics import read_metrics
@@ -67,6 +69,7 @@ class Outcome:
         digest: of the initial A, B and router, and of the order of rows.
         unused: number of experts that no token of the last logged update chose, and of all.
         interrupted: the signal that stopped it, or None.
+        report: the page about the adapter, and its verdict; None if it could not be made.
     """
 
     systems: dict[str, System]
@@ -75,6 +78,7 @@ class Outcome:
     digest: str
     unused: tuple[int, int]
     interrupted: int | None = None
+    report: tuple[Path, str] | None = None
 
 
 class SendProgress(TrainerCallback):
@@ -135,7 +139,21 @@ def _outcome(job: Job, messages: Any, may_train: Any) -> Outcome:
     trained = (result.trainable_parameters, result.seconds, digests[0], _unused(result))
     if result.interrupted is not None:
         return Outcome({}, *trained, result.interrupted)
-    return Outcome(_systems(job, result.built, messages), *trained)
+    systems = _systems(job, result.built, messages)
+    return Outcome(systems, *trained, report=_report(job, result, messages))
+
+
+def _report(job: Job, result: TrainResult, messages: Any) -> tuple[Path, str] | None:
+    """Write the report about the adapter; a demo without one is still a demo."""
+
+    def send(what: str, done: int, total: int) -> None:
+        messages.put(("progress", job.name, f"report: {what}", done, total))
+
+    try:
+        found = report_of_run(result, progress=send)
+    except Exception:
+        return None
+    return None if found is None else (result.run_dir / PAGE, headline(found))
 
 
 def _unused(result: TrainResult) -> tuple[int, int]:

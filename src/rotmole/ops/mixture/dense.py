@@ -21,10 +21,15 @@ from rotmole.ops.mixture.products import (
     project_all,
     read_gate,
 )
-from rotmole.ops.mixture.radar import radar_pairs_weights, radar_sum
+from rotmole.ops.mixture.radar import (
+    radar_outputs,
+    radar_pairs_angles,
+    radar_pairs_weights,
+    radar_sum,
+)
 from rotmole.ops.mixture.sqrt_gate import combine_sqrt_gate
 from rotmole.ops.precision import at_least_float32, without_autocast
-from rotmole.ops.rotation.modes import output_metric
+from rotmole.ops.rotation.modes import angle_between, output_metric
 from rotmole.ops.rotation.table import ROTATIONS, Gate
 from rotmole.ops.spec import Spec, Weights
 
@@ -124,6 +129,74 @@ def _turned(
     gate = _gate(spec, x_TD, dropped_TD, z_ERT, weights, logits_TE)
     with without_autocast(x_TD):
         return rotate(z_ERT, gate)
+
+
+class Turns(NamedTuple):
+    """What the rotations of a layer did to the activations.
+
+    Attributes:
+        angle_EMT: [E, M, T] angles in radians, in [-pi, pi]; M is 1, with givens one a plane.
+        z_ERT: [E, R, T] activations.
+        turned_ERT: [E, R, T] the same after rotation; None if outputs are turned (radar modes).
+    """
+
+    angle_EMT: Tensor
+    z_ERT: Tensor
+    turned_ERT: Tensor | None
+
+
+def turns(
+    spec: Spec,
+    x_TD: Tensor,
+    dropped_TD: Tensor,
+    weights: Weights,
+    selected_TE: Tensor,
+    logits_TE: Tensor | None = None,
+) -> Turns:
+    """Return by which angles every expert's activation is turned.
+
+        tangent             between z and z': 2 atan(|t|/2), in [0, pi); with rotation_metric
+                            "output" between the outputs z B_e and z' B_e, as in plane and bias
+        plane, centroid     theta = pi tanh(w x): positive towards q, negative away from it
+        bias                between z and z', which is between z and z + q
+        givens              theta of each pair of coordinates, less whole turns: in [-pi, pi)
+        bivector            2 atan|b|, in [0, pi): of the plane span(e1, b), in which z need not lie
+        cayley              between z and z', in [0, pi]: S turns several planes
+        radar               between v_e and v'_e, the output before and after
+        radar_pairs         2 atan(|part of c_e across v_e| / 2)
+        offset, scale, core between z and z', though these controls are no rotations
+        none                0
+
+    Args:
+        spec: of the layer.
+        x_TD: [T, D] layer input.
+        dropped_TD: [T, D] the same after dropout.
+        weights: of the layer.
+        selected_TE: [T, E] selected experts; what the radar modes compute for others is no angle.
+        logits_TE: [T, E] the router's; only rotation_input "router" reads them.
+
+    >>> import torch
+    >>> x, weights = torch.ones(5, 3), Weights(torch.ones(2, 4, 3), torch.ones(2, 4, 6))
+    >>> turns(Spec(num_experts=2), x, x, weights, torch.ones(5, 2).bool()).angle_EMT.shape
+    torch.Size([2, 1, 5])
+    """
+    row, B_ERO = ROTATIONS[spec.rotation], weights.B_ERO
+    z_ERT = activations(dropped_TD, weights.A_ERD, B_ERO.shape[0])
+    if spec.rotation == "none":
+        return Turns(z_ERT.new_zeros(len(z_ERT), 1, z_ERT.shape[2]), z_ERT, z_ERT)
+    if row.rotate is not None:
+        gate = _gate(spec, x_TD, dropped_TD, z_ERT, weights, logits_TE)
+        with without_autocast(x_TD):
+            turned_ERT = row.rotate(z_ERT, gate)
+            return Turns(row.angle(z_ERT, turned_ERT, gate), z_ERT, turned_ERT)
+    z_TER, gates = z_ERT.permute(2, 0, 1), weights.gates
+    with without_autocast(x_TD):
+        if spec.rotation == "radar_pairs":
+            angle_TE = radar_pairs_angles(x_TD, z_TER, selected_TE, B_ERO, gates)
+            return Turns(angle_TE.mT.unsqueeze(1), z_ERT, None)
+        outputs = radar_outputs(z_TER, selected_TE, B_ERO, gates, spec.radar_normalize)
+        v_EOT, turned_EOT = (output.permute(1, 2, 0) for output in outputs)
+        return Turns(angle_between(v_EOT, turned_EOT), z_ERT, None)
 
 
 def shared_weight(x_TD: Tensor, shared: Weights) -> Tensor:

@@ -182,6 +182,41 @@ def metric_matrix(B_RO: Tensor, rotation_metric: str) -> Tensor:
     return (G_RR + epsilon(B) * eye) / (torch.trace(G_RR) / B.shape[0] + epsilon(B))
 
 
+def gate_values(
+    e: int,
+    read: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    gates: Mapping[str, Tensor],
+    rotation_input: str,
+) -> tuple[Tensor, Tensor]:
+    """Return what the vector and the angle gates of expert e say of one token, empty without one.
+
+    Args:
+        e: number of the expert.
+        read: x, drop(x), z and the router's logits of the token.
+        gates: of all experts.
+        rotation_input: "x", "z" or "router".
+    """
+    x_D, dropped_D, z_R, logits_E = read
+    q = angle = z_R.new_zeros(0)
+    few = None  # what gates read in place of x
+    if rotation_input == "z":
+        few = z_R
+    elif rotation_input == "router":
+        assert logits_E is not None
+        few = wide(logits_E)
+    elif "rotation_down" in gates:
+        few = wide(gates["rotation_down"] @ dropped_D)
+    if "rotation_vector" in gates:
+        Q = gates["rotation_vector"][e]
+        q = wide(Q @ dropped_D) if few is None else wide(Q) @ few
+    if "rotation_center" in gates:
+        q = wide(gates["rotation_center"][e])
+    if "rotation_angle" in gates:
+        W = wide(gates["rotation_angle"][e])
+        angle = W @ (wide(x_D) if few is None else few)
+    return q, angle
+
+
 def rotated(
     x_TD: Tensor,
     dropped_TD: Tensor,
@@ -206,23 +241,9 @@ def rotated(
     for t in range(T):
         for e in range(E):
             z_R = wide(A_ERD[e if len(A_ERD) > 1 else 0] @ dropped_TD[t])
-            q = angle = z_R.new_zeros(0)
-            few = None  # what gates read in place of x
-            if rotation_input == "z":
-                few = z_R
-            elif rotation_input == "router":
-                assert logits_TE is not None
-                few = wide(logits_TE[t])
-            elif "rotation_down" in gates:
-                few = wide(gates["rotation_down"] @ dropped_TD[t])
-            if "rotation_vector" in gates:
-                Q = gates["rotation_vector"][e]
-                q = wide(Q @ dropped_TD[t]) if few is None else wide(Q) @ few
-            if "rotation_center" in gates:
-                q = wide(gates["rotation_center"][e])
-            if "rotation_angle" in gates:
-                W = wide(gates["rotation_angle"][e])
-                angle = W @ (wide(x_TD[t]) if few is None else few)
+            logits_E = None if logits_TE is None else logits_TE[t]
+            read = (x_TD[t], dropped_TD[t], z_R, logits_E)
+            q, angle = gate_values(e, read, gates, rotation_input)
             M_RR = metric_matrix(B_ERO[e], rotation_metric)
             before.append(z_R)
             after.append(RANK_MODES[rotation](z_R, q, angle, M_RR))

@@ -44,6 +44,24 @@ def floor_at(s: Tensor, b: Tensor) -> Tensor:
     return s + b * (k * k * k) / 3
 
 
+def angle_between(a_ERT: Tensor, b_ERT: Tensor, metric_ERR: Tensor | None = None) -> Tensor:
+    """Return the angle between two vectors, [E, 1, T] in [0, pi] radians; 0 if one of them is 0.
+
+        2 atan2(|u - v|, |u + v|),   u = a/|a|, v = b/|b|
+
+    An arc cosine would lose half of the digits near 0 and pi. With a metric lengths are <a,a>.
+
+    >>> angle_between(torch.ones(1, 2, 1), torch.tensor([[[1.0], [-1.0]]]))
+    tensor([[[1.5708]]])
+    """
+    tiny = torch.finfo(a_ERT.dtype).tiny
+    u, v = (w * torch.rsqrt(inner(w, w, metric_ERR).clamp(min=tiny)) for w in (a_ERT, b_ERT))
+    apart, along = (inner(w, w, metric_ERR).clamp(min=0).sqrt() for w in (u - v, u + v))
+    angle = 2 * torch.atan2(apart, along)
+    empty = (a_ERT == 0).all(-2, keepdim=True) | (b_ERT == 0).all(-2, keepdim=True)
+    return angle.masked_fill(empty, 0.0)
+
+
 def output_metric(B_ERO: Tensor) -> Tensor:
     """Return the metric in which |z| is the length of the expert's output z B_e, up to a factor.
 

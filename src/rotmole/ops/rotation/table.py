@@ -5,6 +5,7 @@ A mode is one function in modes.py and one row here; the laws in tests/ops pick 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -49,6 +50,22 @@ def _center(z: Tensor, gate: Gate) -> Tensor:
 Rotate = Callable[[Tensor, Gate], Tensor]
 
 
+def _turn(z: Tensor, turned: Tensor, gate: Gate) -> Tensor:
+    return modes.angle_between(z, turned, gate.metric_ERR)
+
+
+def _angle_of_plane(z: Tensor, turned: Tensor, gate: Gate) -> Tensor:
+    return math.pi * torch.tanh(_angle(gate))
+
+
+def _angle_of_bivector(z: Tensor, turned: Tensor, gate: Gate) -> Tensor:
+    return 2 * torch.atan(torch.linalg.vector_norm(_vector(gate), dim=-2, keepdim=True))
+
+
+def _angles_of_pairs(z: Tensor, turned: Tensor, gate: Gate) -> Tensor:
+    return torch.remainder(_angle(gate) + math.pi, 2 * math.pi) - math.pi
+
+
 @dataclass(frozen=True)
 class Rotation:
     """One row of the table of modes: how it rotates, what it needs, what may be claimed of it.
@@ -65,6 +82,8 @@ class Rotation:
         min_rank, max_rank, even_rank: which ranks it can do.
         metric: whether rotation_metric "output" is defined.
         input_z: whether rotation_input "z" is defined.
+        angle: (z_ERT, z'_ERT, gate) -> by which angles z was turned, [E, M, T] in [-pi, pi]: that
+            between z and z' unless the mode says one itself (see mixture/turns.py).
     """
 
     name: str
@@ -79,6 +98,7 @@ class Rotation:
     even_rank: bool = False
     metric: bool = False
     input_z: bool = False
+    angle: Callable[[Tensor, Tensor, Gate], Tensor] = _turn
 
     @property
     def linear_gates(self) -> bool:
@@ -103,22 +123,24 @@ _TABLE = (
     Rotation(
         "bivector", "rotation", lambda z, gate: modes.bivector(z, _vector(gate)),
         vector_rows=lambda rank: rank - 1, zero=("rotation_vector",), min_rank=2, input_z=True,
+        angle=_angle_of_bivector,
     ),
     Rotation(
         "plane", "rotation",
         lambda z, gate: modes.plane(z, _vector(gate), _angle(gate), gate.metric_ERR),
         vector_rows=_all, angle_rows=_one, zero=("rotation_angle",), min_rank=3, metric=True,
-        input_z=True,
+        input_z=True, angle=_angle_of_plane,
     ),
     Rotation(
         "centroid", "rotation",
         lambda z, gate: modes.plane(z, _center(z, gate), _angle(gate), gate.metric_ERR),
         angle_rows=_one, center=True, zero=("rotation_angle",), min_rank=3, metric=True,
+        angle=_angle_of_plane,
     ),
     Rotation(
         "givens", "rotation", lambda z, gate: modes.givens(z, _angle(gate)),
         angle_rows=lambda rank, planes: planes, zero=("rotation_angle",),
-        min_rank=2, even_rank=True, input_z=True,
+        min_rank=2, even_rank=True, input_z=True, angle=_angles_of_pairs,
     ),
     Rotation(
         "cayley", "rotation", lambda z, gate: modes.cayley(z, _angle(gate)),

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from rotmole.training.figures import named_shares
+from rotmole.recording.usage import in_words
 from rotmole.units import duration, speed, task_losses
 
 INTERVAL = 10.0
@@ -224,13 +224,7 @@ def describe(logs: dict[str, Any]) -> list[str]:
             words.append(text.format(logs[name]))
     if "train_tokens_per_second" in logs:
         words.append(speed(logs["train_tokens_per_second"]))
-    if logs.get("experts_unused"):
-        words.append(f"{logs['experts_unused']:,} of {logs['experts_total']:,} experts unused")
-    if "largest_expert_share_mean" in logs:
-        share, even = logs["largest_expert_share_mean"], logs["expert_share_even"]
-        words.append(f"busiest expert {100 * share:.0f} % (even {100 * even:.0f} %)")
-    if shares := named_shares(logs):
-        words.append(shares)
+    words += in_words({name: value for name, value in logs.items() if value is not None})
     return words
 
 

@@ -3,106 +3,73 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
-import torch
+from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from rotmole.ops.routing.route import select_by
-from rotmole.ops.spec import Spec
-from rotmole.training.figures import SHARE
-from rotmole.tuner.experts.experts import Experts
-from rotmole.tuner.layer import RotMoleLayer
-from rotmole.tuner.shares import ExpertShares
+from rotmole.recording.log import ALL, RoutingLog
+from rotmole.recording.record import Recorder
+from rotmole.recording.usage import (
+    SHARE,
+    chooses,
+    collapsed_layers,
+    named_shares,
+    usage_figures,
+)
+from rotmole.recording.watch import active_adapters, watch
 
 logger = logging.getLogger(__name__)
 
-COLLAPSED = 0.99
-"""Share of a layer's choices that its K most chosen experts take when it has collapsed."""
 PATIENCE = 3
 """Log lines in a row before a collapse is reported; a single small batch proves nothing."""
 
 
 class UsageCallback(TrainerCallback):
-    """Count how often the update's tokens chose each expert; padding does not count.
+    """Record what the update's tokens did in the first active adapter; padding does not count.
 
-    Adds to each training log, over the micro-batches of the update at hand:
-        experts_unused, experts_total: (layer, expert) pairs that no token chose, and all of them,
-            of the layers with a router.
-        largest_expert_share: the most chosen expert's share of a layer's choices, the largest of
-            all layers.
-        largest_expert_share_mean: the same, the mean of the layers.
-        expert_share_even, expert_share_ceiling: what that share is at best, 1/E, and at most, 1/K,
-            in the layer where it is largest.
-        expert_share/NAME: if experts have names, the share of the routing weights that each has,
-            the mean of layers and tokens; also where every token uses every expert.
+    Adds the figures of `rotmole.recording.usage.usage_figures` to each training log, over the
+    micro-batches of the update at hand, and, if experts have names, expert_share/NAME: the share of
+    the routing weights that each has, the mean of layers and tokens.
     A layer whose K most chosen experts took 99 % of all choices in three log lines in a row
     is reported once, by a warning.
     """
 
     def __init__(self) -> None:
-        self.reset()
         self.warned = False
+        self.watching = ExitStack()
+        self._begin(None)
 
-    def reset(self) -> None:
-        """Forget all counts."""
-        self.chosen: dict[str, torch.Tensor] = {}
-        self.top_k: dict[str, int] = {}
+    def _begin(self, model: Any) -> None:
         self.streak: dict[str, int] = {}
-        self.handles: list[Any] = []
-        self.shares: ExpertShares | None = None
-        self.counting = True
+        self.log = RoutingLog(task=ALL)
+        self.recorder = Recorder(self.log, angles=(), planes=False, training=True)
+        config = model.active_peft_config if isinstance(model, PeftModel) else None
+        self.names: list[str] = getattr(config, "expert_names", None) or []
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Hook the experts that choose: more than one, not all of them."""
+        """Watch the adapter that is trained."""
         self.on_train_end(args, state, control)  # auto_find_batch_size begins more than once
-        self.reset()
-        self.shares = ExpertShares(kwargs["model"], training=True).__enter__()
-        for path, layer in kwargs["model"].named_modules():
-            if not isinstance(layer, RotMoleLayer):
-                continue
-            for adapter, experts in layer.rotmole_experts.items():
-                if isinstance(experts, Experts) and _chooses(experts.spec):
-                    name = f"{path}.rotmole_experts.{adapter}"
-                    self.handles.append(experts.register_forward_hook(self._counter(name, layer)))
-
-    def _counter(self, name: str, layer: RotMoleLayer) -> Any:
-        def count(experts: Experts, args: Any, output: Any) -> None:
-            routed = output[1] if isinstance(output, tuple) and len(output) == 2 else None
-            if not (self.counting and experts.training) or routed is None:
-                return
-            if torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1:
-                return  # the second run of a checkpointed block
-            batch, spec = layer.rotmole_stack.batch(), experts.spec
-            routing = routed.routing
-            if routing is None:
-                routing = select_by(spec, routed.logits_TE.detach())
-            chosen_TE = routing.selected_TE.detach()
-            layout = batch.layout(args[2].x)
-            if layout is not None and layout.tokens.mask_T is not None:
-                chosen_TE = chosen_TE & layout.tokens.mask_T[:, None]
-            self.top_k[name] = spec.chosen
-            self.chosen[name] = self.chosen.get(name, 0) + chosen_TE.sum(0)
-
-        return count
+        model = kwargs["model"]
+        self._begin(model)
+        for adapter in active_adapters(model)[:1]:
+            self.log.adapter = adapter
+            self.watching.enter_context(watch(model, adapter, self.recorder.observe))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Forget the update before: a figure never spans a resume or a log interval.
 
-        Counting takes time in every layer, so it waits for updates that will be logged.
+        Recording takes time in every layer, so it waits for updates that will be logged.
         """
-        self.chosen = {}
+        self.log.clear()
         every = state.logging_steps if args.logging_strategy == "steps" else 1
         first = args.logging_first_step and state.global_step == 0
-        self.counting = first or (state.global_step + 1) % max(int(every), 1) == 0
-        if self.shares is not None:
-            self.shares.counting = self.counting
-            self.shares.reset()
+        self.recorder.counting = first or (state.global_step + 1) % max(int(every), 1) == 0
 
     def on_log(
         self,
@@ -113,85 +80,34 @@ class UsageCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Add the figures to a training log; warn once."""
-        if logs is None or "loss" not in logs:
+        if logs is None or "loss" not in logs or not self.log.layers:
             return
-        named = {} if self.shares is None else self.shares.shares()
-        logs.update({f"{SHARE}{name}": share for name, share in named.items()})
-        if not self.chosen:
-            return
-        counts = {name: _summed(count).tolist() for name, count in self.chosen.items()}
-        logs.update(usage_logs(counts, self.top_k))
-        for name, count in counts.items():
-            taken = sum(sorted(count, reverse=True)[: self.top_k[name]])
-            whole = sum(count)
-            collapsed = whole > 0 and taken >= COLLAPSED * whole
-            self.streak[name] = self.streak.get(name, 0) + 1 if collapsed else 0
-        self._report(state, counts)
+        total = self.log.over_processes()
+        if self.names:
+            shares = named_shares(total, self.names)
+            logs.update({f"{SHARE}{name}": share for name, share in shares.items()})
+        logs.update(usage_figures(total.layers))
+        collapsed = collapsed_layers(total.layers)
+        self.streak = {path: self.streak.get(path, 0) + 1 for path in collapsed}
+        self._report(state, total)
 
-    def _report(self, state: TrainerState, counts: dict[str, list[int]]) -> None:
-        collapsed = [name for name, length in self.streak.items() if length >= PATIENCE]
+    def _report(self, state: TrainerState, log: RoutingLog) -> None:
+        collapsed = [path for path, length in self.streak.items() if length >= PATIENCE]
         if self.warned or not collapsed or not state.is_world_process_zero:
             return
         self.warned = True
-        first = collapsed[0]
+        first = log.layers[collapsed[0]]
+        choosing = sum(map(chooses, log.layers.values()))
         logger.warning(
             "experts have collapsed in %d of %d layers: at update %d %d of %d experts of %s took "
             "99 %% of the tokens' choices; the others learn nothing. Raise "
             "adapter.router_aux_loss_coef (0.01 is usual), or lower the learning rate of the gate "
             "(optimizer.scaling_gate_lr)",
-            len(collapsed), len(counts), state.global_step, self.top_k[first], len(counts[first]),
-            first.removesuffix(".rotmole_experts.default").removeprefix("base_model.model."),
+            len(collapsed), choosing, state.global_step, first.top_k, first.experts, collapsed[0],
         )  # fmt: skip
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Take the hooks away."""
-        for handle in self.handles:
-            handle.remove()
-        self.handles = []
-        if self.shares is not None:
-            self.shares.__exit__(None, None, None)
-
-
-def _chooses(spec: Spec) -> bool:
-    return spec.selection == "top_k" and spec.chosen < spec.num_experts
-
-
-def usage_logs(counts: Mapping[str, list[int]], top_k: Mapping[str, int]) -> dict[str, float]:
-    """Sum up how often the experts of each layer were chosen.
-
-    Args:
-        counts: layer -> choices of each expert.
-        top_k: layer -> experts that a token chooses.
-
-    Returns:
-        The figures of UsageCallback.
-
-    >>> usage_logs({"a": [4, 3, 1, 0], "b": [2, 2, 2, 2]}, {"a": 2, "b": 2})
-    ... # doctest: +NORMALIZE_WHITESPACE
-    {'experts_unused': 1, 'experts_total': 8, 'largest_expert_share': 0.5,
-     'largest_expert_share_mean': 0.375, 'expert_share_even': 0.25, 'expert_share_ceiling': 0.5}
-    """
-    shares = {name: max(count) / sum(count) for name, count in counts.items() if sum(count)}
-    figures: dict[str, float] = {
-        "experts_unused": sum(chosen == 0 for count in counts.values() for chosen in count),
-        "experts_total": sum(map(len, counts.values())),
-    }
-    if not shares:
-        return figures
-    most = max(shares, key=lambda name: shares[name])
-    return figures | {
-        "largest_expert_share": shares[most],
-        "largest_expert_share_mean": sum(shares.values()) / len(shares),
-        "expert_share_even": 1 / len(counts[most]),
-        "expert_share_ceiling": 1 / top_k[most],
-    }
-
-
-def _summed(count: torch.Tensor) -> torch.Tensor:
-    """Add up the counts of all processes."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        count = count.clone()
-        torch.distributed.all_reduce(count)
-    return count
+        self.watching.close()

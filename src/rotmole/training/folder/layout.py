@@ -27,7 +27,7 @@ UNFINISHED = ".unfinished"
 """Lies in a run folder from the start, or a resume, until the result is written."""
 PREVIOUS = "previous"
 """Folder in a run folder: the finished run that the one at work will replace."""
-SCORES = ("evaluation.json", "eval.json", "predictions.jsonl")
+SCORES = ("evaluation.json", "eval.json", "predictions.jsonl", "inspect.json", "report.html")
 _CLEARING = "clearing"
 """In UNFINISHED while an earlier run's files go: what is left of them is no run."""
 _PRODUCTS = (MANIFEST, METRICS, "run.yaml", "loss.svg", "failure.json")

@@ -79,8 +79,6 @@ def take_segments(experts: Experts, base_layer: nn.Module) -> None:
     Raises:
         ConfigError: the weight has too few singular directions.
     """
-    from peft.utils.integrations import dequantize_module_weight
-
     number, rank, outputs = experts.expert_B.shape
     narrow = min(outputs, experts.expert_A.shape[-1])
     if number * rank > narrow:
@@ -91,12 +89,18 @@ def take_segments(experts: Experts, base_layer: nn.Module) -> None:
         )
     if base_layer.weight.device.type == "meta":
         return
-    # of a copy: on a CPU, peft 0.21 leaves an 8-bit layer without its scales
-    plain = type(base_layer.weight) is nn.Parameter
-    weight: Tensor = dequantize_module_weight(base_layer if plain else copy.deepcopy(base_layer))
-    if isinstance(base_layer, Conv1D):
-        weight = weight.T
+    weight = base_weight(base_layer)
     A_ERD, B_ERO = svd_segments(weight, number, rank, experts.spec.scale)
     for name, value in (("A", A_ERD), ("B", B_ERO)):
         getattr(experts, f"expert_{name}").copy_(value)
         getattr(experts, f"residual_{name}").copy_(value)
+
+
+def base_weight(base_layer: nn.Module) -> Tensor:
+    """Return W [O, D] of a linear layer, Conv1D or quantised linear layer, as it computes."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    # of a copy: on a CPU, peft 0.21 leaves an 8-bit layer without its scales
+    plain = type(base_layer.weight) is nn.Parameter
+    weight: Tensor = dequantize_module_weight(base_layer if plain else copy.deepcopy(base_layer))
+    return weight.T if isinstance(base_layer, Conv1D) else weight

@@ -10,11 +10,13 @@ dense    rotations across experts, learned metrics, the sqrt-gate (ops/mixture/d
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from rotmole.errors import ModelError
 from rotmole.ops.mixture.banks import How
 from rotmole.ops.mixture.dense import mixture
 from rotmole.ops.mixture.fused import can_fuse, fused_mixture
@@ -113,11 +115,11 @@ def _added(delta_TO: Tensor, call: Call) -> Tensor:
     return delta_TO if call.base_TO is None else call.base_TO + delta_TO
 
 
-def _by_block(experts: Experts, call: Call) -> Added:
+def _by_block(experts: Experts, call: Call, spec: Spec | None = None) -> Added:
     assert call.block is not None
     x_TD = call.x_TD.to(experts.expert_A.dtype)
     return call.block.add(
-        experts.spec,
+        experts.spec if spec is None else spec,
         experts.weights(),
         x_TD,
         call.dropout(x_TD),
@@ -194,8 +196,8 @@ def _fused(experts: Experts, call: Call) -> Added:
     return y_TO, routed
 
 
-def _dense(experts: Experts, call: Call) -> Added:
-    spec, weights = experts.spec, experts.weights()
+def _dense(experts: Experts, call: Call, spec: Spec | None = None, *, even: bool = False) -> Added:
+    spec, weights = spec or experts.spec, experts.weights()
     dtype = compute_dtype(call.x_TD, experts.expert_A, spec)
     routed = _routed(experts, call, weights)
     weight_TE = call.x_TD.new_ones(call.x_TD.shape[0], 1)
@@ -203,6 +205,9 @@ def _dense(experts: Experts, call: Call) -> Added:
     if routed is not None and routed.routing is not None:
         weight_TE, selected_TE = routed.routing.weight_TE, routed.routing.selected_TE
         logits_TE = routed.logits_TE
+        if even:
+            weight_TE = weight_TE.mean(-1, keepdim=True).expand_as(weight_TE)
+            selected_TE = torch.ones_like(selected_TE)
     x_TD, cast = call.x_TD.to(dtype), weights.cast(spec, dtype)
     delta_TO = mixture(spec, x_TD, call.dropout(x_TD), cast, weight_TE, selected_TE, logits_TE)
     return _added(delta_TO, call), routed
@@ -238,6 +243,32 @@ WAYS = (
 def ways_for(spec: Spec) -> tuple[Way, ...]:
     """Return the ways that can compute a layer, in the order in which they are asked."""
     return tuple(way for way in WAYS if way.fits(spec))
+
+
+def altered(*, rotates: bool = True, even: bool = False) -> Way:
+    """Return a way that leaves something out, to see what it does; for no use but that.
+
+    Args:
+        rotates: False: no expert is rotated, the shared one neither.
+        even: each expert gets the mean of what the router gives to all, so the sum of a token's
+            weights stays; not for block-routed blocks, whose slots are the selected experts.
+    """
+
+    def computed(experts: Experts, call: Call) -> Added:
+        spec = experts.spec if rotates else without_rotation(experts.spec)
+        if call.block is None:
+            return _dense(experts, call, spec, even=even)
+        if even:
+            raise ModelError("a block-routed block cannot be computed with equal weights")
+        return _by_block(experts, call, spec)
+
+    return Way("altered", _any_layer, _any_call, computed)
+
+
+def without_rotation(spec: Spec) -> Spec:
+    """Return a layer that selects and weighs the same experts and rotates none."""
+    shared = None if spec.shared is None else replace(spec.shared, rotation="none")
+    return replace(spec, rotation="none", shared=shared)
 
 
 def add(experts: Experts, ways: tuple[Way, ...], call: Call) -> Added:

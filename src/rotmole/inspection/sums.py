@@ -11,19 +11,29 @@ from torch import Tensor
 
 from rotmole.errors import ModelError
 from rotmole.evaluation.scoring import evaluating
-from rotmole.export.regression import Sums
+from rotmole.inspection.regression import Sums
 from rotmole.tuner.experts.experts import Experts
 
 Batch = Mapping[str, Any]
 
 
-class _Running:
+class Running:
     """The sums of some layers while batches go through the model.
 
     Layers that read the very same tensor, such as q, k and v, share X^T X.
+
+    Args:
+        reads: path -> basis [D, N]: x is multiplied by it, and N takes the place of D; layers
+            without one keep x.
+        writes: path -> orthonormal basis [O, P] in whose span y lies; P takes the place of O.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        reads: Mapping[str, Tensor] | None = None,
+        writes: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.reads, self.writes = reads or {}, writes or {}
         self.XX: dict[str, Tensor] = {}
         self.XY: dict[str, Tensor] = {}
         self.power: dict[str, float] = {}
@@ -34,8 +44,13 @@ class _Running:
 
     def add(self, path: str, read: Tensor, x_TD: Tensor, y_TO: Tensor) -> None:
         """Add the tokens of one call; `read` is the tensor as the model gave it."""
-        x_TD, y_TO = _double(x_TD), _double(y_TO)
+        x_TD, y_TO = double(x_TD), double(y_TO)
+        power = float(y_TO.square().sum())
+        if path in self.writes:
+            y_TO = y_TO @ self.writes[path]
         owner = self._last_owner if read is self._last else path
+        if path in self.reads:
+            x_TD, owner = x_TD @ self.reads[path], path
         if self.owner.setdefault(path, owner) != owner:
             raise ModelError(
                 f"layer {path!r} read one tensor with {owner!r} in one batch and with "
@@ -45,7 +60,7 @@ class _Running:
             _accumulate(self.XX, path, x_TD.T @ x_TD)
         self._last, self._last_owner = read, owner
         _accumulate(self.XY, path, x_TD.T @ y_TO)
-        self.power[path] = self.power.get(path, 0.0) + float(y_TO.square().sum())
+        self.power[path] = self.power.get(path, 0.0) + power
         self.tokens[path] = self.tokens.get(path, 0) + len(x_TD)
 
     def drop(self) -> None:
@@ -56,6 +71,8 @@ class _Running:
         """Return the sums of one layer."""
         if path not in self.XY:  # the model never called the layer
             inputs, outputs = experts.expert_A.shape[-1], experts.expert_B.shape[-1]
+            inputs = self.reads[path].shape[1] if path in self.reads else inputs
+            outputs = self.writes[path].shape[1] if path in self.writes else outputs
             zeros_DD = torch.zeros(inputs, inputs, dtype=torch.float64)
             return Sums(zeros_DD, torch.zeros(inputs, outputs, dtype=torch.float64), 0.0, 0)
         XX = self.XX[self.owner[path]]
@@ -75,7 +92,7 @@ def added_sums(
     Returns:
         path -> the sums of the layer's input x and of y, what the adapter adds to W x.
     """
-    running = _Running()
+    running = Running()
 
     def listener(path: str) -> Any:
         def hook(module: Experts, arguments: tuple[Any, ...], _: Any) -> None:
@@ -96,7 +113,8 @@ def added_sums(
     return {path: running.result(path, module) for path, module in experts.items()}
 
 
-def _double(values: Tensor) -> Tensor:
+def double(values: Tensor) -> Tensor:
+    """Return float64, on the processor where the device has none."""
     if values.device.type == "mps":  # has no float64
         values = values.cpu()
     return values.detach().double()

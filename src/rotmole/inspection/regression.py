@@ -87,3 +87,40 @@ def best_map(sums: Sums, rank: int, *, ridge: float = RIDGE) -> tuple[Tensor, Te
     A_RD[:k] = torch.linalg.solve_triangular(L_DD.T, U[:, :k] * root, upper=True).T
     B_OR[:, :k] = Vh[:k].T * root
     return W_DO, A_RD, B_OR
+
+
+def shares_by_rank(fitted: Sums, judged: Sequence[Sums], *, ridge: float = RIDGE) -> list[Tensor]:
+    """Return which part of the power the best map of each rank explains, on several tokens.
+
+        W_r = W V_r V_r^T as in `best_map`;  share(r) = 1 - sum |y - x W_r|^2 / sum |y|^2
+
+    The maps are nested, so one decomposition serves all ranks:
+
+        sum <y, x W_r> = sum_{k <= r} (W v_k)^T X^T Y v_k
+        sum |x W_r|^2  = sum_{k <= r} (W v_k)^T X^T X (W v_k)
+
+    Args:
+        fitted: the tokens that the maps are fitted on.
+        judged: other tokens, and those once more if their own shares are wanted.
+        ridge: as of `best_map`.
+
+    Returns:
+        For each of `judged` the shares [min(D, O)] at ranks 1, 2, 3 ...; ones without any power.
+    """
+    XX_DD, XY_DO = fitted.XX_DD, fitted.XY_DO
+    ranks = min(XY_DO.shape)
+    scale = XX_DD.diagonal().mean()
+    if not (scale > 0 and fitted.power > 0):
+        return [XX_DD.new_full((ranks,), float(part.power == 0)) for part in judged]
+    eye_DD = torch.eye(len(XX_DD), dtype=XX_DD.dtype, device=XX_DD.device)
+    L_DD = torch.linalg.cholesky(XX_DD + ridge * scale * eye_DD)
+    W_DO = torch.cholesky_solve(XY_DO, L_DD)
+    V_OK = torch.linalg.svd(L_DD.T @ W_DO, full_matrices=False).Vh.T
+    WV_DK = W_DO @ V_OK
+    shares = []
+    for part in judged:
+        both_K = (WV_DK * (part.XY_DO @ V_OK)).sum(0)
+        square_K = (WV_DK * (part.XX_DD @ WV_DK)).sum(0)
+        left_K = part.power - (2 * both_K - square_K).cumsum(0)
+        shares.append(1 - left_K / part.power if part.power > 0 else torch.ones_like(left_K))
+    return shares
