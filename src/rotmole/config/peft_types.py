@@ -44,8 +44,6 @@ def config_class(peft_type: str) -> type[Any]:
     from peft import PeftType
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    import rotmole  # noqa: F401  it registers ROTMOLE with PEFT
-
     kind: type[Any] = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(peft_type)]
     return kind
 
@@ -71,8 +69,6 @@ def _known() -> dict[str, bool]:
     """Map each method that the installed PEFT has to whether it adapts layers."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
     from peft.tuners.tuners_utils import BaseTuner
-
-    import rotmole  # noqa: F401  it registers ROTMOLE with PEFT
 
     return {
         str(kind.value): issubclass(PEFT_TYPE_TO_TUNER_MAPPING.get(kind, object), BaseTuner)
