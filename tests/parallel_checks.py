@@ -23,10 +23,11 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 import tiny
-from rotmole import ConfigError, RotMoleConfig, balance_states
+from rotmole import ConfigError, RotMoleConfig, balance_states, record_routing
 from rotmole.ops.routing.route import select_by
 from rotmole.optim import ExpertRates
 from rotmole.processes import highest
+from rotmole.recording.statistics import as_dict
 from rotmole.training.sharding import adapter_state
 
 CPU = torch.device("cpu")
@@ -384,6 +385,42 @@ def memory_is_as_the_formula_says() -> None:
         assert counted == (sizes[False] + 4 * sizes[True]) // share, (name, counted, sizes)
 
 
+def routing_is_summed_over_ranks() -> None:
+    """Under both, accumulated and checkpointed: each rank gets the sums of one process."""
+    alone = adapted(rotation="tangent")
+    with record_routing(alone) as log, torch.no_grad():
+        for rank in range(2):
+            for number, (ids, mask) in enumerate(rank_batches(rank, 2)):
+                with log.of("both" if number else f"rank {rank}"):
+                    alone(input_ids=ids, attention_mask=mask)
+    wanted = log.to_dict()
+    for name, wrap in WRAPS.items():
+        model = copy.deepcopy(alone)
+        checkpointed(model, "non-reentrant")
+        model.train()
+        wrapped, silent = wrap(model)
+        with record_routing(wrapped) as log:
+            for number, (ids, mask) in enumerate(rank_batches(dist.get_rank(), 2)):
+                with log.of("both" if number else f"rank {dist.get_rank()}"), silent(number == 0):
+                    loss_of(wrapped, ids, mask, learnt(mask)).backward()
+        assert len(log.tasks) == 2
+        total = log.over_processes()
+        assert sorted(total.tasks) == ["both", "rank 0", "rank 1"]
+        for path, layer in total.layers.items():
+            for task, sums in layer.tasks.items():
+                found, theirs = as_dict(sums), wanted["layers"][path]["tasks"][task]
+                for key in ("tokens", "rows", "choices", "top", "pairs"):
+                    assert found[key] == theirs[key], (name, path, task, key)
+                assert found["weight"] == pytest.approx(theirs["weight"])
+                turns = found["rotation"]
+                assert turns["absolute"] == pytest.approx(theirs["rotation"]["absolute"], rel=1e-5)
+            assert torch.allclose(layer.planes_ERR, log_planes(wanted, path), rtol=1e-4)
+
+
+def log_planes(content: dict[str, Any], path: str) -> Tensor:
+    return torch.tensor(content["layers"][path]["planes"], dtype=torch.float64)
+
+
 def ranks_agree_on_the_highest_number() -> None:
     assert highest(7 * dist.get_rank(), CPU) == 7
 
@@ -397,6 +434,7 @@ CHECKS: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {
     "three updates": (sgd_steps_agree, {}),
     "old experts stay": (old_experts_stay, {}),
     "rates by load": (rates_by_load_agree, {}),
+    "routing": (routing_is_summed_over_ranks, {}),
     "memory": (memory_is_as_the_formula_says, {}),
     "highest": (ranks_agree_on_the_highest_number, {}),
     "a sharded adapter is saved whole": (a_sharded_adapter_is_saved_whole, {"folder": "adapter"}),

@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src"
 DOCUMENT = ROOT / "docs" / "files.md"
 ROOMS = (
-    "ops", "tuner", "optim", "config", "models", "data", "training", "evaluation", "inspection",
-    "comparison", "export", "serving", "plugins", "cli",
+    "ops", "tuner", "optim", "config", "models", "data", "recording", "training", "evaluation",
+    "inspection", "comparison", "export", "serving", "plugins", "cli",
 )  # fmt: skip
 HEAD = """# Every source file in one line
 

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from routing_witness import assert_log, facts, inputs_of
 
 import rotmole
 import tiny
 from rotmole import ConfigError, DataError, RotMoleConfig, record_routing
+from routing_witness import assert_log, facts, inputs_of
 
 IDS = tiny.tokens(3, 6)
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0]])
@@ -73,9 +73,8 @@ def test_every_way_says_what_loops_say_and_the_model_what_it_says_without(
     model = adapted(**settings)
     with torch.no_grad():
         plain = call(model).logits
-        with inputs_of(model) as inputs, record_routing(model) as log:
-            with log.of(TASKS):
-                watched = call(model).logits
+        with inputs_of(model) as inputs, record_routing(model) as log, log.of(TASKS):
+            watched = call(model).logits
     assert torch.equal(plain, watched)
     assert_log(log, model, [(facts(model, inputs, IDS, MASK), MASK, TASKS)])
 
@@ -154,9 +153,8 @@ def test_generation_with_a_cache_counts_as_one_pass_over_its_tokens(
     model = adapted(**settings, target_modules=["q_proj", "k_proj", "down_proj"])
     prompt, mask = IDS[:2], MASK[:2]  # padded on the left, as generation wants it
     options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
-    with record_routing(model) as log:
-        with log.of(["a", "b"]):
-            out = model.generate(input_ids=prompt, attention_mask=mask, **options)
+    with record_routing(model) as log, log.of(["a", "b"]):
+        out = model.generate(input_ids=prompt, attention_mask=mask, **options)
     with record_routing(model) as whole, whole.of(["a", "b"]), torch.no_grad():
         mask = torch.cat([mask, torch.ones(2, 4, dtype=torch.long)], 1)
         position = (mask.cumsum(1) - 1).clamp(min=0)
@@ -179,13 +177,12 @@ def test_generation_with_a_cache_counts_as_one_pass_over_its_tokens(
 def test_adapters_are_recorded_apart() -> None:
     model = adapted()
     model.add_adapter("other", RotMoleConfig(num_experts=3, target_modules=["q_proj"]))
-    with record_routing(model) as mine, record_routing(model, "other") as theirs:
-        with torch.no_grad():
-            call(model)
-            assert not theirs.layers
-            model.set_adapter("other")
-            call(model)
-            call(model)
+    with record_routing(model) as mine, record_routing(model, "other") as theirs, torch.no_grad():
+        call(model)
+        assert not theirs.layers
+        model.set_adapter("other")
+        call(model)
+        call(model)
     assert {layer.total().tokens for layer in mine.layers.values()} == {12}
     assert {layer.total().tokens for layer in theirs.layers.values()} == {24}
     assert {layer.experts for layer in theirs.layers.values()} == {3}
@@ -234,10 +231,13 @@ def test_tasks_by_number_by_name_and_by_packed_sequence() -> None:
 
 def test_nothing_recorded_is_said() -> None:
     model = adapted()
+
+    def recorded_without_the_adapter() -> None:
+        with record_routing(model), model.disable_adapter():
+            call(model)
+
     with pytest.warns(UserWarning, match="nothing was recorded of adapter 'default'"):
-        with record_routing(model):
-            with model.disable_adapter():
-                call(model)
+        recorded_without_the_adapter()
 
 
 def test_a_second_hook_that_runs_the_way_again_counts_nothing_twice() -> None:

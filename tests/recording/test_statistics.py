@@ -147,7 +147,7 @@ def test_chance_is_what_rows_without_affinity_give(alike: bool) -> None:
 
 
 def test_planes() -> None:
-    """All tokens in one plane drift by 0, planes all around by nearly 1 - 2/R; no turn, no plane."""
+    """Tokens of one plane drift by 0, planes all around by nearly 1 - 2/R; no turn is no plane."""
     generator = torch.Generator().manual_seed(0)
     R, T = 6, 4000
     flat = torch.zeros(R, T)

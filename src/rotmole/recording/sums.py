@@ -52,22 +52,21 @@ def add_choices(task: TaskStatistics, chosen: Chosen, row_T: Tensor, rows: int) 
         row_T: [T] row of each token, 0..rows-1.
         rows: number of rows of the batch.
     """
-    selected_TE = chosen.selected_TE
-    wide_TE = selected_TE.float()
-    tokens, experts = wide_TE.shape
+    selected_ET, weight_ET = chosen.selected_TE.mT, chosen.weight_TE.mT  # sums along tokens
+    experts, tokens = selected_ET.shape
     if not tokens:
         return
-    choices_NE = wide_TE.new_zeros(rows, experts).index_add_(0, row_T, wide_TE).double()
+    wide_ET = selected_ET.float()
+    choices_NE = wide_ET.new_zeros(rows, experts).index_add_(0, row_T, wide_ET.mT).double()
     size_N1 = choices_NE.sum(1, keepdim=True)
-    weight_TE = chosen.weight_TE.double()
-    whole_T1 = weight_TE.sum(1, keepdim=True)
+    part_ET = weight_ET / weight_ET.sum(0).clamp(min=1e-12)
     task.tokens += tokens
-    task.choices_E += selected_TE.sum(0)
-    task.weight_E += weight_TE.sum(0)
-    task.part_E += (weight_TE / whole_T1.clamp(min=1e-12)).sum(0)
-    top_T = weight_TE.argmax(1)[selected_TE.any(1)]
-    task.top_E += torch.bincount(top_T, minlength=experts)
-    task.pairs_EE += (wide_TE.mT.double() @ wide_TE.double()).round().long()
+    task.choices_E += choices_NE.sum(0).long()
+    task.weight_E += weight_ET.sum(1, dtype=torch.float64)
+    task.part_E += part_ET.sum(1, dtype=torch.float64)
+    top_T = weight_ET.max(0).indices  # argmax takes ten times as long
+    task.top_E += torch.bincount(top_T[selected_ET.any(0)], minlength=experts)
+    task.pairs_EE += (wide_ET @ wide_ET.mT).long()
     task.squares_E += (choices_NE.square() / size_N1.clamp(min=1)).sum(0)
     task.entropy += torch.special.entr(chosen.probability_TE).sum(dtype=torch.float64)
 

@@ -110,7 +110,7 @@ def in_words(figures: Mapping[str, Any]) -> list[str]:
      'turned by 0.12 rad (at most 3.14)']
     """
     words = []
-    if "experts_total" in figures:
+    if figures.get("experts_unused"):
         words.append(
             f"{figures['experts_unused']:,} of {figures['experts_total']:,} experts unused"
         )

@@ -17,13 +17,16 @@ from rotmole.errors import ConfigError
 from rotmole.ops.mixture.dense import Turns, shared_weight, turns
 from rotmole.ops.routing.route import route, select_by
 from rotmole.ops.routing.selection import Routing
-from rotmole.ops.spec import Weights
+from rotmole.ops.spec import Spec, Weights
 from rotmole.ops.transforms import is_transformed
 from rotmole.tuner.batch.batch import Batch, Layout
 from rotmole.tuner.experts.blocks import BlockPass
 from rotmole.tuner.experts.experts import Experts
 from rotmole.tuner.experts.ways import Call, compute_dtype
 from rotmole.tuner.layer import RotMoleLayer
+
+PIECE = 4096
+"""Tokens whose rotations are computed at once; those of radar are as wide as its outputs."""
 
 
 class Seen(NamedTuple):
@@ -74,10 +77,10 @@ class Seen(NamedTuple):
             sits_KTE = self.expert_TK.mT.unsqueeze(-1) == each_E
             counted_NE = (sits_KTE & selected_TE).flatten(0, 1)
         dtype = compute_dtype(self.call.x_TD, experts.expert_A, spec)
-        x_ND = self.call.x_TD.to(dtype)
         weights = experts.weights().cast(spec, dtype)
-        found = turns(spec, x_ND, x_ND, weights, counted_NE, self.logits_TE)
-        return found, counted_NE
+        return _in_pieces(
+            spec, self.call.x_TD, dtype, weights, counted_NE, self.logits_TE
+        ), counted_NE
 
     def shared(self) -> tuple[Tensor, Turns | None] | None:
         """Compute the shared expert's weight [T, 1] and rotation again; None without one."""
@@ -89,8 +92,30 @@ class Seen(NamedTuple):
         if spec.rotation == "none":
             return weight_T1, None
         dtype = compute_dtype(x_TD, self.experts.expert_A, self.experts.spec)
-        x_TD, cast = x_TD.to(dtype), weights.cast(spec, dtype)
-        return weight_T1, turns(spec, x_TD, x_TD, cast, torch.ones_like(weight_T1).bool())
+        all_T1 = torch.ones_like(weight_T1, dtype=torch.bool)
+        return weight_T1, _in_pieces(spec, x_TD, dtype, weights.cast(spec, dtype), all_T1)
+
+
+def _in_pieces(
+    spec: Spec,
+    x_TD: Tensor,
+    dtype: torch.dtype,
+    weights: Weights,
+    selected_TE: Tensor,
+    logits_TE: Tensor | None = None,
+) -> Turns:
+    """Compute `turns` of some tokens at a time, so that memory does not grow with a batch."""
+    pieces = []
+    for start in range(0, max(len(x_TD), 1), PIECE):
+        rows = slice(start, start + PIECE)
+        x_ND = x_TD[rows].to(dtype)
+        logits_NE = None if logits_TE is None else logits_TE[rows]
+        pieces.append(turns(spec, x_ND, x_ND, weights, selected_TE[rows], logits_NE))
+    if len(pieces) == 1:
+        return pieces[0]
+    angle_EMT, z_ERT = (torch.cat([piece[i] for piece in pieces], dim=-1) for i in (0, 1))  # type: ignore[misc] # both are tensors
+    turned = [piece.turned_ERT for piece in pieces if piece.turned_ERT is not None]
+    return Turns(angle_EMT, z_ERT, torch.cat(turned, dim=-1) if turned else None)
 
 
 Observer = Callable[[Seen], None]

@@ -37,6 +37,7 @@ TWINS = {
     "routing.task_balance:task_balance_loss": "balance:task_balance_loss",
     "rotation.modes:inner": "rotation:inner",
     "rotation.modes:floor_at": "method:floor_at",
+    "rotation.modes:part_across": "method:across",
     "rotation.modes:angle_between": "turns:angle_between",
     "rotation.modes:output_metric": "method:metric_matrix",
     "rotation.modes:tangent": "method:tangent",

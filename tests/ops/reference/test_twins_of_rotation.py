@@ -38,6 +38,17 @@ def test_inner() -> None:
         assert_close(modes.inner(a, b, M), slow.inner(a, b, M), 1e-13)
 
 
+def test_part_across() -> None:
+    z, q, metric = normal(0, E, R, T), normal(1, E, R, T), normal(2, E, R, R)
+    metric = metric @ metric.mT
+    n2, t = modes.part_across(z, q, metric)
+    for e in range(E):
+        for place in range(T):
+            slow_n2, slow_t = method.across(z[e, :, place], q[e, :, place], metric[e])
+            assert_close(n2[e, 0, place], slow_n2, 1e-12)
+            assert_close(t[e, :, place], slow_t, 1e-12)
+
+
 Mode = tuple[Callable[..., Tensor], Callable[..., Tensor], int, int, bool]
 # the mode, its twin, rows of the vector gate, rows of the angle gate, whether it has a metric
 MODES: dict[str, Mode] = {

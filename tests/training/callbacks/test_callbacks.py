@@ -66,10 +66,13 @@ def test_a_log_in_words():
         "epoch": 1,
         "train_tokens_per_second": 774.2, "experts_unused": 3, "experts_total": 480,
         "largest_expert_share": 0.5, "largest_expert_share_mean": 0.31, "expert_share_even": 0.25,
+        "expert_share_ceiling": 0.5, "rotation_angle": 0.1234,
     }  # fmt: skip
     assert describe(logs) == [
         "loss 1.2500", "rate 5.00e-04", "gradient 0.876", "balance 1.000", "774 tokens/s",
-        "3 of 480 experts unused", "busiest expert 31 % (even 25 %)",
+        "3 of 480 experts unused",
+        "most used expert of any layer 50 % of choices (even 25 %, at most 50 %)",
+        "turned by 0.12 rad (at most 3.14)",
     ]  # fmt: skip
     tasks = {"eval_loss": 1.5, "eval_sums_loss": 1.0, "eval_dates_loss": 2.0, "eval_runtime": 95.0}
     assert describe(tasks) == ["loss 1.5000", "sums 1.0000", "dates 2.0000", "in 1 min 35 s"]
@@ -133,7 +136,8 @@ def test_progress_on_a_terminal_keeps_a_history_that_fits(monkeypatch, width):
     progress.on_train_begin(args, state, control)
     logs = {"loss": 1.25, "learning_rate": 5e-4, "grad_norm": 0.8765, "router_aux_loss": 1.0,
             "train_tokens_per_second": 774.2, "experts_unused": 3, "experts_total": 480,
-            "largest_expert_share_mean": 0.31, "expert_share_even": 0.25}  # fmt: skip
+            "largest_expert_share": 0.31, "expert_share_even": 0.25,
+            "expert_share_ceiling": 0.5}  # fmt: skip
     state.global_step = 1
     progress.on_step_end(args, state, control)
     progress.on_log(args, state, control, logs=logs)

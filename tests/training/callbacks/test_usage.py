@@ -14,17 +14,7 @@ import tiny
 from rotmole.ops import select
 from rotmole.training.build import build
 from rotmole.training.callbacks.metrics import read_metrics
-from rotmole.training.callbacks.usage import usage_logs
 from training_cases import run_file
-
-
-def test_shares_and_unused_experts() -> None:
-    counts = {"a": [3, 1, 0, 0], "b": [2, 2, 2, 2], "c": [0, 0]}
-    logs = usage_logs(counts, {"a": 1, "b": 2, "c": 1})
-    assert logs == {
-        "experts_unused": 4, "experts_total": 10, "largest_expert_share": 0.75,
-        "largest_expert_share_mean": 0.5, "expert_share_even": 0.25, "expert_share_ceiling": 1.0,
-    }  # fmt: skip
 
 
 def collapse(trainer: object, share: float) -> None:
@@ -61,11 +51,12 @@ def test_collapse_is_logged_and_said_once(
     else:
         assert not told
         assert all(row["experts_unused"] < 4 for row in rows)
-    hooked = [m for m in trainer.model.modules() if m._forward_hooks and hasattr(m, "top_k")]
+    assert {row["experts_total"] for row in rows} == {4 * 3}
+    hooked = [m for m in trainer.model.modules() if m._forward_pre_hooks and hasattr(m, "spec")]
     assert not hooked
 
 
-def test_padding_does_not_count() -> None:
+def test_padding_and_evaluation_do_not_count() -> None:
     from rotmole.training.callbacks.usage import UsageCallback
 
     adapted = get_peft_model(tiny.llama(), rotmole.RotMoleConfig(target_modules=["q_proj"]))
@@ -73,12 +64,19 @@ def test_padding_does_not_count() -> None:
     usage.on_train_begin(None, None, None, model=adapted)
     ids, mask = tiny.tokens(2, 6), torch.ones(2, 6, dtype=torch.long)
     mask[0, 3:] = 0
-    adapted.train()(input_ids=ids, attention_mask=mask)
-    assert {int(count.sum()) for count in usage.chosen.values()} == {9 * 2}  # tokens x top_k
-    adapted.eval()(input_ids=ids, attention_mask=mask)
-    assert {int(count.sum()) for count in usage.chosen.values()} == {9 * 2}
+    for _ in range(2):
+        assert [len(m._forward_pre_hooks) for m in adapted.modules() if hasattr(m, "spec")] == [
+            1,
+            1,
+        ]
+        adapted.train()(input_ids=ids, attention_mask=mask)
+        adapted.eval()(input_ids=ids, attention_mask=mask)
+        totals = [layer.total() for layer in usage.log.layers.values()]
+        assert {(total.tokens, int(total.choices_E.sum())) for total in totals} == {(9, 9 * 2)}
+        usage.on_train_begin(None, None, None, model=adapted)  # a smaller batch was found
+        assert not usage.log.layers
     usage.on_train_end(None, None, None)
-    assert not usage.handles
+    assert not any(m._forward_pre_hooks for m in adapted.modules() if hasattr(m, "spec"))
 
 
 # ---- extremes of the routing itself

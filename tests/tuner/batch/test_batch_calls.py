@@ -265,8 +265,8 @@ def test_usage_counts_no_padding_of_flattened_layers(
     usage.on_train_begin(None, None, None, model=model)
     model(**padded())
     usage.on_train_end(None, None, None)
-    assert usage.chosen
-    assert {int(count.sum()) for count in usage.chosen.values()} == {2 * sum(LENGTHS)}
+    choices = {int(layer.total().choices_E.sum()) for layer in usage.log.layers.values()}
+    assert choices == {2 * sum(LENGTHS)}
 
 
 def test_usage_does_not_guess_the_side_by_the_number_of_tokens() -> None:
@@ -279,5 +279,7 @@ def test_usage_does_not_guess_the_side_by_the_number_of_tokens() -> None:
     labels[0, 5:] = -100
     model(input_ids=tiny.tokens(2, 6), attention_mask=mask, labels=labels)
     usage.on_train_end(None, None, None)
-    for name, count in usage.chosen.items():
-        assert int(count.sum()) == 2 * (8 if ".encoder." in name else 11), name
+    assert usage.log.layers
+    for path, layer in usage.log.layers.items():
+        choices = int(layer.total().choices_E.sum())
+        assert choices == 2 * (8 if path.startswith("encoder.") else 11), path

@@ -53,13 +53,17 @@ def _gate(
     z_ERT: Tensor,
     weights: Weights,
     logits_TE: Tensor | None,
+    vector: Tensor | None = None,
 ) -> Gate:
-    """Compute what the rotation reads besides z, in at least float32; see `rotated`."""
-    vector = angle = center = metric = source = None
+    """Compute what the rotation reads besides z, in at least float32; see `rotated`.
+
+    The vector gate's values may be given, if it reads x.
+    """
+    angle = center = metric = source = None
     gates = weights.gates
     if spec.small_gates and ROTATIONS[spec.rotation].linear_gates:
         source = _small_source(spec, dropped_TD, z_ERT, weights, logits_TE)
-    if "rotation_vector" in gates and source is None:
+    if "rotation_vector" in gates and source is None and vector is None:
         vector = at_least_float32(project(dropped_TD, gates["rotation_vector"]))
     with without_autocast(x_TD):
         if "rotation_vector" in gates and source is not None:
@@ -180,16 +184,21 @@ def turns(
     >>> turns(Spec(num_experts=2), x, x, weights, torch.ones(5, 2).bool()).angle_EMT.shape
     torch.Size([2, 1, 5])
     """
-    row, B_ERO = ROTATIONS[spec.rotation], weights.B_ERO
-    z_ERT = activations(dropped_TD, weights.A_ERD, B_ERO.shape[0])
+    row, B_ERO, gates = ROTATIONS[spec.rotation], weights.B_ERO, weights.gates
+    if "rotation_vector" in gates and not spec.small_gates:  # one product reads x
+        both = (weights.A_ERD, gates["rotation_vector"])
+        z_ERT, vector_EVT = map(at_least_float32, project_all(dropped_TD, both))
+        z_ERT = z_ERT.expand(B_ERO.shape[0], -1, -1)
+    else:
+        z_ERT, vector_EVT = activations(dropped_TD, weights.A_ERD, B_ERO.shape[0]), None
     if spec.rotation == "none":
         return Turns(z_ERT.new_zeros(len(z_ERT), 1, z_ERT.shape[2]), z_ERT, z_ERT)
     if row.rotate is not None:
-        gate = _gate(spec, x_TD, dropped_TD, z_ERT, weights, logits_TE)
+        gate = _gate(spec, x_TD, dropped_TD, z_ERT, weights, logits_TE, vector_EVT)
         with without_autocast(x_TD):
             turned_ERT = row.rotate(z_ERT, gate)
             return Turns(row.angle(z_ERT, turned_ERT, gate), z_ERT, turned_ERT)
-    z_TER, gates = z_ERT.permute(2, 0, 1), weights.gates
+    z_TER = z_ERT.permute(2, 0, 1)
     with without_autocast(x_TD):
         if spec.rotation == "radar_pairs":
             angle_TE = radar_pairs_angles(x_TD, z_TER, selected_TE, B_ERO, gates)

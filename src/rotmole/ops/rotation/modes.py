@@ -84,7 +84,7 @@ def output_metric(B_ERO: Tensor) -> Tensor:
     return (gram_ERR + e * identity_RR) / (trace_E11 / rank + e)
 
 
-def _part_across(z: Tensor, q: Tensor, metric: Tensor | None) -> tuple[Tensor, Tensor]:
+def part_across(z: Tensor, q: Tensor, metric: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return n2 = <z,z> + e and the part of q across z, t = q - (<q,z>/n2) z."""
     n2 = inner(z, z, metric) + epsilon(z)
     return n2, torch.addcmul(q, inner(q, z, metric) / n2, z, value=-1)
@@ -101,7 +101,7 @@ def tangent(z: Tensor, q: Tensor, metric: Tensor | None = None) -> Tensor:
     Source: the smooth form of RotMoLE's "pure rotation within a 2-dimensional plane" (arXiv
     2605.25565).
     """
-    n2, t = _part_across(z, q, metric)
+    n2, t = part_across(z, q, metric)
     u = torch.reciprocal(inner(t, t, metric) + 4)
     v = torch.addcmul(z, torch.sqrt(n2), t, value=0.5)
     return torch.addcmul(-z, u, v, value=8)
@@ -131,7 +131,7 @@ def plane(z: Tensor, q: Tensor, angle: Tensor, metric: Tensor | None = None) -> 
     shortens. Changes an expert's direction per token. R >= 3: at R = 2 there is one plane and only
     the sense of turning would be left.
     """
-    n2, t = _part_across(z, q, metric)
+    n2, t = part_across(z, q, metric)
     floor = FLOOR**2 * (inner(q, q, metric) + FLOOR**2 * n2) + epsilon(z)
     t2 = floor_at(inner(t, t, metric), floor)
     theta = math.pi * torch.tanh(angle)

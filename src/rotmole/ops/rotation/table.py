@@ -54,6 +54,11 @@ def _turn(z: Tensor, turned: Tensor, gate: Gate) -> Tensor:
     return modes.angle_between(z, turned, gate.metric_ERR)
 
 
+def _angle_of_tangent(z: Tensor, turned: Tensor, gate: Gate) -> Tensor:
+    _, t = modes.part_across(z, _vector(gate), gate.metric_ERR)
+    return 2 * torch.atan(modes.inner(t, t, gate.metric_ERR).clamp(min=0).sqrt() / 2)
+
+
 def _angle_of_plane(z: Tensor, turned: Tensor, gate: Gate) -> Tensor:
     return math.pi * torch.tanh(_angle(gate))
 
@@ -119,6 +124,7 @@ _TABLE = (
     Rotation(
         "tangent", "rotation", lambda z, gate: modes.tangent(z, _vector(gate), gate.metric_ERR),
         vector_rows=_all, zero=("rotation_vector",), min_rank=2, metric=True, input_z=True,
+        angle=_angle_of_tangent,
     ),
     Rotation(
         "bivector", "rotation", lambda z, gate: modes.bivector(z, _vector(gate)),
