@@ -35,7 +35,9 @@ def pages(folder: Path) -> list[Path]:
     write_pages(judge(made_results(shifts)), study, "A study")
     small = write_report(made_inspection(), folder / "small")
     large = write_report(made_inspection(layers=120), folder / "large")
-    return [study / PAGE, small, large]
+    other = made_inspection(layers=2, target="runs/other", rotation="none")
+    two = write_report(made_inspection(), folder / "two", [other])
+    return [study / PAGE, small, large, two]
 
 
 def faults(browser: Any, page: Path, width: int, scheme: str) -> list[str]:
@@ -70,7 +72,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("pages", nargs="*", type=Path, help="HTML files")
     chosen = parser.parse_args().pages
-    program = shutil.which("chromium") or shutil.which("google-chrome")
+    program = shutil.which("chromium")
     if program is None:
         print("missing: chromium (Debian: apt-get install chromium)")
         return 1

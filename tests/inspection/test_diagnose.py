@@ -79,6 +79,28 @@ def test_a_rotation_by_tiny_angles_does_nothing() -> None:
     assert 0 < verdict.value < 1e-3
 
 
+def test_the_worst_layer_comes_first() -> None:
+    """The smallest change without rotation, the largest likeness of experts."""
+
+    def idle(layers: dict[str, Found]) -> None:
+        layers[FIRST].experts.rotation_vector.mul_(1e-3)
+        layers[SECOND].experts.rotation_vector.mul_(1e-4)
+
+    verdict = only(idle)
+    assert verdict.layers == (SECOND, FIRST)
+    assert verdict.sentence.startswith("the rotation does nothing in 2 of 4 layers: 1 q_proj")
+
+    def alike(layers: dict[str, Found]) -> None:
+        for path, far in ((FIRST, 0.01), (SECOND, 0.0)):
+            for name in ("expert_A", "expert_B", "rotation_vector"):
+                tensor = getattr(layers[path].experts, name)
+                tensor[3] = (1 + far) * tensor[1]
+
+    verdict = only(alike)
+    assert verdict.layers == (SECOND, FIRST)
+    assert verdict.value == pytest.approx(1.0)
+
+
 def test_turning_in_one_plane_is_named() -> None:
     def plant(layers: dict[str, Found]) -> None:
         experts = layers[FIRST].experts

@@ -58,6 +58,7 @@ def test_angles_by_layer_are_those_of_the_most_turned_expert_task_by_task(inspec
             f"{v:+.2f} [{v - 0.45 * BIN:+.2f}, {v + 0.45 * BIN:+.2f}]" for v in expected
         ]
     assert [label.get_text() for label in panels[0].get_xticklabels()] == ["0", "1", "2"]
+    assert panels[0].get_xticks().tolist() == [0, 1, 2]
     for words in ("angle (radians)", "layer", *TASKS):
         assert f">{words}<" in plot.svg
 
@@ -66,6 +67,13 @@ def test_one_task_has_one_panel_of_all_tokens():
     plot = turning.angles_by_layer(made_inspection(layers=2, tasks=("dates",)))
     assert [axes.get_title() for axes in painted(plot)] == ["all tokens"]
     assert plot.sheet.head == ("layer", "all tokens")
+
+
+def test_a_layer_without_neighbours_is_a_dot():
+    values = np.full(60, math.nan)
+    values[[0, 7, 20, 21, 59]] = 1.0
+    assert turning._dots(values) == [0, 7, 59]
+    assert turning._dots(values[:3]) == [0, 1, 2]
 
 
 def test_the_histogram_is_of_the_layer_in_which_tasks_differ_most(inspection):
@@ -143,7 +151,8 @@ def test_similarity_takes_the_two_most_alike_and_the_mean(inspection):
     layers = list(inspection.layers)
     table = [list(row) for row in layers[2].experts.cosine]
     table[3][1] = table[1][3] = -0.9
-    experts = replace(layers[2].experts, cosine=tuple(map(tuple, table)))
+    unknown = ((None,) * 4,) * 4  # of experts that are zero
+    experts = replace(layers[2].experts, cosine=tuple(map(tuple, table)), input_angle=unknown)
     layers[2] = replace(layers[2], experts=experts)
     plot = figures.similarity(replace(inspection, layers=tuple(layers)))
     (axes,) = painted(plot)

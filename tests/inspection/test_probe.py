@@ -101,9 +101,13 @@ def test_a_layer_by_another_way_is_put_back() -> None:
     assert not torch.allclose(off, before)
 
 
-def test_the_static_share_is_that_of_a_fitted_map() -> None:
-    """Of full inputs: of the map of each rank, fitted and judged by hand."""
-    model = mixture().double()
+@pytest.mark.parametrize("rotation", ["tangent", "radar"])
+def test_the_static_share_is_that_of_a_fitted_map(rotation: str) -> None:
+    """Of full inputs: of the map of each rank, fitted and judged by hand.
+
+    Outputs that radar turns lie outside the span of B.
+    """
+    model = mixture(rotation=rotation, num_experts=2, top_k=1, norm_topk_prob=False).double()
     parts = {CALIBRATION: rows(1), HELD_OUT: rows(2)}
     probes = Probes(layers(model), tokens=10_000)
     for part, sample in parts.items():
@@ -119,7 +123,8 @@ def test_the_static_share_is_that_of_a_fitted_map() -> None:
         x = inputs(model, FIRST, sample)
         with torch.no_grad():
             _, routing = route(found.spec, x, found.weights())
-            y = mixed(found.spec, x, x, found.weights(), routing.weight_TE)
+            weight_TE, chosen_TE = routing.weight_TE, routing.selected_TE
+            y = mixed(found.spec, x, x, found.weights(), weight_TE, chosen_TE)
         sides.append((x, y))
     (x, y), (other_x, other_y) = sides
     sums = Sums(x.T @ x, x.T @ y, float(y.square().sum()), len(x))

@@ -11,7 +11,7 @@ import pytest
 
 from inspected_cases import TASKS, made_inspection
 from rotmole.inspection import figures, sheets
-from rotmole.inspection.inspection import ALL, Inspection
+from rotmole.inspection.inspection import ALL, Inspection, Passage, TokenRouting
 from rotmole.inspection.report import (
     PAGE,
     answers,
@@ -186,6 +186,24 @@ def test_grids_have_a_line_for_each_block_and_a_column_for_each_module(inspectio
     assert [cell.text for cell in affinity.lines[3]] == ["3", "28 %", "28 %"]  # .19 of .68
 
 
+def test_the_static_share_at_a_glance_is_at_the_first_rank_that_is_enough(inspection):
+    def told(*held_out: float) -> str:
+        static = replace(inspection.static, held_out=held_out)
+        sheet = glance([replace(inspection, static=static)])
+        return dict((a.text, b.text) for a, b in sheet.lines)["what a static LoRA does as well"]
+
+    assert told(0.4, 0.6, 0.8, 0.9) == "90 % at rank 8"
+    assert told(0.4, 0.898, 0.9, 0.9) == "90 % at rank 2"
+
+
+def test_of_a_layer_with_one_expert_no_use_is_shown(inspection):
+    layers = tuple(replace(x, num_experts=1, top_k=1) for x in inspection.layers)
+    one = replace(inspection, layers=layers)
+    assert sheets.usage_grid(one).lines == ()
+    assert sheets.usage_by_part(one) == {}
+    assert sheets.routing(one) is None
+
+
 def test_sizes_of_experts_say_whether_they_started_at_zero(inspection):
     sheet = sheets.expert_sizes(inspection)
     assert [cell.text for cell in sheet.lines[0]] == [
@@ -206,6 +224,29 @@ def test_tokens_have_weight_and_angle_of_their_experts(inspection):
         "", "75 % at 0.50", "25 % at 0.50", "",
     ]  # fmt: skip
     assert layer.caption.endswith("model.layers.0.self_attn.q_proj")
+
+
+def test_long_texts_many_layers_and_many_experts_are_cut_and_said(inspection):
+    count, experts = 500, 40
+    weight = tuple(tuple(0.5 * (e in (t % 40, 39)) for e in range(experts)) for t in range(count))
+    routing = TokenRouting(weight, None)
+    layers = {f"layer {n}": routing for n in range(30)}
+    text = Passage(("a",) * count, routing, layers)
+    found = passage(replace(inspection, passage=text))
+    assert len(found) == sheets.MOST_LAYERS
+    assert {len(sheet.lines) for sheet in found} == {100}
+    assert "400 further tokens are in inspect.json" in found[0].caption
+    assert found[-1].caption.endswith("19 further layers are in inspect.json")
+    assert [cell.text for cell in found[0].lines[3]][:4] == ["a", "3: 50 %", "39: 50 %", ""]
+    cosine = [[float(i == j) for i in range(experts)] for j in range(experts)]
+    cosine[30][7] = cosine[7][30] = -0.9
+    layer = inspection.layers[0]
+    wide = replace(layer.experts, cosine=tuple(map(tuple, cosine)), norm=(1.0,) * experts)
+    wide = replace(layer, num_experts=experts, experts=wide)
+    sheet = sheets.similarity(replace(inspection, layers=(wide,)))
+    assert len(sheet.lines) == sheets.MOST_EXPERTS
+    assert {"expert 7", "expert 30"} <= set(sheet.head)
+    assert sheet.caption.endswith("16 of 40 experts")
 
 
 def test_runs_stand_side_by_side_and_names_are_text_and_no_markup(inspection):
@@ -257,7 +298,6 @@ def test_a_bare_record_has_a_page(inspection):
 
 def test_pages_and_figures_come_from_the_record_alone(inspection, tmp_path):
     record = Inspection.read(inspection.write(tmp_path))
-    assert record == inspection
     few = replace(bare(record), layers=(replace(record.layers[0], usage={}, static=None),))
     file = write_report(few, tmp_path / "page")
     assert file == tmp_path / "page" / PAGE

@@ -35,11 +35,17 @@ def similarity(inspection: Inspection) -> Plot | None:
     names = list(groups)
 
     def pairs(table: str) -> list[list[float]]:
+        rows = [[getattr(layer.experts, table) for layer in group] for group in groups.values()]
         return [
-            [abs(line[j]) for x in group for i, line in enumerate(getattr(x.experts, table))
-             for j in range(i)]
-            for group in groups.values()
-        ]  # fmt: skip
+            [
+                abs(v)
+                for each in group
+                for i, line in enumerate(each)
+                for v in line[:i]
+                if v is not None
+            ]
+            for group in rows
+        ]
 
     cosines = pairs("cosine")
     lines_drawn = {

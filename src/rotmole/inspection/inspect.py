@@ -106,7 +106,7 @@ def inspect_adapter(
     made = Inspection(
         source=Source(
             target=target,
-            model=str(model.config.name_or_path),
+            model=str(model.get_base_model().name_or_path),
             settings=_settings(settings),
             rows=sample.words,
             tokens=counts,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from rotmole.drawing import THEME
 from rotmole.files import atomic_write_text, make_folder
@@ -78,7 +78,7 @@ def html(inspection: Inspection, beside: Sequence[Inspection] = ()) -> str:
         versions=", ".join(f"{name} {version}" for name, version in source.versions.items()),
         usage=_usage(inspection),
         shown=len(sheets.chosen_layers(inspection)),
-        routed=sum(bool(layer.usage) for layer in inspection.layers),
+        routed=len(sheets.routed_layers(inspection)),
         plots=plots,
         similarity=sheets.similarity(inspection),
         sizes=sheets.expert_sizes(inspection),
@@ -114,11 +114,14 @@ def _glance(x: Inspection) -> dict[str, str]:
     answer = x.answers.get(ALL)
     static = "-"
     if x.static is not None and x.static.ranks:
-        rank, share = x.static.ranks[-1], x.static.held_out[-1]
+        pairs = list(zip(x.static.ranks, x.static.held_out, strict=True))
+        enough = (pair for pair in pairs if pair[1] >= 0.99 * pairs[-1][1])
+        rank, share = next(enough, pairs[-1])
         static = f"{sheets.percent(share)} at rank {rank}"
     unused = sum(count == 0 for usage in use for count in usage.choices)
     experts = sum(len(usage.choices) for usage in use)
-    tops = [(max(share), layer) for layer in x.layers if (share := sheets.used(layer)) is not None]
+    routed = sheets.routed_layers(x)
+    tops = [(max(share), layer) for layer in routed if (share := sheets.used(layer)) is not None]
     share, where = max(tops, key=lambda top: top[0], default=(None, None))
     top = sheets.percent(share)
     if where is not None:
@@ -168,11 +171,15 @@ def answers(inspection: Inspection) -> Sheet | None:
 
 def passage(inspection: Inspection) -> list[Sheet]:
     """Return the tokens of the text that was asked for: averaged, then by layer."""
-    text: Any = inspection.passage
+    text = inspection.passage
     if text is None:
         return []
-    found = [sheets.tokens(text.tokens, text.mean, "Weights and |angles| averaged over layers")]
-    return found + [
-        sheets.tokens(text.tokens, routing, f"Weights and angles in {path}")
-        for path, routing in text.layers.items()
-    ]
+    tables = {"Weights and |angles| averaged over layers": text.mean}
+    tables |= {f"Weights and angles in {path}": each for path, each in text.layers.items()}
+    some = dict(list(tables.items())[: sheets.MOST_LAYERS])
+    most = sheets.MOST_LINES // len(some)
+    found = [sheets.tokens(text.tokens, each, name, most) for name, each in some.items()]
+    if len(some) < len(tables):
+        more = f"{found[-1].caption}; {len(tables) - len(some)} further layers are in inspect.json"
+        found[-1] = replace(found[-1], caption=more)
+    return found

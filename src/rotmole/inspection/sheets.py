@@ -12,8 +12,8 @@ from rotmole.inspection.usage import GROUP
 
 SHADES = 9
 """Shades of a cell: 0 is none, 9 the strongest."""
-MOST_LAYERS, MOST_TOKENS = 12, 400
-"""Layers of a table with a column for each expert, and tokens of a text, that are shown."""
+MOST_LAYERS, MOST_EXPERTS, MOST_LINES = 12, 16, 1200
+"""What is shown: layers of a table, experts of a matrix or of a token, lines of tokens in all."""
 ALL_TOKENS = "all tokens"
 
 
@@ -170,12 +170,13 @@ def grid(inspection: Inspection, caption: str, cells: Mapping[str, Cell]) -> She
 def usage_grid(inspection: Inspection) -> Sheet:
     """Return how much the most used expert of each layer is used."""
     cells = {}
-    for layer in inspection.layers:
+    layers = routed_layers(inspection)
+    for layer in layers:
         share = used(layer)
         if share is not None:
             best = max(range(len(share)), key=share.__getitem__)
             cells[layer.path] = Cell(f"{percent(share[best])} ({best})", shade(share[best]))
-    even = {percent(1 / layer.num_experts) for layer in inspection.layers if layer.usage}
+    even = dict.fromkeys(percent(1 / layer.num_experts) for layer in layers)
     caption = (
         "Share of the most used expert of each layer, in brackets which one; even use is "
         f"{' or '.join(even)}"
@@ -198,12 +199,17 @@ def affinity_grids(inspection: Inspection) -> list[Sheet]:
     return sheets
 
 
+def routed_layers(inspection: Inspection) -> list[Layer]:
+    """Return the layers in which tokens were shared out among experts."""
+    return [layer for layer in inspection.layers if layer.usage and layer.num_experts > 1]
+
+
 def chosen_layers(inspection: Inspection) -> list[Layer]:
     """Return the layers for which there is room: all, or those that most is to be said of.
 
     Layers of verdicts come first, then those in which the task says most about the expert.
     """
-    routed = [layer for layer in inspection.layers if layer.usage]
+    routed = routed_layers(inspection)
     if len(routed) <= MOST_LAYERS:
         return routed
     named = list(dict.fromkeys(path for v in inspection.verdicts for path in v.layers[:3]))
@@ -286,11 +292,14 @@ def similarity(inspection: Inspection) -> Sheet | None:
     layer = most_alike(inspection)
     if layer is None or layer.experts is None:
         return None
-    lines = tuple(
-        (Cell(f"expert {e}"), *numbers(line, 1.0)) for e, line in enumerate(layer.experts.cosine)
-    )
+    table = layer.experts.cosine
+    closest = {e: max(abs(v) for i, v in enumerate(line) if i != e) for e, line in enumerate(table)}
+    shown = sorted(sorted(closest, key=closest.__getitem__)[-MOST_EXPERTS:])
+    lines = tuple((Cell(f"expert {e}"), *numbers((table[e][i] for i in shown), 1.0)) for e in shown)
     caption = f"Cosines between experts of layer {name_of(layer)}, in which two are most alike"
-    return Sheet(caption, ("", *(f"expert {e}" for e in range(layer.num_experts))), lines)
+    if len(shown) < len(table):
+        caption += f": {len(shown)} of {len(table)} experts"
+    return Sheet(caption, ("", *(f"expert {e}" for e in shown)), lines)
 
 
 def expert_sizes(inspection: Inspection) -> Sheet | None:
@@ -315,28 +324,41 @@ def expert_sizes(inspection: Inspection) -> Sheet | None:
     return Sheet(caption, head, tuple(lines))
 
 
-def tokens(names: Sequence[str], found: TokenRouting, caption: str) -> Sheet:
+def tokens(names: Sequence[str], found: TokenRouting, caption: str, most: int) -> Sheet:
     """Return each token with its experts' weights and angles.
 
     Args:
         names: text of each token.
         found: their routing.
         caption: which layer it is of.
+        most: tokens that are shown.
     """
-    lines = []
-    for place, name in enumerate(names[:MOST_TOKENS]):
-        cells = []
-        for expert, weight in enumerate(found.weight[place]):
-            text = "" if weight == 0 else percent(weight)
-            if weight and found.angle is not None:
-                text += f" at {found.angle[place][expert]:.2f}"
-            cells.append(Cell(text, shade(weight)))
-        lines.append((Cell(shown(name)), *cells))
     experts = len(found.weight[0]) if found.weight else 0
-    more = len(names) - MOST_TOKENS
-    if more > 0:
-        caption += f"; {more:,} further tokens are in inspect.json"
-    return Sheet(caption, ("token", *(f"expert {e}" for e in range(experts))), tuple(lines))
+    every = range(experts)
+    lines = []
+    for place, name in enumerate(names[:most]):
+        weights = found.weight[place]
+        if experts <= MOST_EXPERTS:
+            cells = [_token_cell(found, place, e) for e in every]
+        else:
+            first = sorted(every, key=weights.__getitem__, reverse=True)[:MOST_EXPERTS]
+            cells = [_token_cell(found, place, e, f"{e}: ") for e in first]
+        lines.append((Cell(shown(name)), *cells))
+    if len(names) > most:
+        caption += f"; {len(names) - most:,} further tokens are in inspect.json"
+    heads = (
+        [f"expert {e}" for e in every] if experts <= MOST_EXPERTS
+        else [f"expert and weight {n + 1}" for n in range(MOST_EXPERTS)]
+    )  # fmt: skip
+    return Sheet(caption, ("token", *heads), tuple(lines))
+
+
+def _token_cell(found: TokenRouting, place: int, expert: int, prefix: str = "") -> Cell:
+    weight = found.weight[place][expert]
+    if weight == 0:
+        return Cell("")
+    angle = "" if found.angle is None else f" at {found.angle[place][expert]:.2f}"
+    return Cell(f"{prefix}{percent(weight)}{angle}", shade(weight))
 
 
 def shown(token: str) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from rotmole.drawing import FAINT, INK, legend, series, short
 from rotmole.inspection import sheets
 from rotmole.inspection.inspection import ALL, Angles, Inspection, Layer
-from rotmole.inspection.plot import Plot, first_upper, marked, mean, ticks
+from rotmole.inspection.plot import MARKERS, Plot, first_upper, marked, mean, ticks
 from rotmole.inspection.sheets import Cell, Sheet, by_depth, name_of, parts_of, tasks_of
 
 PANELS = 8
@@ -105,7 +105,7 @@ def angles_by_layer(inspection: Inspection) -> Plot | None:
             color, x, q = series(index)["color"], range(len(names)), np.array(found[task]).T
             axes.fill_between(x, q[0], q[4], color=color, alpha=0.18, lw=0)
             axes.fill_between(x, q[1], q[3], color=color, alpha=0.35, lw=0)
-            axes.plot(x, q[2], color=color, marker="o", ms=2.5)  # a lone layer is a dot
+            axes.plot(x, q[2], color=color, marker="o", ms=3, markevery=_dots(q[2]))
             axes.axhline(0, color=FAINT, lw=1)
             axes.set_title(short(task))
             ticks(axes, names, 10 // columns)
@@ -128,6 +128,13 @@ def angles_by_layer(inspection: Inspection) -> Plot | None:
         paint,
         height=0.7 + 1.9 * rows,
     )
+
+
+def _dots(values: Any) -> list[int]:
+    """Return which points of a line get a dot: all of a few, of many those without neighbours."""
+    known = np.pad(np.isfinite(values), 1)
+    alone = known[1:-1] & ~known[:-2] & ~known[2:]
+    return list(range(len(values))) if len(values) <= MARKERS else np.flatnonzero(alone).tolist()
 
 
 def angle_histogram(inspection: Inspection) -> Plot | None:
