@@ -25,7 +25,7 @@ from rotmole.tuner.experts.experts import Experts
 from rotmole.tuner.experts.ways import Call, compute_dtype
 from rotmole.tuner.layer import RotMoleLayer
 
-PIECE = 4096
+PIECE = 1024
 """Tokens whose rotations are computed at once; those of radar are as wide as its outputs."""
 
 
