@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="a run folder")
     parser.add_argument("--csv", type=Path, required=True, help="the file to write")
     parser.add_argument("--tokens", type=int, default=4000, help="of each of both")
+    parser.add_argument("--every", type=int, default=1, help="measure every n-th layer")
     options = parser.parse_args()
     place = find_target(options.run)
     assert place.run is not None
@@ -34,7 +35,8 @@ def main() -> None:
     model, tokenizer = loaded.model, loaded.tokenizer
     splits = load_splits(place.run.data, seed=place.run.seed, tokenizer=tokenizer, date=place.date)
     sample = sample_of(place.run, splits | {"validation": {}}, tokenizer, options.tokens)
-    layers = adapted_layers(model, model.active_adapter)
+    found = adapted_layers(model, model.active_adapter)
+    layers = {path: found[path] for path in list(found)[options.every - 1 :: options.every]}
     probes = {
         width: Probes(layers, tokens=width * ENOUGH, memory=1 << 33, parts=2) for width in WIDTHS
     }
@@ -61,6 +63,7 @@ def main() -> None:
         lines.append(
             {
                 "numbers_read": max(read),
+                "layers": len(layers),
                 "rank": RANK,
                 "fitted_tokens": whole.tokens[0],
                 "held_out_tokens": whole.tokens[1],

@@ -27,6 +27,7 @@ def test_each_token_has_the_weights_and_angles_of_its_layer() -> None:
         experts = layers(model)[FIRST].experts
         experts.rotation_angle.zero_()
         experts.rotation_angle[1, :, 1] = RIGHT_ANGLE
+        experts.rotation_angle[0] = 1.0  # no token selects it
         experts.router_weight.zero_()
         experts.router_weight[1, 0] = experts.router_weight[3, 0] = 10.0  # both for every token
     found = passage_of(model, "default", Words(), TEXT, [FIRST])
