@@ -11,18 +11,17 @@ fails if it scrolls sideways, says anything on the console, or if axe-core finds
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
+from itertools import product
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from browser import SCHEMES, WIDTHS, chromium, faults
+
 CLICKS = 2
-WIDTHS = (1280, 390)
-SCHEMES = ("light", "dark")
-SERIOUS = ("serious", "critical")
 LINKED = {"a": "href", "form": "action"}
 LOADED = {"script": "src", "img": "src", "link": "href", "iframe": "src", "source": "src"}
 SEARCHED = "rotation"
@@ -86,60 +85,24 @@ def click_faults(pages: dict[Path, Page], folder: Path) -> Iterator[str]:
         yield f"{file.name} is more than {CLICKS} clicks away from the start page"
 
 
-def faults_at(tab: Any, file: Path, width: int, words: list[str]) -> Iterator[str]:
-    """Open a page and yield what is wrong with it; the tab collects what is said in words."""
-    from axe_playwright_python.sync_playwright import Axe
-
-    words.clear()
-    tab.goto(file.as_uri())
-    yield from words
-    wide = tab.evaluate("document.documentElement.scrollWidth")
-    if wide > width:
-        yield f"{wide} pixels wide, scrolls sideways"
-    for rule in Axe().run(tab).response["violations"]:
-        if rule["impact"] in SERIOUS:
-            nodes = [node["html"][:120] for node in rule["nodes"][:3]]
-            yield f"{rule['impact']}: {rule['help']}, {len(rule['nodes'])} times: {nodes}"
-
-
-def search_faults(tab: Any, folder: Path, words: list[str]) -> Iterator[str]:
-    """Yield what is wrong with the search, which runs in the page."""
-    words.clear()
+def search_faults(browser: Any, folder: Path) -> Iterator[str]:
+    """Yield what is wrong with the search, which runs in the page, without a server."""
+    tab = browser.new_page()
     tab.goto(f"{(folder / 'search.html').as_uri()}?q={SEARCHED}")
     tab.wait_for_timeout(3000)  # results arrive one after another
     found = tab.evaluate("document.querySelectorAll('#search-results li a').length")
     if found < 3:
         yield f"the search for {SEARCHED!r} finds {found} pages in 3 seconds"
-    yield from words
+    tab.close()
 
 
 def browser_faults(folder: Path, files: list[Path]) -> Iterator[str]:
     """Yield what headless Chromium finds on each page, and in the search."""
-    from playwright.sync_api import sync_playwright
-
-    program = shutil.which("chromium") or shutil.which("google-chrome")
-    if program is None:
-        yield "missing: chromium (Debian: apt-get install chromium)"
-        return
-    shots = folder.parent / "site-shots"
-    shots.mkdir(exist_ok=True)
-    with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        for width in WIDTHS:
-            for scheme in SCHEMES:
-                size = {"width": width, "height": 900}
-                tab = browser.new_context(viewport=size, color_scheme=scheme).new_page()
-                words: list[str] = []
-                tab.on("console", lambda message, words=words: words.append(message.text))
-                tab.on("pageerror", lambda error, words=words: words.append(str(error)))
-                for file in files:
-                    for fault in faults_at(tab, file, width, words):
-                        yield f"{file.name}, {width} pixels, {scheme}: {fault}"
-                    tab.screenshot(path=shots / f"{file.stem}-{width}-{scheme}.png")
-                for fault in search_faults(tab, folder, words):
-                    yield f"search, {width} pixels, {scheme}: {fault}"
-                tab.context.close()
-        browser.close()
+    with chromium() as browser:
+        for file, width, scheme in product(files, WIDTHS, SCHEMES):
+            for fault in faults(browser, file, width, scheme, folder):
+                yield f"{file.name}, {width} pixels, {scheme}: {fault}"
+        yield from search_faults(browser, folder)
 
 
 def main() -> int:
@@ -150,11 +113,11 @@ def main() -> int:
     options = parser.parse_args()
     folder = options.folder.resolve()
     pages = {file: Page(file) for file in sorted(folder.rglob("*.html"))}
-    faults = [*link_faults(pages), *click_faults(pages, folder)]
+    found = [*link_faults(pages), *click_faults(pages, folder)]
     if options.browser:
-        faults += browser_faults(folder, [file for file in pages if file.name != "index.html"])
-    print("\n".join([*faults, f"{len(pages)} pages, {len(faults)} faults"]))
-    return bool(faults) or len(pages) < 2
+        found += browser_faults(folder, [file for file in pages if file.name != "index.html"])
+    print("\n".join([*found, f"{len(pages)} pages, {len(found)} faults"]))
+    return bool(found) or len(pages) < 2
 
 
 if __name__ == "__main__":
