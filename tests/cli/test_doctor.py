@@ -48,7 +48,8 @@ def test_it_lists_versions_ranges_devices_and_caches(tmp_path, monkeypatch, caps
 
 def test_every_extra_is_a_users_or_a_developers():
     extras = set(metadata("rotmole").get_all("Provides-Extra"))
-    assert extras == {*module.USERS_EXTRAS, "dev", "mutation", "conformance"} - {""}
+    for_developers = {"dev", "docs", "pages", "notebooks", "release", "mutation", "conformance"}
+    assert extras == {*module.USERS_EXTRAS, *for_developers} - {""}
 
 
 def test_a_version_out_of_range(monkeypatch, capsys):
