@@ -75,6 +75,7 @@ def faults(
     found: list[str] = []
     size = {"width": width, "height": 900}
     context = browser.new_context(viewport=size, color_scheme=scheme)
+    context.set_default_timeout(120_000)  # a long page on a busy machine
     tab = context.new_page()
     tab.on("console", lambda message: found.append(f"console: {message.text}"))
     tab.on("pageerror", lambda error: found.append(f"error: {error}"))
