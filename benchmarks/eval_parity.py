@@ -1,7 +1,7 @@
 """Does `rotmole eval` agree with the language model evaluation harness on multiple choice?
 
     pip install lm-eval
-    python benchmarks/eval_parity.py --data FOLDER [--model smollm2-135m] [--rows 100]
+    python benchmarks/eval_parity.py --data FOLDER [--rows 100] [--model NAME | --adapter RUN]
 
 FOLDER holds validation.jsonl with the columns question, choices (a list) and answer (an index).
 Both score the same rows with the same model object; the harness reads them through a local YAML
@@ -27,6 +27,7 @@ import numpy as np
 from rotmole.config.schema import EvaluationSection, ModelSection
 from rotmole.data.examples import Example
 from rotmole.evaluation import measure
+from rotmole.evaluation.target import find_target, load_target
 from rotmole.files import atomic_write_text
 from rotmole.models.load import load_model
 
@@ -101,6 +102,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with validation.jsonl")
     parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--adapter", type=Path, help="run or adapter folder, put on its own base")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rows", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=16)
@@ -108,7 +110,13 @@ def main() -> int:
     arguments = parser.parse_args()
     with (arguments.data / "validation.jsonl").open(encoding="utf-8") as stream:
         rows = [json.loads(line) for _, line in zip(range(arguments.rows), stream, strict=False)]
-    loaded = load_model(ModelSection(name=arguments.model, dtype=arguments.dtype))
+    scored = "base"
+    if arguments.adapter is None:
+        loaded = load_model(ModelSection(name=arguments.model, dtype=arguments.dtype))
+    else:
+        override = [f"model.dtype={arguments.dtype}"]
+        loaded = load_target(find_target(arguments.adapter, overrides=override, needs_data=False))
+        scored = loaded.model.peft_config["default"].peft_type.value
     our_figures, our_values = ours(loaded.model, loaded.tokenizer, rows, arguments.batch_size)
     its_figures, its_values = harness(loaded.model, loaded.tokenizer, rows, arguments.batch_size)
     differences = [
@@ -125,7 +133,7 @@ def main() -> int:
     comment = (
         f"# {platform.machine()}, torch {version('torch')}, "
         f"transformers {version('transformers')}, lm-eval {version('lm_eval')}, "
-        f"model {arguments.model} {arguments.dtype}; "
+        f"model {arguments.model} {arguments.dtype}, {scored}; "
         f"largest difference of a log-likelihood {max(differences):.2e}\n"
     )
     sys.stdout.write(comment + buffer.getvalue())

@@ -12,6 +12,9 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -40,20 +43,49 @@ def pages(folder: Path) -> list[Path]:
     return [study / PAGE, small, large, two]
 
 
-def faults(browser: Any, page: Path, width: int, scheme: str) -> list[str]:
-    """Open a page, take a screenshot, and return what is wrong with it, in words."""
+@contextmanager
+def chromium() -> Iterator[Any]:
+    """Start the headless browser for a block."""
+    from playwright.sync_api import sync_playwright
+
+    program = shutil.which("chromium")
+    if program is None:
+        raise SystemExit("missing: chromium (Debian: apt-get install chromium)")
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+def faults(
+    browser: Any, page: Path, width: int, scheme: str, site: Path | None = None
+) -> list[str]:
+    """Open a page, take a screenshot, and return what is wrong with it, in words.
+
+    Args:
+        browser: of `chromium`.
+        page: HTML file.
+        width: in pixels.
+        scheme: light or dark.
+        site: folder of which the page may load files; None: it may load nothing.
+    """
     from axe_playwright_python.sync_playwright import Axe
 
     found: list[str] = []
     size = {"width": width, "height": 900}
     context = browser.new_context(viewport=size, color_scheme=scheme)
+    context.set_default_timeout(120_000)  # a long page on a busy machine
     tab = context.new_page()
     tab.on("console", lambda message: found.append(f"console: {message.text}"))
     tab.on("pageerror", lambda error: found.append(f"error: {error}"))
     address = page.resolve().as_uri()
-    tab.on("request", lambda r: r.url == address or found.append(f"asks for {r.url[:100]}"))
+    own = f"{site.resolve().as_uri()}/" if site else address
+    tab.on("request", lambda r: r.url.startswith(own) or found.append(f"asks for {r.url[:100]}"))
     tab.goto(address)
-    tab.screenshot(path=SHOTS / f"{page.parent.name}-{width}-{scheme}.png", full_page=True)
+    tab.screenshot(
+        path=SHOTS / f"{page.parent.name}-{page.stem}-{width}-{scheme}.png", full_page=True
+    )
     wide = tab.evaluate("document.documentElement.scrollWidth")
     if wide > width:
         found.append(f"{wide} pixels wide, scrolls sideways")
@@ -67,26 +99,16 @@ def faults(browser: Any, page: Path, width: int, scheme: str) -> list[str]:
 
 def main() -> int:
     """Look at each page and print what is wrong."""
-    from playwright.sync_api import sync_playwright
-
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("pages", nargs="*", type=Path, help="HTML files")
     chosen = parser.parse_args().pages
-    program = shutil.which("chromium")
-    if program is None:
-        print("missing: chromium (Debian: apt-get install chromium)")
-        return 1
-    SHOTS.mkdir(parents=True, exist_ok=True)
     bad = 0
-    with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=program, args=["--no-sandbox"])
+    with chromium() as browser:
         for page in chosen or pages(SHOTS):
-            for width in WIDTHS:
-                for scheme in SCHEMES:
-                    for fault in faults(browser, page, width, scheme):
-                        print(f"{page.parent.name}, {width} pixels, {scheme}: {fault}")
-                        bad += 1
-        browser.close()
+            for width, scheme in product(WIDTHS, SCHEMES):
+                for fault in faults(browser, page, width, scheme):
+                    print(f"{page.parent.name}, {width} pixels, {scheme}: {fault}")
+                    bad += 1
     print(f"{bad} faults; screenshots in {SHOTS}")
     return bool(bad)
 

@@ -1,4 +1,4 @@
-"""Load a script of docs/scripts as a module."""
+"""Load scripts, those of docs/scripts by their name, as modules."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ SCRIPTS = Path(__file__).parents[1] / "docs" / "scripts"
 
 def script(name: str) -> ModuleType:
     """Return the module of docs/scripts/NAME.py."""
-    spec = importlib.util.spec_from_file_location(f"docs_{name}", SCRIPTS / f"{name}.py")
+    return load_script(SCRIPTS / f"{name}.py")
+
+
+def load_script(file: Path) -> ModuleType:
+    """Return a script as a module."""
+    spec = importlib.util.spec_from_file_location(f"docs_{file.stem}", file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -17,7 +17,7 @@ SOURCE = ROOT / "src"
 DOCUMENT = ROOT / "docs" / "files.md"
 ROOMS = (
     "ops", "tuner", "optim", "config", "models", "data", "recording", "training", "evaluation",
-    "inspection", "comparison", "export", "serving", "cli",
+    "inspection", "comparison", "export", "serving", "plugins", "cli",
 )  # fmt: skip
 HEAD = """# Every source file in one line
 

@@ -756,11 +756,42 @@ def doctor(
     adapter: Annotated[
         Path | None, typer.Argument(metavar="ADAPTER", help="An adapter folder to check as well.")
     ] = None,
+    laws: Annotated[
+        bool,
+        typer.Option(
+            "--laws",
+            help="Measure on the adapter's base model whether a row's output depends on what it "
+            "may not: other rows, padding, the cache, later tokens, earlier calls.",
+        ),
+    ] = False,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            "--base", metavar="MODEL", help="For --laws. [default: what the adapter names]"
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            "--dtype",
+            metavar="FORMAT",
+            help="For --laws: float32, bfloat16 or float16. [default: float32]",
+        ),
+    ] = None,
+    trust_remote_code: Trust = False,
 ) -> int:
     """Check this installation and, if given, an adapter folder."""
-    from rotmole.cli.doctor import doctor as work
+    from rotmole.cli import doctor as verb
+    from rotmole.errors import ConfigError
 
-    return work(adapter)
+    if laws:
+        return verb.laws(
+            adapter, base=base, dtype=dtype or "float32", trust_remote_code=trust_remote_code
+        )
+    for name, value in {"base": base, "dtype": dtype}.items():
+        if value is not None:
+            raise ConfigError(f"--{name} has no effect without --laws.")
+    return verb.doctor(adapter)
 
 
 @app.command()

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -60,7 +61,9 @@ def test_dry_run_writes_nothing(study_yaml, capsys):
 
 
 def test_one_command_for_each_cell(study_yaml, tmp_path, capfd):
-    words = ["compare", str(study_yaml), "seeds=[3]", "--output", str(tmp_path / "a b")]
+    """One of the methods has operations that cannot be counted."""
+    words = ["compare", str(study_yaml), "seeds=[3]", "--output", str(tmp_path / "a b"),
+             "methods.moe.adapter={peft_type: LOHA}"]  # fmt: skip
     assert main([*words, "--print-cells"]) == 0
     commands = capfd.readouterr().out.splitlines()
     assert len(commands) == 2
@@ -69,7 +72,8 @@ def test_one_command_for_each_cell(study_yaml, tmp_path, capfd):
         assert name == "rotmole"
         assert main(given) == 0
     assert "final/moe/seed-3: finished" in capfd.readouterr().out
-    assert len(read_results(tmp_path / "a b").final) == 2
+    results = read_results(tmp_path / "a b")
+    assert [cell.flops is None for cell in results.final] == [False, True]
     assert main([*words, "--print-cells"]) == 0
     assert capfd.readouterr().out == ""
 
@@ -118,6 +122,23 @@ def test_check_reads_a_study(study_yaml, capsys):
     assert sorted(study_yaml.parent.rglob("*")) == before
     assert main(["check", str(study_yaml), "seeds=[]", "baselin=1"]) == 2
     assert "did you mean 'baseline'?" in capsys.readouterr().err
+
+
+def test_check_prices_a_model_without_weights_and_a_method_that_cannot_be_traced(
+    study_yaml, tmp_path, capsys
+):
+    model = shutil.copytree(study_yaml.parent / "model", tmp_path / "model")
+    (model / "model.safetensors").unlink()
+    words = [f"model.name={model}", "methods.moe={adapter: {peft_type: LOHA}}"]
+    assert main(["check", str(study_yaml), *words]) == 0
+    shown = capsys.readouterr()
+    assert "estimating an update of lora" in shown.err
+    assert "no weights here" in shown.out
+    lines = {line.split()[0]: line.split() for line in shown.out.splitlines() if line.strip()}
+    assert float(lines["lora"][4]) > 0
+    assert lines["moe"][-4:] == ["-", "-", "-", "-"]
+    assert "moe: the operations depend on values" in shown.out
+    assert "for 2 cells in one process" in shown.out
 
 
 def test_the_live_table_fits_80_columns(study_yaml, tmp_path):

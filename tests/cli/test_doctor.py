@@ -3,16 +3,19 @@ from __future__ import annotations
 import json
 import sys
 from importlib.metadata import metadata
+from pathlib import Path
 
 import peft
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LilyConfig, LoraConfig, PolyConfig, get_peft_model
+from transformers import LlamaForCausalLM
 
 import rotmole
 import rotmole.cli.doctor as module
 import tiny
 from rotmole_cli import main
+from tiny_folders import write_model
 
 
 @pytest.fixture
@@ -45,7 +48,8 @@ def test_it_lists_versions_ranges_devices_and_caches(tmp_path, monkeypatch, caps
 
 def test_every_extra_is_a_users_or_a_developers():
     extras = set(metadata("rotmole").get_all("Provides-Extra"))
-    assert extras == {*module.USERS_EXTRAS, "dev", "mutation", "conformance"} - {""}
+    for_developers = {"dev", "docs", "pages", "notebooks", "release", "mutation", "conformance"}
+    assert extras == {*module.USERS_EXTRAS, *for_developers} - {""}
 
 
 def test_a_version_out_of_range(monkeypatch, capsys):
@@ -101,3 +105,81 @@ def test_an_adapter_whose_base_is_elsewhere(adapter, capsys):
     file.write_text(json.dumps(config))
     assert main(["doctor", str(adapter)]) == 2
     assert "/gone/model named in" in capsys.readouterr().out
+
+
+LAWS = {"lora": LoraConfig, "lily": LilyConfig}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return write_model(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def trained(base, tmp_path):
+    """Save an adapter of PEFT's for the base model, with weights that do something."""
+
+    def save(method: str, std: float = 0.5) -> Path:
+        config = LAWS[method](r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        torch.manual_seed(0)
+        model = get_peft_model(LlamaForCausalLM.from_pretrained(base), config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.normal_(0, std)
+        model.save_pretrained(tmp_path / method, save_embedding_layers=False)
+        return tmp_path / method
+
+    return save
+
+
+def test_laws_of_an_adapter_that_keeps_them(trained, capsys):
+    assert main(["doctor", "--laws", str(trained("lora"))]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[-1] == "all laws are kept."
+    assert [line.split()[-1] for line in shown if line.endswith(("kept", "BROKEN"))] == ["kept"] * 9
+    assert max(map(len, shown[2:])) <= 80  # the lines before have paths
+
+
+def test_laws_of_an_adapter_that_breaks_them(trained, base, capsys):
+    adapter = trained("lily")
+    file = adapter / "adapter_config.json"
+    content = json.loads(file.read_text()) | {"base_model_name_or_path": None}
+    file.write_text(json.dumps(content))
+    assert main(["doctor", "--laws", str(adapter)]) == 2
+    assert "does not name its base model; add --base MODEL." in capsys.readouterr().err
+    assert main(["doctor", "--laws", str(adapter), "--base", str(base), "--dtype", "float16"]) == 2
+    shown = capsys.readouterr().out
+    assert "method LILY" in shown
+    assert "float16 on " in shown
+    named = [line.split(": ")[1] for line in shown.splitlines() if line.startswith("problem: ")]
+    assert named == ["other rows", "padding left", "padding right", "cache", "later tokens"]
+
+
+def test_laws_of_an_adapter_that_does_nothing(trained, capsys):
+    assert main(["doctor", "--laws", str(trained("lily", std=0.0))]) == 2
+    assert "no fault of it could be seen; test it after training" in capsys.readouterr().out
+
+
+def test_laws_of_an_adapter_that_needs_what_a_forward_pass_does_not_have(base, tmp_path, capsys):
+    config = PolyConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(base), config)
+    model.save_pretrained(tmp_path / "poly", save_embedding_layers=False)
+    assert main(["doctor", "--laws", str(tmp_path / "poly")]) == 2
+    shown = capsys.readouterr().out
+    (problem,) = [line for line in shown.splitlines() if line.startswith("problem: ")]
+    assert "the model ended in an error (ValueError: task_ids should not be None.)" in problem
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--laws"], "--laws needs an adapter; give its folder."),
+        (["--base", "x"], "--base has no effect without --laws."),
+        (["--laws", "x", "--dtype", "int8"], "--dtype is 'int8'; it must be one of float32"),
+        (["--laws", "nowhere"], "there is no file or folder nowhere"),
+    ],
+)
+def test_laws_that_cannot_be_measured(words, said, capsys):
+    assert main(["doctor", *words]) == 2
+    assert said in capsys.readouterr().err

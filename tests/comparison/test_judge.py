@@ -209,6 +209,24 @@ def test_no_validation_within_the_budget_is_no_figure():
     assert judged.at_equal_flops[0].budget is None
 
 
+def test_operations_that_are_not_known_are_left_out_and_said(tmp_path):
+    results = made_results({"lora": 0, "loha": -0.1, "moe": -0.1})
+    final = [
+        replace(c, flops=None, curve=[replace(p, flops=None) for p in c.curve])
+        if c.method == "loha" else c for c in results.final
+    ]  # fmt: skip
+    judged = judge(replace(results, final=tuple(final)))
+    assert verdicts(judged)["loha"] == "better"
+    assert [m.flops is None for m in judged.methods] == [False, True, False]
+    loha, moe = judged.at_equal_flops
+    assert (loha.budget, loha.estimate) == (None, None)
+    assert moe.budget == 1e11
+    assert "The operations of loha depend on values and were not counted" in judged.notes[-1]
+    path = write_judgement(judged, tmp_path / "study.json")
+    assert read_judgement(path) == judged
+    assert "NaN" not in path.read_text(encoding="utf-8")
+
+
 def test_study_json_reads_back_and_keeps_the_clock_apart(tmp_path):
     shifts = {"lora": 0, "good": -0.1}
     judged = judge(made_results(shifts))

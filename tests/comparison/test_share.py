@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 
 import warm
 from rotmole.comparison.cells import cell_lock, failure, is_done
+from rotmole.comparison.judge import judge
+from rotmole.comparison.judgement import write_judgement
 from rotmole.comparison.plan import make_plan
 from rotmole.comparison.results import PLAN, read_results
 from rotmole.comparison.share import fix_machine, work
@@ -96,6 +98,18 @@ def test_killed_and_shared_studies_come_to_the_same_figures(done, study_yaml, tm
         assert figures(tmp_path / name) == expected
         plans = [json.loads((f / PLAN).read_text()) for f in (tmp_path / name, done[0].folder)]
         assert plans[0] == plans[1]
+    first, *others = (
+        without_clock(folder, tmp_path / f"{number}.json")
+        for number, folder in enumerate((done[0].folder, tmp_path / "killed", tmp_path / "shared"))
+    )
+    assert others == [first, first]
+
+
+def without_clock(folder, to):
+    """Return what study.json says of a study, without the figures that depend on the clock."""
+    content = json.loads(write_judgement(judge(read_results(folder)), to).read_text())
+    assert content.pop("clock")["seconds"]
+    return content
 
 
 def test_one_method_under_two_names_is_equal_in_every_bit(study_yaml, tmp_path):

@@ -98,6 +98,11 @@ def test_a_grid_that_no_run_takes(study_yaml):
     assert "tune.grid, method lora: training.learning_rate is -1" in text
 
 
+def test_methods_that_need_trained_adapters_are_refused_by_name(study_yaml):
+    text = problems(study_yaml, "equal=parameters", "methods.x={adapter: {peft_type: XLORA}}")
+    assert "methods.x.adapter.peft_type: XLORA cannot be trained here: it needs trained" in text
+
+
 def test_the_run_of_a_cell(study_yaml):
     study = load_study(
         study_yaml, ["methods.moe.training={weight_decay: 0.5}", "base.adapter.lora_dropout=0.25"]

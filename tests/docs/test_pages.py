@@ -50,6 +50,11 @@ def test_the_tables_of_the_static_lora_are_those_of_the_committed_export() -> No
     assert page == script("static_table").page(page), "run `make pages`"
 
 
+def test_the_price_of_the_published_studies_is_that_of_the_committed_figures() -> None:
+    page = (ROOT / "docs" / "compare.md").read_text(encoding="utf-8")
+    assert page == script("published_table").page(page), "run `make pages`"
+
+
 NUMBER = re.compile(r"-?\d+\.?\d*(?:e-?\d+)?")
 
 

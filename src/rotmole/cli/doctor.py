@@ -1,4 +1,4 @@
-"""``rotmole doctor``: what is installed or missing, and the problems of an adapter."""
+"""``rotmole doctor``: what is missing, the problems of an adapter, and the laws that it breaks."""
 
 from __future__ import annotations
 
@@ -7,15 +7,24 @@ import platform
 import sys
 import tempfile
 import warnings
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 import torch
 from packaging.requirements import Requirement
 
-from rotmole.errors import AdapterError
-from rotmole.models.adapter import check_adapter_folder
+from rotmole.cli.screen import note
+from rotmole.config.schema import ModelSection
+from rotmole.errors import AdapterError, ConfigError, InputError, one_of
+from rotmole.evaluation.render import print_lines, print_table
+from rotmole.evaluation.target import find_target
+from rotmole.inspection.laws import Finding, Report, check_laws
+from rotmole.models.adapter import CONFIG, check_adapter_folder, read_config
 from rotmole.models.builtin import BUILT_IN, built_in_folder, built_in_named, cache_folder
+from rotmole.models.load import load_model
+from rotmole.models.precision import DTYPES
+from rotmole.training.folder.layout import ADAPTER
 
 USERS_EXTRAS = ("", "train", "demo", "quant", "eval", "onnx", "serve")
 """Extras of the package that a user may want, "" for what is always needed; others develop it."""
@@ -150,3 +159,85 @@ def _adapter(folder: Path) -> list[str]:
             "when you load the adapter, give the base model's folder on this machine or its hub id."
         ]
     return []
+
+
+def laws(
+    adapter: Path | None,
+    *,
+    base: str | None = None,
+    dtype: str = "float32",
+    trust_remote_code: bool = False,
+) -> int:
+    """Measure which laws an adapter of any PEFT method keeps on its base model.
+
+    Args:
+        adapter: an adapter folder, or a run folder with an adapter.
+        base: the base model; None takes the run's, or the one that the adapter names.
+        dtype: number format of the base model.
+
+    Returns:
+        0 if all laws are kept, else 2.
+
+    Raises:
+        InputError: there is no such adapter, or it does not fit the base model.
+    """
+    if adapter is None:
+        raise ConfigError("--laws needs an adapter; give its folder.")
+    if dtype not in DTYPES:
+        raise ConfigError(one_of("--dtype", dtype, DTYPES) + ".")
+    folder, section = _with_base(adapter.expanduser(), base)
+    section = section.model_copy(update={"dtype": dtype})
+    kind = check_adapter_folder(folder)["peft_type"]
+    report = check_laws(
+        lambda: load_model(section, trust_remote_code=trust_remote_code, say=note).model,
+        folder,
+        say=note,
+    )
+    print(f"{'adapter':<16}{folder}")
+    print(f"{'':<16}method {kind}, base model {section.name}, {dtype} on {report.device.type}")
+    print(f"{'':<16}the adapter changes a logit by up to {report.effect:.2g} of the unit below")
+    print()
+    print_table([["law", "difference", "base alone", "tolerance", "verdict"],
+                 *map(_line, report.findings)])  # fmt: skip
+    print_lines(["difference: the largest change of a logit, in standard deviations of the logits"])
+    print()
+    problems = list(_broken(report))
+    print_lines([f"problem: {problem}." for problem in problems] or ["all laws are kept."])
+    return 2 if problems else 0
+
+
+def _with_base(path: Path, base: str | None) -> tuple[Path, ModelSection]:
+    """Return the folder of the adapter and the settings of its base model."""
+    if base is None:
+        if (path / CONFIG).is_file() and not read_config(path).get("base_model_name_or_path"):
+            raise AdapterError(f"{path / CONFIG} does not name its base model; add --base MODEL.")
+        target = find_target(path, needs_data=False)
+        if target.adapter is None:
+            raise InputError(f"{path} has no adapter yet; train it first.")
+        return target.adapter, target.model
+    is_run = not (path / CONFIG).is_file() and (path / ADAPTER / CONFIG).is_file()
+    return (path / ADAPTER if is_run else path), ModelSection(name=base)
+
+
+def _line(finding: Finding) -> list[str]:
+    figures = [finding.difference, finding.base, finding.tolerance]
+    verdict = "kept" if finding.kept else "error" if finding.error else "BROKEN"
+    shown = ["-" if value is None else f"{value:.0e}" if value else "0" for value in figures]
+    return [finding.law.name, *shown, verdict]
+
+
+def _broken(report: Report) -> Iterator[str]:
+    """Yield a sentence for each law that is broken, and for each error once."""
+    errors: dict[str, list[str]] = {}
+    for finding in report.findings:
+        if finding.error:
+            errors.setdefault(finding.error, []).append(finding.law.name)
+        elif not finding.kept:
+            yield f"{finding.law.name}: {finding.law.broken}"
+    for error, names in errors.items():
+        yield f"{', '.join(names)}: the model ended in an error ({error})"
+    if not report.seen and not errors:
+        yield (
+            "the adapter does not change the output on these rows, so no fault of it could be "
+            "seen; test it after training"
+        )

@@ -213,6 +213,7 @@ def _trained(
     ends = [row for row in rows if "train_loss" in row]
     tokens = int(result.metrics.get("num_input_tokens_seen", 0))
     nll = result.metrics.get("eval_loss")
+    each = flops_per_token(run, result.built.trainer.train_dataset)
     content = {
         "parameters": result.trainable_parameters,
         "updates": result.steps,
@@ -221,7 +222,7 @@ def _trained(
         "tokens": tokens,
         "train_seconds": ends[-1].get("train_seconds", 0.0) if ends else 0.0,
         "peak_memory_bytes": result.metrics.get("peak_memory_bytes"),
-        "flops": flops_per_token(run, result.built.trainer.train_dataset) * tokens,
+        "flops": None if each is None else each * tokens,
         "nll": nll if nll is not None and math.isfinite(nll) else None,
     }
     atomic_write_text(notes, json.dumps(content, indent=1) + "\n")

@@ -11,13 +11,13 @@ import torch
 
 from rotmole.config.adapter import check_adapter
 from rotmole.config.schema import ModelSection, RunFile
-from rotmole.models.memory import traced_update
+from rotmole.models.memory import UnknownCostError, traced_update
 from rotmole.models.preview import preview
 
 IGNORED = -100
 
 
-def flops_per_token(run: RunFile, rows: Any) -> float:
+def flops_per_token(run: RunFile, rows: Any) -> float | None:
     """Estimate the floating-point operations of training, forward and backward, for one token.
 
         (products of a traced row of the mean length + 4 L D V) / length
@@ -28,12 +28,18 @@ def flops_per_token(run: RunFile, rows: Any) -> float:
     Args:
         run: the run.
         rows: its tokenised training rows, with the columns input_ids and labels.
+
+    Returns:
+        The number; None if it depends on values of the weights, as in some methods of PEFT.
     """
-    count = max(len(rows), 1)
+    count = max(len(rows["input_ids"]), 1)
     length = max(round(sum(map(len, rows["input_ids"])) / count), 1)
     learnt = sum(sum(label != IGNORED for label in labels) for labels in rows["labels"]) / count
     adapter = json.dumps(run.adapter, sort_keys=True, default=sorted)
-    products, head = _traced(run.model.model_dump_json(), adapter, length)
+    try:
+        products, head = _traced(run.model.model_dump_json(), adapter, length)
+    except UnknownCostError:
+        return None
     return (products + 4 * learnt * head) / length
 
 

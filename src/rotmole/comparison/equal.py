@@ -64,7 +64,6 @@ FIELDS: dict[str, Field] = {
     "PSOFT": Field("r"),
     "PVERA": Field("r"),
     "RANDLORA": Field("r"),
-    "SHIRA": Field("r"),
     "UNILORA": Field("theta_d_length"),
     "VBLORA": Field("num_vectors"),
     "VERA": Field("r"),

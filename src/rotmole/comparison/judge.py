@@ -87,10 +87,12 @@ def judge(results: Results) -> Judgement:
         differences=claimed(
             paired_differences(by_cell, pairs, results.baseline), equal, measures, claims
         ),
-        at_equal_flops=_at_budget(cells, pairs, results.baseline, lambda point: point.flops),
+        at_equal_flops=_at_budget(cells, pairs, results.baseline, _flops),
         curves=tuple(_curves(cells)),
         trials=tuple(_trials(results.tuning)),
-        notes=tuple([*notes, *_facts_notes(results.final), *_plan_notes(results)]),
+        notes=tuple(
+            [*notes, *_facts_notes(results.final), *_plan_notes(results), *_cost_notes(cells)]
+        ),
         clock=_clock(cells, pairs, results.baseline),
     )
 
@@ -194,9 +196,24 @@ def _method(name: str, seeds: Mapping[int, Result]) -> Method:
         rate=cell.rate,
         updates=fmean(cell.updates for cell in seeds.values()),
         tokens=fmean(cell.tokens for cell in seeds.values()),
-        flops=fmean(cell.flops for cell in seeds.values()),
+        flops=_mean_flops(seeds),
         seeds=tuple(seeds),
     )
+
+
+def _mean_flops(seeds: Mapping[int, Result]) -> float | None:
+    known = [cell.flops for cell in seeds.values() if cell.flops is not None]
+    return fmean(known) if len(known) == len(seeds) else None
+
+
+def _cost_notes(cells: Cells) -> list[str]:
+    unknown = [name for name, seeds in cells.items() if seeds and _mean_flops(seeds) is None]
+    if not unknown:
+        return []
+    return [
+        f"The operations of {', '.join(unknown)} depend on values and were not counted, so the "
+        "table at equal operations leaves them out."
+    ]
 
 
 def _scores(by_unit: ByUnit) -> Iterable[Score]:
@@ -232,6 +249,8 @@ def _at_budget(
             if not all(curves):
                 continue
             ends = [cost(curve[-1]) for curve in curves]
+            if not all(map(math.isfinite, ends)):
+                continue
             here, there = (_nll_at(curve, min(ends), cost) for curve in curves)
             values.append(here - there)
             budgets.append(min(ends))
@@ -240,6 +259,10 @@ def _at_budget(
         budget, share = (fmean(budgets), fmean(shares)) if budgets else (None, None)
         result.append(AtBudget(name, budget, share, found))
     return tuple(result)
+
+
+def _flops(point: Point) -> float:
+    return math.nan if point.flops is None else point.flops
 
 
 def _nll_at(curve: Sequence[Point], budget: float, cost: Callable[[Point], float]) -> float:

@@ -72,7 +72,7 @@ class Method:
         equal: whether it is part of claims at equal parameters.
         settings: of the tuning grid, as chosen.
         rate: learning rate of the experts.
-        updates, tokens, flops: of training, mean over the seeds.
+        updates, tokens, flops: of training, mean over the seeds; flops None if it is not known.
         seeds: finished final seeds.
     """
 
@@ -85,7 +85,7 @@ class Method:
     rate: float
     updates: float
     tokens: float
-    flops: float
+    flops: float | None
     seeds: tuple[int, ...]
 
 
@@ -136,7 +136,7 @@ class Curve:
     seed: int
     update: tuple[int, ...]
     tokens: tuple[int, ...]
-    flops: tuple[float, ...]
+    flops: tuple[float | None, ...]
     nll: tuple[float | None, ...]
 
 

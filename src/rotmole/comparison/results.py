@@ -53,14 +53,14 @@ class Point:
         update: number of updates made.
         seconds: of training alone, validation and checkpoints left out, resumes included.
         tokens: trained on, padding left out.
-        flops: floating-point operations of training, an estimate.
+        flops: floating-point operations of training, an estimate; None if they are not known.
         nll: mean validation loss over the rows.
     """
 
     update: int
     seconds: float
     tokens: int
-    flops: float
+    flops: float | None
     nll: float
 
 
@@ -81,7 +81,7 @@ class Result:
         updates: made.
         tokens: trained on, padding left out.
         train_seconds: of training alone, resumes included.
-        flops: floating-point operations of training, an estimate.
+        flops: floating-point operations of training, an estimate; None if they are not known.
         nll: validation loss of the weights that are the result; infinite where training diverged.
         facts: dtype, device, threads, processor, versions, commit: cells that differ in them are
             not paired.
@@ -103,7 +103,7 @@ class Result:
     updates: int
     tokens: int
     train_seconds: float
-    flops: float
+    flops: float | None
     nll: float
     facts: Mapping[str, Any]
     rows: Mapping[str, Row] = field(repr=False)
@@ -178,7 +178,8 @@ def read_cell(folder: Path) -> Result | None:
         content = json.loads((folder / CELL).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    each = content["flops"] / max(content["updates"], 1)
+    flops = content["flops"]
+    each = None if flops is None else flops / max(content["updates"], 1)
     nll = content.pop("nll")
     return Result(
         **{name: content[name] for name in _PLAIN},
@@ -239,7 +240,7 @@ def figures_of(content: Mapping[str, Any], system: str = "after") -> dict[str, d
     }
 
 
-def _curve(path: Path, flops: float) -> list[Point]:
+def _curve(path: Path, flops: float | None) -> list[Point]:
     points = []
     for row in read_metrics(path):
         if row.get("eval_loss") is not None:
@@ -249,7 +250,7 @@ def _curve(path: Path, flops: float) -> list[Point]:
                     update=update,
                     seconds=row.get("train_seconds", 0.0),
                     tokens=int(row.get("num_input_tokens_seen", 0)),
-                    flops=flops * update,
+                    flops=None if flops is None else flops * update,
                     nll=row["eval_loss"],
                 )
             )

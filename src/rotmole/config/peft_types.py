@@ -19,6 +19,8 @@ UNFIT: dict[str, str] = {
     "ADAMSS": "its size follows from the weights, so nothing about it is known before training",
     "FROD": "its size follows from the weights, so nothing about it is known before training",
     "XLORA": "it needs trained adapters, and its own forward pass ends in a KeyError (peft 0.21.2)",
+    "SHIRA": "which weights it changes is drawn when it is put on a model with weights, so nothing "
+    "about it is known before training",
     "SHADOW": "its auxiliary loss is computed by a loop written for it",
 }
 """Methods that PEFT has and this trainer cannot train, with the reason."""

@@ -1,1 +1,1 @@
-"""Inspection: what every expert, weight and angle of a mixture did, in words and numbers."""
+"""Inspection: what experts, weights and angles did, and which laws an adapter keeps."""

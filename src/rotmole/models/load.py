@@ -179,6 +179,15 @@ def empty_model(
     return model
 
 
+def has_weights(section: ModelSection) -> bool:
+    """Tell whether a model can be loaded: False for a folder that holds a configuration alone."""
+    source = _resolve(section.name)
+    folder = Path(source.location)
+    if source.built_in or source.gguf or not folder.is_dir():
+        return True  # elsewhere: loading finds out
+    return any(path.suffix in (".safetensors", ".bin") for path in folder.iterdir())
+
+
 def _resolve(name: str) -> _Source:
     built_in = built_in_named(name)
     if built_in:

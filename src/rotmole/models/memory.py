@@ -16,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from rotmole.errors import ModelError
+
 try:
     import resource
 except ImportError:  # Windows
@@ -42,6 +44,11 @@ _CPU_ATTENTION: dict[Any, Any] = {  # torch's registry has the forms of GPUs onl
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
+
+
+class UnknownCostError(ModelError):
+    """What an update does depends on values, so it cannot be counted without weights."""
+
 
 HEAD_TILE = 4096 * 4
 """Bytes per word of the vocabulary: TRL's fused head projects 4096 tokens at a time."""
@@ -147,6 +154,9 @@ def traced_update(model: nn.Module, *, batch: int, length: int, checkpointing: b
     Args:
         model: the adapted model on the meta device; its parameters are replaced by fake ones.
         checkpointing: recompute activations in the backward pass.
+
+    Raises:
+        UnknownCostError: some methods of PEFT read values of their tensors on the way.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -160,11 +170,20 @@ def traced_update(model: nn.Module, *, batch: int, length: int, checkpointing: b
         _replace_by_fake(backbone)
         counter = _LiveBytes(backbone)
         ids = torch.zeros(batch, length, dtype=torch.long)
-        with counter:
-            output = backbone(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-            loss = output[0].float().sum()
-            del output
-            loss.backward()
+        try:
+            with counter:
+                output = backbone(
+                    input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
+                )
+                loss = output[0].float().sum()
+                del output
+                loss.backward()
+        except Exception as error:  # the code of any PEFT method runs here
+            kind = getattr(next(iter(model.peft_config.values())), "peft_type", "the method")  # type: ignore[union-attr,operator] # a PeftModel
+            raise UnknownCostError(
+                f"the operations of {getattr(kind, 'value', kind)} depend on values, so its time "
+                "and memory are not known before training."
+            ) from error
     return Traced(counter.peak, counter.products, counter.written, counter.calls)
 
 

@@ -78,6 +78,15 @@ def test_what_is_left_of_a_run_that_was_being_removed_is_no_run(tmp_path):
     assert not (tmp_path / "checkpoint-5").exists()
 
 
+def test_a_run_that_died_before_its_manifest_may_start_anew(tmp_path):
+    clear(tmp_path, resuming=False)
+    (tmp_path / "run.yaml").write_text("seed: 0", encoding="utf-8")
+    check_free(tmp_path)
+    (tmp_path / UNFINISHED).unlink()
+    with pytest.raises(InputError, match=r"holds run\.yaml, which a run"):
+        check_free(tmp_path)
+
+
 def test_checkpoints_of_others_and_unfinished_runs_stay(tmp_path):
     kept = checkpoint(tmp_path, 5)
     unfinished(tmp_path, 10)

@@ -55,7 +55,8 @@ def check_free(run_dir: Path) -> None:
         raise InputError(
             f"output_dir {str(run_dir)!r} holds checkpoints that are not rotmole's; choose another."
         )
-    if not (run_dir / MANIFEST).is_file():
+    # with the mark, `clear` was here before: the process died before it wrote the manifest
+    if not (run_dir / MANIFEST).is_file() and not (run_dir / UNFINISHED).exists():
         foreign = [name for name in (ADAPTER, *_PRODUCTS) if (run_dir / name).exists()]
         if foreign:
             raise InputError(
