@@ -32,9 +32,9 @@ PLANTED = {
         "rotmole.data.examples, line {line}, imports rotmole.data",
     ),
     "circle-through-the-library": (
-        "rotmole/optim/groups.py",
+        "rotmole/recording/record.py",
         TYPING + "from rotmole import RotMoleModel",
-        "rotmole.optim.groups, line {line}, imports rotmole",
+        "rotmole.recording.record, line {line}, imports rotmole",
     ),
     "room-back-up-by-annotation": (
         "rotmole/ops/spec.py",
