@@ -88,7 +88,8 @@ def faults(
     wide = tab.evaluate("document.documentElement.scrollWidth")
     if wide > width:
         found.append(f"{wide} pixels wide, scrolls sideways")
-    for rule in Axe().run(tab).response["violations"]:
+    # preload would read the style sheets again, which a page opened from disk may not
+    for rule in Axe().run(tab, options={"preload": False}).response["violations"]:
         if rule["impact"] in SERIOUS:
             nodes = [node["html"][:120] for node in rule["nodes"][:3]]
             found.append(f"{rule['impact']}: {rule['help']}, {len(rule['nodes'])} times: {nodes}")

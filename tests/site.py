@@ -88,11 +88,14 @@ def click_faults(pages: dict[Path, Page], folder: Path) -> Iterator[str]:
 def search_faults(browser: Any, folder: Path) -> Iterator[str]:
     """Yield what is wrong with the search, which runs in the page, without a server."""
     tab = browser.new_page()
+    said: list[str] = []
+    tab.on("console", lambda message: said.append(f"search: {message.text}"))
     tab.goto(f"{(folder / 'search.html').as_uri()}?q={SEARCHED}")
     tab.wait_for_timeout(3000)  # results arrive one after another
     found = tab.evaluate("document.querySelectorAll('#search-results li a').length")
     if found < 3:
         yield f"the search for {SEARCHED!r} finds {found} pages in 3 seconds"
+    yield from said
     tab.close()
 
 
