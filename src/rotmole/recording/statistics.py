@@ -13,8 +13,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 import torch
-from scipy.stats import chi2
 from torch import Tensor
+
+from rotmole.errors import ConfigError
 
 BINS = 72
 """Bins of a histogram of angles over [-pi, pi]: 5 degrees each."""
@@ -291,7 +292,7 @@ class LayerStatistics:
         alike = float(excess_TE.sum()) / (rows * (used - 1)) if rows and used > 1 else 1.0
         alike = max(alike, 1.0)
         free = (used - 1) * (len(tasks) - 1)
-        limit = float(chi2.ppf(0.95, free)) if free else 0.0
+        limit = _chi2_95(free) if free else 0.0
         return MutualInformation(
             value=max(of_tasks + of_experts - of_both, 0.0),
             chance=alike * free / (2 * count),
@@ -348,3 +349,14 @@ def _at_least(tokens: int) -> float:
 
 def _share_of_log(entropy: float, experts: int) -> float:
     return entropy / math.log(experts) if experts > 1 else math.nan
+
+
+def _chi2_95(free: int) -> float:
+    """Return the 95 % quantile of chi squared with that many degrees of freedom."""
+    try:
+        from scipy.stats import chi2  # takes half a second, and belongs to the extra `train`
+    except ImportError as error:
+        raise ConfigError(
+            "the chance level of mutual information needs scipy: pip install 'rotmole[train]'."
+        ) from error
+    return float(chi2.ppf(0.95, free))
