@@ -61,6 +61,22 @@ def test_what_is_unused_goes(run: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["eval", str(output), "--config", str(run / "run.yaml"), "--limit", "2"]) == 0
 
 
+def test_a_pruned_adapter_is_trained_on(run: Path, tmp_path: Path) -> None:
+    pruned, on = tmp_path / "pruned", tmp_path / "on"
+    assert main(["prune", str(run), "--output", str(pruned), "--limit", "20"]) == 0
+    content = yaml.safe_load((run / "run.yaml").read_text(encoding="utf-8"))
+    content |= {"adapter": {}, "init_from": str(pruned), "output_dir": str(on)}
+    content["training"]["learning_rate"] = 0.0
+    file = tmp_path / "on.yaml"
+    file.write_text(yaml.safe_dump(content), encoding="utf-8")
+    assert main(["train", str(file)]) == 0
+    before, after = (load_file(folder / WEIGHTS) for folder in (pruned, on / "adapter"))
+    assert before.keys() == after.keys()
+    assert all(before[n].shape == after[n].shape for n in before)
+    same = [n for n in before if not n.endswith("router_bias")]  # which moves by loads, not rates
+    assert all(torch.equal(before[n], after[n]) for n in same)
+
+
 def test_twins_are_merged_and_too_much_is_refused(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
