@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from rotmole.cli.demo import worker
 from rotmole.cli.demo.command import OURS, TWIN, clear_output, demo, make_jobs
 from rotmole.errors import InputError, RotMoleError
 from rotmole.training.folder.lock import run_lock
@@ -101,6 +102,16 @@ def test_the_shipped_settings_are_the_ones_described(tmp_path):
 
 
 @pytest.mark.heavy
+def test_a_report_that_fails_is_said(monkeypatch):
+    def fails(result, progress):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(worker, "report_of_run", fails)
+    page, words = worker._report(None, None, None)
+    assert page is None
+    assert words == "there is no report, because the disk is full (OSError)"
+
+
 def test_a_failing_side_ends_the_demo_with_its_sentence(overrides, tmp_path):
     with pytest.raises(RotMoleError, match="no_such_module") as caught:
         demo(tmp_path, 3, 0, [*overrides, "adapter.target_modules=[no_such_module]"])

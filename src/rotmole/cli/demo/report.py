@@ -49,9 +49,8 @@ def show(report: Report, outcomes: dict[str, Outcome], seconds: float) -> None:
     show_answers(report)
     print("\nOne seed decides nothing: with another seed the two adapters may change places.")
     for name in (TWIN, OURS):
-        page = outcomes[name].report
-        if page is not None:
-            print(f"\n{name}: {page[1]}\n  report: {page[0]}")
+        page, words = outcomes[name].report
+        print(f"\n{name}: {words}" + (f"\n  report: {page}" if page is not None else ""))
 
 
 def show_answers(report: Report) -> None:

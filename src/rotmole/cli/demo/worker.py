@@ -69,7 +69,7 @@ class Outcome:
         digest: of the initial A, B and router, and of the order of rows.
         unused: number of experts that no token of the last logged update chose, and of all.
         interrupted: the signal that stopped it, or None.
-        report: the page about the adapter, and its verdict; None if it could not be made.
+        report: the page about the adapter, and its verdict; no page, and why, if there is none.
     """
 
     systems: dict[str, System]
@@ -78,7 +78,7 @@ class Outcome:
     digest: str
     unused: tuple[int, int]
     interrupted: int | None = None
-    report: tuple[Path, str] | None = None
+    report: tuple[Path | None, str] = (None, "")
 
 
 class SendProgress(TrainerCallback):
@@ -143,7 +143,7 @@ def _outcome(job: Job, messages: Any, may_train: Any) -> Outcome:
     return Outcome(systems, *trained, report=_report(job, result, messages))
 
 
-def _report(job: Job, result: TrainResult, messages: Any) -> tuple[Path, str] | None:
+def _report(job: Job, result: TrainResult, messages: Any) -> tuple[Path | None, str]:
     """Write the report about the adapter; a demo without one is still a demo."""
 
     def send(what: str, done: int, total: int) -> None:
@@ -151,9 +151,11 @@ def _report(job: Job, result: TrainResult, messages: Any) -> tuple[Path, str] | 
 
     try:
         found = report_of_run(result, progress=send)
-    except Exception:
-        return None
-    return None if found is None else (result.run_dir / PAGE, headline(found))
+    except Exception as error:
+        return None, f"there is no report, because {error} ({type(error).__name__})"
+    if found is None:
+        return None, "there is no report: evaluation.report_tokens is 0"
+    return result.run_dir / PAGE, headline(found)
 
 
 def _unused(result: TrainResult) -> tuple[int, int]:
