@@ -240,6 +240,24 @@ def test_nothing_recorded_is_said() -> None:
         recorded_without_the_adapter()
 
 
+@pytest.mark.parametrize(
+    "settings", [{}, {"shared_expert_r": 3, "shared_expert_rotation": "plane"}]
+)
+def test_angles_are_those_without_dropout(settings: dict[str, Any]) -> None:
+    sums = []
+    for dropout in (0.0, 0.5):
+        first = r".*layers\.0\.self_attn\.q_proj"
+        model = adapted(lora_dropout=dropout, target_modules=first, **settings)
+        with record_routing(model.train()) as log:
+            call(model)
+        (layer,) = log.layers.values()
+        both = [layer] if layer.shared is None else [layer, layer.shared]
+        sums.append([each.total().rotation.absolute_E for each in both])
+    for plain_E, dropped_E in zip(*sums, strict=True):
+        assert (plain_E > 0).all()
+        torch.testing.assert_close(plain_E, dropped_E, rtol=1e-10, atol=0)
+
+
 def test_a_second_hook_that_runs_the_way_again_counts_nothing_twice() -> None:
     model = adapted()
 

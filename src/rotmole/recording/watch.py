@@ -6,7 +6,7 @@ are sharded are whole. The hooks are there while somebody watches, and only then
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 
 from rotmole.errors import ConfigError
+from rotmole.ops.mixture.banks import Rotated
 from rotmole.ops.mixture.dense import Turns, shared_weight, turns
+from rotmole.ops.precision import at_least_float32, without_autocast
+from rotmole.ops.rotation.table import ROTATIONS
 from rotmole.ops.routing.route import route, select_by
-from rotmole.ops.routing.selection import Routing
+from rotmole.ops.routing.selection import Routed, Routing
 from rotmole.ops.spec import Spec, Weights
 from rotmole.ops.transforms import is_transformed
 from rotmole.tuner.batch.batch import Batch, Layout
@@ -42,6 +45,8 @@ class Seen(NamedTuple):
         logits_TE: the router's; None without one. In a block-routed block its first layer has them.
         expert_TK: which expert sits in which slot, in the outer layer of a block-routed block,
             whose input has K rows for each token; None elsewhere.
+        rotated: the rotations of the routed experts and of the shared one, where the layer's way of
+            computing left them.
     """
 
     layer: RotMoleLayer
@@ -52,6 +57,7 @@ class Seen(NamedTuple):
     routing: Routing | None
     logits_TE: Tensor | None
     expert_TK: Tensor | None = None
+    rotated: Sequence[Rotated] = ()
 
     def selected(self) -> Tensor:
         """Return [T, E], True where the expert is selected; all of it for one expert."""
@@ -61,7 +67,9 @@ class Seen(NamedTuple):
         return torch.ones(len(x_TD), 1, dtype=torch.bool, device=x_TD.device)
 
     def turns(self) -> tuple[Turns, Tensor] | None:
-        """Compute the rotations of the routed experts again; dropout is left out.
+        """Return the rotations of the routed experts, without dropout.
+
+        They are the forward pass's own where it left them, and are computed again where not.
 
         Returns:
             (the turns of N rows, [N, E] which of them count), N being T, or K T in the outer layer
@@ -76,6 +84,8 @@ class Seen(NamedTuple):
             each_E = torch.arange(spec.num_experts, device=selected_TE.device)
             sits_KTE = self.expert_TK.mT.unsqueeze(-1) == each_E
             counted_NE = (sits_KTE & selected_TE).flatten(0, 1)
+        if self.rotated:
+            return _measured(spec, self.rotated[0]), counted_NE
         dtype = compute_dtype(self.call.x_TD, experts.expert_A, spec)
         weights = experts.weights().cast(spec, dtype)
         return _in_pieces(
@@ -83,7 +93,7 @@ class Seen(NamedTuple):
         ), counted_NE
 
     def shared(self) -> tuple[Tensor, Turns | None] | None:
-        """Compute the shared expert's weight [T, 1] and rotation again; None without one."""
+        """Return the shared expert's weight [T, 1] and rotation; None without one."""
         spec, weights = self.experts.spec.shared, self.experts.weights().shared
         if spec is None or weights is None:
             return None
@@ -91,9 +101,19 @@ class Seen(NamedTuple):
         weight_T1 = shared_weight(x_TD, weights)
         if spec.rotation == "none":
             return weight_T1, None
+        if self.rotated:
+            return weight_T1, _measured(spec, self.rotated[1])
         dtype = compute_dtype(x_TD, self.experts.expert_A, self.experts.spec)
         all_T1 = torch.ones_like(weight_T1, dtype=torch.bool)
         return weight_T1, _in_pieces(spec, x_TD, dtype, weights.cast(spec, dtype), all_T1)
+
+
+def _measured(spec: Spec, rotated: Rotated) -> Turns:
+    """Return what `turns` computes, from the values of a forward pass."""
+    z_ERT, turned_ERT, gate, _ = rotated
+    with without_autocast(z_ERT):
+        angle_EMT = ROTATIONS[spec.rotation].angle(z_ERT, turned_ERT, gate)
+    return Turns(angle_EMT, z_ERT, turned_ERT)
 
 
 def _in_pieces(
@@ -204,14 +224,20 @@ class _Watched:
         self.shown = True
         follows = call.block is not None and not call.block.part.leads
         block_pass = call.block.shared() if follows else None
-        result = self.add(experts, ways, call)
+        rotated: list[Rotated] = []
+        result = self.add(experts, ways, call._replace(rotated=rotated))
         with torch.no_grad():
-            self.observe(_seen(self.layer, experts, call, result[1], block_pass))
+            self.observe(_seen(self.layer, experts, call, result[1], block_pass, rotated))
         return result
 
 
 def _seen(
-    layer: RotMoleLayer, experts: Experts, call: Call, routed: Any, block_pass: BlockPass | None
+    layer: RotMoleLayer,
+    experts: Experts,
+    call: Call,
+    routed: Routed | None,
+    block_pass: BlockPass | None,
+    rotated: Sequence[Rotated],
 ) -> Seen:
     x, expert_TK = call.x, None
     batch = layer.rotmole_stack.batch(layer.rotmole_block)
@@ -227,8 +253,17 @@ def _seen(
     elif routed is not None:
         logits_TE, routing = routed.logits_TE, routed.routing
         if routing is None:  # made inside the fused function
-            routing = select_by(experts.spec, logits_TE)
+            routing = _made_inside(experts.spec, routed, rotated)
     elif experts.has_router:  # cached decoding keeps none
         weights: Weights = experts.weights()
         logits_TE, routing = route(experts.spec, call.x_TD, weights, tokens=call.tokens)
-    return Seen(layer, experts, call, batch, batch.layout(x), routing, logits_TE, expert_TK)
+    layout = batch.layout(x)
+    return Seen(layer, experts, call, batch, layout, routing, logits_TE, expert_TK, rotated)
+
+
+def _made_inside(spec: Spec, routed: Routed, rotated: Sequence[Rotated]) -> Routing:
+    """Return the routing that the fused function made, again where it left none."""
+    if not rotated or rotated[0].weight_ET is None:
+        return select_by(spec, routed.logits_TE)
+    probability_TE = torch.softmax(at_least_float32(routed.logits_TE), dim=-1)
+    return Routing(rotated[0].weight_ET.mT, routed.selected(), probability_TE)

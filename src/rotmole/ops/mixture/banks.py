@@ -11,7 +11,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rotmole.ops.rotation.table import Gate
 from rotmole.ops.spec import Spec
+
+
+class Rotated(NamedTuple):
+    """One bank's activations before and after rotation, all in at least float32.
+
+    Attributes:
+        z_ERT, turned_ERT: [E, R, T].
+        gate: what the rotation read besides z.
+        weight_ET: what the bank's router made, 0 where not selected; None if it made none.
+    """
+
+    z_ERT: Tensor
+    turned_ERT: Tensor
+    gate: Gate
+    weight_ET: Tensor | None
 
 
 class How(NamedTuple):
@@ -23,11 +39,14 @@ class How(NamedTuple):
         dtype: type of the products with A, B and the vector gate; gates, routing and rotation are
             computed in at least float32.
         keep_scale: what kept inputs are multiplied by under dropout, 1 / (1 - p).
+        rotated: where the forward pass leaves its rotations, bank by bank, for who looks on; None:
+            nobody does.
     """
 
     spec: Spec
     dtype: torch.dtype
     keep_scale: float = 1.0
+    rotated: list[Rotated] | None = None
 
 
 class Bank(NamedTuple):

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rotmole.ops.mixture.banks import Bank, Gradients, How, Parts, Saved
+from rotmole.ops.mixture.banks import Bank, Gradients, How, Parts, Rotated, Saved
 from rotmole.ops.mixture.products import add_product, project, project_all, read_gate
 from rotmole.ops.precision import at_least_float32
 from rotmole.ops.rotation.adjoint import Adjoint, adjoint
@@ -118,7 +118,7 @@ def forward(how: How, parts: Parts) -> tuple[Tensor, Tensor | None, list[Saved]]
     m_NT, saved = [], []
     for (spec, bank), read in zip(banks, reads, strict=True):
         given = parts.weight_TE if bank is parts.routed else None
-        m_ERT, kept = _weighted(spec, bank, read, given)
+        m_ERT, kept = _weighted(how, spec, bank, read, given)
         m_NT.append(m_ERT.to(how.dtype).flatten(0, 1))
         saved.append(kept)
     B_NO = _stack([bank.B_ERO.flatten(0, 1) for _, bank in banks]).to(how.dtype)
@@ -127,15 +127,17 @@ def forward(how: How, parts: Parts) -> tuple[Tensor, Tensor | None, list[Saved]]
     return y_TO, None if logits_ET is None else logits_ET.mT, saved
 
 
-def _weighted(spec: Spec, bank: Bank, read: Read, weight_TE: Tensor | None) -> tuple[Tensor, Saved]:
+def _weighted(
+    how: How, spec: Spec, bank: Bank, read: Read, weight_TE: Tensor | None
+) -> tuple[Tensor, Saved]:
     """Return s g_e R_e(x)[z_e] of each expert of a bank, and what its way back needs."""
     z_ERT, logits_ET, vector, angle, few_NT = read
     weight_KT = index_KT = probability_ET = None
     if spec.rotation_input == "router" and few_NT is None:
         few_NT = logits_ET
-    weight_ET = None if weight_TE is None else weight_TE.mT
+    made_ET = None
     if logits_ET is not None and spec.scoring == "sigmoid":  # the shared expert's gate
-        weight_ET = weight_KT = torch.sigmoid(logits_ET)
+        made_ET = weight_KT = torch.sigmoid(logits_ET)
     elif logits_ET is not None:
         weight_KT, index_KT, probability_ET = choose(
             logits_ET,
@@ -143,7 +145,7 @@ def _weighted(spec: Spec, bank: Bank, read: Read, weight_TE: Tensor | None) -> t
             selection=spec.selection,
             norm_topk_prob=spec.norm_topk_prob,
         )
-        weight_ET = spread_chosen(weight_KT, index_KT, len(logits_ET))
+        made_ET = spread_chosen(weight_KT, index_KT, len(logits_ET))
         if index_KT is not None:
             index_KT = index_KT.to(torch.uint8 if len(logits_ET) <= 256 else torch.int32)
     rotate = ROTATIONS[spec.rotation].rotate
@@ -151,7 +153,11 @@ def _weighted(spec: Spec, bank: Bank, read: Read, weight_TE: Tensor | None) -> t
     each_ERT = z_ERT.expand(bank.B_ERO.shape[0], -1, -1)  # one A may serve all experts
     if spec.small_gates:
         vector, angle = _small(bank, few_NT, each_ERT)
-    turned_ERT = rotate(each_ERT, Gate(vector, angle, _wide(bank.center_ER)))
+    gate = Gate(vector, angle, _wide(bank.center_ER))
+    turned_ERT = rotate(each_ERT, gate)
+    if how.rotated is not None:
+        how.rotated.append(Rotated(each_ERT, turned_ERT, gate, made_ET))
+    weight_ET = made_ET if weight_TE is None else weight_TE.mT
     if weight_ET is None:
         m_ERT = spec.scale * turned_ERT
     else:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rotmole.errors import ModelError
-from rotmole.ops.mixture.banks import How
+from rotmole.ops.mixture.banks import How, Rotated
 from rotmole.ops.mixture.dense import mixture
 from rotmole.ops.mixture.fused import can_fuse, fused_mixture
 from rotmole.ops.mixture.grouped import grouped_mixture
@@ -48,6 +48,7 @@ class Call(NamedTuple):
         base_TO: [T, O] W x, which the fused and packed way add to as they go; None leaves it out.
         decoding: given if every row is one new token of a sequence.
         block: given if the layer belongs to a block-routed block.
+        rotated: where the fused way leaves its rotations if nothing is dropped; None: nowhere.
     """
 
     x: Tensor
@@ -57,6 +58,7 @@ class Call(NamedTuple):
     base_TO: Tensor | None = None
     decoding: Decoding | None = None
     block: BlockCall | None = None
+    rotated: list[Rotated] | None = None
 
 
 class Way(NamedTuple):
@@ -173,7 +175,8 @@ def _dropout_mask(x_TD: Tensor, dropout: nn.Module) -> tuple[Tensor | None, floa
 def _fused(experts: Experts, call: Call) -> Added:
     spec, weights, x_TD = experts.spec, experts.weights(), call.x_TD
     keep_TD, keep_scale = _dropout_mask(x_TD, call.dropout)
-    how = How(spec, compute_dtype(x_TD, experts.expert_A, spec), keep_scale)
+    rotated = call.rotated if keep_TD is None else None
+    how = How(spec, compute_dtype(x_TD, experts.expert_A, spec), keep_scale, rotated)
     if _routes_inside(spec):
         y_TO, logits_TE, index_KT = fused_mixture(
             how, x_TD, weights, keep_TD=keep_TD, base_TO=call.base_TO
