@@ -122,7 +122,7 @@ def test_transformers_chat(server, alone, tmp_path):
     """Its console script, which refuses to speak to any server if the hub is to be left alone."""
     command = [sys.executable, "-m", "rotmole_cli.exec", "transformers", "chat"]
     done = subprocess.run(
-        [*command, "red", f"{server.url}/v1", "max_new_tokens=12", "do_sample=False"],
+        [*command, "red", server.url, "max_new_tokens=12", "do_sample=False"],
         input="the film\nn\n!exit\n", capture_output=True, text=True, cwd=tmp_path, timeout=120,
         env=os.environ | {"COLUMNS": "200", "HF_HUB_OFFLINE": "0"}, check=False,
     )  # fmt: skip
