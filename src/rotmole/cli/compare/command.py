@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from rotmole.evaluation.render import print_lines, print_table
 from rotmole.models.builtin import built_in_named
 from rotmole.models.load import load_tokenizer
 
-INTERVAL = 1.0
+INTERVAL = 4.0
 """Seconds between two looks at the folder."""
 
 
@@ -128,9 +129,8 @@ def _run(
         worker.start()
     try:
         with _shown(study, jobs, since) as show:
-            while any(worker.is_alive() for worker in workers):
-                for worker in workers:
-                    worker.join(INTERVAL / jobs)
+            while alive := [worker.sentinel for worker in workers if worker.is_alive()]:
+                wait(alive, INTERVAL)
                 show()
     except BaseException as error:
         for worker in workers:
