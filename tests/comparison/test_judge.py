@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from judged_cases import FACTS, made_results
 from rotmole.comparison.judge import judge
 from rotmole.comparison.judgement import read_judgement, write_judgement
 from rotmole.comparison.results import Row
+from rotmole.comparison.tables import remarks, screen
 from rotmole.errors import InputError
 
 
@@ -239,6 +241,40 @@ def test_study_json_reads_back_and_keeps_the_clock_apart(tmp_path):
     ))  # fmt: skip
     assert first.pop("clock") != second.pop("clock")
     assert first == second
+
+
+def test_held_out_tasks_have_a_measure_of_their_own_and_change_no_other():
+    shifts = {"lora": 0, "good": -0.1, "bad": 0.1}
+    tasks = {"dates": ("de", "fr"), "units": ("de", "fr"), "dutch": ("nl",), "greek": ()}
+    results = made_results(shifts, tasks=tasks)
+    judged = judge(replace(results, held_out=("dutch", "greek")))
+    seen = [
+        replace(
+            cell,
+            rows={n: row for n, row in cell.rows.items() if row.task in ("dates", "units")},
+            figures={n: f for n, f in cell.figures.items() if n in ("dates", "units")},
+        )
+        for cell in results.final
+    ]
+    alone = judge(replace(results, final=tuple(seen)))
+    *others, unseen = judged.measures
+    assert (tuple(others), unseen.name) == (alone.measures, "held-out nll")
+    assert [s for s in judged.scores if s.measure != unseen.name] == list(alone.scores)
+    assert [d for d in judged.differences if d.measure != unseen.name] == list(alone.differences)
+    assert judged.claims == alone.claims
+    for cell in results.final:
+        by_part = [
+            [row.nll for row in cell.rows.values() if row.task == t] for t in ("dutch", "greek")
+        ]
+        score = judged.score(cell.method, unseen.name)
+        assert score.by_seed[cell.seed] == pytest.approx(np.mean([np.mean(v) for v in by_part]))
+    for name in ("good", "bad"):
+        difference = judged.difference(name, unseen.name)
+        assert (difference.verdict, difference.adjusted) == ("", None)
+        assert difference.estimate.value == pytest.approx(shifts[name], abs=0.03)
+    assert "held-out" not in remarks(judged)[1]
+    shown = dict(screen(judged))["NLL of held-out tasks minus that of lora"]
+    assert [line[0] for line in shown] == ["method", "good", "bad"]
 
 
 @pytest.mark.parametrize("text", ["{}", "not json", '{"format": 1}'])

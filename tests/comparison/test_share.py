@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 from safetensors.torch import load_file
 
 import warm
@@ -16,7 +17,7 @@ from rotmole.comparison.judge import judge
 from rotmole.comparison.judgement import write_judgement
 from rotmole.comparison.plan import make_plan
 from rotmole.comparison.results import PLAN, read_results
-from rotmole.comparison.share import fix_machine, work
+from rotmole.comparison.share import check_cells, fix_machine, work
 from rotmole.comparison.study import load_study
 from rotmole.errors import ConfigError, InputError, NonFiniteError
 from rotmole.training.run import train
@@ -237,3 +238,27 @@ def test_one_cell_alone(study_yaml, tmp_path):
 def test_no_study_folder(tmp_path: Path):
     with pytest.raises(InputError, match=r"no readable plan.json"):
         read_results(tmp_path)
+
+
+def test_held_out_tasks_are_scored_and_not_trained_on(study_yaml, tmp_path):
+    data = study_yaml.parent / "data"
+    files = {"train": "sums.train.jsonl", "test": "sums.validation.jsonl"}
+    unseen = {"files": {split: str(data / name) for split, name in files.items()}}
+    changes = ["tune=null", "seeds=[0]", "training.max_steps=2"]
+    held_out = f"held_out.unseen={json.dumps(unseen | {'source': 'jsonl'})}"
+    study = load_study(study_yaml, [*changes, held_out], output=tmp_path / "out")
+    assert work(study, fix_machine(study)).failed == {}
+    results = read_results(tmp_path / "out")
+    assert results.held_out == ("unseen",)
+    for cell in results.final:
+        assert {row.task for row in cell.rows.values()} == {"colours", "sums", "unseen"}
+        run = yaml.safe_load((cell.folder / "run.yaml").read_text(encoding="utf-8"))
+        assert list(run["data"]["tasks"]) == ["colours", "sums"]
+    judged = judge(results)
+    assert {s.task for s in judged.scores if s.measure == "nll"} == {"", "colours", "sums"}
+    assert {s.task for s in judged.scores if s.measure == "held-out nll"} == {"", "unseen"}
+    assert judged.score("moe", "held-out nll").value > 0
+    other = load_study(study_yaml, changes, output=tmp_path / "out")
+    cells = make_plan(other).cells
+    with pytest.raises(ConfigError, match=r"held_out is .* in the study"):
+        check_cells(other, cells, fix_machine(other))

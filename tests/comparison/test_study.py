@@ -61,6 +61,14 @@ def test_mistakes_of_base_are_said_once_and_those_of_a_method_with_its_name(stud
     assert "methods.moe.training.lerning_rate: there is no such setting" in text
 
 
+def test_mistakes_of_held_out_tasks(study_yaml):
+    text = problems(study_yaml, "held_out.colours.source=locale", "held_out.dutch.sauce=locale")
+    assert "held_out.colours: base trains on a task of that name; give it another" in text
+    text = problems(study_yaml, "held_out.dutch.source=locale", "held_out.dutch.kind=datse")
+    assert "held_out.dutch: kind 'datse' is not known" in text
+    assert "did you mean 'dates'" in text
+
+
 def test_rules_between_settings(study_yaml):
     text = problems(
         study_yaml, "baseline=lore", "metrics=[nll, exact_macth]", "common=[target_modles]",

@@ -96,8 +96,10 @@ def note_failure(study: Study, cell: Cell, error: BaseException) -> None:
     atomic_write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
-def run_of(study: Study, cell: Cell, machine: Mapping[str, Any]) -> RunFile:
-    """Return the run of a cell."""
+def run_of(
+    study: Study, cell: Cell, machine: Mapping[str, Any], *, held_out: bool = False
+) -> RunFile:
+    """Return the run of a cell, or the same with the tasks that no cell trains on."""
     section = {"dtype": machine["dtype"], "device": machine["device"]}
     return study.run_of(
         cell.method,
@@ -105,6 +107,7 @@ def run_of(study: Study, cell: Cell, machine: Mapping[str, Any]) -> RunFile:
         settings=dict(cell.settings),
         folder=study.folder / cell.name,
         machine=section,
+        held_out=held_out,
     )
 
 
@@ -117,6 +120,10 @@ def changes(study: Study, cell: Cell, machine: Mapping[str, Any]) -> list[str]:
         return []
     now = _flat(yaml.safe_load(resolved_yaml(run_of(study, cell, machine))))
     names = [n for n in {**there, **now} if not n.startswith(_PLACES)]
+    if cell.stage == FINAL and is_done(study, cell):
+        content = json.loads((study.folder / cell.name / CELL).read_text(encoding="utf-8"))
+        there["held_out"], now["held_out"] = content.get("held_out", {}), study.file.held_out
+        names.append("held_out")
     return [
         f"{cell.name}: {name} is {there.get(name)!r} there and {now.get(name)!r} in the study"
         for name in names
@@ -170,7 +177,10 @@ def run_cell(
             raise
         trained = _diverged(study, cell, folder, error)
     if cell.stage == FINAL:
-        _score(study, run, folder, sources)
+        runs = [run]
+        if study.file.held_out:
+            runs.append(run_of(study, cell, machine, held_out=True))
+        _score(study, runs, folder, sources)
     sized = study.sized[cell.method]
     content = {
         "method": cell.method,
@@ -182,6 +192,7 @@ def run_cell(
         "gate_parameters": sized.gates,
         "difference": sized.difference,
         "equal": sized.equal,
+        **({"held_out": study.file.held_out} if cell.stage == FINAL else {}),
         **trained,
         "seconds": round(time.monotonic() - started, 3),
         "facts": dict(machine) | _papers(folder),
@@ -243,17 +254,18 @@ def _diverged(study: Study, cell: Cell, folder: Path, error: NonFiniteError) -> 
     }
 
 
-def _score(study: Study, run: RunFile, folder: Path, sources: SharedSources) -> None:
-    """Score the split that the study names, once."""
+def _score(study: Study, runs: Sequence[RunFile], folder: Path, sources: SharedSources) -> None:
+    """Score the split that the study names, once.
+
+    Args:
+        runs: the cell's, and the same with the tasks that it did not train on, if there are some.
+    """
+    run, *_ = runs
     loaded = sources.model(run.model, lambda text: None)
-    rows = sources.examples(run, loaded.tokenizer, run_date(folder))[run.evaluation.split]
-    rows = {task: examples for task, examples in rows.items() if examples}
-    if not rows:
-        raise ConfigError(
-            f"no task has rows in split {run.evaluation.split!r}; give the tasks files for it, or "
-            "write another split in the study file"
-        )
-    metrics = {task: _metrics(study, run, task, examples) for task, examples in rows.items()}
+    rows, metrics = {}, {}
+    for part in runs:
+        for task, examples in _rows(part, loaded.tokenizer, folder, sources).items():
+            rows[task], metrics[task] = examples, _metrics(study, part, task, examples)
     section = run.evaluation.model_copy(update={"before": False})
     shown = {}
     if section.examples_in_prompt:
@@ -267,6 +279,20 @@ def _score(study: Study, run: RunFile, folder: Path, sources: SharedSources) -> 
         max_length=sft_arguments(run)["max_length"],
     )  # fmt: skip
     write_files(report, origin(run, folder / ADAPTER, loaded.name, loaded.note), folder)
+
+
+def _rows(
+    run: RunFile, tokenizer: Any, folder: Path, sources: SharedSources
+) -> dict[str, Sequence[Any]]:
+    """Return the rows to score, task by task."""
+    rows = sources.examples(run, tokenizer, run_date(folder))[run.evaluation.split]
+    rows = {task: examples for task, examples in rows.items() if examples}
+    if not rows:
+        raise ConfigError(
+            f"no task has rows in split {run.evaluation.split!r}; give the tasks files for it, or "
+            "write another split in the study file"
+        )
+    return rows
 
 
 def _metrics(study: Study, run: RunFile, task: str, rows: Sequence[Any]) -> list[str]:

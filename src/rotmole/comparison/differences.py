@@ -13,7 +13,7 @@ from typing import Any
 from rotmole.comparison import judgement as words
 from rotmole.comparison.judgement import Difference, Measure
 from rotmole.comparison.results import NLL
-from rotmole.comparison.scores import OWN, Part, Scores
+from rotmole.comparison.scores import HELD_OUT, OWN, Part, Scores
 from rotmole.evaluation.metrics import METRICS
 from rotmole.evaluation.paired import LEVEL, Paired, detectable, holm, paired, seeds_needed
 
@@ -34,7 +34,7 @@ def parts_of(by_unit: ByUnit) -> list[tuple[str, Part]]:
 
 
 def measures_of(own: Mapping[str, str]) -> tuple[Measure, ...]:
-    """Return what is judged.
+    """Return what claims are about.
 
     Args:
         own: task -> its own metric.
@@ -107,14 +107,15 @@ def claimed(
     higher = {measure.name: measure.higher_is_better for measure in measures}
     return tuple(
         d
-        if d.task
+        if d.task or d.measure == HELD_OUT
         else _verdict(d, adjusted.get(id(d)), claims, higher_is_better=higher[d.measure])
         for d in differences
     )
 
 
 def _in_family(difference: Difference, equal: Sequence[str]) -> bool:
-    return not difference.task and difference.method in equal
+    claimed = not difference.task and difference.measure != HELD_OUT
+    return claimed and difference.method in equal
 
 
 def _verdict(

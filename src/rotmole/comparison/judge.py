@@ -28,15 +28,18 @@ from rotmole.comparison.judgement import (
     Clock,
     Curve,
     Judgement,
+    Measure,
     Method,
     Score,
     Trial,
 )
 from rotmole.comparison.results import Point, Result, Results
-from rotmole.comparison.scores import own_metrics, scores
+from rotmole.comparison.scores import HELD_OUT, own_metrics, scores
 from rotmole.errors import InputError
 from rotmole.evaluation.paired import seeds_needed
 from rotmole.units import count_word
+
+UNSEEN = Measure(HELD_OUT, "NLL of held-out tasks", higher_is_better=False)
 
 PAIRING_FACTS = ("dtype", "device", "threads", "processor")
 """Cells that differ in one of these are not paired."""
@@ -62,10 +65,11 @@ def judge(results: Results) -> Judgement:
             f"no final cell of the baseline {results.baseline!r} is finished; run "
             "`rotmole compare` again, which goes on where it stopped."
         )
-    own = own_metrics(results.final, results.metrics)
+    known = own_metrics(results.final, results.metrics)
+    own = {task: metric for task, metric in known.items() if task not in results.held_out}
     measures = measures_of(own)
     by_cell = {
-        name: {seed: scores(cell, own) for seed, cell in seeds.items()}
+        name: {seed: scores(cell, own, results.held_out) for seed, cell in seeds.items()}
         for name, seeds in cells.items()
     }
     pairs, notes = _pairs(cells, results.baseline)
@@ -75,7 +79,7 @@ def judge(results: Results) -> Judgement:
     return Judgement(
         headline=_headline(tuned, len(results.seeds), claims),
         baseline=results.baseline,
-        measures=measures,
+        measures=(*measures, *([UNSEEN] if results.held_out else [])),
         own_metrics=own,
         seeds=tuple(results.seeds),
         claims=claims,

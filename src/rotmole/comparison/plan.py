@@ -147,6 +147,7 @@ def write_plan(study: Study, plan: Plan, facts: Mapping[str, Any]) -> Path:
         "equal": file.equal,
         "metrics": file.metrics,
         "split": file.split,
+        "held_out": list(file.held_out),
         "seeds": file.seeds,
         "tuning_seeds": file.tune.seeds if file.tune else [],
         "grid": plan.grid,

@@ -124,6 +124,7 @@ class Results:
         plan: plan.json: methods, target of parameters, tuning grid, chosen settings.
         tuning, final: finished cells of each stage.
         missing: folders of cells that the plan has and that are not finished.
+        held_out: tasks that no cell trains on.
     """
 
     baseline: str
@@ -134,6 +135,7 @@ class Results:
     tuning: tuple[Result, ...]
     final: tuple[Result, ...]
     missing: tuple[str, ...]
+    held_out: tuple[str, ...] = ()
 
 
 def read_results(study: Path) -> Results:
@@ -159,6 +161,7 @@ def read_results(study: Path) -> Results:
         metrics=tuple(plan["metrics"]),
         seeds=tuple(plan["seeds"]),
         plan=plan,
+        held_out=tuple(plan.get("held_out", ())),
         tuning=tuple(cell for cell in found if cell.stage == TUNING),
         final=tuple(cell for cell in found if cell.stage == FINAL),
         missing=tuple(name for name, cell in cells.items() if cell is None),

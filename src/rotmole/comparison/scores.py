@@ -4,6 +4,9 @@
     score(cell, task)  = mean over its groups
     score(cell)        = mean over the groups of all tasks, each with the same weight
 
+Tasks that no cell trains on (`held_out`) have a measure of their own, their NLL, and count in no
+other.
+
 A task's own metric is the first of the study's metrics that its rows have, perplexity left out,
 which says the same as NLL. A metric of many rows, such as matthews, is that of the whole task.
 """
@@ -11,17 +14,21 @@ which says the same as NLL. A metric of many rows, such as matthews, is that of 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from statistics import fmean
 from typing import Protocol
 
 from rotmole.comparison.results import NLL, Row
 
 OWN = "own metric"
+HELD_OUT = "held-out nll"
 PERPLEXITY = "perplexity"
 Part = tuple[str, str]
 Scores = dict[str, dict[Part, float]]
-"""measure ("nll", "own metric") -> (task, group) -> score; group "" is the task, both "" is all."""
+"""measure ("nll", "own metric", "held-out nll") -> (task, group) -> score.
+
+Group "" is the task, both "" is all.
+"""
 
 
 class Scored(Protocol):
@@ -54,19 +61,25 @@ def own_metrics(cells: Sequence[Scored], metrics: Sequence[str]) -> dict[str, st
     return {task: metric for task, metric in chosen.items() if metric is not None}
 
 
-def scores(cell: Scored, own: Mapping[str, str]) -> Scores:
+def scores(cell: Scored, own: Mapping[str, str], held_out: Collection[str] = ()) -> Scores:
     """Return the scores of a cell by measure and part.
 
     Args:
         cell: finished, with rows.
         own: task -> its own metric.
+        held_out: tasks that the cell did not train on.
     """
     parts: dict[Part, list[str]] = {}
     for name, row in cell.rows.items():
         parts.setdefault((row.task, row.group), []).append(name)
     nll = {part: fmean(cell.rows[name].nll for name in names) for part, names in parts.items()}
-    result = {NLL: _totals(nll)}
+    result = {
+        measure: _totals(values)
+        for measure, is_held_out in ((NLL, False), (HELD_OUT, True))
+        if (values := {p: v for p, v in nll.items() if (p[0] in held_out) == is_held_out})
+    }
     values: dict[Part, float] = {}
+    own = {task: metric for task, metric in own.items() if task not in held_out}
     for part, names in parts.items():
         metric = own.get(part[0])
         found = [cell.rows[name].metrics.get(metric or "") for name in names]

@@ -84,6 +84,7 @@ class Study:
         folder: str | Path | None = None,
         machine: Mapping[str, Any] | None = None,
         check: bool = False,
+        held_out: bool = False,
     ) -> RunFile:
         """Make the run of one cell.
 
@@ -94,6 +95,7 @@ class Study:
             folder: the run folder; None is one below the study's.
             machine: model.dtype and model.device, as they were resolved for the study.
             check: look at the data's files and at the fit of the adapter as well.
+            held_out: the same with the tasks that no cell trains on in place of base's.
 
         Raises:
             ConfigError: settings are wrong.
@@ -102,6 +104,8 @@ class Study:
         raw |= {"output_dir": str(folder or self.folder / method), "seed": seed}
         raw["model"] = {**(raw.get("model") or {}), **(machine or {})}
         raw["evaluation"] = {**(raw.get("evaluation") or {}), "split": self.file.split}
+        if held_out:
+            raw["data"] = {**(raw.get("data") or {}), "tasks": copy.deepcopy(self.file.held_out)}
         fits = partial(adapter_problems, trust_remote_code=self.trust_remote_code)
         with warnings.catch_warnings():
             if not check:  # shown once, when the study was read
@@ -201,7 +205,7 @@ def load_study(
             "base.experts_from: the methods of a study start anew; leave it out, and compare such "
             "runs by rotmole eval."
         )
-    problems += _rules(file) + _method_problems(study)
+    problems += _rules(file) + _method_problems(study) + _held_out_problems(study)
     if not problems:
         if say is not None:
             say("counting parameters")
@@ -315,6 +319,26 @@ def _method_problems(study: Study) -> list[str]:
     for method, own in found.items():
         problems += [f"methods.{method}.{p}" for p in own if p not in shared]
     return problems
+
+
+def _held_out_problems(study: Study) -> list[str]:
+    """Check the tasks that no cell trains on."""
+    names, tasks = study.file.held_out, (study.file.base.get("data") or {}).get("tasks") or {}
+    problems = [
+        f"held_out.{name}: base trains on a task of that name; give it another name."
+        for name in names
+        if name in tasks
+    ]
+    if not names or problems:
+        return problems
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            study.run_of(next(iter(study.file.methods)), check=True, held_out=True)
+    except ConfigError as error:
+        places = [p for p in error.problems if p.startswith("data.tasks.")]
+        return [f"held_out.{p.removeprefix('data.tasks.')}" for p in places]
+    return []
 
 
 def _repeat(notices: Mapping[str, set[Notice]]) -> None:

@@ -141,6 +141,12 @@ class StudyFile(Section):
         default="test", description="Split that the final cells are scored on, once.",
         examples=["validation"],
     )  # fmt: skip
+    held_out: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="Tasks that no cell trains on, as under `data.tasks`. The final cells are "
+        "scored on them too, as a measure of its own that is part of no claim.",
+        examples=[{"dutch": {"source": "locale", "kind": "dates", "languages": ["nl"]}}],
+    )
     threads: int | None = Field(
         default=None,
         ge=1,

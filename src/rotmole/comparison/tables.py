@@ -15,6 +15,7 @@ from rotmole.comparison.judgement import (
     Method,
 )
 from rotmole.comparison.results import NLL
+from rotmole.comparison.scores import HELD_OUT
 from rotmole.evaluation.paired import LEVEL, Paired
 from rotmole.units import duration
 
@@ -153,7 +154,8 @@ def tried(judgement: Judgement) -> dict[tuple[str, Settings], list[float]]:
 
 def remarks(judgement: Judgement) -> list[str]:
     """Return sentences that say how to read the tables, and what has to be known."""
-    baseline, measures = judgement.baseline, [measure.label for measure in judgement.measures]
+    baseline = judgement.baseline
+    measures = [m.label for m in judgement.measures if m.name != HELD_OUT]
     equal = str(judgement.study.get("equal", "parameters")).replace("_", " ")
     lines = [
         f"Differences are to {baseline}, paired by seed: [low, high] is a 95 % interval over seeds "
@@ -205,7 +207,7 @@ def relative(method: Method) -> str:
 
 def figure(measure: Measure, value: float | None, *, signed: bool = False) -> str:
     """Write a score or a difference of a measure, "-" if there is none."""
-    digits = 4 if measure.name == NLL else 3
+    digits = 4 if measure.name in (NLL, HELD_OUT) else 3
     if value is None or not math.isfinite(value):
         return DASH
     return f"{value:{'+' if signed else ''}.{digits}f}"
