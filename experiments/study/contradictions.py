@@ -2,7 +2,7 @@
 
     python experiments/study/contradictions.py FOLDER [--seed N]
 
-The prompt is "WORD: NUMBER ->". Every task has the same numbers in each split, and no number stands in
+The prompt is "WORD: NUMBER ->". All tasks have the same numbers in a split, and no number stands in
 two splits: 600 to train on, 24 to validate on, 60 to test on.
 """
 
