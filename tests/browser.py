@@ -30,8 +30,8 @@ def pages(folder: Path) -> list[Path]:
     from inspected_cases import made_inspection
     from judged_cases import made_results
     from rotmole.comparison.judge import judge
-    from rotmole.comparison.page import PAGE, write_pages
-    from rotmole.inspection.report import write_report
+    from rotmole.comparison.pages.page import PAGE, write_pages
+    from rotmole.inspection.pages.report import write_report
 
     study = folder / "study"
     shifts = {"lora": 0.0, "moe_lora": 0.05, "rotmole": -0.05}

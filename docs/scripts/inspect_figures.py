@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from rotmole.drawing import standalone
-from rotmole.inspection.curves import curves_of
-from rotmole.inspection.figures import convergence, plots
 from rotmole.inspection.inspection import ALL, FILE, Inspection
-from rotmole.inspection.plot import Plot
-from rotmole.inspection.turning import most_turned
+from rotmole.inspection.pages.curves import curves_of
+from rotmole.inspection.pages.figures import convergence, plots
+from rotmole.inspection.pages.plot import Plot
+from rotmole.inspection.pages.turning import most_turned
 
 ROOT = Path(__file__).parents[2]
 RECORD = ROOT / "experiments" / "results" / "inspect_demo.json.gz"

@@ -16,7 +16,7 @@ import yaml
 from safetensors.torch import load_file
 
 from rotmole.inspection.inspection import Inspection
-from rotmole.inspection.report import headline
+from rotmole.inspection.pages.report import headline
 from rotmole.training.callbacks.metrics import read_metrics
 from rotmole.training.checkpoints.find import find_resume
 from rotmole.training.folder.lock import run_lock

@@ -9,7 +9,7 @@ import pytest
 from peft import LoraConfig, PeftConfig
 
 from judged_cases import FACTS
-from rotmole.comparison.method_comparison import FOLDER
+from rotmole.comparison.pages.method_comparison import FOLDER
 from rotmole.comparison.report import write_report
 from rotmole.comparison.results import Results, read_results
 from rotmole.config.load import resolved_yaml

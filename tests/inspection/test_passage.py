@@ -13,9 +13,9 @@ import rotmole
 from planted_cases import FIRST, RIGHT_ANGLE, SECOND, Words, inspected, layers, mixture
 from rotmole.inspection.inspect import Request
 from rotmole.inspection.inspection import Inspection
+from rotmole.inspection.pages.summary import token_lines
 from rotmole.inspection.passage import matching, passage_of
 from rotmole.inspection.reach import reach_of
-from rotmole.inspection.summary import token_lines
 
 TEXT = "5 60 7 61"
 

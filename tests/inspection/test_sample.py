@@ -9,7 +9,7 @@ import pytest
 import rotmole
 from planted_cases import Words
 from rotmole.data import load_splits
-from rotmole.inspection.curves import curves_of
+from rotmole.inspection.pages.curves import curves_of
 from rotmole.inspection.sample import sample_of, sample_of_text, tokens_of
 from rotmole.models.load import load_tokenizer
 from training_cases import run_file, write_data, write_model

@@ -13,10 +13,10 @@ from typing import Any
 from rotmole.cli.eval import chosen_tasks, load_rows, section_words, tell_without_effect, with_data
 from rotmole.cli.screen import note, progress
 from rotmole.comparison.judgement import Measure
+from rotmole.comparison.pages.tables import interval
 from rotmole.comparison.results import figures_of, rows_of
 from rotmole.comparison.runs import Run, RunDifferences, check_same_rows, compare_runs
 from rotmole.comparison.shared import SharedSources
-from rotmole.comparison.tables import interval
 from rotmole.config.load import sft_arguments
 from rotmole.config.schema import RunFile
 from rotmole.config.yaml_text import parse_yaml

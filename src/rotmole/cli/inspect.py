@@ -16,11 +16,11 @@ from rotmole.errors import AdapterError, ConfigError, DataError
 from rotmole.evaluation.render import print_lines, print_table
 from rotmole.evaluation.target import Target, find_target, load_target
 from rotmole.files import check_writable
-from rotmole.inspection import summary
-from rotmole.inspection.curves import curves_of
 from rotmole.inspection.inspect import Request, inspect_adapter
 from rotmole.inspection.inspection import FILE, Inspection, Source
-from rotmole.inspection.report import PAGE, write_figures, write_report
+from rotmole.inspection.pages import summary
+from rotmole.inspection.pages.curves import curves_of
+from rotmole.inspection.pages.report import PAGE, write_figures, write_report
 from rotmole.inspection.sample import LIMIT, Sample, sample_of, sample_of_text
 from rotmole.models.adapter import check_adapter_folder
 from rotmole.models.load import LoadedModel

@@ -141,7 +141,7 @@ def _summary(result: TrainResult) -> None:
 def _report(result: TrainResult) -> None:
     """Leave report.html beside the adapter; the run is complete, whatever becomes of it."""
     from rotmole.inspection.of_run import report_of_run
-    from rotmole.inspection.report import PAGE, headline
+    from rotmole.inspection.pages.report import PAGE, headline
 
     again = f"rotmole inspect {shlex.quote(str(result.run_dir))}"
     try:

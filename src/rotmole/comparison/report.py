@@ -6,8 +6,8 @@ from pathlib import Path
 
 from rotmole.comparison.judge import judge
 from rotmole.comparison.judgement import Judgement, write_judgement
-from rotmole.comparison.method_comparison import write_method_comparison
-from rotmole.comparison.page import write_pages
+from rotmole.comparison.pages.method_comparison import write_method_comparison
+from rotmole.comparison.pages.page import write_pages
 from rotmole.comparison.results import Results
 
 STUDY = "study.json"

@@ -13,7 +13,7 @@ from itertools import combinations
 from typing import NamedTuple
 
 from rotmole.inspection.inspection import ALL, Inspection, Layer, Usage, Verdict
-from rotmole.inspection.sheets import name_of, percent
+from rotmole.inspection.pages.sheets import name_of, percent
 from rotmole.inspection.usage import GROUP
 
 SHOWN = 3

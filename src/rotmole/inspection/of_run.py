@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rotmole.inspection.curves import curves_of
 from rotmole.inspection.inspect import inspect_adapter
 from rotmole.inspection.inspection import Inspection
-from rotmole.inspection.report import write_report
+from rotmole.inspection.pages.curves import curves_of
+from rotmole.inspection.pages.report import write_report
 from rotmole.inspection.sample import sample_of
 from rotmole.training.run import TrainResult
 from rotmole.tuner.config import RotMoleConfig

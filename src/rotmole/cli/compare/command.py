@@ -25,12 +25,12 @@ from rotmole.cli.compare.table import (
 )
 from rotmole.cli.compare.worker import do_cells, log_of
 from rotmole.cli.screen import note
+from rotmole.comparison.pages.tables import remarks, screen
 from rotmole.comparison.plan import make_plan
 from rotmole.comparison.report import write_report
 from rotmole.comparison.results import read_results
 from rotmole.comparison.share import check_cells, failures, fix_machine, short, todo
 from rotmole.comparison.study import Study, load_study
-from rotmole.comparison.tables import remarks, screen
 from rotmole.errors import InputError
 from rotmole.evaluation.render import print_lines, print_table
 from rotmole.models.builtin import built_in_named

@@ -24,7 +24,7 @@ from rotmole.errors import RotMoleError
 from rotmole.evaluation import measure
 from rotmole.evaluation.report import System
 from rotmole.inspection.of_run import report_of_run
-from rotmole.inspection.report import PAGE, headline
+from rotmole.inspection.pages.report import PAGE, headline
 from rotmole.training.build import Built
 from rotmole.training.callbacks import usage
 from rotmole.training.callbacks.metrics import read_metrics

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from rotmole.drawing import FAINT, INK, legend, series, short
-from rotmole.inspection import sheets
 from rotmole.inspection.inspection import ALL, Angles, Inspection, Layer
-from rotmole.inspection.plot import MARKERS, Plot, first_upper, marked, mean, ticks
-from rotmole.inspection.sheets import Cell, Sheet, by_depth, name_of, parts_of, tasks_of
+from rotmole.inspection.pages import sheets
+from rotmole.inspection.pages.plot import MARKERS, Plot, first_upper, marked, mean, ticks
+from rotmole.inspection.pages.sheets import Cell, Sheet, by_depth, name_of, parts_of, tasks_of
 
 PANELS = 8
 """Tasks that a figure has room for; its table has all."""

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from rotmole.drawing import INK, WIDTH, legend, series, short
-from rotmole.inspection import sheets
 from rotmole.inspection.inspection import ALL, Effects, Inspection, Layer
-from rotmole.inspection.plot import Plot, file_names, first_upper, marked, mean, ticks
-from rotmole.inspection.sheets import Cell, Sheet, by_depth
-from rotmole.inspection.turning import angle_histogram, angles_by_layer, planes, reach
+from rotmole.inspection.pages import sheets
+from rotmole.inspection.pages.plot import Plot, file_names, first_upper, marked, mean, ticks
+from rotmole.inspection.pages.sheets import Cell, Sheet, by_depth
+from rotmole.inspection.pages.turning import angle_histogram, angles_by_layer, planes, reach
 
 
 def plots(inspection: Inspection) -> list[Plot]:

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from rotmole.comparison.judgement import BETTER, WORSE, Curve, Judgement, Measure
-from rotmole.comparison.tables import figure as digits
-from rotmole.comparison.tables import tried
+from rotmole.comparison.pages.tables import figure as digits
+from rotmole.comparison.pages.tables import tried
 from rotmole.drawing import BETTER as GREEN
 from rotmole.drawing import INK, WIDTH, draw, legend, series, short
 from rotmole.drawing import WORSE as RED

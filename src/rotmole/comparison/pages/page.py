@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rotmole.comparison import tables
-from rotmole.comparison.figures import Drawing, clock_drawings, drawings
 from rotmole.comparison.judgement import Judgement
+from rotmole.comparison.pages import tables
+from rotmole.comparison.pages.figures import Drawing, clock_drawings, drawings
 from rotmole.drawing import THEME, standalone
 from rotmole.files import atomic_write_text, make_folder
 

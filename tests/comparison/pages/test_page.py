@@ -10,11 +10,11 @@ from xml.etree import ElementTree
 import pytest
 
 from judged_cases import TASKS, made_results
-from rotmole.comparison import tables
-from rotmole.comparison.figures import drawings, heat_map
 from rotmole.comparison.judge import judge
 from rotmole.comparison.judgement import read_judgement, write_judgement
-from rotmole.comparison.page import Drawn, drawn, html, markdown, write_pages
+from rotmole.comparison.pages import tables
+from rotmole.comparison.pages.figures import drawings, heat_map
+from rotmole.comparison.pages.page import Drawn, drawn, html, markdown, write_pages
 from rotmole.evaluation.render import plain_text
 
 SHIFTS = {"lora": 0.0, "moe_lora": 0.05, "rotmole": -0.05, "always_on": 0.001}

@@ -13,7 +13,7 @@ import numpy as np
 
 from rotmole.drawing import WIDTH, draw, pdf, series, short, standalone
 from rotmole.files import atomic_write_bytes, atomic_write_text, make_folder
-from rotmole.inspection.sheets import Sheet
+from rotmole.inspection.pages.sheets import Sheet
 
 MARKERS = 15
 """Markers of a line, at most."""

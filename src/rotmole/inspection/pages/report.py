@@ -8,9 +8,9 @@ from pathlib import Path
 
 from rotmole.drawing import THEME
 from rotmole.files import atomic_write_text, make_folder
-from rotmole.inspection import figures, sheets
 from rotmole.inspection.inspection import ALL, Inspection
-from rotmole.inspection.sheets import Cell, Sheet
+from rotmole.inspection.pages import figures, sheets
+from rotmole.inspection.pages.sheets import Cell, Sheet
 
 PAGE = "report.html"
 _TEMPLATE = Path(__file__).parent / "templates" / "report.html.j2"

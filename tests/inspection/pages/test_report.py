@@ -10,9 +10,9 @@ from xml.etree import ElementTree
 import pytest
 
 from inspected_cases import TASKS, made_inspection
-from rotmole.inspection import figures, sheets
 from rotmole.inspection.inspection import ALL, Inspection, Passage, TokenRouting
-from rotmole.inspection.report import (
+from rotmole.inspection.pages import figures, sheets
+from rotmole.inspection.pages.report import (
     PAGE,
     answers,
     glance,

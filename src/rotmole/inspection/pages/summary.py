@@ -14,7 +14,7 @@ from rotmole.inspection.inspection import (
     TokenRouting,
     Usage,
 )
-from rotmole.inspection.sheets import number, percent, shown
+from rotmole.inspection.pages.sheets import number, percent, shown
 
 Lines = list[list[str]]
 

@@ -10,8 +10,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from inspected_cases import BINS, RANKS, TASKS, angle_of, curves, made_inspection, share_of
-from rotmole.inspection import figures, turning
 from rotmole.inspection.inspection import ALL
+from rotmole.inspection.pages import figures, turning
 
 DEPTHS = 3
 BIN = 2 * math.pi / BINS

@@ -1,0 +1,1 @@
+"""What shows an inspection: tables, figures, one HTML page, and a summary for the terminal."""
