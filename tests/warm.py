@@ -23,7 +23,8 @@ from typing import Any
 
 IMPORTS = (
     "datasets", "matplotlib.backends.backend_svg", "matplotlib.figure", "peft",
-    "rotmole.cli.check", "rotmole.cli.doctor", "rotmole.cli.eval", "rotmole.cli.generate",
+    "rotmole.cli.check", "rotmole.cli.doctor", "rotmole.cli.eval.command",
+    "rotmole.cli.generate.command",
     "rotmole.cli.train", "rotmole.training.run", "rotmole_cli.run", "torch.distributed.fsdp",
     "transformers.models.llama.modeling_llama",
 )  # fmt: skip

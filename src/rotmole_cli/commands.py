@@ -247,7 +247,7 @@ def evaluate(
         several = {"a second target": others or None}
         several |= {"--config": config, "--split": split, "--task": task or None}
         _refuse("--harness", several)
-        from rotmole.cli.harness import harness as run_harness
+        from rotmole.cli.eval.harness import harness as run_harness
 
         return run_harness(
             target, harness,
@@ -257,13 +257,13 @@ def evaluate(
     if harness_path is not None:
         raise typer.BadParameter("it needs --harness TASK,...", param_hint="--harness-path")
     if others:
-        from rotmole.cli.eval_several import evaluate_several
+        from rotmole.cli.eval.several import evaluate_several
 
         return evaluate_several(
             [target, *map(Path, others)], overrides, config, split, limit, json,
             tasks=task or [], output=output, trust_remote_code=trust_remote_code,
         )  # fmt: skip
-    from rotmole.cli.eval import evaluate as work
+    from rotmole.cli.eval.command import evaluate as work
 
     return work(
         target, overrides, config, split, limit, json,
@@ -503,8 +503,8 @@ def generate(
     trust_remote_code: Trust = False,
 ) -> int:
     """Generate text with a trained adapter."""
-    from rotmole.cli.generate import Sampling
-    from rotmole.cli.generate import generate as work
+    from rotmole.cli.generate.command import Sampling
+    from rotmole.cli.generate.command import generate as work
 
     return work(
         target, prompt, file,
@@ -579,7 +579,7 @@ def chat(
 ) -> int:
     """Talk to a model: each line is a message; /help lists the commands."""
     from rotmole.cli.chat import chat as work
-    from rotmole.cli.generate import Sampling
+    from rotmole.cli.generate.command import Sampling
 
     return work(
         target,

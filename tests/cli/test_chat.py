@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM
 
 from rotmole.cli import chat as room
 from rotmole.cli.chat import Conversation, chat
-from rotmole.cli.generate import Sampling, generate
+from rotmole.cli.generate.command import Sampling, generate
 from rotmole.errors import InputError, ModelError
 from rotmole_cli import main
 from tiny_folders import write_base_model, write_model

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rotmole.cli.eval import evaluate
+from rotmole.cli.eval.command import evaluate
 from rotmole.errors import AdapterError, ConfigError, DataError, InputError
 from rotmole_cli import main
 from tiny_folders import write_base_model

@@ -10,9 +10,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, LlamaForCausalLM
 
-from rotmole.cli.answers import AnswerFile
-from rotmole.cli.generate import Sampling, generate
-from rotmole.cli.prompts import read_prompts
+from rotmole.cli.generate.answers import AnswerFile
+from rotmole.cli.generate.command import Sampling, generate
+from rotmole.cli.generate.prompts import read_prompts
 from rotmole.errors import AdapterError, InputError
 from rotmole_cli import main
 from tiny_folders import write_base_model, write_model, write_rows

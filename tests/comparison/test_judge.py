@@ -11,8 +11,8 @@ import pytest
 from judged_cases import FACTS, made_results
 from rotmole.comparison.judge import judge
 from rotmole.comparison.judgement import read_judgement, write_judgement
+from rotmole.comparison.pages.tables import remarks, screen
 from rotmole.comparison.results import Row
-from rotmole.comparison.tables import remarks, screen
 from rotmole.errors import InputError
 
 

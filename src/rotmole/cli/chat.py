@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import TextStreamer
 
-from rotmole.cli.generate import Sampling, streams_whole
+from rotmole.cli.generate.command import Sampling, streams_whole
 from rotmole.cli.screen import note
 from rotmole.data.chat import chat_prompt
 from rotmole.errors import InputError, RotMoleError, StorageError, did_you_mean

@@ -79,12 +79,12 @@ def inspect(
     output = look.output or (None if look.is_text_alone else places[0].folder)
     for folder in filter(None, (output, look.figures)):
         check_writable(folder)
-    found = [
+    inspections = [
         _inspected(place, look, text, trust_remote_code=trust_remote_code)
         if number == 0 or _is_mixture(place) else _losses(place)
         for number, place in enumerate(places)
     ]  # fmt: skip
-    first, *others = found
+    first, *others = inspections
     _show(first)
     for other in others:
         print(f"\n{other.source.target}")

@@ -53,7 +53,7 @@ def serve(
             f"--host {host} can be reached from other computers, so it needs a key; add "
             "--api-key-file FILE, or leave --host out."
         )
-    found = named_targets(targets)
+    places = named_targets(targets)
     listening = open_socket(host, port)  # before the model is loaded, which takes long
     with listening:
         from rotmole.serving.app import build_app
@@ -63,7 +63,7 @@ def serve(
         # they report every request, and every request that ends
         logging.getLogger("transformers.cli.serving").setLevel(logging.ERROR)
         logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
-        models = load_models(found, say=note, trust_remote_code=trust_remote_code)
+        models = load_models(places, say=note, trust_remote_code=trust_remote_code)
         limits = Limits(parallel=parallel, waiting=waiting)
         engines = make_engines(models, limits, batching=batching, tokens=cache_tokens, say=note)
         hosts = ["*"] if key is not None else ["localhost", "127.0.0.1", "::1", host]

@@ -146,14 +146,14 @@ def _report(result: TrainResult) -> None:
     again = f"rotmole inspect {shlex.quote(str(result.run_dir))}"
     try:
         with progress() as show:
-            found = report_of_run(result, progress=show)
+            inspection = report_of_run(result, progress=show)
     except KeyboardInterrupt:
         note(f"the report is left out; {again} makes it.")
     except Exception as error:
         note(f"there is no report, because {error} ({type(error).__name__}); {again} tries again.")
     else:
-        if found is not None:
+        if inspection is not None:
             fact("report", f"{result.run_dir / PAGE}")
-            fact("verdict", headline(found))
+            fact("verdict", headline(inspection))
         elif result.built.trainer.is_fsdp_enabled:
             note(f"the weights are spread over processes; {again} makes a report.")

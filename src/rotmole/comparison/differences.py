@@ -15,7 +15,14 @@ from rotmole.comparison.judgement import Difference, Measure
 from rotmole.comparison.results import NLL
 from rotmole.comparison.scores import HELD_OUT, OWN, Part, Scores
 from rotmole.evaluation.metrics import METRICS
-from rotmole.evaluation.paired import LEVEL, Paired, detectable, holm, paired, seeds_needed
+from rotmole.evaluation.statistics.paired import (
+    LEVEL,
+    Paired,
+    detectable,
+    holm,
+    paired,
+    seeds_needed,
+)
 
 ByUnit = Mapping[str, Mapping[Any, Scores]]
 """method -> unit, such as the seed -> its scores."""
@@ -23,14 +30,14 @@ ByUnit = Mapping[str, Mapping[Any, Scores]]
 
 def parts_of(by_unit: ByUnit) -> list[tuple[str, Part]]:
     """Return measures and parts: everything, then tasks, then groups, in the order of the data."""
-    found = dict.fromkeys(
+    measured = dict.fromkeys(
         (measure, part)
         for seeds in by_unit.values()
         for values in seeds.values()
         for measure, parts in values.items()
         for part in parts
     )
-    return sorted(found, key=lambda key: (bool(key[1][0]), bool(key[1][1])))
+    return sorted(measured, key=lambda key: (bool(key[1][0]), bool(key[1][1])))
 
 
 def measures_of(own: Mapping[str, str]) -> tuple[Measure, ...]:
@@ -73,9 +80,9 @@ def paired_differences(
                 for here, there in both
                 if part in here or part in there
             ]
-            found = estimate(values)
-            verdict = words.DIVERGED if values and found is None else ""
-            differences.append(Difference(name, measure, *part, found, verdict))
+            difference = estimate(values)
+            verdict = words.DIVERGED if values and difference is None else ""
+            differences.append(Difference(name, measure, *part, difference, verdict))
     return differences
 
 
@@ -121,20 +128,20 @@ def _in_family(difference: Difference, equal: Sequence[str]) -> bool:
 def _verdict(
     d: Difference, adjusted: float | None, claims: int, *, higher_is_better: bool
 ) -> Difference:
-    found = d.estimate
+    measured = d.estimate
     least = None
-    if found is not None and found.spread is not None:
-        least = detectable(found.spread, found.n, claims=claims)
+    if measured is not None and measured.spread is not None:
+        least = detectable(measured.spread, measured.n, claims=claims)
     if d.verdict:
         verdict = d.verdict
     elif adjusted is None:
         verdict = words.UNEQUAL
-    elif found is None:
+    elif measured is None:
         verdict = words.UNPAIRED
-    elif found.n < seeds_needed(claims):
+    elif measured.n < seeds_needed(claims):
         verdict = words.FEW
     elif adjusted > LEVEL:
         verdict = words.NONE
     else:
-        verdict = words.BETTER if (found.value > 0) == higher_is_better else words.WORSE
+        verdict = words.BETTER if (measured.value > 0) == higher_is_better else words.WORSE
     return replace(d, verdict=verdict, adjusted=adjusted, detectable=least)

@@ -218,26 +218,26 @@ def equal_parameters(
     if field.divides:
         width = counter.widths(adapter)
         values = [n for n in range(1, width + 1) if width % n == 0]
-        found = {n: size for n in values if (size := count(n)) is not None}
+        sizes = {n: size for n in values if (size := count(n)) is not None}
     else:
-        found = _around(count, target)
-    if not found:  # say why: its own settings are wrong, or no size fits
+        sizes = _around(count, target)
+    if not sizes:  # say why: its own settings are wrong, or no size fits
         counter.count(with_size(adapter, field, 1, scale))
         raise ConfigError(f"no value of {field.name} fits this model")
-    below = max((n for n in found if found[n] <= target), key=lambda n: found[n], default=None)
-    above = min((n for n in found if found[n] >= target), key=lambda n: found[n], default=None)
+    below = max((n for n in sizes if sizes[n] <= target), key=lambda n: sizes[n], default=None)
+    above = min((n for n in sizes if sizes[n] >= target), key=lambda n: sizes[n], default=None)
     sides = sorted({n for n in (below, above) if n is not None})
-    best = min(sides, key=lambda n: abs(found[n] - target))
+    best = min(sides, key=lambda n: abs(sizes[n] - target))
     settings, raised = with_size(adapter, field, best, scale), 0
-    if len(sides) == 2 and sides[1] - sides[0] == 1 and not _close(found[best], target):
+    if len(sides) == 2 and sides[1] - sides[0] == 1 and not _close(sizes[best], target):
         mixed = _between(adapter, counter, field, sides[0], scale, target)
-        nearest = abs(found[best] - target)
+        nearest = abs(sizes[best] - target)
         if mixed is not None and abs(counter.count(mixed[0])[0] - target) < nearest:
             best, (settings, raised) = sides[0], mixed
     total, gates = counter.count(settings)
     return Sized(
         settings, field.name, best, scale, total, gates, target,
-        equal=_close(total, target), rounded=tuple((n, found[n]) for n in sides), raised=raised,
+        equal=_close(total, target), rounded=tuple((n, sizes[n]) for n in sides), raised=raised,
     )  # fmt: skip
 
 
@@ -268,8 +268,8 @@ def _between(
     ):
         return None
     paths = counter.shape(settings)[0].base_model.targeted_module_names
-    found = [match.groups() for path in paths if (match := _LAYER.search(path))]
-    stacks, layers = {name for name, _ in found}, sorted({int(number) for _, number in found})
+    places = [match.groups() for path in paths if (match := _LAYER.search(path))]
+    stacks, layers = {name for name, _ in places}, sorted({int(number) for _, number in places})
     if len(stacks) != 1 or len(layers) < 2:
         return None
 
@@ -294,21 +294,21 @@ def _between(
 
 def _around(count: Callable[[int], int | None], target: int) -> dict[int, int]:
     """Search the sizes on both sides of a target; counts rise or fall with the value."""
-    found: dict[int, int] = {}
+    sizes: dict[int, int] = {}
 
     def at(value: int) -> int | None:
-        if value not in found and (size := count(value)) is not None:
-            found[value] = size
-        return found.get(value)
+        if value not in sizes and (size := count(value)) is not None:
+            sizes[value] = size
+        return sizes.get(value)
 
-    low, high = _bracket(at, found, target)
+    low, high = _bracket(at, sizes, target)
     while high - low > 1:
         middle = next((n for n in _nearest(low, high) if at(n) is not None), None)
         if middle is None:
             break
-        same_side = (found[middle] - target) * (found[low] - target) > 0
+        same_side = (sizes[middle] - target) * (sizes[low] - target) > 0
         low, high = (middle, high) if same_side else (low, middle)
-    return found
+    return sizes
 
 
 def _bracket(

@@ -36,7 +36,7 @@ from rotmole.comparison.judgement import (
 from rotmole.comparison.results import Point, Result, Results
 from rotmole.comparison.scores import HELD_OUT, own_metrics, scores
 from rotmole.errors import InputError
-from rotmole.evaluation.paired import seeds_needed
+from rotmole.evaluation.statistics.paired import seeds_needed
 from rotmole.units import count_word
 
 UNSEEN = Measure(HELD_OUT, "NLL of held-out tasks", higher_is_better=False)
@@ -259,9 +259,9 @@ def _at_budget(
             values.append(here - there)
             budgets.append(min(ends))
             shares.append(min(ends) / ends[0] if ends[0] else 1.0)
-        found = estimate(values)
+        difference = estimate(values)
         budget, share = (fmean(budgets), fmean(shares)) if budgets else (None, None)
-        result.append(AtBudget(name, budget, share, found))
+        result.append(AtBudget(name, budget, share, difference))
     return tuple(result)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from rotmole.errors import InputError
-from rotmole.evaluation.paired import Paired
+from rotmole.evaluation.statistics.paired import Paired
 from rotmole.files import atomic_write_text
 
 FORMAT = 1
@@ -209,16 +209,18 @@ class Judgement:
     def score(self, method: str, measure: str, task: str = "", group: str = "") -> Score | None:
         """Return a method's score on a part; None if it has none."""
         wanted = (method, measure, task, group)
-        found = (s for s in self.scores if (s.method, s.measure, s.task, s.group) == wanted)
-        return next(found, None)
+        scores = (s for s in self.scores if (s.method, s.measure, s.task, s.group) == wanted)
+        return next(scores, None)
 
     def difference(
         self, method: str, measure: str, task: str = "", group: str = ""
     ) -> Difference | None:
         """Return a method's difference to the baseline on a part; None if it has none."""
         wanted = (method, measure, task, group)
-        found = (d for d in self.differences if (d.method, d.measure, d.task, d.group) == wanted)
-        return next(found, None)
+        differences = (
+            d for d in self.differences if (d.method, d.measure, d.task, d.group) == wanted
+        )
+        return next(differences, None)
 
     def others(self) -> list[str]:
         """Return the names of all methods but the baseline."""

@@ -154,7 +154,7 @@ def read_results(study: Path) -> Results:
             f"{str(study)!r} has no readable {PLAN}; give the folder that `rotmole compare` wrote."
         ) from None
     cells = {name: read_cell(study / name) for name in plan["cells"]}
-    found = [cell for cell in cells.values() if cell is not None]
+    finished = [cell for cell in cells.values() if cell is not None]
     return Results(
         baseline=plan["baseline"],
         methods=tuple(plan["methods"]),
@@ -162,8 +162,8 @@ def read_results(study: Path) -> Results:
         seeds=tuple(plan["seeds"]),
         plan=plan,
         held_out=tuple(plan.get("held_out", ())),
-        tuning=tuple(cell for cell in found if cell.stage == TUNING),
-        final=tuple(cell for cell in found if cell.stage == FINAL),
+        tuning=tuple(cell for cell in finished if cell.stage == TUNING),
+        final=tuple(cell for cell in finished if cell.stage == FINAL),
         missing=tuple(name for name, cell in cells.items() if cell is None),
     )
 

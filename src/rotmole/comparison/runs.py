@@ -87,10 +87,10 @@ def compare_runs(runs: Sequence[Run], metrics: Sequence[str]) -> RunDifferences:
         left_out = tuple(task for task in own if task not in seen)
     baseline, *others = units
     pairs = {name: [u for u in units[name] if u in units[baseline]] for name in others}
-    found = paired_differences(units, pairs, baseline)
-    measures = tuple(m for m in measures_of(own) if any(d.measure == m.name for d in found))
+    differences = paired_differences(units, pairs, baseline)
+    measures = tuple(m for m in measures_of(own) if any(d.measure == m.name for d in differences))
     claims = len(others) * len(measures)
-    judged = claimed(found, others, measures, claims)
+    judged = claimed(differences, others, measures, claims)
     unit: Literal["row", "seed"] = "seed" if by_seed else "row"
     if unit == "row":
         judged = tuple(replace(d, verdict=FEW_ROWS) if d.verdict == FEW else d for d in judged)

@@ -82,9 +82,9 @@ def scores(cell: Scored, own: Mapping[str, str], held_out: Collection[str] = ())
     own = {task: metric for task, metric in own.items() if task not in held_out}
     for part, names in parts.items():
         metric = own.get(part[0])
-        found = [cell.rows[name].metrics.get(metric or "") for name in names]
-        if metric is not None and all(value is not None for value in found):
-            values[part] = fmean(value for value in found if value is not None)
+        metrics = [cell.rows[name].metrics.get(metric or "") for name in names]
+        if metric is not None and all(value is not None for value in metrics):
+            values[part] = fmean(value for value in metrics if value is not None)
     for task, metric in own.items():
         if not any(part[0] == task for part in values):
             value = cell.figures.get(task, {}).get(metric)

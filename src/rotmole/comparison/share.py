@@ -163,8 +163,8 @@ def todo(study: Study, plan: Plan, since: float, only: str | None = None) -> lis
 
 def failures(study: Study, plan: Plan) -> dict[Cell, str]:
     """Return the cells that failed, with their messages."""
-    found = {cell: failure(study, cell) for cell in plan.cells if not is_done(study, cell)}
-    return {cell: content["message"] for cell, content in found.items() if content is not None}
+    failed = {cell: failure(study, cell) for cell in plan.cells if not is_done(study, cell)}
+    return {cell: content["message"] for cell, content in failed.items() if content is not None}
 
 
 def short(cell: Cell) -> str:

@@ -151,7 +151,7 @@ class Study:
     def trials(self, method: str, grid: Mapping[str, Sequence[float]]) -> list[dict[str, float]]:
         """Return the combinations of a grid; a setting without effect on a method has one value."""
         adapter = self.adapter_of(method)
-        found: list[dict[str, float]] = [{}]
+        combinations: list[dict[str, float]] = [{}]
         for key, values in grid.items():
             kept = values
             if key in GATES and _has_no_gates(adapter, key):
@@ -159,8 +159,8 @@ class Study:
             if key == SCALE and ((size := field_of(adapter)) is None or not size.alpha):
                 kept = []
             if kept:
-                found = [trial | {key: value} for trial in found for value in kept]
-        return found
+                combinations = [trial | {key: value} for trial in combinations for value in kept]
+        return combinations
 
 
 def load_study(
@@ -300,7 +300,7 @@ def _rules(file: StudyFile) -> list[str]:
 
 def _method_problems(study: Study) -> list[str]:
     """Check the run of each method; what is wrong in all of them is wrong in base."""
-    found: dict[str, list[str]] = {}
+    faults: dict[str, list[str]] = {}
     notices: dict[str, set[Notice]] = {}
     for method in study.file.methods:
         with warnings.catch_warnings(record=True) as caught:
@@ -308,15 +308,15 @@ def _method_problems(study: Study) -> list[str]:
             try:
                 study.run_of(method, check=True)
             except ConfigError as error:
-                found[method] = error.problems
+                faults[method] = error.problems
             else:
-                found[method] = []
+                faults[method] = []
         notices[method] = {(str(warning.message), warning.category) for warning in caught}
     _repeat(notices)
     problems = []
-    shared = [p for p in next(iter(found.values())) if all(p in own for own in found.values())]
+    shared = [p for p in next(iter(faults.values())) if all(p in own for own in faults.values())]
     problems += [f"base.{p}" if p.partition(".")[0] in _SECTIONS else f"base: {p}" for p in shared]
-    for method, own in found.items():
+    for method, own in faults.items():
         problems += [f"methods.{method}.{p}" for p in own if p not in shared]
     return problems
 

@@ -160,15 +160,15 @@ class ChatTemplate:
             None if the template does not write it in one piece after its generation prompt.
         """
         whole = self.render(messages, tools)
-        found = self._located(messages, index, whole, tools)
-        if found is None and index + 1 < len(messages):
+        turn = self._located(messages, index, whole, tools)
+        if turn is None and index + 1 < len(messages):
             # a template may need the tool call that the second rendering replaces
             begun = messages[: index + 1]
             text = self.render(begun, tools)
-            found = self._located(begun, index, text, tools)
-            if found is not None and not whole.startswith(text[: found.stop]):
+            turn = self._located(begun, index, text, tools)
+            if turn is not None and not whole.startswith(text[: turn.stop]):
                 return None
-        return found
+        return turn
 
     def drops(self, messages: Messages, index: int, tools: list[Any] | None = None) -> bool:
         """Tell whether the template leaves out the text of one message."""
@@ -181,8 +181,8 @@ class ChatTemplate:
         Args:
             tail: the text after an answer, to the end of the chat.
         """
-        found = self._added_tokens.search(tail)
-        return tail[: found.end()] if found else tail.rstrip()
+        token = self._added_tokens.search(tail)
+        return tail[: token.end()] if token else tail.rstrip()
 
     def own_end(self, ending: str) -> str:
         """Return an ending, or "" if it is the tokenizer's end of sequence or nothing."""

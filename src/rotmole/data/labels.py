@@ -154,18 +154,18 @@ def answer_indices(
     """
     pairs = [(row.columns[column], words) for row, words in zip(rows, choices, strict=True)]
     meant = {name: [read(*pair) for pair in pairs] for name, read in READINGS.items()}
-    fitting = {name: found for name, found in meant.items() if None not in found} or meant
+    fitting = {name: readings for name, readings in meant.items() if None not in readings} or meant
     indices: list[int] = []
     faults: dict[int, DataError] = {}
     for number, row in enumerate(rows):
-        found = {name: places[number] for name, places in fitting.items()}
-        places = {place for place in found.values() if place is not None}
+        readings = {name: places[number] for name, places in fitting.items()}
+        places = {place for place in readings.values() if place is not None}
         indices.append(min(places, default=0))
         if not places:
             faults[number] = _neither(row, column, choices[number], LETTERS)
         elif len(places) > 1:
             ways = " and ".join(
-                f"choice {place} as {name}" for name, place in found.items() if place is not None
+                f"choice {place} as {name}" for name, place in readings.items() if place is not None
             )
             faults[number] = row_error(
                 row,

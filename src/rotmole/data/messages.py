@@ -49,17 +49,17 @@ def normalised(row: Row, column: str) -> list[Message]:
     Raises:
         DataError: the value is no conversation, or has parts that are not text, such as images.
     """
-    found = _parsed(row.columns[column])
-    if isinstance(found, dict) and isinstance(found.get("messages"), list):
-        found = found["messages"]
-    if not isinstance(found, list) or not found:
+    conversation = _parsed(row.columns[column])
+    if isinstance(conversation, dict) and isinstance(conversation.get("messages"), list):
+        conversation = conversation["messages"]
+    if not isinstance(conversation, list) or not conversation:
         raise row_error(row, f"column '{column}' must be a list of messages")
     messages = [
         _Reader(row, f"message {number} of column '{column}'").message(message)
-        for number, message in enumerate(found, start=1)
+        for number, message in enumerate(conversation, start=1)
     ]
     system = row.columns.get("system")
-    share_gpt = any("from" in message for message in found)
+    share_gpt = any("from" in message for message in conversation)
     if share_gpt and isinstance(system, str) and system.strip() and column != "system":
         if messages[0]["role"] == "system":
             raise row_error(

@@ -64,11 +64,11 @@ def task_files(data: DataSection, task: TaskSection) -> tuple[dict[Split, list[P
         if not names:
             problems.append(f"{where} is empty; name at least one file or remove it")
         for name in names:
-            found = _expanded(data, task, name)
-            if isinstance(found, str):
-                problems.append(f"{where}: {found}")
+            expanded = _expanded(data, task, name)
+            if isinstance(expanded, str):
+                problems.append(f"{where}: {expanded}")
             else:
-                files[split] += found
+                files[split] += expanded
     return files, problems
 
 
@@ -76,7 +76,7 @@ def _expanded(data: DataSection, task: TaskSection, name: str) -> list[Path] | s
     """Return the files that one name stands for, or what is wrong with it."""
     path = resolve(data, name)
     if path.is_file():
-        found = [path]
+        files = [path]
     elif path.is_dir():
         return _data_files(path, task.source) or _none_there(path, task.source)
     elif has_magic(name):
@@ -84,12 +84,12 @@ def _expanded(data: DataSection, task: TaskSection, name: str) -> list[Path] | s
         inside = Path(name).expanduser()
         parts = inside.relative_to(inside.anchor).parts if inside.is_absolute() else inside.parts
         start = Path(inside.anchor) if inside.is_absolute() else root
-        found = sorted(
+        files = sorted(
             p
             for p in start.glob("/".join(parts))
             if p.is_file() and p.name not in NO_ROWS and not _hidden(p)
         )
-        if not found:
+        if not files:
             return f"no file matches {path} (data.root is {data.root})"
     else:
         names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -98,7 +98,7 @@ def _expanded(data: DataSection, task: TaskSection, name: str) -> list[Path] | s
             f"there is no file {path} (data.root is {data.root}; in a run file it is relative to "
             f"the file){web}{did_you_mean(path.name, names)}"
         )
-    return next((p for p in map(_type_problem, found) if p), found) if _any(task) else found
+    return next((p for p in map(_type_problem, files) if p), files) if _any(task) else files
 
 
 def _any(task: TaskSection) -> bool:

@@ -35,12 +35,12 @@ def fields(template: str, columns: Iterable[str] = ()) -> list[str]:
     >>> fields("Q: {question} {{literal}} {Customer's wish} A:", ["Customer's wish"])
     ['question', "Customer's wish"]
     """
-    found = []
+    names = []
     for match in _matches(template, columns):
         name = match[1] or (match[2] if match[2] and WORD.fullmatch(match[2]) else None)
         if name:
-            found.append(name)
-    return found
+            names.append(name)
+    return names
 
 
 def template_problem(template: str, columns: Collection[str]) -> str | None:

@@ -100,12 +100,12 @@ def run_harness(
     for system, chosen in systems.items():
         with chosen(), _undisturbed():
             harnessed = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-            found = simple_evaluate(
+            result = simple_evaluate(
                 model=harnessed, tasks=list(tasks), task_manager=manager, limit=limit,
                 bootstrap_iters=1000, random_seed=seed, numpy_random_seed=seed,
                 torch_random_seed=seed, fewshot_random_seed=seed,
             )  # fmt: skip
-        results[system] = found
+        results[system] = result
     return _figures(results), results
 
 
@@ -135,15 +135,15 @@ def _figures(results: dict[str, Any]) -> list[Figure]:
             metric, _, kind = name.partition(",")
             if name in _NO_FIGURES or metric.endswith("_stderr"):
                 continue
-            found = {system: result["results"][task] for system, result in results.items()}
+            of_task = {system: result["results"][task] for system, result in results.items()}
             figures.append(
                 Figure(
                     task,
                     metric if kind in ("", "none") else f"{metric} ({kind})",
-                    {system: float(value[name]) for system, value in found.items()},
+                    {system: float(value[name]) for system, value in of_task.items()},
                     {
                         system: _number(value.get(f"{metric}_stderr,{kind}"))
-                        for system, value in found.items()
+                        for system, value in of_task.items()
                     },
                 )
             )

@@ -19,8 +19,8 @@ from typing import Any, Literal
 import numpy as np
 
 from rotmole.data.examples import Example
-from rotmole.evaluation import resampled
-from rotmole.evaluation.resampled import Columns
+from rotmole.evaluation.statistics import resampled
+from rotmole.evaluation.statistics.resampled import Columns
 from rotmole.evaluation.text import exact_match, rouge_l
 
 Need = Literal["text", "choices", "score", "loss"]

@@ -170,11 +170,11 @@ def _difference(
     tokens, hidden_L = 0, torch.zeros(0)
     with evaluating(model):
         for batch in _shown(batches, "differences", progress):
-            found = []
+            outputs = []
             for name in (adapter, PRUNED):
                 model.set_adapter(name)
-                found.append(_outputs(model, batch))
-            (before_NV, states), (after_NV, new_states) = found
+                outputs.append(_outputs(model, batch))
+            (before_NV, states), (after_NV, new_states) = outputs
             p_NV, q_NV = before_NV.log_softmax(-1), after_NV.log_softmax(-1)
             kl_N = (p_NV.exp() * (p_NV - q_NV)).sum(-1).clamp(min=0)
             if len(kl_N):

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from rotmole.data.examples import Example
-from rotmole.evaluation.intervals import bootstrap, paired_difference, wilson
 from rotmole.evaluation.metrics import METRICS, Answer, choose, expected_score
-from rotmole.evaluation.resampled import Columns
+from rotmole.evaluation.statistics.intervals import bootstrap, paired_difference, wilson
+from rotmole.evaluation.statistics.resampled import Columns
 
 FORMAT = 1
 

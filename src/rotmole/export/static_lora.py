@@ -147,7 +147,7 @@ def active_experts(model: Any) -> dict[str, Experts]:
         ModelError: there is no RotMoLE adapter, or several are active, or its experts are blocks.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    found: dict[str, Experts] = {}
+    experts: dict[str, Experts] = {}
     for path, layer in base.named_modules():
         if not isinstance(layer, RotMoleLayer):
             continue
@@ -163,10 +163,10 @@ def active_experts(model: Any) -> dict[str, Experts]:
                 "serve it with rotmole, or train one with router_scope 'layer'"
             )
         if active:
-            found[path] = layer.experts(active[0])
-    if not found:
+            experts[path] = layer.experts(active[0])
+    if not experts:
         raise ModelError("the model has no active RotMoLE adapter; load one and activate it")
-    return found
+    return experts
 
 
 def plain_lora(experts: Experts) -> tuple[Tensor, Tensor] | None:

@@ -69,9 +69,9 @@ def systems(
 
     Equal weights are not for adapters with block-routed blocks.
     """
-    found = list(layers.values())
-    turns, blocks = any(x.rotates for x in found), any(x.is_block for x in found)
-    weighs = any(x.weighs for x in found) and not blocks
+    known = list(layers.values())
+    turns, blocks = any(x.rotates for x in known), any(x.is_block for x in known)
+    weighs = any(x.weighs for x in known) and not blocks
     return {
         "trained": nullcontext(),
         "rotation_off": changed(layers, adapter, NO_ROTATION) if turns else None,

@@ -93,13 +93,15 @@ def inspect_adapter(
         for task, rows in sample.held_out.items():
             with probes.listening(task, part, effects=True), log.of(task):
                 probes.run(model, batches(rows, model), bar.tokens)
-    found = tuple(_layer(path, one, log, probes, settings, layers) for path, one in layers.items())
+    inspected = tuple(
+        _layer(path, one, log, probes, settings, layers) for path, one in layers.items()
+    )
     answers = {}
     if request.answers:
         passes = sum(block is not None for block in systems(model, adapter, layers).values())
         tick = bar.counter("answers", passes)
         answers = answers_of(model, adapter, layers, sample.held_out, tick)
-    found = _with_reach(found, model, adapter, tokenizer, sample.held_out)
+    inspected = _with_reach(inspected, model, adapter, tokenizer, sample.held_out)
     passage: Passage | None = None
     if request.text is not None:
         passage = passage_of(model, adapter, tokenizer, request.text, shown)
@@ -115,8 +117,8 @@ def inspect_adapter(
             curves=dict(curves or {}),
         ),
         verdicts=(),
-        layers=found,
-        static=total([layer.static for layer in found if layer.static is not None]),
+        layers=inspected,
+        static=total([layer.static for layer in inspected if layer.static is not None]),
         answers=answers,
         passage=passage,
         notes=_notes(layers, probes, fitted, sum(counts.values())),

@@ -191,10 +191,10 @@ def check_laws(
         if not error:
             tell("reload")
             again, error = _guarded(lambda: _reloaded(load, adapt, Path(folder), first.sets))
-    found = dict(first.findings)
-    found["reload"] = _finding("reload", _largest(first.trained, again), first.dtype, error)
+    findings = dict(first.findings)
+    findings["reload"] = _finding("reload", _largest(first.trained, again), first.dtype, error)
     effect = _largest(first.plain, first.trained) or 0.0
-    return Report(tuple(found[law.name] for law in LAWS), effect, first.dtype, first.device)
+    return Report(tuple(findings[law.name] for law in LAWS), effect, first.dtype, first.device)
 
 
 @dataclass(frozen=True)
@@ -232,20 +232,20 @@ def _first_model(
         of_base = {name: _measured(name, base, sets)[0] or 0.0 for name in MEASURES}
         plain = all_logits(base, sets)
     model = adapt(base, adapter)
-    found = {}
+    findings = {}
     with evaluating(model):
         # first of all: what other calls may leave behind is a law of its own
         trained, error = _guarded(lambda: all_logits(model, sets))
         disabled, fault = _guarded(lambda: disabled_logits(model, sets))
-        found["disabled"] = _finding("disabled", _largest(plain, disabled), dtype, fault)
+        findings["disabled"] = _finding("disabled", _largest(plain, disabled), dtype, fault)
         for name in MEASURES:
             tell(name)
             value, fault = _measured(name, model, sets)
-            found[name] = _finding(name, value, dtype, fault, base=of_base[name])
+            findings[name] = _finding(name, value, dtype, fault, base=of_base[name])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a copy that nobody keeps
         _, unsaved = _guarded(lambda: model.save_pretrained(folder))
-    return _First(sets, plain, trained, found, error or unsaved, dtype, device)
+    return _First(sets, plain, trained, findings, error or unsaved, dtype, device)
 
 
 def _rows(base: Any) -> list[Tensor]:
@@ -271,10 +271,10 @@ def _rows(base: Any) -> list[Tensor]:
 
 def _measured(name: str, model: Any, sets: list[Tensor]) -> tuple[float | None, str]:
     """Return the difference of a law over all sets, and the error that stopped it."""
-    found, error = _guarded(lambda: [MEASURES[name](model, ids_BT) for ids_BT in sets])
-    if found is None:
+    differences, error = _guarded(lambda: [MEASURES[name](model, ids_BT) for ids_BT in sets])
+    if differences is None:
         return None, error
-    return (max(found) if _named(name).exact else statistics.median(found)), ""
+    return (max(differences) if _named(name).exact else statistics.median(differences)), ""
 
 
 def _finding(

@@ -114,11 +114,11 @@ def _earlier_calls(model: Any, ids_BT: Tensor) -> float:
     ]
     if hasattr(model, "disable_adapter"):
         calls.append(lambda: disabled_logits(model, [ids_BT]))
-    found = []
+    changes = []
     for call in calls:
         call()
-        found.append(difference(before, logits_of(model, ids_BT[:1])))
-    return max(found)
+        changes.append(difference(before, logits_of(model, ids_BT[:1])))
+    return max(changes)
 
 
 MEASURES: Mapping[str, Callable[[Any, Tensor], float]] = {

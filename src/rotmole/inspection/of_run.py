@@ -36,7 +36,7 @@ def report_of_run(
     if built.trainer.is_fsdp_enabled:
         return None
     tokenizer = built.base.tokenizer
-    found = inspect_adapter(
+    inspection = inspect_adapter(
         model,
         tokenizer,
         sample_of(built.run, built.examples, tokenizer, tokens),
@@ -44,6 +44,6 @@ def report_of_run(
         curves=curves_of(folder),
         progress=progress,
     )
-    found.write(folder)
-    write_report(found, folder)
-    return found
+    inspection.write(folder)
+    write_report(inspection, folder)
+    return inspection

@@ -33,13 +33,13 @@ def matching(paths: Sequence[str], pattern: str | None) -> list[str]:
     """
     if pattern is None:
         return []
-    found = [path for path in paths if fnmatch(path, f"*{pattern}*")]
-    if not found:
+    named = [path for path in paths if fnmatch(path, f"*{pattern}*")]
+    if not named:
         hint = did_you_mean(pattern, [part for path in paths for part in path.split(".")])
         raise ConfigError(
             f"--layer {pattern!r} names no adapted layer{hint or ';'} the first is {paths[0]!r}."
         )
-    return found
+    return named
 
 
 def passage_of(

@@ -34,17 +34,17 @@ def reach_of(model: Any, adapter: str, tokenizer: Any, ids: list[int], path: str
     Returns:
         None if no token uses two experts that have a plane of rotation.
     """
-    found: list[Reach | None] = []
+    reached: list[Reach | None] = []
 
     def look(seen: Seen) -> None:
         if seen.layer.rotmole_path == path and seen.expert_TK is None:
             token = _token(seen)
-            found.append(None if token is None else _reach(seen, *token, tokenizer, ids))
+            reached.append(None if token is None else _reach(seen, *token, tokenizer, ids))
 
     device = next(model.parameters()).device
     with evaluating(model), watch(model, adapter, look):
         model(input_ids=torch.tensor([ids], device=device), use_cache=False)
-    return found[0] if found else None
+    return reached[0] if reached else None
 
 
 def _outputs(seen: Seen) -> tuple[Tensor, Tensor, Tensor] | None:

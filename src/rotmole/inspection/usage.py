@@ -59,7 +59,7 @@ def _angles(rotation: RotationStatistics, plane_E: Known | None) -> Angles:
 
 def affinities(layer: LayerStatistics) -> dict[str, Affinity]:
     """Return what tasks, and groups such as languages over all tasks, say about experts."""
-    found = {}
+    result = {}
     for part in ("task", "group"):
         merged: dict[str, TaskStatistics] = {}
         for name, task in layer.tasks.items():
@@ -69,8 +69,8 @@ def affinities(layer: LayerStatistics) -> dict[str, Affinity]:
                 merged[key] = added(merged[key], task) if key in merged else task
         known = replace(layer, tasks=merged).mutual_information()
         if known is not None:
-            found[part] = Affinity(known.value, known.chance, known.ceiling, known.limit)
-    return found
+            result[part] = Affinity(known.value, known.chance, known.ceiling, known.limit)
+    return result
 
 
 def _or_none(value: float) -> float | None:

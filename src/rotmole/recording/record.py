@@ -205,9 +205,9 @@ class Recorder:
             add_planes(layer, found.z_ERT, found.turned_ERT, known_NE)
 
     def _add_shared(self, shared: LayerStatistics, seen: Seen, parts: list[Part]) -> None:
-        found = seen.shared()
-        assert found is not None
-        weight_T1, turned = found
+        weighed = seen.shared()
+        assert weighed is not None
+        weight_T1, turned = weighed
         all_T1 = torch.ones_like(weight_T1, dtype=torch.bool)
         chosen = Chosen(all_T1, weight_T1, torch.ones_like(weight_T1))
         for part in parts:

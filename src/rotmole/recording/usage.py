@@ -70,13 +70,13 @@ def chooses(layer: LayerStatistics) -> bool:
 
 def collapsed_layers(layers: Mapping[str, LayerStatistics]) -> list[str]:
     """Return the layers whose K most chosen experts took 99 % of all choices."""
-    found = []
+    collapsed = []
     for path, layer in layers.items():
         choices = sorted(layer.total().choices_E.tolist(), reverse=True)
         taken, whole = sum(choices[: layer.top_k]), sum(choices)
         if chooses(layer) and whole and taken >= COLLAPSED * whole:
-            found.append(path)
-    return found
+            collapsed.append(path)
+    return collapsed
 
 
 def named_shares(

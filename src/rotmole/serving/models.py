@@ -70,18 +70,18 @@ def named_targets(words: Sequence[str]) -> dict[str, Target]:
     Raises:
         InputError: two have the same name, or a path is no target.
     """
-    found: dict[str, Target] = {}
+    named: dict[str, Target] = {}
     for word in words:
         name, path = _name_and_path(word)
         target = find_target(path, needs_data=False)
         name = name or _folder_name(target)
-        if name in found:
+        if name in named:
             raise InputError(
                 f"{word}: there is a model of the name {name!r} already; give another name, such "
                 f"as {name}-2={path}."
             )
-        found[name] = target
-    return found
+        named[name] = target
+    return named
 
 
 def _name_and_path(word: str) -> tuple[str, str]:

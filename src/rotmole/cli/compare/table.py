@@ -214,8 +214,8 @@ def summary(progress: Progress, started: float) -> str:
 
 def console() -> Console:
     """Return rich's console on standard error, at most 80 columns wide."""
-    found = Console(stderr=True)
-    return Console(stderr=True, width=min(found.width, WIDTH))
+    known = Console(stderr=True)
+    return Console(stderr=True, width=min(known.width, WIDTH))
 
 
 def finished_line(study: Study, cell: Cell) -> str:

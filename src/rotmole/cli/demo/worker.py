@@ -150,12 +150,12 @@ def _report(job: Job, result: TrainResult, messages: Any) -> tuple[Path | None, 
         messages.put(("progress", job.name, f"report: {what}", done, total))
 
     try:
-        found = report_of_run(result, progress=send)
+        inspection = report_of_run(result, progress=send)
     except Exception as error:
         return None, f"there is no report, because {error} ({type(error).__name__})"
-    if found is None:
+    if inspection is None:
         return None, "there is no report: evaluation.report_tokens is 0"
-    return result.run_dir / PAGE, headline(found)
+    return result.run_dir / PAGE, headline(inspection)
 
 
 def _unused(result: TrainResult) -> tuple[int, int]:

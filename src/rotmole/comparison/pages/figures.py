@@ -37,17 +37,17 @@ class Drawing:
 
 def drawings(judgement: Judgement) -> list[Drawing]:
     """Return the figures that do not depend on the clock, those that have data."""
-    found = [convergence(judgement, "update"), parameters(judgement)]
-    found += [forest(judgement, measure) for measure in judgement.measures]
-    found.append(rates(judgement))
-    found += [heat_map(judgement, measure) for measure in judgement.measures]
-    return [drawing for drawing in found if drawing is not None]
+    drawn = [convergence(judgement, "update"), parameters(judgement)]
+    drawn += [forest(judgement, measure) for measure in judgement.measures]
+    drawn.append(rates(judgement))
+    drawn += [heat_map(judgement, measure) for measure in judgement.measures]
+    return [drawing for drawing in drawn if drawing is not None]
 
 
 def clock_drawings(judgement: Judgement) -> list[Drawing]:
     """Return the figures that depend on the clock, those that have data."""
-    found = [convergence(judgement, "seconds"), score_by_seconds(judgement)]
-    return [drawing for drawing in found if drawing is not None]
+    drawn = [convergence(judgement, "seconds"), score_by_seconds(judgement)]
+    return [drawing for drawing in drawn if drawing is not None]
 
 
 def convergence(judgement: Judgement, axis: str) -> Drawing | None:
@@ -120,8 +120,8 @@ def _zoom(axes: Any, values: Any) -> None:
 
 def forest(judgement: Judgement, measure: Measure) -> Drawing | None:
     """Draw the paired differences to the baseline with their intervals."""
-    found = [judgement.difference(name, measure.name) for name in judgement.others()]
-    known = [(d, d.estimate) for d in found if d is not None and d.estimate is not None]
+    differences = [judgement.difference(name, measure.name) for name in judgement.others()]
+    known = [(d, d.estimate) for d in differences if d is not None and d.estimate is not None]
     if not known:
         return None
     colors = {BETTER: GREEN, WORSE: RED}

@@ -16,7 +16,7 @@ from rotmole.comparison.judgement import (
 )
 from rotmole.comparison.results import NLL
 from rotmole.comparison.scores import HELD_OUT
-from rotmole.evaluation.paired import LEVEL, Paired
+from rotmole.evaluation.statistics.paired import LEVEL, Paired
 from rotmole.units import duration
 
 Lines = list[list[str]]
@@ -26,20 +26,20 @@ DASH = "-"
 def screen(judgement: Judgement) -> list[tuple[str, Lines]]:
     """Return titles and tables for the screen; those of the clock come last."""
     nll = judgement.measures[0]
-    found = [(judgement.headline, overview(judgement, gates=False))]
+    titled = [(judgement.headline, overview(judgement, gates=False))]
     for measure in judgement.measures:
         words = f"{measure.label} minus that of {judgement.baseline}"
-        found.append((words, differences(judgement, measure)))
-    found.append((f"{nll.label} by task", by_task(judgement, nll)))
+        titled.append((words, differences(judgement, measure)))
+    titled.append((f"{nll.label} by task", by_task(judgement, nll)))
     clock = judgement.clock.at_equal_seconds
-    found.append((
+    titled.append((
         "at equal operations (validation)",
         at_budget(judgement, judgement.at_equal_flops, "operations"),
     ))  # fmt: skip
-    found.append(("training, by the clock", seconds(judgement)))
+    titled.append(("training, by the clock", seconds(judgement)))
     words = "at equal seconds (validation), by the clock"
-    found.append((words, at_budget(judgement, clock, "seconds")))
-    return [(title, lines) for title, lines in found if lines]
+    titled.append((words, at_budget(judgement, clock, "seconds")))
+    return [(title, lines) for title, lines in titled if lines]
 
 
 def overview(judgement: Judgement, *, gates: bool = True) -> Lines:
@@ -123,16 +123,16 @@ def trials(judgement: Judgement) -> Lines:
 
     It is the mean over the tuning seeds, and "*" marks what was chosen.
     """
-    found = tried(judgement)
-    if not found:
+    losses = tried(judgement)
+    if not losses:
         return []
-    names = list(dict.fromkeys(method for method, _ in found))
+    names = list(dict.fromkeys(method for method, _ in losses))
     chosen = {method.name: dict(method.settings) for method in judgement.methods}
     lines = [["settings", *names]]
-    for settings in sorted(dict.fromkeys(settings for _, settings in found)):
+    for settings in sorted(dict.fromkeys(settings for _, settings in losses)):
         line = [", ".join(f"{key.rpartition('.')[2]} {value:.3g}" for key, value in settings)]
         for name in names:
-            nlls = found.get((name, settings), [])
+            nlls = losses.get((name, settings), [])
             known = bool(nlls) and all(map(math.isfinite, nlls))
             mark = " *" if chosen.get(name) == dict(settings) else ""
             line.append(f"{fmean(nlls):.4f}{mark}" if known else DASH)
@@ -145,11 +145,11 @@ Settings = tuple[tuple[str, float], ...]
 
 def tried(judgement: Judgement) -> dict[tuple[str, Settings], list[float]]:
     """Return (method, settings of the grid) -> NLL of each tuning seed."""
-    found: dict[tuple[str, Settings], list[float]] = {}
+    losses: dict[tuple[str, Settings], list[float]] = {}
     for trial in judgement.trials:
         nll = math.inf if trial.nll is None else trial.nll
-        found.setdefault((trial.method, tuple(trial.settings.items())), []).append(nll)
-    return found
+        losses.setdefault((trial.method, tuple(trial.settings.items())), []).append(nll)
+    return losses
 
 
 def remarks(judgement: Judgement) -> list[str]:
@@ -177,10 +177,10 @@ def remarks(judgement: Judgement) -> list[str]:
 
 def _by_verdict(judgement: Judgement, verdict: str) -> Iterable[tuple[Measure, list[Difference]]]:
     for measure in judgement.measures:
-        found = [
+        decided = [
             d for d in judgement.differences if d.measure == measure.name and d.verdict == verdict
         ]
-        yield measure, found
+        yield measure, decided
 
 
 def _unclaimed(entry: tuple[Measure, list[Difference]]) -> str:

@@ -18,11 +18,11 @@ from rotmole.inspection.pages.turning import angle_histogram, angles_by_layer, p
 
 def plots(inspection: Inspection) -> list[Plot]:
     """Return every figure that has data."""
-    found = [
+    drawn = [
         angles_by_layer(inspection), angle_histogram(inspection), planes(inspection),
         reach(inspection), similarity(inspection), static_share(inspection), effects(inspection),
     ]  # fmt: skip
-    return [plot for plot in found if plot is not None]
+    return [plot for plot in drawn if plot is not None]
 
 
 def similarity(inspection: Inspection) -> Plot | None:
@@ -129,13 +129,13 @@ def static_share(inspection: Inspection) -> Plot | None:
 
 def _weighed(layers: Sequence[Layer], rank: int | None) -> float:
     """Return the held-out share at a rank (None: any) over layers, weighed by what they add."""
-    found = [layer.static for layer in layers if layer.static is not None]
+    measured = [layer.static for layer in layers if layer.static is not None]
     shares = [
         static.linear[1] if rank is None else dict(zip(static.ranks, static.held_out, strict=True))
         .get(rank, math.nan)
-        for static in found
+        for static in measured
     ]  # fmt: skip
-    power = [static.power[1] for static in found]
+    power = [static.power[1] for static in measured]
     return float(np.average(shares, weights=power)) if sum(power) else math.nan
 
 
@@ -197,28 +197,28 @@ def convergence(inspections: Sequence[Inspection]) -> list[Plot]:
     tasks = list(dict.fromkeys(task for curves in runs.values() for task in curves))
     shown = [task for task in tasks if task and any(c.get(task) for c in runs.values())]
     names = file_names("convergence", shown)
-    found = [_curves(runs, task, name) for task, name in zip(shown, names, strict=True)]
+    drawn = [_curves(runs, task, name) for task, name in zip(shown, names, strict=True)]
     if any(curves.get("") for curves in runs.values()):
-        found.insert(0, _curves(runs, "", "convergence-training"))
-    return found
+        drawn.insert(0, _curves(runs, "", "convergence-training"))
+    return drawn
 
 
 def _curves(runs: Mapping[str, Mapping[str, Any]], task: str, file: str) -> Plot:
     what = "training loss" if task == "" else "validation loss"
-    found = {name: np.array(c[task], dtype=float) for name, c in runs.items() if c.get(task)}
+    curves = {name: np.array(c[task], dtype=float) for name, c in runs.items() if c.get(task)}
 
     def paint(figure: Any) -> None:
         axes = figure.subplots()
-        for index, (name, points) in enumerate(found.items()):
+        for index, (name, points) in enumerate(curves.items()):
             axes.plot(*points.T, label=short(name, 30), **marked(index, len(points)))
         axes.set(xlabel="update", ylabel=f"{what} (nats)")
         legend(figure, axes, columns=1)
 
     words = f"{first_upper(what)}" if task in ("", ALL) else f"{first_upper(what)}, task {task}"
-    updates = sorted({x for points in found.values() for x, _ in points.tolist()})
+    updates = sorted({x for points in curves.values() for x, _ in points.tolist()})
     step = math.ceil(len(updates) / 20)
     kept = sorted({*updates[::step], *updates[-1:]})
-    tables = {name: dict(points.tolist()) for name, points in found.items()}
+    tables = {name: dict(points.tolist()) for name, points in curves.items()}
     lines = tuple(
         (Cell(f"{update:g}"), *sheets.numbers((t.get(update) for t in tables.values()), digits=3))
         for update in kept
@@ -228,19 +228,19 @@ def _curves(runs: Mapping[str, Mapping[str, Any]], task: str, file: str) -> Plot
         words,
         f"{first_upper(what)} by update, in nats (lower is better). If it still falls at the end, "
         "train longer before you judge the method.",
-        Sheet(f"{words}, in nats", ("update", *found), lines),
+        Sheet(f"{words}, in nats", ("update", *curves), lines),
         paint,
-        height=2.9 + 0.2 * len(found),
+        height=2.9 + 0.2 * len(curves),
     )
 
 
 def maps(inspection: Inspection) -> list[Plot]:
     """Return the tables with shades as figures: usage by layer and task, similarity."""
     usage = sheets.usage_by_part(inspection)
-    found = list(zip(file_names("usage", list(usage)), usage.values(), strict=True))
+    tables = list(zip(file_names("usage", list(usage)), usage.values(), strict=True))
     cosines = sheets.similarity(inspection)
-    found += [("similarity-matrix", cosines)] if cosines is not None else []
-    return [_map(name, sheet) for name, sheet in found]
+    tables += [("similarity-matrix", cosines)] if cosines is not None else []
+    return [_map(name, sheet) for name, sheet in tables]
 
 
 def _map(name: str, sheet: Sheet) -> Plot:

@@ -65,11 +65,11 @@ def file_names(stem: str, tasks: Sequence[str]) -> list[str]:
     >>> file_names("usage", ["de", "../de", "漢"])
     ['usage-de', 'usage-de-2', 'usage-3']
     """
-    found: list[str] = []
+    names: list[str] = []
     for place, task in enumerate(tasks, 1):
         name = "-".join([stem, *re.findall("[A-Za-z0-9]+", task)])
-        found.append(f"{name}-{place}" if name in (stem, *found) else name)
-    return found
+        names.append(f"{name}-{place}" if name in (stem, *names) else name)
+    return names
 
 
 def marked(index: int, points: int) -> dict[str, Any]:

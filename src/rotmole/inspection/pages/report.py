@@ -151,9 +151,9 @@ def _glance(x: Inspection) -> dict[str, str]:
 
 def _usage(inspection: Inspection) -> list[Sheet]:
     """Return the tables of usage that have lines."""
-    found: list[Sheet | None] = [sheets.usage_grid(inspection), *sheets.affinity_grids(inspection)]
-    found += [*sheets.usage_by_part(inspection).values(), sheets.routing(inspection)]
-    return [sheet for sheet in found if sheet is not None and sheet.lines]
+    grids: list[Sheet | None] = [sheets.usage_grid(inspection), *sheets.affinity_grids(inspection)]
+    grids += [*sheets.usage_by_part(inspection).values(), sheets.routing(inspection)]
+    return [sheet for sheet in grids if sheet is not None and sheet.lines]
 
 
 def answers(inspection: Inspection) -> Sheet | None:
@@ -178,8 +178,8 @@ def passage(inspection: Inspection) -> list[Sheet]:
     tables |= {f"Weights and angles in {path}": each for path, each in text.layers.items()}
     some = dict(list(tables.items())[: sheets.MOST_LAYERS])
     most = sheets.MOST_LINES // len(some)
-    found = [sheets.tokens(text.tokens, each, name, most) for name, each in some.items()]
+    result = [sheets.tokens(text.tokens, each, name, most) for name, each in some.items()]
     if len(some) < len(tables):
-        more = f"{found[-1].caption}; {len(tables) - len(some)} further layers are in inspect.json"
-        found[-1] = replace(found[-1], caption=more)
-    return found
+        more = f"{result[-1].caption}; {len(tables) - len(some)} further layers are in inspect.json"
+        result[-1] = replace(result[-1], caption=more)
+    return result

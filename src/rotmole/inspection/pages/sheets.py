@@ -141,11 +141,11 @@ def used(layer: Layer, names: Iterable[str] = (ALL,)) -> list[float] | None:
     That is its share of the choices or, if every token uses every expert, of the weights. None if
     no token came by.
     """
-    found = [layer.usage[name] for name in names if name in layer.usage]
+    usages = [layer.usage[name] for name in names if name in layer.usage]
     if layer.top_k < layer.num_experts:
-        sums = [float(sum(each)) for each in zip(*(use.choices for use in found), strict=True)]
+        sums = [float(sum(each)) for each in zip(*(use.choices for use in usages), strict=True)]
     else:
-        known = [[use.tokens * share for share in use.part or use.share] for use in found]
+        known = [[use.tokens * share for share in use.part or use.share] for use in usages]
         sums = [sum(each) for each in zip(*known, strict=True)]
     return [each / sum(sums) for each in sums] if sum(sums) > 0 else None
 

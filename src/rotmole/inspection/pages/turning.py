@@ -90,7 +90,7 @@ def angles_by_layer(inspection: Inspection) -> Plot | None:
         return None
     tasks, names = list(parts_of(inspection)), list(turned.angles)
     nothing = np.zeros(len(turned.edges) - 1)
-    found = {
+    spreads = {
         task: [quantiles(turned.edges, turned.angles[n].get(task, nothing)) for n in names]
         for task in tasks
     }
@@ -102,7 +102,7 @@ def angles_by_layer(inspection: Inspection) -> Plot | None:
         for panel in panels[len(shown) :]:
             panel.set_visible(False)
         for index, (axes, task) in enumerate(zip(panels, shown, strict=False)):
-            color, x, q = series(index)["color"], range(len(names)), np.array(found[task]).T
+            color, x, q = series(index)["color"], range(len(names)), np.array(spreads[task]).T
             axes.fill_between(x, q[0], q[4], color=color, alpha=0.18, lw=0)
             axes.fill_between(x, q[1], q[3], color=color, alpha=0.35, lw=0)
             axes.plot(x, q[2], color=color, marker="o", ms=3, markevery=_dots(q[2]))
@@ -113,7 +113,7 @@ def angles_by_layer(inspection: Inspection) -> Plot | None:
         figure.supxlabel("layer", fontsize=9)
 
     lines = tuple(
-        (Cell(name), *(Cell(_spread(found[task][place])) for task in tasks))
+        (Cell(name), *(Cell(_spread(spreads[task][place])) for task in tasks))
         for place, name in enumerate(names)
     )
     caption = f"Median angle of {turned.name} in radians, in brackets 5 % and 95 %"
@@ -144,15 +144,15 @@ def angle_histogram(inspection: Inspection) -> Plot | None:
         return None
     tasks = list(tasks_of(inspection))
     layers = {
-        name: {task: counts for task, counts in found.items() if task in tasks}
-        for name, found in turned.angles.items()
+        name: {task: counts for task, counts in of_tasks.items() if task in tasks}
+        for name, of_tasks in turned.angles.items()
     }
     name = max(layers, key=lambda each: _difference(layers[each], turned.edges))
-    found = {task: counts / max(counts.sum(), 1) for task, counts in layers[name].items()}
-    used = np.flatnonzero(sum(found.values()))
+    shares = {task: counts / max(counts.sum(), 1) for task, counts in layers[name].items()}
+    used = np.flatnonzero(sum(shares.values()))
     low, high = (used[0], used[-1]) if len(used) else (0, len(turned.edges) - 2)
     edges = turned.edges[low : high + 2]
-    shown = {task: share[low : high + 1] for task, share in found.items()}
+    shown = {task: share[low : high + 1] for task, share in shares.items()}
 
     def paint(figure: Any) -> None:
         axes = figure.subplots()
@@ -186,12 +186,12 @@ def angle_histogram(inspection: Inspection) -> Plot | None:
 
 def _difference(tasks: Mapping[str, Any], edges: Any) -> float:
     """Return how far the tasks' median angles are apart; of one task, how wide its angles are."""
-    found = [quantiles(edges, counts) for counts in tasks.values() if counts.sum()]
-    if not found:
+    spreads = [quantiles(edges, counts) for counts in tasks.values() if counts.sum()]
+    if not spreads:
         return -1.0
-    if len(found) == 1:
-        return found[0][-1] - found[0][0]
-    middles = [line[2] for line in found]
+    if len(spreads) == 1:
+        return spreads[0][-1] - spreads[0][0]
+    middles = [line[2] for line in spreads]
     return max(middles) - min(middles)
 
 
@@ -252,10 +252,10 @@ def reach(inspection: Inspection) -> Plot | None:
         return None
     layer = max(known, key=lambda x: x.effects[ALL].rotation_off or 0 if ALL in x.effects else 0)
     assert layer.experts is not None
-    found = layer.experts.reach
-    assert found is not None
-    scaled, turned = outline(found.scaled), outline(found.turned)
-    first, second = found.experts
+    pair = layer.experts.reach
+    assert pair is not None
+    scaled, turned = outline(pair.scaled), outline(pair.turned)
+    first, second = pair.experts
 
     def paint(figure: Any) -> None:
         axes = figure.subplots()
@@ -267,7 +267,7 @@ def reach(inspection: Inspection) -> Plot | None:
             axes.fill(*border.T, color=style["color"], alpha=0.22, lw=0)
             axes.plot(*closed.T, color=style["color"], ls=style["linestyle"], lw=1.4, label=label)
         for expert, mark, plain, moved in zip(
-            found.experts, "oD", found.outputs, found.actual, strict=True
+            pair.experts, "oD", pair.outputs, pair.actual, strict=True
         ):
             name = f"expert {expert}"
             axes.plot(
@@ -296,13 +296,13 @@ def reach(inspection: Inspection) -> Plot | None:
 
     points = [
         (f"expert {expert}, {words}", point)
-        for words, both in (("not turned", found.outputs), ("as turned", found.actual))
-        for expert, point in zip(found.experts, both, strict=True)
+        for words, both in (("not turned", pair.outputs), ("as turned", pair.actual))
+        for expert, point in zip(pair.experts, both, strict=True)
     ]
     lines = [(Cell(name), *sheets.numbers(point, digits=3), Cell("")) for name, point in points]
     for name, border in (("scaling alone", scaled), ("scaling and rotation", turned)):
         lines.append((Cell(name), Cell(""), Cell(""), Cell(f"{area(border):.3g}")))
-    token = f" for the token {sheets.shown(found.token)!r}" if found.token else ""
+    token = f" for the token {sheets.shown(pair.token)!r}" if pair.token else ""
     return Plot(
         "reach",
         f"Outputs that experts {first} and {second} of layer {name_of(layer)} reach",

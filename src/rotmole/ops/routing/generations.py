@@ -44,8 +44,6 @@ def select_generations(
         Routing. Its probability is n_j / E of the softmax within each generation of n_j, so the
         balance loss compares experts that came together, and is 1 where they are used alike.
 
-    Source: our choice.
-
     >>> select_generations(torch.zeros(1, 3), [2, 1], top_k=1).weight_TE
     tensor([[1.0000, 0.0000, 0.5000]])
     """

@@ -10,7 +10,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rotmole.cli.eval import chosen_tasks, load_rows, section_words, tell_without_effect, with_data
+from rotmole.cli.eval.command import (
+    chosen_tasks,
+    load_rows,
+    section_words,
+    tell_without_effect,
+    with_data,
+)
 from rotmole.cli.screen import note, progress
 from rotmole.comparison.judgement import Measure
 from rotmole.comparison.pages.tables import interval
@@ -25,9 +31,9 @@ from rotmole.errors import ConfigError
 from rotmole.evaluation import Report, System, compare, limit_rows, measure, to_json
 from rotmole.evaluation.evaluate import task_metrics
 from rotmole.evaluation.files import PREDICTIONS, RESULT, as_text, is_chosen_here, write_files
-from rotmole.evaluation.paired import LEVEL
 from rotmole.evaluation.render import footnotes, print_lines, print_table, rows
 from rotmole.evaluation.report import prediction_rows
+from rotmole.evaluation.statistics.paired import LEVEL
 from rotmole.evaluation.target import Target, with_adapter
 from rotmole.files import check_writable
 from rotmole.models.endings import take_endings
@@ -84,8 +90,8 @@ def evaluate_several(
     assert first.run is not None  # with_data
     section = first.run.evaluation.model_dump(exclude={"before"})
     report = compare(systems, {**section, "seed": first.run.seed})
-    found = compare_runs(_runs(report, places), metrics)
-    _deliver(report, found, places, output, as_json=as_json)
+    differences = compare_runs(_runs(report, places), metrics)
+    _deliver(report, differences, places, output, as_json=as_json)
     return 0
 
 

@@ -3,9 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rotmole.evaluation import intervals
-from rotmole.evaluation.intervals import bootstrap, paired_difference, wilson
-from rotmole.evaluation.resampled import mean
+from rotmole.evaluation.statistics import intervals
+from rotmole.evaluation.statistics.intervals import bootstrap, paired_difference, wilson
+from rotmole.evaluation.statistics.resampled import mean
 
 
 def test_wilson_by_hand():

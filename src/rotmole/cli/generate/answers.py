@@ -12,7 +12,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from rotmole.cli.prompts import Prompt
+from rotmole.cli.generate.prompts import Prompt
 from rotmole.cli.screen import note
 from rotmole.errors import InputError
 from rotmole.evaluation.generation import Continuation

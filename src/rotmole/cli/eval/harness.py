@@ -62,14 +62,14 @@ def harness(
         loaded.model, loaded.tokenizer, names, manager,
         batch_size=section.batch_size, limit=limit, seed=0 if place.run is None else place.run.seed,
     )  # fmt: skip
-    found = {
+    result = {
         "model": loaded.name,
         "adapter": str(place.adapter) if place.adapter else None,
         "limit": limit,
         "versions": {name: version(name) for name in ("rotmole", "lm_eval", "torch")},
         "results": [vars(figure) for figure in figures],
     }
-    text = json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     if as_json:
         sys.stdout.write(text)
         sys.stdout.flush()

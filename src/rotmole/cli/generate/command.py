@@ -11,8 +11,8 @@ from typing import Any
 
 from transformers.utils import CHAT_TEMPLATE_FILE
 
-from rotmole.cli.answers import answer_file, answer_row, check_keys
-from rotmole.cli.prompts import Prompt, in_template, read_prompts
+from rotmole.cli.generate.answers import answer_file, answer_row, check_keys
+from rotmole.cli.generate.prompts import Prompt, in_template, read_prompts
 from rotmole.cli.screen import note, progress
 from rotmole.errors import InputError
 from rotmole.evaluation.generation import (

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from rotmole.evaluation.resampled import Columns, Rows
+from rotmole.evaluation.statistics.resampled import Columns, Rows
 
 Resampled = Callable[[Columns, Rows], Columns]
 RESAMPLES = 1000

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_1samp
 
-from rotmole.evaluation.paired import (
+from rotmole.evaluation.statistics.paired import (
     detectable,
     holm,
     paired,

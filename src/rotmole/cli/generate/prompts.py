@@ -89,10 +89,10 @@ def _read(file: Path | None, name: str) -> str:
 
 
 def _rows(file: Path) -> list[Prompt]:
-    found = [row for part in contents(file, "jsonl") for row in rows_of(part[1], part[0], part[2])]
+    rows = [row for part in contents(file, "jsonl") for row in rows_of(part[1], part[0], part[2])]
     prompts: list[Prompt] = []
     faults = []
-    for row in found:
+    for row in rows:
         try:
             if isinstance(row, DataError):
                 raise row

@@ -1,0 +1,1 @@
+"""``rotmole eval``: one target, several on the same rows, or tasks of lm_eval."""

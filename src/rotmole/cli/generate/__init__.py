@@ -1,0 +1,1 @@
+"""``rotmole generate``: from prompts to answers, and their files."""

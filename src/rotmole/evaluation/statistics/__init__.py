@@ -1,0 +1,1 @@
+"""Statistics of figures: intervals, paired differences and tests, resampled metrics."""
