@@ -11,7 +11,6 @@ the peak of the process rises while a whole inspection runs, after a plain pass.
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Callable
 from typing import Any
@@ -96,7 +95,9 @@ class Numbers:
 
 def peak_mib() -> float:
     """Return the largest memory that the process has had."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    from rotmole.models.memory import peak_rss_bytes
+
+    return peak_rss_bytes() / 2**20
 
 
 def main() -> int:

@@ -13,12 +13,10 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import resource
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from common import (
@@ -108,17 +106,10 @@ def alone(words: str, given: argparse.Namespace) -> int:
 
 
 def peak_mib() -> float:
-    """Return this process's largest resident memory in MiB.
+    """Return this process's largest resident memory in MiB."""
+    from rotmole.models.memory import peak_rss_bytes
 
-    ru_maxrss where there is nothing better: on Linux it also counts what the process that started
-    this one held at that moment, which here is a model or two; VmHWM does not.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        lines = status.read_text(encoding="utf-8").splitlines()
-        return float(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 2**10
-    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return largest / (2**20 if sys.platform == "darwin" else 2**10)
+    return peak_rss_bytes() / 2**20
 
 
 def peaks(

@@ -24,7 +24,7 @@ import yaml
 from transformers import TrainerCallback
 
 from rotmole.config.load import load_run, sft_arguments
-from rotmole.models.memory import estimate_memory, resident_bytes
+from rotmole.models.memory import estimate_memory, peak_rss_bytes, resident_bytes
 from rotmole.models.preview import preview
 from rotmole.training.run import train
 
@@ -46,22 +46,15 @@ class Watch(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == UPDATES - 1:
-            self.ever = peak_bytes()
+            self.ever = peak_rss_bytes()
             trim()
             Path("/proc/self/clear_refs").write_text("5")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.peak = peak_bytes()
+        self.peak = peak_rss_bytes()
         self.ever = max(self.ever, self.peak)
         trim()
         self.rest = resident_bytes()
-
-
-def peak_bytes() -> int:
-    """Return the most memory this process has held since its peak was last forgotten."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (held,) = (line.split()[1] for line in lines if line.startswith("VmHWM"))
-    return int(held) * 1024
 
 
 def trim() -> None:

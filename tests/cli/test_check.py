@@ -264,6 +264,36 @@ RUNS = {
 }
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"evaluation": {"early_stopping_patience": 2}},
+        {"training": {"max_steps": 1, "eval_on_start": True}},
+        {"training": {"max_steps": 1, "metric_for_best_model": "eval_few_loss"}},
+    ],
+    ids=["early stopping", "eval_on_start", "metric"],
+)
+def test_what_needs_validation_rows_is_refused_where_a_fraction_gives_none(
+    setting, folder, tmp_path, capsys
+):
+    """The hash of a row decides, so only the rows tell; training says the same sentence."""
+    tasks = {"few": {"files": {"train": "train.jsonl"}, "validation_fraction": 0.001}}
+    if "metric_for_best_model" in setting.get("training", {}):
+        tasks["more"] = {"files": {"train": "train.jsonl", "validation": "validation.jsonl"}}
+    data = {"root": str(folder), "tasks": tasks}
+    path = run_file(tmp_path / "run.yaml", folder, data=data, **setting)
+    said = []
+    for verb in ("check", "train"):
+        assert main([verb, path]) == 2
+        shown, faults = capsys.readouterr()
+        assert "no mistakes found" not in shown
+        said.append([line for line in faults.splitlines() if line.startswith("rotmole:")])
+    assert said[0] == said[1]
+    assert len(said[0]) == 1
+    name = next(iter(setting.get("evaluation", {})), None) or list(setting["training"])[1]
+    assert name in said[0][0]
+
+
 @pytest.mark.heavy
 @pytest.mark.parametrize(("settings", "words", "batch"), RUNS.values(), ids=RUNS)
 def test_the_memory_estimate_is_within_a_quarter_of_the_peak(settings, words, batch, tmp_path):
@@ -279,13 +309,12 @@ def test_the_memory_estimate_is_within_a_quarter_of_the_peak(settings, words, ba
         training={"max_steps": 6, "per_device_train_batch_size": batch},
     )
     code = """
-import re, sys
-from pathlib import Path
+import sys
 from rotmole_cli import main
+from rotmole.models.memory import peak_rss_bytes
 for verb in ("check", "train"):
     assert main([verb, sys.argv[1]]) == 0
-# not ru_maxrss, which starts at the peak of the process that ran this one
-print("PEAK", 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]))
+print("PEAK", peak_rss_bytes())
 """
     done = subprocess.run(
         [sys.executable, "-c", code, path], capture_output=True, text=True, check=False

@@ -18,7 +18,7 @@ from training_cases import run_file, settings
 
 
 def test_the_best_checkpoint_is_kept_where_validation_and_saving_go_together(tmp_path):
-    arguments = training_arguments(run_file(tmp_path, tmp_path, tmp_path / "run"), validated=True)
+    arguments = training_arguments(run_file(tmp_path, tmp_path, tmp_path / "run"), validated=["t"])
     assert arguments.load_best_model_at_end
     assert arguments.metric_for_best_model == "eval_loss"
     assert not arguments.greater_is_better
@@ -27,11 +27,11 @@ def test_the_best_checkpoint_is_kept_where_validation_and_saving_go_together(tmp
 def test_the_best_checkpoint_cannot_be_known_where_they_do_not(tmp_path):
     run = run_file(tmp_path, tmp_path, tmp_path / "run", save_steps=7)
     with pytest.warns(UserWarning, match="not the best"):
-        assert not training_arguments(run, validated=True).load_best_model_at_end
+        assert not training_arguments(run, validated=["t"]).load_best_model_at_end
 
 
 def test_validation_is_off_without_rows(tmp_path):
-    arguments = training_arguments(run_file(tmp_path, tmp_path, tmp_path / "run"), validated=False)
+    arguments = training_arguments(run_file(tmp_path, tmp_path, tmp_path / "run"), validated=[])
     assert arguments.eval_strategy == "no"
     assert not arguments.load_best_model_at_end
 
@@ -42,7 +42,7 @@ def test_settings_of_another_trainer_are_refused(tmp_path, name):
     value = {"loss_type": "dft", "activation_offloading": True}[name]
     run = run.model_copy(update={"training": run.training | {name: value}})
     with pytest.raises(ConfigError, match=name):
-        training_arguments(run, validated=True)
+        training_arguments(run, validated=["t"])
 
 
 def test_the_seed_alone_decides_the_start(model_folder, data_folder, tmp_path):
@@ -101,7 +101,7 @@ def test_a_process_without_a_launcher_takes_one_gpu(
     given = run_file(model_folder, data_folder, tmp_path)
     monkeypatch.setattr(SFTConfig, "n_gpu", property(lambda self: 2))
     with pytest.warns(UserWarning, match="one of 2 GPUs is used; `torchrun --nproc-per-node 2"):
-        arguments = training_arguments(given, validated=True)
+        arguments = training_arguments(given, validated=["t"])
     assert arguments._n_gpu == 1
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ from rotmole.comparison.study import is_study
 from rotmole.config.load import load_run, sft_arguments
 from rotmole.config.schema import RunFile
 from rotmole.config.training import count_updates
-from rotmole.data import data_problems, mix
+from rotmole.data import Example, data_problems, mix
 from rotmole.data.sources import together
 from rotmole.errors import AdapterError, DataError
 from rotmole.evaluation.render import print_lines
@@ -71,7 +70,9 @@ def check(path: Path, overrides: Sequence[str], *, trust_remote_code: bool = Fal
     _print_modules(model)
     tokenizer = load_tokenizer(run.model, trust_remote_code=trust_remote_code)
     check_vocabulary(model, tokenizer, run.model.name)
-    importlib.import_module("rotmole.training.build")  # so resident_bytes counts its imports
+    # slow, and so that resident_bytes counts its imports
+    from rotmole.training.build import training_values, validation_rows
+
     settings = sft_arguments(run)
     loaded, faults = load_rows(run, model, tokenizer, settings.get("max_length"))
     print_rows(loaded, tokenizer)
@@ -79,10 +80,13 @@ def check(path: Path, overrides: Sequence[str], *, trust_remote_code: bool = Fal
         raise together(faults)
     if not any(rows.split == "train" for rows in loaded):
         raise DataError("no task has a row in its train split; name files: {train: ...}.")
+    validation = {rows.task: rows.examples for rows in loaded if rows.split == "validation"}
+    validation = validation_rows(run, validation)
+    training_values(run, validated=validation)  # what only the rows can tell
     # a model can be traced once: layers may keep tensors of the trace
     fresh = preview(run.model, run.adapter_config, dtype, trust_remote_code=trust_remote_code)
     try:
-        _print_cost(run, model, fresh, loaded, device, dtype)
+        _print_cost(run, model, fresh, loaded, validation, device, dtype)
     except UnknownCostError as error:
         print_lines([f"time        {error}"])
     print(f"no mistakes found in {path}")
@@ -117,31 +121,31 @@ def _print_cost(
     model: Any,
     again: Any,
     loaded: Sequence[Rows],
+    validation: Mapping[str, Sequence[Example]],
     device: torch.device,
     dtype: torch.dtype,
 ) -> None:
     """Print updates, tokens, time and memory of the training; `model` and `again` are equal."""
-    from rotmole.training.build import validation_rows  # slow
-
     settings = sft_arguments(run)
     batch = settings["per_device_train_batch_size"]
-    by_task = {rows.task: rows for rows in loaded if rows.split == "train"}
+    accumulation = settings.get("gradient_accumulation_steps", 1)
+    trained = [rows for rows in loaded if rows.split == "train"]
     length = {
         id(example): len(encoded["input_ids"])
         for rows in loaded
         for example, encoded in zip(rows.examples, rows.encoded, strict=True)
     }
-    order = mix({task: rows.examples for task, rows in by_task.items()}, run.data, seed=run.seed)
+    order = mix({rows.task: rows.examples for rows in trained}, run.data, seed=run.seed)
     lengths = [length[id(example)] for example in order]
     updates = count_updates(
         len(lengths),
         batch=batch,
-        accumulation=settings.get("gradient_accumulation_steps", 1),
+        accumulation=accumulation,
         epochs=settings["num_train_epochs"],
         max_steps=settings.get("max_steps", -1),
         drop_last=bool(settings.get("dataloader_drop_last")),
     )
-    rows_of_update = batch * settings.get("gradient_accumulation_steps", 1)
+    rows_of_update = batch * accumulation
     epochs = updates * rows_of_update / len(lengths)
     tokens = updates * rows_of_update * sum(lengths) / len(lengths)
     print(
@@ -157,16 +161,41 @@ def _print_cost(
         quantization=run.model.quantization,
     )
     padded = _padded(lengths, batch) / len(lengths)  # tokens of a row with its padding
-    learnt = sum(rows.learnt for rows in by_task.values()) / sum(
-        len(rows.examples) for rows in by_task.values()
+    learnt = sum(rows.learnt for rows in trained) / sum(len(rows.examples) for rows in trained)
+    step = _step_seconds(again, settings, padded, learnt, device, dtype)
+    checked = [length[id(row)] for examples in validation.values() for row in examples]
+    of_validation = _validations(updates, epochs, settings) * (
+        # a forward pass is about half of a forward and backward that leaves the base's weights out
+        _padded(checked, settings["per_device_eval_batch_size"]) / (batch * padded) * step / 2
     )
+    _print_time(updates * accumulation * step, of_validation, device.type)
+    _print_memory(memory, batch, max(lengths), device.type)
+
+
+def _step_seconds(
+    model: Any,
+    settings: Mapping[str, Any],
+    padded: float,
+    learnt: float,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> float:
+    """Estimate the seconds of the forward and backward pass of one batch.
+
+    Args:
+        settings: the arguments of SFTConfig.
+        padded: tokens of a row with its padding.
+        learnt: tokens of a row that have labels.
+        dtype: of the model; bf16 and fp16 of the settings replace it.
+    """
+    batch = settings["per_device_train_batch_size"]
     half = next((t for n, t in (("bf16", torch.bfloat16), ("fp16", torch.float16))
                  if settings.get(n)), dtype)  # fmt: skip
     speed = measured_speed(
-        device, half, rows=max(round(batch * padded), 1), widths=typical_widths(again)
+        device, half, rows=max(round(batch * padded), 1), widths=typical_widths(model)
     )
-    step = estimate_update(
-        again,
+    return estimate_update(
+        model,
         speed,
         batch=batch,
         length=max(round(padded), 1),
@@ -175,16 +204,6 @@ def _print_cost(
             settings.get("activation_checkpointing") or settings.get("gradient_checkpointing")
         ),
     )
-    training = updates * settings.get("gradient_accumulation_steps", 1) * step
-    validation = {rows.task: rows.examples for rows in loaded if rows.split == "validation"}
-    chosen = validation_rows(run, validation).values()
-    checked = [length[id(example)] for examples in chosen for example in examples]
-    of_validation = _validations(updates, epochs, settings) * (
-        # a forward pass is about half of a forward and backward that leaves the base's weights out
-        _padded(checked, settings["per_device_eval_batch_size"]) / (batch * padded) * step / 2
-    )
-    _print_time(training, of_validation, device.type)
-    _print_memory(memory, batch, max(lengths), device.type)
 
 
 def _print_time(training: float, validation: float, device: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rotmole.config.schema import TaskSection
-from rotmole.config.training import saves_when_it_validates
+from rotmole.config.training import NO_VALIDATION, saves_when_it_validates
 
 
 def optimizer_problems(
@@ -78,10 +78,7 @@ def early_stopping_problems(
     if not patience:
         return []
     if not validated:
-        return [
-            f"{head} validation rows, but no task has any; give files: {{validation: ...}} or "
-            "validation_fraction."
-        ]
+        return [f"{head} {NO_VALIDATION}"]
     if training.get("eval_strategy", "no") == "no":
         return [f"{head} validation, but training.eval_strategy is no; write steps or epoch."]
     if not training.get("load_best_model_at_end", saves_when_it_validates(training)):

@@ -6,7 +6,7 @@ import inspect
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from typing import Any, cast, get_type_hints
 
@@ -206,14 +206,14 @@ def check_training(
     return passed, problems
 
 
-def best_problems(training: Mapping[str, Any], tasks: Mapping[str, TaskSection]) -> list[str]:
+def best_problems(training: Mapping[str, Any], tasks: Iterable[str]) -> list[str]:
     """Check that validation computes the metric by which the best checkpoint is chosen.
 
     Trainer would raise an error only at the first validation.
 
     Args:
         training: the checked section.
-        tasks: the tasks without a problem of their own.
+        tasks: names of those that may have validation rows.
 
     Returns:
         One sentence per problem.
@@ -322,6 +322,12 @@ def count_updates(
     return math.ceil(max(math.ceil(batches / accumulation), 1) * epochs)
 
 
+NO_VALIDATION = (
+    "validation rows, but no task has any; give files: {validation: ...} or validation_fraction."
+)
+"""How a sentence ends about a setting that needs what the data do not have."""
+
+
 def has_validation(task: TaskSection) -> bool:
     """Tell whether a task may have validation rows.
 
@@ -389,9 +395,7 @@ def _pair_problems(values: Mapping[str, Any], model: ModelSection, validated: bo
     ]
     if not validated:
         problems += [
-            f"training.{name}: {values[name]} needs validation rows, but no task has any; give "
-            "files: {validation: ...} or validation_fraction."
-            for name in wants_validation
+            f"training.{name}: {values[name]} needs {NO_VALIDATION}" for name in wants_validation
         ]
     if values.get("use_liger_kernel") and find_spec("liger_kernel") is None:
         problems.append("training.use_liger_kernel: true needs: pip install liger-kernel.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import weakref
 from collections.abc import Mapping
@@ -29,6 +30,7 @@ FRAGMENTATION = 1.5
 FIRST_UPDATE = 55_000_000
 """Bytes of code and buffers that libraries load with the first update; measured."""
 
+_STATUS = Path("/proc/self/status")
 _QUANTISED_BYTES = {"bnb-8bit": 1.0, "torchao-int8": 1.0, "bnb-4bit-nf4": 0.5625}
 
 
@@ -201,8 +203,11 @@ def resident_bytes() -> int:
 def peak_rss_bytes() -> int:
     """Return the most bytes this process has held; 0 on Windows, where Python cannot tell.
 
-    Source: getrusage.
+    Source: VmHWM of /proc/self/status on Linux, where getrusage starts at the peak of the process
+    that started this one; getrusage elsewhere.
     """
+    if _STATUS.is_file() and (peak := re.search(r"VmHWM:\s+(\d+)", _STATUS.read_text())):
+        return 1024 * int(peak[1])
     if resource is None:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

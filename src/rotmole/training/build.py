@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from rotmole.config.load import sft_arguments
 from rotmole.config.schema import DataSection, ModelSection, RunFile, Split
 from rotmole.config.sections import early_stopping_problems
 from rotmole.config.start import start_folder
-from rotmole.config.training import saves_when_it_validates
+from rotmole.config.training import NO_VALIDATION, best_problems, saves_when_it_validates
 from rotmole.data import Collator, Example, encode_all, load_splits, mix
 from rotmole.data.chat import today
 from rotmole.data.load import within_limit
@@ -247,7 +247,7 @@ def build_trainer(
         ConfigError, DataError: settings or rows that cannot be trained on.
     """
     validation = examples["validation"]
-    arguments = training_arguments(run, validated=bool(validation))
+    arguments = training_arguments(run, validated=validation)
     length = arguments.max_length or UNLIMITED
     train = mix(dict(examples["train"]), run.data, seed=run.seed)
     groups = task_groups(run.data, model.peft_config[model.active_adapter])
@@ -291,7 +291,20 @@ def _report_last(trainer: RotMoleTrainer) -> None:
             trainer.add_callback(tracker)
 
 
-def training_arguments(run: RunFile, *, validated: bool) -> SFTConfig:
+def training_arguments(run: RunFile, *, validated: Collection[str]) -> SFTConfig:
+    """Return the trainer's arguments; arguments and errors are those of `training_values`."""
+    arguments = SFTConfig(**training_values(run, validated=validated))
+    if arguments.n_gpu > 1:  # transformers would take nn.DataParallel, which splits no such batch
+        warnings.warn(
+            f"one of {arguments.n_gpu} GPUs is used; `torchrun --nproc-per-node "
+            f"{arguments.n_gpu} -m rotmole_cli train ...` uses them all.",
+            stacklevel=2,
+        )
+        arguments._n_gpu = 1
+    return arguments
+
+
+def training_values(run: RunFile, *, validated: Collection[str]) -> dict[str, Any]:
     """Complete the run's training settings by what depends on the data.
 
     Where there are validation rows, the checkpoint with the lowest validation loss is the result,
@@ -299,13 +312,14 @@ def training_arguments(run: RunFile, *, validated: bool) -> SFTConfig:
 
     Args:
         run: the run.
-        validated: whether there are validation rows.
+        validated: names of the tasks that have validation rows.
 
     Returns:
-        The trainer's arguments.
+        The trainer's arguments by name.
 
     Raises:
-        ConfigError: a setting that only TRL's own trainer knows.
+        ConfigError: a setting that only TRL's own trainer knows, or that needs validation rows
+            which the data do not have.
     """
     values = sft_arguments(run) | {"disable_tqdm": True}
     values.setdefault("include_num_input_tokens_seen", "non_padding")
@@ -321,22 +335,18 @@ def training_arguments(run: RunFile, *, validated: bool) -> SFTConfig:
             )
     if values.get("load_best_model_at_end"):
         values.setdefault("metric_for_best_model", "eval_loss")
-    section = run.evaluation.model_dump()
-    if problems := early_stopping_problems(section, values, validated):
+    problems = early_stopping_problems(run.evaluation.model_dump(), values, bool(validated))
+    if validated:
+        problems += best_problems(values, validated)
+    elif values.get("eval_on_start"):
+        problems.append(f"training.eval_on_start: True needs {NO_VALIDATION}")
+    if problems:
         raise ConfigError(problems)
     idle = [n for n, d in {"loss_type": "nll", "activation_offloading": False}.items()
             if values.get(n, d) != d]  # fmt: skip
     if idle:
         raise ConfigError([f"training.{name} is not supported; leave it out." for name in idle])
-    arguments = SFTConfig(**values)
-    if arguments.n_gpu > 1:  # transformers would take nn.DataParallel, which splits no such batch
-        warnings.warn(
-            f"one of {arguments.n_gpu} GPUs is used; `torchrun --nproc-per-node "
-            f"{arguments.n_gpu} -m rotmole_cli train ...` uses them all.",
-            stacklevel=2,
-        )
-        arguments._n_gpu = 1
-    return arguments
+    return values
 
 
 def chooses_by_validation(run: RunFile) -> bool:
