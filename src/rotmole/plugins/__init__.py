@@ -5,7 +5,8 @@ All take the settings of the run file's `adapter:` section, checked as there.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, Field
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,25 @@ def read_settings(given: str, where: str) -> dict[str, Any]:
             "of a run file, such as {r: 4, num_experts: 8}"
         )
     return values
+
+
+def changed(given: Any, options: Iterable[Field[Any]]) -> dict[str, Any]:
+    """Return --name and value of the options that are not at their defaults, compared as text.
+
+    As text, because ms-swift turns 'true' into True.
+
+    Args:
+        given: the dataclass that the other program has parsed.
+        options: those of its fields that are about adapters.
+    """
+    result = {}
+    for option in options:
+        factory = option.default_factory
+        default = option.default if factory is MISSING else factory()
+        value = getattr(given, option.name)
+        if str(value).lower() != str(default).lower():
+            result[f"--{option.name}"] = value
+    return result
 
 
 def foreign(given: Mapping[str, Any], program: str, where: str) -> ConfigError:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from dataclasses import MISSING, fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import fields
+from typing import TYPE_CHECKING
 
 from peft import get_peft_model
 from swift.arguments.tuner_args import TunerArguments
 from swift.tuner_plugin import PeftTuner, tuners_map
 
 from rotmole.errors import ConfigError
-from rotmole.plugins import adapter_config, foreign, read_settings
+from rotmole.plugins import adapter_config, changed, foreign, read_settings
 
 if TYPE_CHECKING:
     from swift.arguments import SftArguments
@@ -19,17 +19,6 @@ if TYPE_CHECKING:
 
 NAME = "rotmole"
 VARIABLE = "ROTMOLE_ADAPTER"
-
-
-def changed(args: SftArguments) -> dict[str, Any]:
-    """Return ms-swift's own settings of adapters that differ from their defaults."""
-    result = {}
-    for field in fields(TunerArguments):
-        default = field.default if field.default_factory is MISSING else field.default_factory()
-        value = getattr(args, field.name)
-        if str(value).lower() != str(default).lower():  # it turns 'true' into True
-            result[f"--{field.name}"] = value
-    return result
 
 
 class RotMoleTuner(PeftTuner):
@@ -44,7 +33,7 @@ class RotMoleTuner(PeftTuner):
         """
         if args.task_type != "causal_lm":
             raise ConfigError(f"--task_type is {args.task_type}; ROTMOLE trains causal_lm here")
-        if given := changed(args):
+        if given := changed(args, fields(TunerArguments)):
             raise foreign(given, "ms-swift", f"the environment variable {VARIABLE}")
         settings = read_settings(os.environ.get(VARIABLE, ""), VARIABLE)
         return get_peft_model(model, adapter_config(settings, VARIABLE))

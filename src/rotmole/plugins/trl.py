@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 from datasets import load_dataset
@@ -24,7 +24,7 @@ from trl import (
 )
 
 from rotmole.errors import ConfigError, RotMoleError
-from rotmole.plugins import adapter_config, foreign, read_settings
+from rotmole.plugins import adapter_config, changed, foreign, read_settings
 
 
 @dataclass
@@ -36,16 +36,10 @@ class AdapterArguments:
     )
 
 
-def changed(model: ModelConfig) -> dict[str, Any]:
-    """Return TRL's own settings of adapters that differ from their defaults."""
-    result = {}
-    for entry in fields(ModelConfig):
-        if entry.name.startswith(("lora_", "use_peft", "use_rslora", "use_dora")):
-            default = entry.default if entry.default is not MISSING else entry.default_factory()
-            value = getattr(model, entry.name)
-            if value != default:
-                result[f"--{entry.name}"] = value
-    return result
+def lora_options() -> list[Field[Any]]:
+    """Return the options by which TRL's command makes its own adapters."""
+    heads = ("lora_", "use_peft", "use_rslora", "use_dora")
+    return [option for option in fields(ModelConfig) if option.name.startswith(heads)]
 
 
 def rows(script: ScriptArguments, mixture: DatasetMixtureConfig) -> Any:
@@ -76,7 +70,7 @@ def train(words: Sequence[str]) -> None:
     script, training, model, mixture, ours = parser.parse_args_and_config(
         args=list(words), fail_with_unknown_args=True
     )
-    if given := changed(model):
+    if given := changed(model, lora_options()):
         raise foreign(given, "TRL", "--adapter")
     config = adapter_config(read_settings(ours.adapter, "--adapter"), "--adapter")
     dataset = rows(script, mixture)
