@@ -5,11 +5,12 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rotmole.cli.screen import fact
 from rotmole.config.load import resolved_yaml
 from rotmole.errors import AdapterError, InputError
-from rotmole.evaluation.target import find_target
+from rotmole.evaluation.target import Target, find_target
 from rotmole.files import atomic_write_text, whole_folder
 from rotmole.models.adapter import check_adapter_folder
 from rotmole.training.folder.layout import ADAPTER
@@ -45,14 +46,7 @@ def grow(
         StorageError: the disk refused.
     """
     place = find_target(target, needs_data=False)
-    if place.adapter is None:
-        raise AdapterError(f"{target} has no adapter yet, so nothing can grow; train it first.")
-    saved = check_adapter_folder(place.adapter)
-    if saved.get("peft_type") != "ROTMOLE":
-        raise AdapterError(
-            f"{place.adapter} is a {saved.get('peft_type')} adapter; rotmole grow takes RotMoLE's. "
-            "RotMoleModel.from_adapters makes a mixture of LoRA adapters."
-        )
+    adapter, saved = _mixture(place, target)
     if keep_all:
         parts = [part for part in PARTS if part != "shared_expert" or saved.get("shared_expert_r")]
         freeze_old = [*freeze_old, *parts]
@@ -60,9 +54,7 @@ def grow(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"--output {output} exists and is not empty; choose another folder.")
     with whole_folder(output) as fresh:
-        config = grow_saved(
-            place.adapter, fresh / ADAPTER, experts, freeze_old=freeze_old, seed=seed
-        )
+        config = grow_saved(adapter, fresh / ADAPTER, experts, freeze_old=freeze_old, seed=seed)
         if place.run is not None:
             changed = {
                 "adapter": {},
@@ -80,3 +72,16 @@ def grow(
         fact("run file", f"{output / RUN}; its data are those of {target}, write the new ones")
         fact("train it", f"rotmole train {shlex.quote(str(output / RUN))}")
     return 0
+
+
+def _mixture(place: Target, target: Path) -> tuple[Path, dict[str, Any]]:
+    """Return the folder and the settings of a target's mixture, the only adapter that can grow."""
+    if place.adapter is None:
+        raise AdapterError(f"{target} has no adapter yet, so nothing can grow; train it first.")
+    saved = check_adapter_folder(place.adapter)
+    if saved.get("peft_type") != "ROTMOLE":
+        raise AdapterError(
+            f"{place.adapter} is a {saved.get('peft_type')} adapter; rotmole grow takes RotMoLE's. "
+            "RotMoleModel.from_adapters makes a mixture of LoRA adapters."
+        )
+    return place.adapter, saved

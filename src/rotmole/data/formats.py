@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from rotmole.config.schema import TaskSection
@@ -78,22 +78,25 @@ def render(
         except DataError as error:
             faults[index] = error
             continue
-        examples.append(
-            Example(
-                task=name,
-                group=str(row.columns[task.group_column]) if task.group_column else "",
-                id=str(row.columns.get("id", row.number)),
-                loss_on="all" if task.loss_on == "all" else "completion",
-                long_rows=task.long_rows,
-                origin=row.origin,
-                **parts,
-            )
-        )
+        examples.append(_example(name, task, row, parts))
     if faults:
         raise together([faults[index] for index in sorted(faults)])
     if chats is not None:
         chats.say(name)
     return examples
+
+
+def _example(name: str, task: TaskSection, row: Row, parts: Mapping[str, Any]) -> Example:
+    """Return the example of a row whose format gave its parts, prompt and completion among them."""
+    return Example(
+        task=name,
+        group=str(row.columns[task.group_column]) if task.group_column else "",
+        id=str(row.columns.get("id", row.number)),
+        loss_on="all" if task.loss_on == "all" else "completion",
+        long_rows=task.long_rows,
+        origin=row.origin,
+        **parts,
+    )
 
 
 def _check_templates(

@@ -85,14 +85,7 @@ def inspect_adapter(
     fitted = sum(tokens_of(sample.calibration).values())
     probes = Probes(layers, tokens=fitted)
     bar = _Bar(progress, fitted + sum(counts.values()))
-    for rows in sample.calibration.values():
-        with probes.listening("", CALIBRATION, effects=False):
-            probes.run(model, batches(rows, model), bar.tokens)
-    part = HELD_OUT if fitted else None
-    with record_routing(model, adapter) as log:
-        for task, rows in sample.held_out.items():
-            with probes.listening(task, part, effects=True), log.of(task):
-                probes.run(model, batches(rows, model), bar.tokens)
+    log = _recorded(model, adapter, sample, probes, bar)
     inspected = tuple(
         _layer(path, one, log, probes, settings, layers) for path, one in layers.items()
     )
@@ -124,6 +117,19 @@ def inspect_adapter(
         notes=_notes(layers, probes, fitted, sum(counts.values())),
     )
     return replace(made, verdicts=diagnose(made))
+
+
+def _recorded(model: Any, adapter: str, sample: Sample, probes: Probes, bar: _Bar) -> RoutingLog:
+    """Run the tokens through the model: those to fit on into the probes, the others into both."""
+    for rows in sample.calibration.values():
+        with probes.listening("", CALIBRATION, effects=False):
+            probes.run(model, batches(rows, model), bar.tokens)
+    part = HELD_OUT if any(sample.calibration.values()) else None
+    with record_routing(model, adapter) as log:
+        for task, rows in sample.held_out.items():
+            with probes.listening(task, part, effects=True), log.of(task):
+                probes.run(model, batches(rows, model), bar.tokens)
+    return log
 
 
 class _Bar:

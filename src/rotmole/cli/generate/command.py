@@ -83,13 +83,7 @@ def generate(
     as_rows = output is not None or prompts[0].source is not None
     if as_rows:
         check_keys(prompts)
-    if file is not None and output is not None and file.resolve() == output.resolve():
-        raise InputError(f"--output {output} is the file of the prompts; choose another.")
-    if sampling.temperature == 0 and sampling.top_p < 1:
-        warnings.warn(
-            "top_p has no effect at temperature 0, which is greedy; set --temperature above 0",
-            stacklevel=2,
-        )
+    _check_options(file, output, sampling)
     place = find_target(target, needs_data=False)
     loaded = load_target(place, say=note, trust_remote_code=trust_remote_code)
     model, tokenizer = loaded.model, loaded.tokenizer
@@ -107,11 +101,9 @@ def generate(
     if not as_rows and stream and streams_whole(model, tokenizer):
         _stream(model, tokenizer, rows, sampling)
         return 0
+    batches = partial(_answers, model, tokenizer, batch_size=batch_size, sampling=sampling)
     if output is None:
-        batches = _answers(model, tokenizer, rows, batch_size, sampling)
-        for index, (each, answer) in enumerate(zip(prompts, _each(batches), strict=True)):
-            text = answer_row(each, answer) if as_rows else "\n" * bool(index) + answer.text + "\n"
-            print(text, end="", flush=True)
+        _print(prompts, batches(rows), as_rows=as_rows)
         return 0
     settings = {
         "model": loaded.name,
@@ -121,9 +113,28 @@ def generate(
         "date": place.date if template else None,
         **vars(sampling),
     }
-    batches = partial(_answers, model, tokenizer, batch_size=batch_size, sampling=sampling)
     _write(output, prompts, rows, settings, batches)
     return 0
+
+
+def _check_options(file: Path | None, output: Path | None, sampling: Sampling) -> None:
+    """Refuse or warn of options that contradict each other."""
+    if file is not None and output is not None and file.resolve() == output.resolve():
+        raise InputError(f"--output {output} is the file of the prompts; choose another.")
+    if sampling.temperature == 0 and sampling.top_p < 1:
+        warnings.warn(
+            "top_p has no effect at temperature 0, which is greedy; set --temperature above 0",
+            stacklevel=3,
+        )
+
+
+def _print(
+    prompts: Sequence[Prompt], batches: Iterator[list[Continuation]], *, as_rows: bool
+) -> None:
+    """Print the answers, as rows of jsonl or as texts with a blank line between two."""
+    for index, (each, answer) in enumerate(zip(prompts, _each(batches), strict=True)):
+        text = answer_row(each, answer) if as_rows else "\n" * bool(index) + answer.text + "\n"
+        print(text, end="", flush=True)
 
 
 def _write(

@@ -269,27 +269,11 @@ def reach(inspection: Inspection) -> Plot | None:
         for expert, mark, plain, moved in zip(
             pair.experts, "oD", pair.outputs, pair.actual, strict=True
         ):
-            name = f"expert {expert}"
-            axes.plot(
-                [0, plain[0]],
-                [0, plain[1]],
-                color=INK,
-                lw=1.4,
-                marker=mark,
-                markevery=[1],
-                label=f"{name}, not turned",
-            )
-            axes.plot(
-                [0, moved[0]],
-                [0, moved[1]],
-                color=INK,
-                lw=1.2,
-                ls=":",
-                marker=mark,
-                mfc="none",
-                markevery=[1],
-                label=f"{name}, as turned",
-            )
+            arrow = {"color": INK, "marker": mark, "markevery": [1]}
+            label = f"expert {expert}"
+            axes.plot(*_from_zero(plain), lw=1.4, label=f"{label}, not turned", **arrow)
+            moved_to = {"lw": 1.2, "ls": ":", "mfc": "none", "label": f"{label}, as turned"}
+            axes.plot(*_from_zero(moved), **moved_to, **arrow)
         axes.set_aspect("equal", adjustable="datalim")
         axes.set(xlabel=f"along expert {first}'s output", ylabel=f"across, towards expert {second}")
         legend(figure, axes)
@@ -314,6 +298,10 @@ def reach(inspection: Inspection) -> Plot | None:
         paint,
         height=4.6,
     )  # fmt: skip
+
+
+def _from_zero(point: tuple[float, float]) -> tuple[list[float], list[float]]:
+    return [0, point[0]], [0, point[1]]
 
 
 def outline(points: Sequence[tuple[float, float]]) -> Any:
