@@ -211,7 +211,7 @@ data:
     a: {source: jsnl, files: {trian: x.jsonl, validation: [1, 2]}}
     b: {files: {train: a}, weight: -1}
     c: {source: locale, kind: units, metrics: [exact_macth]}
-training: {lerning_rate: 1, packing: true, optim: adamw_troch, max_steps: two, bf16: 3,
+training: {lerning_rate: 1, eval_packing: true, optim: adamw_troch, max_steps: two, bf16: 3,
            per_device_train_batch_size: 0}
 evaluation: {split: dev}
 """
@@ -236,7 +236,7 @@ evaluation: {split: dev}
         "data.tasks.b.weight: -1 must be above 0",
         "data.tasks.c.metrics is 'exact_macth'; it must be one of",
         "training.lerning_rate: there is no such setting; did you mean 'learning_rate'?",
-        "training.packing cannot be set here: rows are never joined",
+        "training.eval_packing cannot be set here: validation scores rows one by one",
         "training.optim is 'adamw_troch'; it must be one of",
         "training.max_steps: 'two' is not a whole number",
         "training.bf16: 3 is not true or false",

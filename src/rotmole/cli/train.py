@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rotmole.cli.screen import fact, note, progress
 from rotmole.config.load import load_run
 from rotmole.config.training import count_updates
-from rotmole.data import data_problems
+from rotmole.data import PackedRows, data_problems
 from rotmole.errors import ConfigError
 from rotmole.models.preview import adapter_problems
 from rotmole.training.figures import readable
@@ -120,7 +120,13 @@ def _header(built: Any) -> None:
         max_steps=args.max_steps,
         drop_last=args.dataloader_drop_last,
     )
-    fact("updates", f"{steps:,} of {each * args.gradient_accumulation_steps:,} rows")
+    count = f"{each * args.gradient_accumulation_steps:,}"
+    trained = built.trainer.train_dataset
+    if isinstance(trained, PackedRows):
+        mean = len(trained.rows) / len(trained)
+        fact("updates", f"{steps:,} of {count} packs, each of about {mean:.1f} rows")
+    else:
+        fact("updates", f"{steps:,} of {count} rows")
 
 
 def _summary(result: TrainResult) -> None:

@@ -17,10 +17,6 @@ from rotmole.tuner.settings.ranges import Range, above, at_least, or_null, share
 
 _ROWS = "rows are rendered and tokenised by the data: section"
 _METRICS = "metrics come from `rotmole eval`"
-_PACKING = (
-    "rows are never joined, because the balance loss is per sequence and task names stay with "
-    "their rows"
-)
 _HUB = "a run writes to its own folder only; upload the adapter afterwards"
 
 REFUSED: dict[str, str] = {
@@ -35,10 +31,7 @@ REFUSED: dict[str, str] = {
     "model_init_kwargs": "the model: section says how the model is loaded",
     "trust_remote_code": "only the option --trust-remote-code lets code that came with a model run",
     "router_aux_loss_coef": "write it under adapter:",
-    "packing": _PACKING,
-    "packing_strategy": _PACKING,
-    "eval_packing": _PACKING,
-    "padding_free": _PACKING,
+    "eval_packing": "validation scores rows one by one, and packing changes no score",
     "completion_only_loss": "write loss_on under each task of data.tasks",
     "assistant_only_loss": "write loss_on under each task of data.tasks",
     "dataset_text_field": _ROWS,
@@ -129,6 +122,13 @@ ABOUT: dict[str, tuple[str, Any]] = {
     "num_train_epochs": ("Passes over the mixture; max_steps replaces it.", 3.0),
     "max_steps": ("Number of optimizer updates.", 1000),
     "max_length": ("Largest number of tokens in a row; data.tasks.NAME.long_rows.", 1024),
+    "packing": ("Put rows into sequences of up to max_length tokens; docs/data.md.", True),
+    "packing_strategy": ("How rows are packed: bfd, which cuts none.", "bfd"),
+    "padding_free": ("Join the rows of a batch to one sequence; docs/data.md.", True),
+    "train_sampling_strategy": (
+        "Order of rows: random, sequential or group_by_length.",
+        "group_by_length",
+    ),
     "warmup_steps": ("Updates over which the learning rate rises; below 1 a share of all.", 0.05),
     "weight_decay": ("Weight decay of the optimizer.", 0.01),
     "max_grad_norm": ("Norm that gradients are clipped to; 0: they are not clipped.", 1.0),
@@ -272,7 +272,6 @@ def arguments(
         "remove_unused_columns": False,
         "prediction_loss_only": True,
         "logging_nan_inf_filter": False,
-        "packing": False,
         "dataset_kwargs": {"skip_prepare_dataset": True},
     }
     merged.setdefault("dataloader_pin_memory", not cpu)
@@ -352,6 +351,11 @@ def warn_without_effect(training: Mapping[str, Any]) -> None:
         strategy = training.get(f"{what}_strategy")
         if f"{what}_steps" in training and strategy not in (None, "steps"):
             idle.append((f"{what}_steps", f"{what}_strategy is {strategy!r}"))
+    packing = bool(training.get("packing"))
+    if packing and training.get("train_sampling_strategy") == "group_by_length":
+        idle.append(("train_sampling_strategy", "packs are of similar length already"))
+    if "packing_strategy" in training and not packing:
+        idle.append(("packing_strategy", "packing is not on"))
     for name, reason in idle:
         warnings.warn(f"training.{name} has no effect, because {reason}.", stacklevel=3)
     if training.get("learning_rate", 0) > LARGE_RATE:
@@ -397,11 +401,31 @@ def _pair_problems(values: Mapping[str, Any], model: ModelSection, validated: bo
         problems += [
             f"training.{name}: {values[name]} needs {NO_VALIDATION}" for name in wants_validation
         ]
+    problems += _packing_problems(values)
     if values.get("use_liger_kernel") and find_spec("liger_kernel") is None:
         problems.append("training.use_liger_kernel: true needs: pip install liger-kernel.")
     reports = values.get("report_to", "none")
     for report in [reports] if isinstance(reports, str) else reports or []:
         problems += _report_problem(report)
+    return problems
+
+
+def _packing_problems(values: Mapping[str, Any]) -> list[str]:
+    problems = []
+    if values.get("packing") and values.get("max_length", 0) is None:
+        problems.append(
+            "training.packing: true needs training.max_length, the tokens of a pack; it is null."
+        )
+    if values.get("packing_strategy", "bfd") != "bfd":
+        problems.append(
+            f"training.packing_strategy is {values['packing_strategy']!r}; it must be bfd, because "
+            "the others cut rows in two."
+        )
+    if values.get("padding_free") and values.get("pad_to_multiple_of"):
+        problems.append(
+            "training.pad_to_multiple_of has no meaning with padding_free: true, whose batches "
+            "have no padding; leave one of them out."
+        )
     return problems
 
 

@@ -12,9 +12,12 @@ from rotmole.data.encode import (
 from rotmole.data.examples import Example
 from rotmole.data.load import data_problems, load_examples, load_splits
 from rotmole.data.mixture import data_fingerprint, fingerprint, mix
+from rotmole.data.packing import PackedCollator, PackedRows, model_inputs, pack, row_sums
 
 __all__ = [
     "Collator",
+    "PackedCollator",
+    "PackedRows",
     "chat_prompt",
     "Example",
     "data_fingerprint",
@@ -26,6 +29,9 @@ __all__ = [
     "load_examples",
     "load_splits",
     "mix",
+    "model_inputs",
+    "pack",
+    "row_sums",
     "tokenize_pair",
     "tokenize_pairs",
     "turn_end",

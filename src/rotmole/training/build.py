@@ -26,13 +26,23 @@ from rotmole.config.schema import DataSection, ModelSection, RunFile, Split
 from rotmole.config.sections import early_stopping_problems
 from rotmole.config.start import start_folder
 from rotmole.config.training import NO_VALIDATION, best_problems, saves_when_it_validates
-from rotmole.data import Collator, Example, encode_all, load_splits, mix
+from rotmole.data import (
+    Collator,
+    Example,
+    PackedCollator,
+    PackedRows,
+    encode_all,
+    load_splits,
+    mix,
+    pack,
+)
 from rotmole.data.chat import today
 from rotmole.data.load import within_limit
 from rotmole.errors import AdapterError, ConfigError, DataError, ModelError
 from rotmole.models.adapter import check_adapter_folder
 from rotmole.models.limits import check_readable
 from rotmole.models.load import LoadedModel, load_model
+from rotmole.models.rows_apart import check_rows_apart
 from rotmole.training.callbacks.balance import BiasCallback
 from rotmole.training.callbacks.early import EarlyStopping
 from rotmole.training.callbacks.gradients import GradientCallback
@@ -256,14 +266,18 @@ def build_trainer(
     for task, dataset in datasets.items():
         places = [row.place for row in (validation[task] if task else train)]
         check_readable(model, tokenizer, zip(places, dataset["input_ids"], strict=True))
+    trained: Any = datasets.pop("")
+    if arguments.packing:
+        lengths = [len(ids) for ids in trained["input_ids"]]
+        trained = PackedRows(trained, pack(lengths, length, seed=run.seed))
     trainer = RotMoleTrainer(
         optimizer_section=run.optimizer,
         checkpoints=checkpoints,
         model=model,
         args=arguments,
-        train_dataset=datasets.pop(""),
+        train_dataset=trained,
         eval_dataset=datasets or None,
-        data_collator=Collator(tokenizer, arguments.pad_to_multiple_of),
+        data_collator=collator(model, tokenizer, arguments),
         processing_class=tokenizer,
         callbacks=[
             BiasCallback(),
@@ -279,6 +293,21 @@ def build_trainer(
         trainer.remove_callback(printing)
     _report_last(trainer)
     return trainer
+
+
+def collator(model: PeftModel, tokenizer: Any, arguments: SFTConfig) -> Collator:
+    """Return what makes batches of rows, packs or one sequence without padding.
+
+    Raises:
+        ModelError: rows are to share a sequence, and the model would let them see each other.
+    """
+    if not (arguments.packing or arguments.padding_free):
+        return Collator(tokenizer, arguments.pad_to_multiple_of)
+    attention = str(model.get_base_model().config._attn_implementation)
+    # kernels of flash attention tell rows apart in a batch of one sequence only
+    flat = arguments.padding_free or "flash" in attention
+    check_rows_apart(model, flat=flat)
+    return PackedCollator(tokenizer, arguments.pad_to_multiple_of, flat=flat)
 
 
 def _report_last(trainer: RotMoleTrainer) -> None:

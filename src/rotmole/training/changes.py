@@ -104,6 +104,8 @@ def facts_of(run: RunFile) -> dict[str, Any]:
     facts["model.name"] = _model_name(run.model.name)
     names = (*_TRAINING, *(name.partition(".")[2] for name in _LENGTH))
     facts |= {f"training.{name}": training.get(name) for name in names}
+    joined = ("packing", "padding_free")  # off, they are not named, as in older checkpoints
+    facts |= {f"training.{name}": True for name in joined if training.get(name)}
     metric = str(training.get("metric_for_best_model") or "loss").removeprefix("eval_")
     facts |= dict(zip(_CHOICE, (metric, bool(training.get("greater_is_better"))), strict=True))
     facts |= {f"optimizer.{k}": v for k, v in run.optimizer.model_dump().items()}

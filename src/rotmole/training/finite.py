@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import Trainer
 
+from rotmole.data import model_inputs
 from rotmole.processes import highest
 
 
@@ -153,7 +154,8 @@ def first_nonfinite(model: nn.Module, inputs: Mapping[str, Any]) -> str | None:
     handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules()]
     try:
         with torch.no_grad():
-            model(**{k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask")})
+            given = model_inputs(inputs)
+            model(**{name: v for name, v in given.items() if name not in ("labels", "task_id")})
     finally:
         for handle in handles:
             handle.remove()

@@ -23,8 +23,10 @@ from torch.utils.data import Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rotmole.config.schema import OptimizerSection
+from rotmole.data import PackedRows, model_inputs
 from rotmole.errors import ConfigError, NonFiniteError
 from rotmole.files import atomic_write_text
+from rotmole.models.logits import at_least_float32
 from rotmole.models.memory import peak_rss_bytes
 from rotmole.optim import ExpertRates, Muon, RiemannianAdamW, RiemannianSGD, parameter_groups
 from rotmole.optim.riemannian import DELTA
@@ -151,6 +153,7 @@ class RotMoleTrainer(ValidatingTrainer):
         A batch without a learnt token has loss 0. Models that cannot leave positions out, and
         label smoothing, go Trainer's own way.
         """
+        inputs = model_inputs(inputs)
         if not self.accepts_logits_to_keep or self.label_smoother is not None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = inputs["labels"]
@@ -158,7 +161,7 @@ class RotMoleTrainer(ValidatingTrainer):
         learnt = (labels[:, 1:] != IGNORED).any(0).nonzero()[:, 0]
         outputs = model(**others, logits_to_keep=learnt, use_cache=False)
         targets = labels[:, learnt + 1].flatten()
-        logits = outputs.logits.flatten(0, 1).float()
+        logits = at_least_float32(outputs.logits.flatten(0, 1))
         total = cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
         count = (targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
         loss = total / torch.as_tensor(count, device=total.device).clamp(min=1)
@@ -168,12 +171,13 @@ class RotMoleTrainer(ValidatingTrainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
         rows = self.train_dataset if train_dataset is None else train_dataset
-        batch = self.rows_an_update()
-        if self.args.train_sampling_strategy == "random":
-            return EpochSampler(len(rows), self.args.seed)
-        if self.args.train_sampling_strategy == "group_by_length":
+        strategy = self.args.train_sampling_strategy
+        if strategy == "group_by_length" and not isinstance(rows, PackedRows):
+            batch = self.rows_an_update() // self.args.gradient_accumulation_steps
             lengths = [len(ids) for ids in rows["input_ids"]]
             return EpochSampler(len(rows), self.args.seed, batch=batch, lengths=lengths)
+        if strategy in ("random", "group_by_length"):
+            return EpochSampler(len(rows), self.args.seed)
         return super()._get_train_sampler(train_dataset)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
@@ -254,7 +258,7 @@ class RotMoleTrainer(ValidatingTrainer):
         return atomic_write_text(path, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
 
     def rows_an_update(self) -> int:
-        """Return the rows of a full update, all processes' together."""
+        """Return the rows, or packs of rows, of a full update, all processes' together."""
         each = self._train_batch_size * self.args.gradient_accumulation_steps
         return each * self.args.world_size
 
@@ -270,8 +274,9 @@ class RotMoleTrainer(ValidatingTrainer):
         if not isinstance(sampler, EpochSampler):
             return []
         chosen = sampler.order(epoch)[update * size : min((update + 1) * size, rows)]
-        columns = self.train_dataset.select(chosen)
-        return [{"task": row["task"], "id": row["id"]} for row in columns]
+        items = (self.train_dataset[number] for number in chosen)
+        named = [row for item in items for row in (item if isinstance(item, list) else [item])]
+        return [{"task": row["task"], "id": row["id"]} for row in named]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         now = self.state.global_step, self._globalstep_last_logged

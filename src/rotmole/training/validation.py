@@ -11,7 +11,8 @@ from torch.nn.functional import cross_entropy
 from transformers import Trainer
 from transformers.trainer_utils import EvalPrediction, speed_metrics
 
-from rotmole.models.logits import accepts_logits_to_keep
+from rotmole.data import model_inputs, row_sums
+from rotmole.models.logits import accepts_logits_to_keep, at_least_float32
 
 IGNORED = -100
 
@@ -48,7 +49,7 @@ class ValidatingTrainer(Trainer):
         """
         inputs = self._prepare_inputs(inputs)
         labels = inputs["labels"]
-        others = {name: value for name, value in inputs.items() if name != "labels"}
+        others = {name: v for name, v in model_inputs(inputs).items() if name != "labels"}
         learnt = (labels[:, 1:] != IGNORED).any(0).nonzero()[:, 0]
         with torch.no_grad(), self.compute_loss_context_manager():
             if self.accepts_logits_to_keep:
@@ -57,9 +58,16 @@ class ValidatingTrainer(Trainer):
                 logits = model(**others).logits[:, learnt]
         targets = labels[:, learnt + 1]
         loss = cross_entropy(
-            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="none"
+            at_least_float32(logits.flatten(0, 1)),
+            targets.flatten(),
+            ignore_index=IGNORED,
+            reduction="none",
         )
-        total_N, count_N = loss.view(targets.shape).sum(-1), (targets != IGNORED).sum(-1)
+        loss_BS = loss.new_zeros(labels.shape)
+        loss_BS[:, learnt + 1] = loss.view(targets.shape)
+        counted_BS = torch.zeros_like(labels)
+        counted_BS[:, learnt + 1] = (targets != IGNORED).long()
+        total_N, count_N = row_sums(loss_BS, inputs), row_sums(counted_BS, inputs)
         mean = total_N.sum() / count_N.sum().clamp(min=1)
         return (mean, None, None) if prediction_loss_only else (mean, total_N, count_N)
 

@@ -43,7 +43,8 @@ class Batch:
         rows: N, known without S for images and sound.
         mask: [N, S] True for tokens that are no padding; None: all.
         ids: [N, S] token ids; None if the stack got none.
-        tasks: [N] group of each row's task; None if the batch does not say.
+        tasks: group of the task of each of the N rows, or of each sequence of packed rows; None if
+            the batch does not say.
         sequence: ([N S] number of each token's sequence, how many) of packed rows; None: each row
             is one sequence.
         unclear: what keeps padding or sequences from being known, in words; "" if nothing does.

@@ -139,7 +139,8 @@ class _Pass:
         state, weights: of the part of the model and of the layer.
         tokens: sequences whose statistics are apart; one if all tokens are together.
         weight_T: [T] how much each token counts, None if all count 1.
-        group_N, row_T: [N] task of each row and [T] row of each token; None without task loss.
+        group_N, row_T: [N] task of each row, or of each sequence of packed rows, and [T] which of
+            these N each token is of; None without task loss.
         router: a parameter of the router, in the layer that watches for accumulation.
     """
 
@@ -305,8 +306,9 @@ def add_balance(
     if weights.task and layout is not None and layout.rows and batch.tasks is not None:
         check_tasks(batch, weights.task_groups)
         group_N = batch.tasks.to(output.device)
-        each_N = torch.arange(layout.rows, device=output.device)
-        row_T = each_N.repeat_interleave(count // layout.rows)
+        by_row = len(group_N) == layout.rows
+        by = Tokens(sequences=layout.rows) if by_row else layout.tokens
+        row_T = by.numbers(count, output.device)
     step = _Pass(
         state,
         weights,

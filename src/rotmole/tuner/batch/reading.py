@@ -91,7 +91,8 @@ def _read_surroundings(batch: Batch, given: Mapping[str, Any], outer: Batch | No
     if tasks is None and outer is not None:
         tasks = outer.tasks
     rows = batch.rows if batch.shape is None else batch.shape[0]
-    if isinstance(tasks, Tensor) and (rows is None or tasks.shape[0] == rows):
+    packed = None if batch.sequence is None else batch.sequence[1]
+    if isinstance(tasks, Tensor) and (rows is None or tasks.shape[0] in (rows, packed)):
         batch.tasks = tasks
     batch.cache = next((given[n] for n in CACHES if given.get(n) is not None), None)
     if batch.cache is None and outer is not None:
@@ -129,8 +130,8 @@ def _packed_sequences(
 ) -> tuple[tuple[Tensor, int] | None, Tensor | None]:
     """Number the sequences of packed rows, None if every row is one; and mask fill after them.
 
-    By cumulated lengths, by a number for each token (seq_idx), or by position_ids that do not go
-    on by one, as transformers itself tells packed sequences apart if there is no mask.
+    By cumulated lengths, by a number for each token (seq_idx, below 0 for fill), or by position_ids
+    that do not go on by one, as transformers itself tells packed sequences apart without a mask.
     """
     rows, positions = shape
     lengths = next((given[n] for n in PACKED if _axes(given.get(n)) == 1), None)
@@ -151,8 +152,13 @@ def _packed_sequences(
     number = number.expand(rows, positions)
     starts = torch.ones_like(number, dtype=torch.bool)
     starts[:, 1:] = number[:, 1:] != number[:, :-1] + step
+    fill_mask = None
+    if step == 0:
+        starts, fill_mask = starts & (number >= 0), number >= 0
     if torch.compiler.is_compiling():  # the count is not known while tracing
-        return (starts.flatten().cumsum(0) - 1, rows * positions), None
+        return (starts.flatten().cumsum(0) - 1, rows * positions), fill_mask
     sequence_T = starts.flatten().cumsum(0) - 1
     count = int(sequence_T[-1]) + 1 if sequence_T.numel() else rows
-    return (None if count == rows else (sequence_T, count)), None
+    if fill_mask is not None and bool(fill_mask.all()):
+        fill_mask = None
+    return (None if count == rows else (sequence_T, count)), fill_mask

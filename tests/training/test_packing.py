@@ -1,0 +1,234 @@
+"""Rows that share a sequence learn what they learn in a padded batch, and count as themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from peft import get_peft_model
+from torch.nn.functional import cross_entropy
+from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
+
+import tiny
+import tiny_folders
+from rotmole import RotMoleConfig, balance_states, record_routing
+from rotmole.config.load import load_run
+from rotmole.data import Collator, PackedCollator, model_inputs
+from rotmole.errors import ModelError
+from rotmole.ops.routing.selection import SELECTIONS
+from rotmole.training.build import Built, build
+from rotmole.training.finite import first_nonfinite
+from training_cases import settings
+
+PACKS = [[0, 2, 5], [1], [4, 3]]
+LOSSES = {
+    "router_aux_loss_coef": 0.7, "router_z_loss_coef": 0.3, "router_task_loss_coef": 0.5,
+    "router_task_groups": 2,
+}  # fmt: skip
+
+
+def made(model_folder: Any, data_folder: Any, folder: Any, **sections: Any) -> Built:
+    """A run in float64, away from the adapter's start; every third row is learnt whole."""
+    raw = settings(model_folder, data_folder, folder)
+    raw["data"]["tasks"]["sums"]["loss_on"] = "all"
+    raw["adapter"]["lora_dropout"] = 0.0
+    for section, values in sections.items():
+        raw[section] |= values
+    built = build(load_run(None, text=yaml.safe_dump(raw)))
+    built.model.double().train()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in built.model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.1, generator=generator)
+    return built
+
+
+@pytest.fixture(scope="module")
+def built(model_folder, data_folder, tmp_path_factory) -> Built:
+    return made(model_folder, data_folder, tmp_path_factory.mktemp("run"), adapter=LOSSES)
+
+
+def rows_of(built: Built) -> list[dict[str, Any]]:
+    """Six rows of both tasks and of several lengths."""
+    rows = [dict(built.trainer.train_dataset[number]) for number in range(12)]
+    for number, row in enumerate(rows):  # the tiny tasks have rows of nearly one length
+        row["input_ids"] = row["input_ids"] + rows[0]["input_ids"] * (number % 3)
+        row["labels"] = row["labels"] + rows[0]["input_ids"] * (number % 3)
+    return rows[:6]
+
+
+def batches(built: Built) -> dict[str, dict[str, Any]]:
+    rows, words = rows_of(built), built.base.tokenizer
+    packs = [[rows[number] for number in pack] for pack in PACKS]
+    return {
+        "padded": Collator(words)([row for pack in packs for row in pack]),
+        "packs": PackedCollator(words)(packs),
+        "packs to a multiple": PackedCollator(words, 8)(packs),
+        "flat": PackedCollator(words, flat=True)(packs),
+    }
+
+
+def learnt(built: Built, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The loss, its gradients with those of the balance losses, and what these reported."""
+    trainer = built.trainer
+    built.model.zero_grad(set_to_none=True)
+    trainer.update_tokens = batch["attention_mask"].sum() * 2
+    trainer.weigh_balance(batch)
+    count = (batch["labels"][:, 1:] != -100).sum()
+    loss = trainer.compute_loss(built.model, dict(batch), num_items_in_batch=count)
+    loss.backward()
+    (state,) = balance_states(built.model)
+    terms = state.pop() or {}
+    named = built.model.named_parameters()
+    gradients = {name: p.grad for name, p in named if p.grad is not None}
+    return {"loss": loss.detach()} | {n: torch.tensor(v) for n, v in terms.items()} | gradients
+
+
+def compare(built: Built, rtol: float = 1e-10) -> None:
+    made_of = batches(built)
+    wanted = learnt(built, made_of.pop("padded"))
+    assert any(name.endswith("router_weight") for name in wanted)
+    for name, batch in made_of.items():
+        ours = learnt(built, batch)
+        assert ours.keys() == wanted.keys()
+        for key, value in wanted.items():
+            torch.testing.assert_close(
+                ours[key], value, rtol=rtol, atol=rtol / 100, msg=f"{name}: {key}"
+            )
+
+
+@pytest.mark.parametrize("selection", [name for name in SELECTIONS if name != "expert_choice"])
+def test_packs_learn_what_padded_rows_learn(selection, model_folder, data_folder, tmp_path):
+    adapter = LOSSES | {"selection": selection}
+    compare(made(model_folder, data_folder, tmp_path, adapter=adapter))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"adapter": {"router_aux_loss_coef": 0.7, "router_aux_loss_scope": "micro_batch"}},
+        {"adapter": {"router_aux_loss_coef": 0.7, "rotation": "tangent"}},
+        {"training": {"label_smoothing_factor": 0.2}},
+    ],
+    ids=["micro_batch", "by hand", "smoothed"],
+)
+def test_packs_learn_the_same_under_other_settings(changes, model_folder, data_folder, tmp_path):
+    compare(made(model_folder, data_folder, tmp_path, **changes))
+
+
+def test_packs_learn_the_same_under_eager_attention(model_folder, data_folder, tmp_path):
+    """Its softmax is in float32."""
+    eager = {"attn_implementation": "eager"}
+    compare(made(model_folder, data_folder, tmp_path, model=eager, adapter=LOSSES), rtol=1e-5)
+
+
+def test_experts_choose_among_the_tokens_of_a_row(built):
+    """Expert choice is not for causal models, so no run file has it; a layer in a pack does."""
+    config = RotMoleConfig(
+        r=4, num_experts=3, selection="expert_choice", top_k=1, init_weights=False,
+        target_modules=["q_proj", "v_proj"], router_aux_loss_coef=0.7,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = get_peft_model(tiny.llama(vocab_size=320), config).double()
+
+    def gradients(batch: dict[str, Any]) -> list[torch.Tensor]:
+        model.zero_grad(set_to_none=True)
+        given = {n: v for n, v in model_inputs(batch).items() if n not in ("labels", "task_id")}
+        logits = model(**given, use_cache=False).logits[:, :-1]
+        cross_entropy(logits.mT, batch["labels"][:, 1:], reduction="sum").backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    made_of = batches(built)
+    wanted = gradients(made_of.pop("padded"))
+    assert wanted
+    for batch in made_of.values():
+        torch.testing.assert_close(gradients(batch), wanted, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["packs", "flat"])
+def test_no_row_sees_another_one(built, kind):
+    """Change the first row of each sequence: no logit of another row moves."""
+    batch = batches(built)[kind]
+    other = dict(batch)
+    first = (batch["seq_idx"] == 0) if kind == "packs" else (batch["seq_idx"] < 2)
+    other["input_ids"] = torch.where(first, (batch["input_ids"] + 1) % 90, batch["input_ids"])
+    with torch.no_grad():
+        logits = [
+            built.model(**{n: v for n, v in model_inputs(b).items() if n != "labels"}).logits
+            for b in (batch, other)
+        ]
+    moved = (logits[0] != logits[1]).any(-1)
+    rest = (batch["seq_idx"] > 0) if kind == "packs" else (batch["seq_idx"] >= 2)
+    assert moved[first].all()
+    assert not moved[rest].any()
+
+
+def test_the_first_token_of_a_row_is_not_learnt_from_the_row_before(built):
+    for kind, batch in batches(built).items():
+        starts = batch["labels"][:, 1:][batch.get("position_ids", batch["labels"])[:, 1:] == 0]
+        assert kind == "padded" or (starts.numel() and bool((starts == -100).all()))
+
+
+@pytest.mark.parametrize("kind", ["packs", "packs to a multiple", "flat"])
+def test_routing_is_recorded_once_a_token_and_by_its_own_task(built, kind):
+    def recorded(batch: dict[str, Any]) -> Any:
+        names = ["colours", "sums"]
+        with record_routing(built.model, tasks=names) as log, torch.no_grad():
+            built.model(**{n: v for n, v in model_inputs(batch).items() if n != "labels"})
+        return log
+
+    made_of = batches(built)
+    ours, wanted = recorded(made_of[kind]), recorded(made_of["padded"])
+    assert set(ours.tasks) == set(wanted.tasks) == {"colours", "sums"}
+    for path, layer in wanted.layers.items():
+        for task, statistics in layer.tasks.items():
+            mine = ours.layers[path].tasks[task]
+            assert mine.rows == statistics.rows
+            assert torch.equal(mine.choices_E, statistics.choices_E), (path, task)
+        choices = sum(int(t.choices_E.sum()) for t in layer.tasks.values())
+        assert choices == 2 * int(made_of["padded"]["attention_mask"].sum())
+
+
+@pytest.mark.parametrize("kind", ["packs", "packs to a multiple", "flat"])
+def test_validation_sums_each_row(built, kind):
+    made_of = batches(built)
+    wanted = built.trainer.prediction_step(built.model, made_of["padded"], False)
+    ours = built.trainer.prediction_step(built.model, made_of[kind], False)
+    for mine, other in zip(ours, wanted, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-10, atol=0)
+    labels = made_of["padded"]["labels"][:, 1:]
+    with torch.no_grad():
+        logits = built.model(input_ids=made_of["padded"]["input_ids"]).logits[:, :-1]
+    each = cross_entropy(logits.mT.float(), labels, reduction="none").sum(1)
+    torch.testing.assert_close(wanted[1].float(), each, rtol=1e-4, atol=1e-4)
+
+
+def test_a_second_look_at_a_failed_batch_sees_rows_apart(built):
+    batch = batches(built)["packs"]
+    layer = built.model.get_base_model().model.layers[1].mlp
+    seen: list[torch.Tensor] = []
+    handle = layer.register_forward_hook(lambda _, __, out: seen.append(out))
+    try:
+        assert first_nonfinite(built.model, batch) is None
+        with torch.no_grad():
+            built.model(**{n: v for n, v in model_inputs(batch).items() if n != "labels"})
+    finally:
+        handle.remove()
+    assert torch.equal(*seen)
+
+
+@pytest.mark.parametrize("setting", ["packing", "padding_free"])
+def test_a_model_that_mixes_rows_is_refused(setting, data_folder, tmp_path, model_folder):
+    words = AutoTokenizer.from_pretrained(model_folder)
+    sizes = dict.fromkeys(("hidden_size", "word_embed_proj_dim"), 32)
+    config = OPTConfig(
+        **sizes, vocab_size=len(words), num_hidden_layers=2, num_attention_heads=4, ffn_dim=48,
+        max_position_embeddings=64, pad_token_id=words.pad_token_id,
+    )  # fmt: skip
+    folder = tiny_folders.write_pair(words, OPTForCausalLM(config), tmp_path / "opt")
+    raw = settings(folder, data_folder, tmp_path / "run", **{setting: True})
+    with pytest.raises(ModelError, match="opt with attention 'sdpa' lets them see each other"):
+        build(load_run(None, text=yaml.safe_dump(raw)))
