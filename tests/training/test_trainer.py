@@ -13,7 +13,7 @@ from rotmole.errors import ConfigError, NonFiniteError
 from rotmole.training.build import build
 from rotmole.training.checkpoints.checkpoints import Checkpoints
 from rotmole.training.finite import first_nonfinite
-from rotmole.training.order import EpochSampler
+from rotmole.training.order import WINDOW, EpochSampler
 from rotmole.training.trainer import RotMoleTrainer
 from rotmole.training.validation import ValidatingTrainer
 from training_cases import run_file
@@ -116,6 +116,26 @@ def test_grouping_by_length_saves_padding_and_keeps_every_row():
         return sum(4 * max(lengths[r] for r in rows[i : i + 4]) for i in range(0, 400, 4))
 
     assert padded(order) < 0.75 * padded(list(range(400)))
+
+
+def test_grouping_by_length_mixes_tasks_and_lengths_as_the_mixture_does():
+    """A window has the rows of the mixture's own window, and its batches no order of length."""
+    lengths = [5 + row * 37 % 90 for row in range(4 * WINDOW * 2 + 6)]
+    sampler = EpochSampler(len(lengths), seed=7, batch=4, lengths=lengths)
+    order, size = sampler.order(0), 4 * WINDOW
+    for start in range(0, len(lengths), size):
+        window = order[start : start + size]
+        assert sorted(window) == list(range(start, min(start + size, len(lengths))))
+    means = [sum(lengths[row] for row in order[i : i + 4]) / 4 for i in range(0, size, 4)]
+    assert sorted(means) != means != sorted(means, reverse=True)
+    first, second = means[: WINDOW // 2], means[WINDOW // 2 :]
+    assert abs(sum(first) - sum(second)) / (WINDOW // 2) < 30  # sorted it would be 45
+
+
+def test_grouped_batches_are_those_of_all_processes(built):
+    built.trainer.args.train_sampling_strategy = "group_by_length"
+    built.trainer.args.gradient_accumulation_steps = 3
+    assert built.trainer._get_train_sampler().batch == 4
 
 
 def test_the_second_epoch_reaches_the_sampler(built):

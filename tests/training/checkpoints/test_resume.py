@@ -129,6 +129,7 @@ HIDDEN: dict[str, dict[str, dict]] = {
         "optimizer": {"expert_lr_by_load": "sqrt"},
     },
     "by length": {"training": {"train_sampling_strategy": "group_by_length"}},
+    "packed": {"training": {"packing": True, "per_device_train_batch_size": 1}},
 }
 """Where state may hide -> section -> settings."""
 
