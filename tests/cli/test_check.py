@@ -10,6 +10,7 @@ import datasets
 import pytest
 import yaml
 from rich.cells import cell_len
+from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 
 import rotmole.config
 import tiny_folders
@@ -74,6 +75,51 @@ def test_what_it_shows(folder, tmp_path, capsys):
     assert any(re.match(r"time        about \d+ s in one process", line) for line in shown)
     assert any(line[:2] == ["memory", "about"] for line in lines)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("training", "told"),
+    [
+        ({}, r"padding     (\d+)% of a batch"),
+        ({"train_sampling_strategy": "group_by_length"}, r"padding     0% of a batch \((\d+)%"),
+        ({"padding_free": True}, r"padding     0% of a batch \((\d+)% with rows as they come"),
+        ({"packing": True, "max_length": 52}, r"padding     0% of a batch \((\d+)% with rows"),
+    ],
+)
+def test_the_padding_that_is_saved(folder, tmp_path, capsys, training, told):
+    rows = [4, 20] * 8  # words in a row; a batch of two is a quarter and more padding
+    words = "the film is good " * 5
+    lines = [{"prompt": " ".join(words.split()[: n - 1]), "completion": " good"} for n in rows]
+    tiny_folders.write_rows(tmp_path / "rows.jsonl", lines)
+    task = {"source": "jsonl", "files": {"train": str(tmp_path / "rows.jsonl")}}
+    path = run_file(
+        tmp_path / "run.yaml",
+        folder,
+        data={"tasks": {"films": task}},
+        training={"max_steps": 6, "per_device_train_batch_size": 2, **training},
+    )
+    assert main(["check", path]) == 0
+    shown = capsys.readouterr().out
+    assert int(re.search(told, shown)[1]) > 20
+    if training.get("packing"):
+        assert "training    6 updates of 2 packs" in shown
+        assert re.search(r"\n +16 rows in 4 packs of up to 52 tokens\n", shown)
+    joined = "packing" in training or "padding_free" in training
+    assert ("packing     the model keeps rows of one sequence apart" in shown) == joined
+
+
+def test_a_model_that_mixes_the_rows_of_a_sequence(folder, tmp_path, capsys):
+    words = AutoTokenizer.from_pretrained(folder / "model")
+    sizes = dict.fromkeys(("hidden_size", "word_embed_proj_dim"), 32)
+    config = OPTConfig(
+        **sizes, vocab_size=len(words), num_hidden_layers=2, num_attention_heads=4, ffn_dim=48
+    )
+    opt = tiny_folders.write_pair(words, OPTForCausalLM(config), tmp_path / "opt")
+    path = run_file(
+        tmp_path / "run.yaml", folder, model={"name": str(opt)}, training={"padding_free": True}
+    )
+    assert main(["check", path]) != 0
+    assert "opt with attention 'sdpa' lets them see each other" in capsys.readouterr().err
 
 
 def test_every_mistake_at_once_before_anything_loads(folder, tmp_path, capsys, monkeypatch):

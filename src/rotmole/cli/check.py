@@ -34,6 +34,7 @@ from rotmole.models.memory import (
 )
 from rotmole.models.precision import QUANTIZATION_PACKAGE, choose_device, choose_dtype
 from rotmole.models.preview import adapter_problems, matched, preview, trainable_by_role
+from rotmole.models.rows_apart import check_without_weights
 from rotmole.tuner.loras import read_lora
 from rotmole.units import duration
 
@@ -70,6 +71,7 @@ def check(path: Path, overrides: Sequence[str], *, trust_remote_code: bool = Fal
     _print_modules(model)
     tokenizer = load_tokenizer(run.model, trust_remote_code=trust_remote_code)
     check_vocabulary(model, tokenizer, run.model.name)
+    _check_rows_apart(run, trust_remote_code=trust_remote_code)
     # slow, and so that resident_bytes counts its imports
     from rotmole.training.build import training_values, validation_rows
 
@@ -91,6 +93,18 @@ def check(path: Path, overrides: Sequence[str], *, trust_remote_code: bool = Fal
         print_lines([f"time        {error}"])
     print(f"no mistakes found in {path}")
     return 0
+
+
+def _check_rows_apart(run: RunFile, *, trust_remote_code: bool) -> None:
+    """Try whether the model keeps rows of one sequence apart, if the run joins any."""
+    settings = sft_arguments(run)
+    if not (settings.get("packing") or settings.get("padding_free")):
+        return
+    flat = settings.get("padding_free") or "flash" in (run.model.attn_implementation or "")
+    if check_without_weights(run.model, flat=bool(flat), trust_remote_code=trust_remote_code):
+        print("packing     the model keeps rows of one sequence apart")
+    else:
+        print("packing     whether the model keeps rows apart is tried when training starts")
 
 
 def _print_experts(run: RunFile) -> None:
@@ -126,6 +140,8 @@ def _print_cost(
     dtype: torch.dtype,
 ) -> None:
     """Print updates, tokens, time and memory of the training; `model` and `again` are equal."""
+    from rotmole.cli.lengths import Lengths, padded  # imports the trainer
+
     settings = sft_arguments(run)
     batch = settings["per_device_train_batch_size"]
     accumulation = settings.get("gradient_accumulation_steps", 1)
@@ -136,9 +152,9 @@ def _print_cost(
         for example, encoded in zip(rows.examples, rows.encoded, strict=True)
     }
     order = mix({rows.task: rows.examples for rows in trained}, run.data, seed=run.seed)
-    lengths = [length[id(example)] for example in order]
+    lengths = Lengths.of(settings, [length[id(example)] for example in order], run.seed)
     updates = count_updates(
-        len(lengths),
+        len(lengths.sequences),
         batch=batch,
         accumulation=accumulation,
         epochs=settings["num_train_epochs"],
@@ -146,36 +162,44 @@ def _print_cost(
         drop_last=bool(settings.get("dataloader_drop_last")),
     )
     rows_of_update = batch * accumulation
-    epochs = updates * rows_of_update / len(lengths)
-    tokens = updates * rows_of_update * sum(lengths) / len(lengths)
+    epochs = updates * rows_of_update / len(lengths.sequences)
+    kind = "packs" if lengths.packing else "rows"
     print(
-        f"training    {updates:,} updates of {rows_of_update:,} rows, {epochs:.3g} epochs, "
-        f"about {_rounded(tokens)} tokens"
+        f"training    {updates:,} updates of {rows_of_update:,} {kind}, {epochs:.3g} epochs, "
+        f"about {_rounded(epochs * sum(lengths.rows))} tokens"
     )
+    if lengths.packing:
+        print(
+            f"            {len(lengths.rows):,} rows in {len(lengths.sequences):,} packs of up to "
+            f"{settings['max_length']:,} tokens"
+        )
+    print(f"padding     {lengths.padding()}")
+    largest = lengths.largest_shape()
     memory = estimate_memory(
         model,
-        batch=batch,
-        length=max(lengths),
+        batch=largest[0],
+        length=largest[1],
         settings=settings,
         process=resident_bytes(),
         quantization=run.model.quantization,
     )
-    padded = _padded(lengths, batch) / len(lengths)  # tokens of a row with its padding
+    shape = lengths.mean_shape()
     learnt = sum(rows.learnt for rows in trained) / sum(len(rows.examples) for rows in trained)
-    step = _step_seconds(again, settings, padded, learnt, device, dtype)
+    learnt *= batch * len(lengths.rows) / len(lengths.sequences)
+    step = _step_seconds(again, settings, shape, learnt, device, dtype)
     checked = [length[id(row)] for examples in validation.values() for row in examples]
     of_validation = _validations(updates, epochs, settings) * (
         # a forward pass is about half of a forward and backward that leaves the base's weights out
-        _padded(checked, settings["per_device_eval_batch_size"]) / (batch * padded) * step / 2
+        padded(checked, settings["per_device_eval_batch_size"]) / math.prod(shape) * step / 2
     )
     _print_time(updates * accumulation * step, of_validation, device.type)
-    _print_memory(memory, batch, max(lengths), device.type)
+    _print_memory(memory, *largest, device.type)
 
 
 def _step_seconds(
     model: Any,
     settings: Mapping[str, Any],
-    padded: float,
+    shape: tuple[int, int],
     learnt: float,
     device: torch.device,
     dtype: torch.dtype,
@@ -184,22 +208,19 @@ def _step_seconds(
 
     Args:
         settings: the arguments of SFTConfig.
-        padded: tokens of a row with its padding.
-        learnt: tokens of a row that have labels.
+        shape: sequences of a batch, and tokens of each with its padding.
+        learnt: tokens of a batch that have labels.
         dtype: of the model; bf16 and fp16 of the settings replace it.
     """
-    batch = settings["per_device_train_batch_size"]
     half = next((t for n, t in (("bf16", torch.bfloat16), ("fp16", torch.float16))
                  if settings.get(n)), dtype)  # fmt: skip
-    speed = measured_speed(
-        device, half, rows=max(round(batch * padded), 1), widths=typical_widths(model)
-    )
+    speed = measured_speed(device, half, rows=math.prod(shape), widths=typical_widths(model))
     return estimate_update(
         model,
         speed,
-        batch=batch,
-        length=max(round(padded), 1),
-        learnt=batch * learnt,
+        batch=shape[0],
+        length=shape[1],
+        learnt=learnt,
         checkpointing=bool(
             settings.get("activation_checkpointing") or settings.get("gradient_checkpointing")
         ),
@@ -221,12 +242,6 @@ def _validations(updates: int, epochs: float, settings: Mapping[str, Any]) -> in
     every = settings.get("eval_steps") or settings["logging_steps"]
     every = math.ceil(updates * every) if every < 1 else every
     return int(updates // every) if strategy == "steps" else 0
-
-
-def _padded(lengths: Sequence[int], batch: int) -> int:
-    """Return the tokens of all batches, padding included."""
-    parts = (lengths[i : i + batch] for i in range(0, len(lengths), batch))
-    return sum(max(part) * len(part) for part in parts)
 
 
 def _print_modules(model: Any) -> None:
