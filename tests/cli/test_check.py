@@ -83,7 +83,7 @@ def test_what_it_shows(folder, tmp_path, capsys):
         ({}, r"padding     (\d+)% of a batch"),
         ({"train_sampling_strategy": "group_by_length"}, r"padding     0% of a batch \((\d+)%"),
         ({"padding_free": True}, r"padding     0% of a batch \((\d+)% with rows as they come"),
-        ({"packing": True, "max_length": 52}, r"padding     0% of a batch \((\d+)% with rows"),
+        ({"packing": True, "max_length": 60}, r"padding     0% of a batch \((\d+)% with rows"),
     ],
 )
 def test_the_padding_that_is_saved(folder, tmp_path, capsys, training, told):
@@ -103,7 +103,7 @@ def test_the_padding_that_is_saved(folder, tmp_path, capsys, training, told):
     assert int(re.search(told, shown)[1]) > 20
     if training.get("packing"):
         assert "training    6 updates of 2 packs" in shown
-        assert re.search(r"\n +16 rows in 4 packs of up to 52 tokens\n", shown)
+        assert re.search(r"\n +16 rows in 4 packs of up to 60 tokens\n", shown)
     joined = "packing" in training or "padding_free" in training
     assert ("packing     the model keeps rows of one sequence apart" in shown) == joined
 

@@ -16,11 +16,13 @@ import tiny_folders
 from rotmole import RotMoleConfig, balance_states, record_routing
 from rotmole.config.load import load_run
 from rotmole.data import Collator, PackedCollator, model_inputs
-from rotmole.errors import ModelError
+from rotmole.errors import ConfigError, ModelError
 from rotmole.ops.routing.selection import SELECTIONS
 from rotmole.training.build import Built, build
+from rotmole.training.changes import facts_of
 from rotmole.training.finite import first_nonfinite
-from training_cases import settings
+from rotmole.training.run import train
+from training_cases import run_file, settings
 
 PACKS = [[0, 2, 5], [1], [4, 3]]
 LOSSES = {
@@ -232,3 +234,53 @@ def test_a_model_that_mixes_rows_is_refused(setting, data_folder, tmp_path, mode
     raw = settings(folder, data_folder, tmp_path / "run", **{setting: True})
     with pytest.raises(ModelError, match="opt with attention 'sdpa' lets them see each other"):
         build(load_run(None, text=yaml.safe_dump(raw)))
+
+
+@pytest.mark.parametrize("setting", ["packing", "padding_free"])
+def test_a_run_counts_every_row_once(setting, model_folder, data_folder, tmp_path):
+    """One epoch: its tokens, its validation by task, and the rows of an update by name."""
+    results = {}
+    for name, more in {"apart": {}, "together": {setting: True}}.items():
+        run = run_file(
+            model_folder, data_folder, tmp_path / name, "adapter.lora_dropout=0",
+            max_steps=-1, num_train_epochs=1.0, eval_steps=0.5, save_steps=0.5, learning_rate=0.0, **more,
+        )  # fmt: skip
+        results[name] = train(run, progress=False)
+    apart, together = (results[name].metrics for name in ("apart", "together"))
+    assert together["num_input_tokens_seen"] == apart["num_input_tokens_seen"]
+    for loss in ("eval_loss", "eval_colours_loss", "eval_sums_loss"):
+        assert together[loss] == pytest.approx(apart[loss], rel=1e-5)
+    trainer = results["together"].built.trainer
+    updates = results["together"].steps
+    named = [row["id"] for step in range(updates) for row in trainer.rows_of_update(step)]
+    rows = results["apart"].built.trainer.train_dataset
+    assert sorted(named) == sorted(rows["id"])
+    assert (updates < results["apart"].steps) == (setting == "packing")
+
+
+def test_what_a_run_file_may_not_say(model_folder, data_folder, tmp_path):
+    wrong = {
+        "needs training.max_length": {"packing": True, "max_length": None},
+        "must be bfd": {"packing": True, "packing_strategy": "wrapped"},
+        "pad_to_multiple_of has no meaning": {"padding_free": True, "pad_to_multiple_of": 8},
+    }
+    for told, training in wrong.items():
+        with pytest.raises(ConfigError, match=told):
+            run_file(model_folder, data_folder, tmp_path, **training)
+    idle = {
+        "train_sampling_strategy has no effect, because packs": {
+            "packing": True, "train_sampling_strategy": "group_by_length",
+        },
+        "packing_strategy has no effect": {"packing_strategy": "bfd"},
+    }  # fmt: skip
+    for told, training in idle.items():
+        with pytest.warns(UserWarning, match=told):
+            run_file(model_folder, data_folder, tmp_path, **training)
+
+
+def test_a_resume_knows_whether_rows_were_joined(model_folder, data_folder, tmp_path):
+    """Off it has no name, as in checkpoints from before there was packing."""
+    plain = facts_of(run_file(model_folder, data_folder, tmp_path))
+    joined = facts_of(run_file(model_folder, data_folder, tmp_path, packing=True))
+    assert {name for name in joined if joined[name] != plain.get(name)} == {"training.packing"}
+    assert "training.packing" not in plain
