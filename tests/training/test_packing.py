@@ -243,7 +243,8 @@ def test_a_run_counts_every_row_once(setting, model_folder, data_folder, tmp_pat
     for name, more in {"apart": {}, "together": {setting: True}}.items():
         run = run_file(
             model_folder, data_folder, tmp_path / name, "adapter.lora_dropout=0",
-            max_steps=-1, num_train_epochs=1.0, eval_steps=0.5, save_steps=0.5, learning_rate=0.0, **more,
+            max_steps=-1, num_train_epochs=1.0, eval_steps=0.5, save_steps=0.5,
+            learning_rate=0.0, **more,
         )  # fmt: skip
         results[name] = train(run, progress=False)
     apart, together = (results[name].metrics for name in ("apart", "together"))
