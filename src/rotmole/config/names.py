@@ -74,6 +74,8 @@ OTHER_NAMES: dict[str, str] = {
     "model_max_length": "training.max_length",
     "truncation": f"{TASK}.long_rows",
     "group_by_length": "training.train_sampling_strategy",
+    "sample_packing": "training.packing",
+    "neat_packing": "training.packing",
     "train_on_inputs": f"{TASK}.loss_on",
     "train_on_prompt": f"{TASK}.loss_on",
     "mask_inputs": f"{TASK}.loss_on",

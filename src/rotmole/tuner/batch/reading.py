@@ -91,9 +91,10 @@ def _read_surroundings(batch: Batch, given: Mapping[str, Any], outer: Batch | No
     if tasks is None and outer is not None:
         tasks = outer.tasks
     rows = batch.rows if batch.shape is None else batch.shape[0]
-    packed = None if batch.sequence is None else batch.sequence[1]
-    if isinstance(tasks, Tensor) and (rows is None or tasks.shape[0] in (rows, packed)):
+    if isinstance(tasks, Tensor) and (rows is None or tasks.shape[0] in (rows, _packed(batch))):
         batch.tasks = tasks
+    elif isinstance(tasks, Tensor) and batch.sequence and torch.compiler.is_compiling():
+        batch.tasks = tasks  # how many sequences there are is not known while tracing
     batch.cache = next((given[n] for n in CACHES if given.get(n) is not None), None)
     if batch.cache is None and outer is not None:
         batch.cache = outer.cache
@@ -106,6 +107,10 @@ def _read_surroundings(batch: Batch, given: Mapping[str, Any], outer: Batch | No
         if mask is not None:
             of_states.mask, of_states.unclear = _padding(mask, of_states.shape)
         batch.encoder = (states, of_states)
+
+
+def _packed(batch: Batch) -> int | None:
+    return None if batch.sequence is None else batch.sequence[1]
 
 
 def _padding(
