@@ -70,7 +70,7 @@ def batches(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
         "group_by_length": [padded(each) for each in cut(grouped, BATCH)],
         "packing": [joined(each) for each in cut(packs, size)],
         "padding_free": [flat(each) for each in cut(rows, BATCH)],
-        "packing and padding_free": [flat(each) for each in cut(packs, size)],
+        "packing, one pack a batch": [joined(each) for each in cut(packs, 1)],
     }
 
 
