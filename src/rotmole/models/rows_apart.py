@@ -121,13 +121,14 @@ def _mixed(base: Any, flat: bool) -> str:
     ids = [token for token in range(1, min(embedded, 32)) if token not in special]
     first, other, row = ids[:3], ids[3:6], ids[6:10]
 
-    def logits(before: list[int]) -> Tensor:
+    def of_row(before: list[int]) -> Tensor:
         lengths = [n for n in (len(before), len(row)) if n]
         output = base(**_arguments(before + row, lengths, flat, device), use_cache=False)
-        return output.logits[0, len(before) :].float()
+        logits: Tensor = output.logits[0, len(before) :].float()
+        return logits
 
     try:
-        after, after_other, alone = logits(first), logits(other), logits([])
+        after, after_other, alone = of_row(first), of_row(other), of_row([])
     except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
         return f"cannot read them ({' '.join(str(error).split()) or type(error).__name__})"
     unit = torch.finfo(base.dtype).eps * float(alone.abs().max())
