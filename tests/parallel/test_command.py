@@ -39,6 +39,7 @@ WAYS: dict[str, tuple[int, list[str]]] = {
     "unequal parts": (1, ["training.per_device_train_batch_size=1",
                           "training.gradient_accumulation_steps=4"]),
     "ddp": (2, HALVES),
+    "ddp without padding": (2, [*HALVES, "training.padding_free=true"]),
     "fsdp": (2, [*QUARTERS, *FSDP]),
     "fsdp sharded": (2, [*HALVES, *FSDP, "training.activation_checkpointing=true",
                          "training.fsdp_config={state_dict_type: SHARDED_STATE_DICT}"]),

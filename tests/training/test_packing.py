@@ -285,3 +285,19 @@ def test_a_resume_knows_whether_rows_were_joined(model_folder, data_folder, tmp_
     joined = facts_of(run_file(model_folder, data_folder, tmp_path, packing=True))
     assert {name for name in joined if joined[name] != plain.get(name)} == {"training.packing"}
     assert "training.packing" not in plain
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo's
+def test_a_compiled_model_knows_the_task_of_each_packed_row(built):
+    """While tracing, how many rows a batch of packs has is not known."""
+    batch = batches(built)["packs"]
+
+    def routers(model: Any) -> list[torch.Tensor]:
+        built.model.zero_grad(set_to_none=True)
+        inputs = {name: v for name, v in model_inputs(batch).items() if name != "labels"}
+        model(**inputs, use_cache=False).logits.mul(0).sum().backward()
+        named = built.model.named_parameters()
+        return [p.grad for name, p in named if name.endswith("router_weight")]
+
+    wanted = routers(built.model)
+    torch.testing.assert_close(routers(torch.compile(built.model, backend="eager")), wanted)
