@@ -73,20 +73,19 @@ def test_models_that_keep_rows_apart_and_that_do_not(name: str, flat: bool, tmp_
             look()
 
 
-def test_looking_leaves_a_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_looking_leaves_a_model_as_it_was() -> None:
     """The adapter is left out, and every module stays in its own mode."""
     settings = {"r": 4, "num_experts": 2, "target_modules": ["q_proj"], "init_weights": False}
     model = get_peft_model(tiny.llama(), RotMoleConfig(**settings)).train()
     layers = model.get_base_model().model.layers
     layers[1].eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "rotmole_" in name:
-                parameter.fill_(torch.nan)
+    layer, seen = layers[0].self_attn.q_proj, []
+    layer.register_forward_hook(lambda *_: seen.append((layer.disable_adapters, layer.training)))
     check_rows_apart(model, flat=False)
+    assert seen == [(True, False)] * 3
     assert layers[0].training
     assert not layers[1].training
-    assert not model.base_model.model.model.layers[0].self_attn.q_proj.disable_adapters
+    assert not layer.disable_adapters
 
 
 def test_a_model_too_large_to_be_tried_beforehand(
