@@ -93,6 +93,7 @@ bench: setup  ## measure time and memory against LoRA and others into benchmarks
 	@for q in $(QUESTIONS) $(if $(FULL),$(FULL_QUESTIONS)); do $(MAKE) --no-print-directory bench-one Q=$$q INTO=benchmarks/results || exit 1; done
 	$(BIN)/python benchmarks/plot.py
 	$(BIN)/python benchmarks/targets.py
+	@$(BIN)/python benchmarks/moved.py
 
 bench-one:
 	@echo "== $(Q)"
