@@ -87,7 +87,7 @@ looks: setup  ## look at the HTML pages in headless Chromium: wide and narrow, l
 
 # FULL=--full measures every case, in two hours; a shorter run later keeps the rows of those it does not measure.
 # ORIGINALS=folder adds the layers of other systems, which benchmarks/originals.py names.
-QUESTIONS := layer peers step decode experts operations startup
+QUESTIONS := layer peers step decode experts operations launches startup
 FULL_QUESTIONS := sharing inspection recording
 bench: setup  ## measure time and memory against LoRA and others into benchmarks/results (a quarter of an hour on a quiet machine)
 	@for q in $(QUESTIONS) $(if $(FULL),$(FULL_QUESTIONS)); do $(MAKE) --no-print-directory bench-one Q=$$q INTO=benchmarks/results || exit 1; done
@@ -97,7 +97,7 @@ bench: setup  ## measure time and memory against LoRA and others into benchmarks
 
 bench-one:
 	@echo "== $(Q)"
-	@$(BIN)/python -W ignore benchmarks/$(Q).py $(FULL) $(if $(filter peers,$(Q)),$(if $(ORIGINALS),--originals $(ORIGINALS))) --csv $(INTO)/$(Q).csv
+	@$(BIN)/python -W ignore benchmarks/$(Q).py $(FULL) $(if $(filter peers launches,$(Q)),$(if $(ORIGINALS),--originals $(ORIGINALS))) --csv $(INTO)/$(Q).csv
 
 bench-check: setup  ## measure again and compare the ratios with the committed ones
 	@for q in $(QUESTIONS) $(if $(FULL),$(FULL_QUESTIONS)); do $(MAKE) --no-print-directory bench-one Q=$$q INTO=.cache/bench || exit 1; done

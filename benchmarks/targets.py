@@ -105,6 +105,22 @@ def _peers() -> list[Target]:
     ]
 
 
+def _launches() -> list[Target]:
+    modes = {"none": (3, 2), "tangent": (4, 3), "(plane|givens)": (5, 4)}
+    targets = []
+    for mode, (both, token) in modes.items():
+        name = mode.strip("()").replace("|", ", ")
+        on = f"{mode}(, balance loss on)?"
+        rows = {
+            "operations, forward and backward": (both, on),
+            "operations, one token": (token, mode),
+        }
+        for measure, (limit, which) in rows.items():
+            targets.append(Target(f"{measure}, T <= 8, {name}", limit, "launches", measure, which))
+    measure = "compiled kernels, forward and backward"
+    return [*targets, Target(f"{measure}, T = 8", 2, "launches", measure, ON)]
+
+
 def _rest() -> list[Target]:
     far = ".*E=1024 R=4 K=2.*"
     return [
@@ -120,7 +136,7 @@ def _rest() -> list[Target]:
     ]  # fmt: skip
 
 
-TARGETS = [*_layer(), *_peers(), *_rest()]
+TARGETS = [*_layer(), *_launches(), *_peers(), *_rest()]
 
 
 def line(target: Target, rows: Sequence[Row]) -> str:
@@ -161,6 +177,31 @@ def operations_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines) if mine else "Not measured."
 
 
+def launches_table(rows: Sequence[Row]) -> str:
+    """Return counts and fixed costs of a small layer: ours, others, and LoRA in the same rounds."""
+    mine = [row for row in rows if row.question == "launches"]
+    sides = {(row.mode, row.measure.partition(",")[0], row.measure.rpartition(", ")[2]): row
+             for row in mine}  # fmt: skip
+    columns = [(what, when) for when in ("forward and backward", "one token")
+               for what in ("operations", "compiled kernels", "fixed cost")]  # fmt: skip
+    columns.remove(("compiled kernels", "one token"))
+    lines = ["| layer | operations | compiled kernels | microseconds | operations, one token | "
+             "microseconds, one token |", "|---|---|---|---|---|---|"]  # fmt: skip
+    for mode in dict.fromkeys(row.mode for row in mine):
+        cells = []
+        for what, when in columns:
+            row = sides.get((mode, what, when))
+            factor = 1e6 if what == "fixed cost" else 1
+            cells.append("" if row is None else
+                         f"{factor * row.ours:.0f} / {factor * row.baseline:.0f}")  # fmt: skip
+        lines.append(f"| {mode} | {' | '.join(cells)} |")
+    whole = [row for row in mine if row.measure == "operations, one decoded token"]
+    if whole:
+        counts = ", ".join(f"{row.mode} {row.ours:.0f} / {row.baseline:.0f}" for row in whole)
+        lines += ["", f"One decoded token of the whole model, adapters on q,k,v,o: {counts}."]
+    return "\n".join(lines) if mine else "Not measured."
+
+
 def between(text: str, name: str, body: str) -> str:
     """Put a table between the comments that name it and its end."""
     start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
@@ -188,6 +229,7 @@ def main() -> int:
         "gpu": cost.gpu_table(),
         "targets": table([row for row, _ in found], made),
         "operations": operations_table([row for row, _ in found]),
+        "launches": launches_table([row for row, _ in found]),
     }
     text = given.document.read_text(encoding="utf-8")
     for name, body in tables.items():

@@ -23,7 +23,7 @@ def row(mode: str, value: float = 1.0, **changed: Any) -> Any:
 
 @pytest.fixture
 def said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Return a function: planted rows of both sides, with what they were made with -> the screen."""
+    """Return a function: planted rows of both sides -> the screen."""
     import common
     from moved import main
 

@@ -1,0 +1,224 @@
+"""How many operations does a small layer start, and what does that cost? Ours beside LoRA's.
+
+    python benchmarks/launches.py [--originals DIR] [--quick] [--csv FILE]
+
+With few tokens (T = 8 here, and one token without gradients) a layer's time is proportional to the
+number of its operations, not to their size; on a GPU each is a kernel to launch. The eager count is
+that of ATen operations, backward pass included, which make or fill a tensor: views and empty
+tensors launch nothing and are left out. The compiled count is that of the kernels that inductor
+generated and of the products that it calls. PEFT LoRA has as many parameters as ours in each mode;
+its counts do not depend on its rank. The other systems are those of peers.py, at equal outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import (
+    SHAPES,
+    Row,
+    alternate,
+    finish,
+    lora_name,
+    parser,
+    ratio,
+    run,
+    show,
+    start,
+)
+from decode import decoder
+from layer import BALANCE, MODES, Case
+from peers import Bench, difference, peers
+from step import TARGETS, pair, smollm2
+from torch import nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+WIDTHS = (8, 576, 576)  # T, D, O
+ROUNDS = 10  # times --rounds: a step takes less than a millisecond
+EAGER, TOKEN = "operations, forward and backward", "operations, one token"
+COMPILED = "compiled kernels, forward and backward"
+FIXED, FIXED_TOKEN = "fixed cost, forward and backward", "fixed cost, one token"
+DECODED = "operations, one decoded token"
+NOTHING = ("_unsafe_view", "empty", "new_empty")  # operations that launch nothing
+Step = Callable[[], Any]
+
+
+class Operations(TorchDispatchMode):
+    """Counts ATen operations that make or fill a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        # promote_types and others return no tensor
+        if isinstance(result, (torch.Tensor, tuple, list)):
+            self.count += launches(function.overloadpacket.__name__)
+        return result
+
+
+@cache
+def launches(name: str) -> bool:
+    """Say whether an ATen operation starts a kernel: views and empty tensors do not."""
+    packet = getattr(torch.ops.aten, name, None)
+    forms = [] if packet is None else [getattr(packet, each) for each in packet.overloads()]
+    return not name.startswith(NOTHING) and not any(form.is_view for form in forms)
+
+
+def operations(step: Step) -> int:
+    """Count the ATen operations of one step, the second one."""
+    step()
+    with Operations() as counter:
+        step()
+    return counter.count
+
+
+def kernels(step: Step) -> int:
+    """Count the kernels of one step of a compiled layer: those of the device if it is a GPU."""
+    step()
+    activities = [ProfilerActivity.CPU]
+    activities += [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+    with profile(activities=activities) as record:
+        step()
+    events = record.events() or []
+    launched = [event for event in events if event.device_type == DeviceType.CUDA]
+    return len(launched) or sum(_is_kernel(event) for event in events)
+
+
+def _is_kernel(event: Any) -> bool:
+    """Say whether a profiled event is a generated kernel, or an operation that none contains."""
+
+    def starts(name: str) -> bool:
+        return "cpp_fused" in name or (
+            name.startswith("aten::") and launches(name.removeprefix("aten::"))
+        )
+
+    parent = event.cpu_parent
+    while parent is not None:
+        if starts(parent.name):
+            return False
+        parent = parent.cpu_parent
+    return starts(event.name)
+
+
+def compiled(step: Callable[[nn.Module], Step], layer: nn.Module) -> int:
+    """Compile a layer and count its kernels, each with its name in the profile."""
+    from torch._inductor import config  # only here: the others do without the compiler
+
+    torch._dynamo.reset()
+    with config.patch({"cpp.enable_kernel_profile": True}):
+        return kernels(step(torch.compile(layer, dynamic=False)))
+
+
+def one_token(layer: nn.Module, x: torch.Tensor) -> Step:
+    """Return a step of one token without gradients, the layer in evaluation."""
+
+    def step() -> None:
+        with torch.no_grad():
+            layer(x)
+
+    return step
+
+
+def counted(case: str, mode: str, measure: str, against: str, ours: int, theirs: int) -> Row:
+    """Return the row of two counts."""
+    value = ours / theirs
+    sides = {"ours": float(ours), "baseline": float(theirs)}
+    return show(Row("launches", case, mode, measure, against, value, value, value, **sides))
+
+
+def measure(case: Case, mode: str, rounds: int, lora_kernels: int, **more: Any) -> list[Row]:
+    """Count and time ours in one mode beside LoRA."""
+    ours = case.ours(mode, **more)
+    lora = case.lora(ours)
+    name = f"{mode}, balance loss on" if more else mode
+    row, rows = (str(case), name), []
+    both = {"ours": case.step(ours), "lora": case.step(lora)}
+    counts = [operations(step) for step in both.values()]
+    rows.append(counted(*row, EAGER, lora_name(lora), *counts))
+    times = alternate(both, rounds, warm_up=5)
+    rows.append(show(Row("launches", *row, FIXED, lora_name(lora), **ratio(times, *both))))
+    rows.append(counted(*row, COMPILED, lora_name(lora), compiled(case.step, ours), lora_kernels))
+    if more:  # a balance loss is no part of a pass without gradients
+        return rows
+    x = case.x.detach()[:1, :1]
+    both = {"ours": one_token(ours.eval(), x), "lora": one_token(lora.eval(), x)}
+    counts = [operations(step) for step in both.values()]
+    rows.append(counted(*row, TOKEN, lora_name(lora), *counts))
+    times = alternate(both, rounds, warm_up=5)
+    rows.append(show(Row("launches", *row, FIXED_TOKEN, lora_name(lora), **ratio(times, *both))))
+    return rows
+
+
+def others(given: Any, case: Case, rounds: int, lora_kernels: int) -> list[Row]:
+    """Count and time the other systems beside the same LoRA."""
+    rows: list[Row] = []
+    lora = case.lora(case.ours("none"))
+    for name, peer in peers(given.originals).items():
+        bench = Bench((case.tokens, case.inputs, case.outputs), case.shape)
+        ours = bench.ours("none", peer.selection)
+        layer = peer.make(ours.experts("default"), bench.base())
+        if not difference(bench, peer, ours, layer) < 1e-4:
+            raise SystemExit(f"{name}: outputs do not agree, so counts mean nothing")
+        row = (str(case), name)
+        both = {"theirs": bench.step(layer), "lora": case.step(lora)}
+        rows.append(counted(*row, EAGER, lora_name(lora), *map(operations, both.values())))
+        times = alternate(both, rounds, warm_up=5)
+        rows.append(show(Row("launches", *row, FIXED, lora_name(lora), **ratio(times, *both))))
+        x = bench.x.detach()[:1, :1]
+        counts = [operations(one_token(model, x)) for model in (layer.eval(), lora)]
+        rows.append(counted(*row, TOKEN, lora_name(lora), *counts))
+        try:
+            count = compiled(bench.step, layer.train())
+        except Exception as error:  # another system's code, which need not compile
+            print(f"{name}: does not compile: {type(error).__name__}")
+            continue
+        rows.append(counted(*row, COMPILED, lora_name(lora), count, lora_kernels))
+    return rows
+
+
+def decoding(quick: bool) -> list[Row]:
+    """Count the operations of one decoded token of a whole model with adapters on q,k,v,o."""
+    rows, base = [], smollm2(quick)
+    for mode in MODES:
+        ours, lora = pair(base, mode, SHAPES[0], TARGETS["q,k,v,o"])
+        counts = []
+        for model in (ours, lora):
+            tokens = decoder(model.eval(), 1)
+            counts.append(operations(lambda t=tokens: next(t)))
+        E, R, K = SHAPES[0]
+        case = f"q,k,v,o batch 1 E={E} R={R} K={K}"
+        rows.append(counted(case, mode, DECODED, lora_name(lora), *counts))
+        del ours, lora
+    return rows
+
+
+def main() -> int:
+    """Count and time every mode, with and without the balance loss, and the other systems."""
+    options = parser(__doc__)
+    options.add_argument("--originals", type=Path, help="folder of the checkouts")
+    given = options.parse_args()
+    start(given)
+    case = Case((8, 32, 48) if given.quick else WIDTHS, SHAPES[0], "float32")
+    rounds = given.rounds * (1 if given.quick else ROUNDS)
+    lora_kernels = compiled(case.step, case.lora(case.ours("none")))
+    rows: list[Row] = []
+    for mode in MODES[:2] if given.quick else MODES:
+        for more in ({}, {"router_aux_loss_coef": BALANCE}):
+            rows += measure(case, mode, rounds, lora_kernels, **more)
+    rows += others(given, case, rounds, lora_kernels)
+    rows += decoding(given.quick)
+    return finish(rows, given)
+
+
+if __name__ == "__main__":
+    run(main)
