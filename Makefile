@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM ?= false
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help audit fuzz setup demo study-demo test test-all conformance matrix mutation lint types imports docs pages looks bench bench-one bench-check bench-parity clean
+.PHONY: help audit fuzz gpu setup demo study-demo test test-all conformance matrix mutation lint types imports docs pages looks bench bench-one bench-check bench-parity clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -106,6 +106,9 @@ bench-check: setup  ## measure again and compare the ratios with the committed o
 bench-parity: setup  ## compare eval's figures with lm-eval's on DATA=folder
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[eval]'
 	$(BIN)/python benchmarks/eval_parity.py --data "$(DATA)"
+
+gpu: setup  ## check and measure on every GPU of this machine; DRY=1 runs the same on the CPU (5 minutes)
+	$(BIN)/python tests/gpu/lane.py $(if $(DRY),--dry)
 
 fuzz: setup  ## feed random bytes to everything that rotmole reads, a minute each (SECONDS_EACH=60)
 	$(TEST_ENV) $(BIN)/python -W ignore tests/fuzz.py $(or $(SECONDS_EACH),60)

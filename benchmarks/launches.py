@@ -92,7 +92,10 @@ def kernels(step: Step) -> int:
     with profile(activities=activities) as record:
         step()
     events = record.events() or []
-    launched = [event for event in events if event.device_type == DeviceType.CUDA]
+    launched = [
+        event for event in events
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation
+    ]  # fmt: skip
     return len(launched) or sum(_is_kernel(event) for event in events)
 
 
@@ -131,11 +134,14 @@ def one_token(layer: nn.Module, x: torch.Tensor) -> Step:
     return step
 
 
-def counted(case: str, mode: str, measure: str, against: str, ours: int, theirs: int) -> Row:
+def counted(
+    case: str, mode: str, measure: str, against: str, ours: int, theirs: int,
+    question: str = "launches",
+) -> Row:  # fmt: skip
     """Return the row of two counts."""
     value = ours / theirs
     sides = {"ours": float(ours), "baseline": float(theirs)}
-    return show(Row("launches", case, mode, measure, against, value, value, value, **sides))
+    return show(Row(question, case, mode, measure, against, value, value, value, **sides))
 
 
 def measure(case: Case, mode: str, rounds: int, lora_kernels: int, **more: Any) -> list[Row]:
