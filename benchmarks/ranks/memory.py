@@ -62,9 +62,9 @@ def trim() -> None:
     ctypes.CDLL(None).malloc_trim(0)
 
 
-def run_text(arguments: argparse.Namespace, folder: Path, words: int = WORDS) -> str:
+def run_text(arguments: argparse.Namespace, folder: Path) -> str:
     """Write rows of one length, and the run file that trains on them."""
-    rows = [{"prompt": "red " * words, "completion": "blue"} for _ in range(64)]
+    rows = [{"prompt": "red " * WORDS, "completion": "blue"} for _ in range(64)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     training: dict[str, Any] = {
         "max_steps": UPDATES, "per_device_train_batch_size": arguments.batch,

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 SCRIPTS = Path(__file__).parents[2] / "benchmarks"
-MODULES = {"common", "cost", "originals"}
+MODULES = {"common", "cost", "originals", "tables"}
 NAMES = sorted(path.stem for path in SCRIPTS.glob("*.py") if path.stem not in MODULES)
 
 
