@@ -4,9 +4,9 @@
 
 SmolLM2-135M in bfloat16, adapters on q,k,v,o, eight updates of 4 rows of 64 to 256 tokens: plain,
 with gradient checkpointing, on a 4-bit base, and with 64 experts. Rows differ in length, as they do
-in a real run: the allocator cannot use all freed memory again, which the formula counts. Each case is a process of its own,
-which estimates before it loads anything and then trains; its peak is the largest resident memory
-that Linux counted for it. A ratio of 1 means that the formula is right.
+in a real run: the allocator cannot use all freed memory again, which the formula counts. Each case
+is a process of its own, which estimates before it loads anything and then trains; its peak is the
+largest resident memory that Linux counted for it. A ratio of 1 means that the formula is right.
 """
 
 from __future__ import annotations
