@@ -42,7 +42,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 WIDTHS = (8, 576, 576)  # T, D, O
-ROUNDS = 10  # times --rounds: a step takes less than a millisecond
+REPEATS = 20  # steps of a round: one takes less than a millisecond
 EAGER, TOKEN = "operations, forward and backward", "operations, one token"
 COMPILED = "compiled kernels, forward and backward"
 FIXED, FIXED_TOKEN = "fixed cost, forward and backward", "fixed cost, one token"
@@ -144,53 +144,76 @@ def counted(
     return show(Row(question, case, mode, measure, against, value, value, value, **sides))
 
 
-def measure(case: Case, mode: str, rounds: int, lora_kernels: int, **more: Any) -> list[Row]:
-    """Count and time ours in one mode beside LoRA."""
+def fixed(row: tuple[str, ...], against: str, ours: Step, theirs: Step, rounds: int) -> Row:
+    """Return the row of two processor times of one step."""
+
+    def often(step: Step) -> Step:
+        return lambda: [step() for _ in range(REPEATS)]
+
+    both = {"ours": often(ours), "lora": often(theirs)}
+    times = alternate(both, rounds, warm_up=1, clock=process_time)
+    times = {name: [seconds / REPEATS for seconds in taken] for name, taken in times.items()}
+    return show(Row("launches", *row, against, **ratio(times, "ours", "lora")))
+
+
+def measure(case: Case, mode: str, rounds: int, **more: Any) -> list[Row]:
+    """Count and time ours in one mode beside LoRA, eager."""
     ours = case.ours(mode, **more)
     lora = case.lora(ours)
-    name = f"{mode}, balance loss on" if more else mode
-    row, rows = (str(case), name), []
-    both = {"ours": case.step(ours), "lora": case.step(lora)}
-    counts = [operations(step) for step in both.values()]
-    rows.append(counted(*row, EAGER, lora_name(lora), *counts))
-    times = alternate(both, rounds, warm_up=5, clock=process_time)
-    rows.append(show(Row("launches", *row, FIXED, lora_name(lora), **ratio(times, *both))))
-    rows.append(counted(*row, COMPILED, lora_name(lora), compiled(case.step, ours), lora_kernels))
+    row, against = (str(case), named(mode, more)), lora_name(lora)
+    both = case.step(ours), case.step(lora)
+    rows = [
+        counted(*row, EAGER, against, *map(operations, both)),
+        fixed((*row, FIXED), against, *both, rounds),
+    ]
     if more:  # a balance loss is no part of a pass without gradients
         return rows
     x = case.x.detach()[:1, :1]
-    both = {"ours": one_token(ours.eval(), x), "lora": one_token(lora.eval(), x)}
-    counts = [operations(step) for step in both.values()]
-    rows.append(counted(*row, TOKEN, lora_name(lora), *counts))
-    times = alternate(both, rounds, warm_up=5, clock=process_time)
-    rows.append(show(Row("launches", *row, FIXED_TOKEN, lora_name(lora), **ratio(times, *both))))
+    both = one_token(ours.eval(), x), one_token(lora.eval(), x)
+    rows.append(counted(*row, TOKEN, against, *map(operations, both)))
+    rows.append(fixed((*row, FIXED_TOKEN), against, *both, rounds))
     return rows
 
 
-def others(given: Any, case: Case, rounds: int, lora_kernels: int) -> list[Row]:
-    """Count and time the other systems beside the same LoRA."""
-    rows: list[Row] = []
-    lora = case.lora(case.ours("none"))
+def named(mode: str, more: dict[str, Any]) -> str:
+    return f"{mode}, balance loss on" if more else mode
+
+
+def measure_compiled(case: Case, mode: str, lora_kernels: int, **more: Any) -> Row:
+    """Count the kernels of ours in one mode beside LoRA's."""
+    ours = case.ours(mode, **more)
+    against = lora_name(case.lora(ours))
+    count = compiled(case.step, ours)
+    return counted(str(case), named(mode, more), COMPILED, against, count, lora_kernels)
+
+
+def others(given: Any, case: Case) -> dict[str, tuple[Bench, nn.Module]]:
+    """Make the other systems' layers, each with what makes steps of it; outputs agree with ours."""
+    made = {}
     for name, peer in peers(given.originals).items():
         bench = Bench((case.tokens, case.inputs, case.outputs), case.shape)
         ours = bench.ours("none", peer.selection)
         layer = peer.make(ours.experts("default"), bench.base())
         if not difference(bench, peer, ours, layer) < 1e-4:
             raise SystemExit(f"{name}: outputs do not agree, so counts mean nothing")
-        row = (str(case), name)
-        both = {"theirs": bench.step(layer), "lora": case.step(lora)}
-        rows.append(counted(*row, EAGER, lora_name(lora), *map(operations, both.values())))
-        times = alternate(both, rounds, warm_up=5, clock=process_time)
-        rows.append(show(Row("launches", *row, FIXED, lora_name(lora), **ratio(times, *both))))
-        x = bench.x.detach()[:1, :1]
-        counts = [operations(one_token(model, x)) for model in (layer.eval(), lora)]
-        rows.append(counted(*row, TOKEN, lora_name(lora), *counts))
-        try:
-            count = compiled(bench.step, layer.train())
-        except Exception as error:  # another system's code, which need not compile
-            print(f"{name}: does not compile: {type(error).__name__}")
-            continue
-        rows.append(counted(*row, COMPILED, lora_name(lora), count, lora_kernels))
+        made[name] = bench, layer
+    return made
+
+
+def measure_other(case: Case, name: str, bench: Bench, layer: nn.Module, rounds: int) -> list[Row]:
+    """Count and time another system's layer beside the LoRA of mode none."""
+    lora = case.lora(case.ours("none"))
+    row, against = (str(case), name), lora_name(lora)
+    both = bench.step(layer), case.step(lora)
+    x = bench.x.detach()[:1, :1]
+    rows = [
+        counted(*row, EAGER, against, *map(operations, both)),
+        fixed((*row, FIXED), against, *both, rounds),
+    ]
+    both = one_token(layer.eval(), x), one_token(lora.eval(), x)
+    rows.append(counted(*row, TOKEN, against, *map(operations, both)))
+    rows.append(fixed((*row, FIXED_TOKEN), against, *both, rounds))
+    layer.train()
     return rows
 
 
@@ -217,14 +240,26 @@ def main() -> int:
     given = options.parse_args()
     start(given)
     case = Case((8, 32, 48) if given.quick else WIDTHS, SHAPES[0], "float32")
-    rounds = given.rounds * (1 if given.quick else ROUNDS)
-    lora_kernels = compiled(case.step, case.lora(case.ours("none")))
-    rows: list[Row] = []
-    for mode in MODES[:2] if given.quick else MODES:
-        for more in ({}, {"router_aux_loss_coef": BALANCE}):
-            rows += measure(case, mode, rounds, lora_kernels, **more)
-    rows += others(given, case, rounds, lora_kernels)
+    modes = [(mode, more) for mode in (MODES[:2] if given.quick else MODES)
+             for more in ({}, {"router_aux_loss_coef": BALANCE})]  # fmt: skip
+    rows = [row for mode, more in modes for row in measure(case, mode, given.rounds, **more)]
+    layers = others(given, case)
+    for name, (bench, layer) in layers.items():
+        rows += measure_other(case, name, bench, layer, given.rounds)
     rows += decoding(given.quick)
+    finish(rows, given)  # the compiler takes minutes: what is counted is kept
+    lora = case.lora(case.ours("none"))
+    lora_kernels = compiled(case.step, lora)
+    for mode, more in modes:
+        rows.append(measure_compiled(case, mode, lora_kernels, **more))
+        finish(rows, given)
+    for name, (bench, layer) in layers.items():
+        try:
+            count = compiled(bench.step, layer)
+        except Exception as error:  # another system's code, which need not compile
+            print(f"{name}: does not compile: {type(error).__name__}")
+            continue
+        rows.append(counted(str(case), name, COMPILED, lora_name(lora), count, lora_kernels))
     return finish(rows, given)
 
 
