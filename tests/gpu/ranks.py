@@ -77,7 +77,7 @@ def together(model: nn.Module, device: torch.device) -> None:
     world = dist.get_world_size()
     (state,) = balance_states(model)
     state.managed = True
-    state.loss_scale = mask.sum().double() / (all_mask.sum() / world)
+    state.loss_scale = mask.sum().double() * world / all_mask.sum()
     loss_of(model, ids, mask, learnt(all_mask) / world).backward()
 
 
