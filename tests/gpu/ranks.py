@@ -78,7 +78,8 @@ def together(model: nn.Module, device: torch.device) -> None:
     (state,) = balance_states(model)
     state.managed = True
     state.loss_scale = mask.sum().double() * world / all_mask.sum()
-    loss_of(model, ids, mask, learnt(all_mask) / world).backward()
+    # a product: not every share is a number of float32, which losses are divided in
+    (world * loss_of(model, ids, mask, learnt(all_mask))).backward()
 
 
 def same_gradients(wrap: str, dtype: torch.dtype, checkpoint: str, device: torch.device) -> None:
