@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM ?= false
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help audit fuzz setup demo study-demo test test-all conformance matrix mutation lint types imports docs pages looks bench bench-one bench-check bench-parity clean
+.PHONY: help audit fuzz gpu setup demo study-demo test test-all conformance matrix mutation lint types imports docs pages looks bench bench-one bench-check bench-parity clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -87,16 +87,17 @@ looks: setup  ## look at the HTML pages in headless Chromium: wide and narrow, l
 
 # FULL=--full measures every case, in two hours; a shorter run later keeps the rows of those it does not measure.
 # ORIGINALS=folder adds the layers of other systems, which benchmarks/originals.py names.
-QUESTIONS := layer peers step decode experts operations startup
-FULL_QUESTIONS := sharing inspection recording packing
+QUESTIONS := layer peers step decode experts operations launches startup
+FULL_QUESTIONS := sharing inspection recording packing memory
 bench: setup  ## measure time and memory against LoRA and others into benchmarks/results (a quarter of an hour on a quiet machine)
 	@for q in $(QUESTIONS) $(if $(FULL),$(FULL_QUESTIONS)); do $(MAKE) --no-print-directory bench-one Q=$$q INTO=benchmarks/results || exit 1; done
 	$(BIN)/python benchmarks/plot.py
 	$(BIN)/python benchmarks/targets.py
+	@$(BIN)/python benchmarks/moved.py
 
 bench-one:
 	@echo "== $(Q)"
-	@$(BIN)/python -W ignore benchmarks/$(Q).py $(FULL) $(if $(filter peers,$(Q)),$(if $(ORIGINALS),--originals $(ORIGINALS))) --csv $(INTO)/$(Q).csv
+	@$(BIN)/python -W ignore benchmarks/$(Q).py $(FULL) $(if $(filter peers launches,$(Q)),$(if $(ORIGINALS),--originals $(ORIGINALS))) --csv $(INTO)/$(Q).csv
 
 bench-check: setup  ## measure again and compare the ratios with the committed ones
 	@for q in $(QUESTIONS) $(if $(FULL),$(FULL_QUESTIONS)); do $(MAKE) --no-print-directory bench-one Q=$$q INTO=.cache/bench || exit 1; done
@@ -105,6 +106,9 @@ bench-check: setup  ## measure again and compare the ratios with the committed o
 bench-parity: setup  ## compare eval's figures with lm-eval's on DATA=folder
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[eval]'
 	$(BIN)/python benchmarks/eval_parity.py --data "$(DATA)"
+
+gpu: setup  ## check and measure on every GPU of this machine; DRY=1 runs the same on the CPU (5 minutes)
+	$(BIN)/python tests/gpu/lane.py $(if $(DRY),--dry)
 
 fuzz: setup  ## feed random bytes to everything that rotmole reads, a minute each (SECONDS_EACH=60)
 	$(TEST_ENV) $(BIN)/python -W ignore tests/fuzz.py $(or $(SECONDS_EACH),60)

@@ -93,13 +93,15 @@ class Case:
         shape: tuple[int, int, int],
         kind: str,
         slow: bool = False,
+        device: str = "cpu",
     ) -> None:
         self.with_base = kind == "float32" or multiplies_halves() or slow
         self.tokens, self.inputs, self.outputs = widths
         self.shape, self.kind = shape, kind
         self.dtype, self.autocast = TYPES[kind]
-        self.x = torch.randn(4, self.tokens // 4, self.inputs).to(self.dtype).requires_grad_()
-        self.dy = torch.randn(4, self.tokens // 4, self.outputs).to(self.dtype)
+        self.place = {"device": device, "dtype": self.dtype}
+        self.x = torch.randn(4, self.tokens // 4, self.inputs).to(**self.place).requires_grad_()
+        self.dy = torch.randn(4, self.tokens // 4, self.outputs).to(**self.place)
 
     def __str__(self) -> str:
         E, R, K = self.shape
@@ -108,7 +110,7 @@ class Case:
 
     def base(self, free: bool = False) -> Holder:
         layer = (Free if free else nn.Linear)(self.inputs, self.outputs, bias=False)
-        layer = layer.to(self.dtype).requires_grad_(False)
+        layer = layer.to(**self.place).requires_grad_(False)
         if free:
             layer.zeros = torch.zeros_like(self.dy)
         return Holder(layer)

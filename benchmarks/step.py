@@ -71,7 +71,7 @@ def stepper(model: Any, batch: tuple[int, int]) -> Callable[..., None]:
     """Return one whole training step of a model, of the whole batch or a corner of it."""
     import torch
 
-    ids = torch.randint(3, 500, batch, generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(3, 500, batch, generator=torch.Generator().manual_seed(0)).to(model.device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5)
     model.train()

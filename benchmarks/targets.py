@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import cost
+import tables
 from common import RESULTS, SHAPES, Row, read
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "performance.md"
@@ -105,12 +106,31 @@ def _peers() -> list[Target]:
     ]
 
 
+def _launches() -> list[Target]:
+    modes = {"none": (3, 2), "tangent": (4, 3), "(plane|givens)": (5, 4)}
+    targets = []
+    for mode, (both, token) in modes.items():
+        name = mode.strip("()").replace("|", ", ")
+        on = f"{mode}(, balance loss on)?"
+        rows = {
+            "operations, forward and backward": (both, on),
+            "operations, one token": (token, mode),
+        }
+        for measure, (limit, which) in rows.items():
+            targets.append(Target(f"{measure}, T <= 8, {name}", limit, "launches", measure, which))
+    measure = "compiled kernels, forward and backward"
+    return [*targets, Target(f"{measure}, T = 8", 2, "launches", measure, ON)]
+
+
 def _rest() -> list[Target]:
     far = ".*E=1024 R=4 K=2.*"
     return [
         Target("whole training step", 1.12, "step", "training step"),
         Target("peak memory of training", 1.12, "step", "peak memory of a process"),
         Target("decoding, tokens per second", 0.87, "decode", "tokens per second", higher=True),
+        Target("peak of training beside `check`'s formula", 1.15, "memory", "peak of training"),
+        Target("peak of training beside `check`'s formula", 0.85, "memory", "peak of training",
+               higher=True),
         Target("1024 experts beside 4", 5, "experts", "step with base", case=far),
         Target("`rotmole --help`, seconds", 0.5, "startup", "rotmole --help"),
         Target("`import rotmole` beyond `import peft`, seconds", 0.3, "startup",
@@ -120,7 +140,7 @@ def _rest() -> list[Target]:
     ]  # fmt: skip
 
 
-TARGETS = [*_layer(), *_peers(), *_rest()]
+TARGETS = [*_layer(), *_launches(), *_peers(), *_rest()]
 
 
 def line(target: Target, rows: Sequence[Row]) -> str:
@@ -146,21 +166,6 @@ def table(rows: Sequence[Row], made: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
-def operations_table(rows: Sequence[Row]) -> str:
-    """Return where the time of a step goes, ours beside the baseline's."""
-    mine = [row for row in rows if row.question == "operations"]
-    lines = ["| case | operation | ours, ms | baseline, ms |", "|---|---|---|---|"]
-    seen = set()
-    for row in mine:
-        case = f"{row.case}, {row.mode} / {row.against}"
-        lines.append(
-            f"| {case if case not in seen else ''} | {row.measure} | {1e3 * (row.ours or 0):.2f} | "
-            f"{1e3 * (row.baseline or 0):.2f} |"
-        )
-        seen.add(case)
-    return "\n".join(lines) if mine else "Not measured."
-
-
 def between(text: str, name: str, body: str) -> str:
     """Put a table between the comments that name it and its end."""
     start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
@@ -183,14 +188,18 @@ def main() -> int:
     made: dict[str, str] = {}
     for name in found[-1][1] if found else ():
         made[name] = " and ".join(dict.fromkeys(about[name] for _, about in found))
-    tables = {
+    rows = [row for row, _ in found]
+    bodies = {
         "cpu": cost.cpu_table(),
         "gpu": cost.gpu_table(),
-        "targets": table([row for row, _ in found], made),
-        "operations": operations_table([row for row, _ in found]),
+        "measured on a gpu": tables.cards(given.results),
+        "targets": table(rows, made),
+        "operations": tables.operations(rows),
+        "launches": tables.launches(rows),
+        "memory": tables.memory(rows),
     }
     text = given.document.read_text(encoding="utf-8")
-    for name, body in tables.items():
+    for name, body in bodies.items():
         text = between(text, name, body)
     given.document.write_text(text, encoding="utf-8")
     return 0

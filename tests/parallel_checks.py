@@ -142,7 +142,7 @@ def assert_ranks_agree(ours: dict[str, Tensor]) -> None:
     for name, value in ours.items():
         every = [torch.empty_like(value) for _ in range(dist.get_world_size())]
         dist.all_gather(every, value)
-        assert torch.equal(*every), name
+        assert all(torch.equal(value, other) for other in every), name
 
 
 def with_ddp(model: PeftModel) -> tuple[nn.Module, Callable[[bool], Any]]:

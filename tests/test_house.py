@@ -142,6 +142,7 @@ OTHER_FOLDERS = {
     "docs": "of the documents",
     "faults": "kills, full disks and bad input, for several rooms at once",
     "golden": "adapters written by earlier versions",
+    "gpu": "what can only be seen on a GPU, and the lane that runs it",
     "mutation": "changes of the source that the tests must notice",
     "parallel": "several processes, for several rooms at once",
 }

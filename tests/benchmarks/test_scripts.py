@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 SCRIPTS = Path(__file__).parents[2] / "benchmarks"
-MODULES = {"common", "cost", "originals"}
+MODULES = {"common", "cost", "originals", "tables"}
 NAMES = sorted(path.stem for path in SCRIPTS.glob("*.py") if path.stem not in MODULES)
 
 
@@ -35,7 +35,7 @@ def test_help_says_what_the_script_does(
 def test_make_bench_runs_every_question() -> None:
     makefile = (SCRIPTS.parent / "Makefile").read_text(encoding="utf-8")
     questions = re.findall(r"^(?:FULL_)?QUESTIONS := (.*)$", makefile, re.MULTILINE)
-    tools = {"check", "targets", "plot", "eval_parity", "serve_load"}
+    tools = {"check", "gpu", "moved", "targets", "plot", "eval_parity", "serve_load"}
     assert sorted(" ".join(questions).split()) == sorted(set(NAMES) - tools)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +63,8 @@ def test_the_table_is_written_between_its_marks(
     assert main() == 0
     written = document.read_text(encoding="utf-8")
     assert "| whole training step | at most 1.12 | 1.01 |" in written
-    tables = re.compile("(<!-- (targets|operations) -->).*?(<!-- end of)", re.DOTALL)
+    measured = "targets|operations|launches|memory|measured on a gpu"
+    tables = re.compile(f"(<!-- ({measured}) -->).*?(<!-- end of)", re.DOTALL)
     assert tables.sub(r"\1\3", written) == tables.sub(r"\1\3", text)
 
 
@@ -86,3 +89,32 @@ def test_every_target_matches_what_its_script_measures() -> None:
     for target in TARGETS:
         source = (scripts / f"{target.question}.py").read_text(encoding="utf-8")
         assert f'"{target.measure}"' in source, target
+
+
+def test_a_cards_file_becomes_a_table(tmp_path: Path) -> None:
+    import tables
+
+    assert tables.cards(tmp_path) == "Nothing here was measured on a GPU."
+    kept = {
+        "cards": ["NVIDIA X", "NVIDIA X"], "made": {"torch": "2", "cuda": "13", "commit": "abc"},
+        "checks": {"a": "", "b": "differs"}, "ranks": {"c": ""},
+        "bench": [asdict(row(1.25, question="gpu", ours=2e-4, baseline=1.6e-4))],
+    }  # fmt: skip
+    (tmp_path / "gpu-nvidia-x.json").write_text(json.dumps(kept))
+    said = tables.cards(tmp_path)
+    assert said.startswith("2 x NVIDIA X, torch 2, CUDA 13, commit abc: 3 checks, 1 failed.")
+    assert "| q,k,v,o | none | training step | 1.25 | 1.25 .. 1.25 | 0.0002 | 0.00016 |" in said
+
+
+def test_counts_of_a_small_layer_stand_side_by_side() -> None:
+    import tables
+
+    rows = [row(2.0, question="launches", measure=measure, ours=ours, baseline=baseline)
+            for measure, ours, baseline in (
+                ("operations, forward and backward", 32.0, 12.0),
+                ("compiled kernels, forward and backward", 17.0, 11.0),
+                ("fixed cost, forward and backward", 5e-4, 3e-4),
+                ("operations, one token", 13.0, 5.0),
+                ("fixed cost, one token", 9e-5, 6e-5))]  # fmt: skip
+    last = tables.launches(rows).splitlines()[-1]
+    assert last == "| none | 32 / 12 | 17 / 11 | 500 / 300 | 13 / 5 | 90 / 60 |"

@@ -1,0 +1,161 @@
+"""Run what can only be seen on a GPU, on as many cards as there are; keep what was measured.
+
+    python tests/gpu/lane.py [--dry] [--into FOLDER] [--only PART ...] [-- pytest arguments]
+
+Three parts, each in processes of its own: the checks of device_checks.py (laws, ways to compute,
+compiler, attention), DDP and FSDP2 with one rank a card (ranks.py), and times, launches and peak
+memory (benchmarks/gpu.py). The result is one file, gpu-NAME.json, NAME that of the card; nothing
+but a card writes one. Without a card a sentence says so and the status is 0. --dry runs the same
+code on the CPU, with two ranks over gloo and small shapes: it shows that the lane starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).parent
+FOLDERS = ("src", "tests", "tests/ops", "tests/ops/mixture", "tests/ops/rotation", "benchmarks")
+LONGEST = 3600  # seconds of a part; ranks that wait for one another would wait forever
+NONE = "no GPU here: nothing was measured on one (make gpu DRY=1 runs the lane on the CPU)"
+Command = Sequence[str | Path]
+
+
+def cards() -> list[str]:
+    """Name the cards of this machine."""
+    import torch
+
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+
+
+def start(command: Command, device: str) -> int:
+    """Run a part's processes with the sources of this checkout; return the exit status."""
+    variables = os.environ | {"ROTMOLE_DEVICE": device, "HF_HUB_OFFLINE": "1"}
+    variables["PYTHONPATH"] = os.pathsep.join(str(ROOT / folder) for folder in FOLDERS)
+    if device == "cpu":
+        variables["OMP_NUM_THREADS"] = "1"
+    try:
+        return subprocess.run(
+            command, cwd=ROOT, env=variables, check=False, timeout=LONGEST
+        ).returncode
+    except subprocess.TimeoutExpired:
+        print(f"stopped after {LONGEST} s")
+        return 124
+
+
+def run_checks(device: str, ranks: int, folder: Path, more: Sequence[str]) -> dict[str, str]:
+    """Run device_checks.py; return every check and what went wrong, "" for nothing."""
+    report = folder / "checks.xml"
+    words = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider",
+             "--junitxml", report, HERE / "device_checks.py", *more]  # fmt: skip
+    status = start(words, device)
+    said = {}
+    if report.exists():
+        for case in ElementTree.parse(report).iter("testcase"):
+            wrong = [each for each in case if each.tag in ("failure", "error", "skipped")]
+            said[case.get("name", "")] = (
+                (wrong[0].get("message") or wrong[0].tag).splitlines()[0] if wrong else ""
+            )
+    return _ended(said, status)
+
+
+def run_ranks(device: str, ranks: int, folder: Path, more: Sequence[str]) -> dict[str, str]:
+    """Run ranks.py with one process a card."""
+    report = folder / "ranks.json"
+    words = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone",
+             "--nproc-per-node", str(ranks), HERE / "ranks.py", report]  # fmt: skip
+    status = start(words, device)
+    said = json.loads(report.read_text())["checks"] if report.exists() else {}
+    return _ended({f"{ranks} ranks: {name}": wrong for name, wrong in said.items()}, status)
+
+
+def run_bench(device: str, ranks: int, folder: Path, more: Sequence[str]) -> list[dict[str, Any]]:
+    """Run benchmarks/gpu.py; return its rows, none where it failed."""
+    report = folder / "rows.json"
+    words = [sys.executable, "-W", "ignore", ROOT / "benchmarks" / "gpu.py", "--device", device,
+             "--threads", "1", "--json", report]  # fmt: skip
+    status = start([*words, *(["--quick"] if device == "cpu" else [])], device)
+    return [] if status or not report.exists() else json.loads(report.read_text())
+
+
+def _ended(said: dict[str, str], status: int) -> dict[str, str]:
+    """Add that the processes failed if no check says why, or if there was none."""
+    if not any(said.values()) and (status or not said):
+        return said | {"ended": f"exit status {status} after {len(said)} checks"}
+    return said
+
+
+PARTS: dict[str, Callable[[str, int, Path, Sequence[str]], Any]] = {
+    "checks": run_checks, "ranks": run_ranks, "bench": run_bench,
+}  # fmt: skip
+
+
+def write(into: Path, names: list[str], results: dict[str, Any]) -> Path:
+    """Keep what was found on cards, with what it was made with."""
+    import torch
+
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from common import about
+
+    from rotmole.files import atomic_write_text
+
+    made = about(torch.get_num_threads()) | {
+        "cuda": torch.version.cuda or "",
+        "capability": ".".join(map(str, torch.cuda.get_device_capability())),
+        "memory": torch.cuda.get_device_properties(0).total_memory,
+    }
+    slug = re.sub("[^a-z0-9]+", "-", names[0].lower()).strip("-")
+    content = {"cards": names, "made": made, **results}
+    into.mkdir(parents=True, exist_ok=True)
+    return atomic_write_text(into / f"gpu-{slug}.json", json.dumps(content, indent=1) + "\n")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the parts; 1 if a check failed or a part gave nothing."""
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("--dry", action="store_true", help="the CPU in place of a card")
+    options.add_argument("--into", type=Path, default=ROOT / "benchmarks" / "results")
+    options.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    cut = arguments.index("--") if "--" in arguments else len(arguments)
+    given, more = options.parse_args(arguments[:cut]), arguments[cut + 1 :]
+    names = [] if given.dry else cards()
+    if not names and not given.dry:
+        print(NONE)
+        return 0
+    device, ranks = ("cpu", 2) if given.dry else ("cuda", len(names))
+    results, failed = {}, []
+    with tempfile.TemporaryDirectory() as folder:
+        for part in given.only:
+            print(f"gpu: {part} on {', '.join(names) or 'the CPU'}", flush=True)
+            began = time.monotonic()
+            results[part] = PARTS[part](device, ranks, Path(folder), more)
+            if part == "bench":
+                wrong = [] if results[part] else ["bench: no figure"]
+            else:
+                wrong = [f"{name}: {said}" for name, said in results[part].items() if said]
+            failed += wrong
+            print(f"gpu: {part}: {len(results[part])} in {time.monotonic() - began:.0f} s, "
+                  f"{len(wrong)} failed", flush=True)  # fmt: skip
+    print("\n".join(failed))
+    if given.dry:
+        print("dry run on the CPU: nothing was measured on a GPU, and no result is kept")
+    else:
+        print(f"kept in {write(given.into, names, results)}")
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
