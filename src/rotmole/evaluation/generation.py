@@ -26,7 +26,7 @@ from rotmole.models.endings import end_strings, end_tokens
 from rotmole.models.room import pass_bytes, token_bytes, tokens_that_fit
 from rotmole.processes import over_batches, smallest
 
-TOGETHER = 8
+TOGETHER = 4
 """Batches whose leftovers are decoded together; processes share the work in such parts."""
 
 
