@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from evaluation_cases import choice_rows, make_model, score_rows
@@ -22,6 +24,7 @@ from rotmole.data.examples import Example
 from rotmole.evaluation import scoring
 from rotmole.evaluation.prefixes import forests, keeps_apart, tree_of
 from rotmole.evaluation.scoring import log_likelihoods, scored_answers, scored_choices
+from rotmole.tuner.experts.experts import Experts
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
@@ -64,16 +67,20 @@ def tokens_read(model, texts, **options) -> tuple[list[float], int]:
     return values, sum(counts)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "opt", "qwen2", "gemma2"])
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_trees_give_the_figures_of_rows(tokenizer, kind, attention):
+@pytest.mark.parametrize(
+    ("kind", "attention", "exact"),
+    # eager attention computes its weights in float32
+    [("gpt2", "sdpa", 1e-12), ("opt", "sdpa", 1e-12), ("qwen2", "eager", 1e-6),
+     ("gemma2", "eager", 1e-6)],
+)  # fmt: skip
+def test_trees_give_the_figures_of_rows(tokenizer, kind, attention, exact):
     model = other(kind, len(tokenizer)).double().eval()
     model.set_attn_implementation(attention)
     texts = texts_of(tokenizer)
     expected, plain = tokens_read(model, texts, batch_size=4, apart=True)
     values, tree = tokens_read(model, texts, batch_size=4)
     assert tree < 0.6 * plain
-    assert values == pytest.approx(expected, rel=1e-12)
+    assert values == pytest.approx(expected, rel=exact)
 
 
 def test_float32_gives_the_figures_that_are_printed(tokenizer):
@@ -92,8 +99,8 @@ def test_every_size_of_a_pass_gives_the_same(model, tokenizer, monkeypatch, most
     assert log_likelihoods(model, texts, batch_size=64) == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("selection", ["topk", "topp", "expert_choice"])
-def test_adapters_that_compare_the_tokens_of_a_text_get_rows(tokenizer, selection):
+@pytest.mark.parametrize("selection", ["top_k", "top_p"])
+def test_adapters_give_the_figures_of_rows(tokenizer, selection):
     config = RotMoleConfig(
         num_experts=4, r=2, selection=selection, target_modules=["q_proj", "down_proj"],
         init_weights=False,
@@ -101,9 +108,12 @@ def test_adapters_that_compare_the_tokens_of_a_text_get_rows(tokenizer, selectio
     model = get_peft_model(make_model(tokenizer), config).double().eval()
     texts = texts_of(tokenizer)
     expected, plain = tokens_read(model, texts, batch_size=4, apart=True)
-    values, read = tokens_read(model, texts, batch_size=4)
-    assert (read < plain) == (selection != "expert_choice")
+    values, tree = tokens_read(model, texts, batch_size=4)
+    assert tree < 0.6 * plain
     assert values == pytest.approx(expected, rel=1e-12)
+    experts = next(module for module in model.modules() if isinstance(module, Experts))
+    experts.spec = replace(experts.spec, selection="expert_choice")
+    assert not keeps_apart(model, 10)
 
 
 def test_models_that_mix_tokens_otherwise_get_rows(tokenizer, model):
