@@ -100,6 +100,7 @@ def can_leave(model: Any) -> bool:
 
 def decoded(
     model: Any,
+    tokenizer: Any,
     prompts: Sequence[Sequence[int]],
     *,
     size: int,
@@ -127,7 +128,7 @@ def decoded(
             rows = _first(model, prompts[start : start + size], start, config)
         elif rows is None:
             rows, waiting = _together(waiting, config.pad_token_id), []
-        rows, lengths_B = _stepped(model, rows, config, stop)
+        rows, lengths_B = _stepped(model, tokenizer, rows, config, stop)
         done_B = lengths_B >= 0
         for row in done_B.nonzero()[:, 0].tolist():
             first = int(rows.starts_B[row])
@@ -178,7 +179,9 @@ def _first(
     return Rows(numbers_B, ids_BT, mask_BT, torch.full_like(numbers_B, ids_BT.shape[1]))
 
 
-def _stepped(model: Any, rows: Rows, config: GenerationConfig, stop: Stop) -> tuple[Rows, Tensor]:
+def _stepped(
+    model: Any, tokenizer: Any, rows: Rows, config: GenerationConfig, stop: Stop
+) -> tuple[Rows, Tensor]:
     """Decode until enough rows are finished, or one has all its tokens.
 
     Returns:
@@ -194,6 +197,7 @@ def _stepped(model: Any, rows: Rows, config: GenerationConfig, stop: Stop) -> tu
         **last_position(model),
         generation_config=_with_limit(config, left),
         stopping_criteria=StoppingCriteriaList([enough]),
+        tokenizer=tokenizer,  # for stop strings of the model's own configuration
     )
     ids_BT = output.sequences
     new = ids_BT.shape[1] - rows.ids_BT.shape[1]

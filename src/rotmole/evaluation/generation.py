@@ -183,9 +183,9 @@ def continuations(
         rows = [prompts[index] for index in batch]
         if leaves:
             each = None if spread else tick
-            new = decoded(model, rows, size=size, config=config, stop=stop, tick=each)
+            new = decoded(model, tokenizer, rows, size=size, config=config, stop=stop, tick=each)
         else:
-            new = _whole_batch(model, rows, config, stop)
+            new = _whole_batch(model, tokenizer, rows, config, stop)
         texts = [_continuation(tokens, tokenizer, stops, strings) for tokens in new]
         return dict(zip(batch, texts, strict=True))
 
@@ -212,7 +212,11 @@ def _rows_that_fit(model: Any, longest: int, max_new_tokens: int, most: int) -> 
 
 
 def _whole_batch(
-    model: Any, prompts: Sequence[Sequence[int]], config: GenerationConfig, stop: Stop
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    config: GenerationConfig,
+    stop: Stop,
 ) -> list[list[int]]:
     """Return the new tokens of each prompt by one call of generate(), padded at their end."""
     ids_BT, mask_BT = padded_left(prompts, config.pad_token_id, model.device)
@@ -224,6 +228,7 @@ def _whole_batch(
         **last_position(model),
         generation_config=config,
         stopping_criteria=StoppingCriteriaList(stop(starts_B)),
+        tokenizer=tokenizer,
     )
     return list(output[:, length:].tolist())
 
