@@ -103,6 +103,7 @@ def counted_command(words: list[str], file: str) -> int:
         return decode(model, tokenizer, prompts, **options)
 
     scoring._logits, scoring.tree_of, generation.decoded = scores, grows, decodes
+    generation.TOGETHER = 1  # so that few rows make several parts
     code = command(words)
     Path(f"{file}.{os.environ.get('RANK', '0')}").write_text(json.dumps(rows), encoding="utf-8")
     return code
