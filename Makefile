@@ -88,7 +88,7 @@ looks: setup  ## look at the HTML pages in headless Chromium: wide and narrow, l
 # FULL=--full measures every case, in two hours; a shorter run later keeps the rows of those it does not measure.
 # ORIGINALS=folder adds the layers of other systems, which benchmarks/originals.py names.
 QUESTIONS := layer peers step decode experts operations launches startup
-FULL_QUESTIONS := sharing inspection recording packing memory
+FULL_QUESTIONS := sharing inspection recording packing memory evaluate
 bench: setup  ## measure time and memory against LoRA and others into benchmarks/results (a quarter of an hour on a quiet machine)
 	@for q in $(QUESTIONS) $(if $(FULL),$(FULL_QUESTIONS)); do $(MAKE) --no-print-directory bench-one Q=$$q INTO=benchmarks/results || exit 1; done
 	$(BIN)/python benchmarks/plot.py

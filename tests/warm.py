@@ -88,17 +88,22 @@ def counted_command(words: list[str], file: str) -> int:
     from rotmole.evaluation import generation, scoring
 
     rows = {"scored": 0, "answered": 0}
-    forward, padded = scoring._logits, generation._padded_left
+    forward, tree, decode = scoring._logits, scoring.tree_of, generation.decoded
 
     def scores(model: Any, inputs: Any, *more: Any) -> Any:
         rows["scored"] += len(inputs)
         return forward(model, inputs, *more)
 
-    def pads(inputs: Any, *more: Any) -> Any:
-        rows["answered"] += len(inputs)
-        return padded(inputs, *more)
+    def grows(inputs: Any) -> Any:
+        rows["scored"] += len(inputs)
+        return tree(inputs)
 
-    scoring._logits, generation._padded_left = scores, pads
+    def decodes(model: Any, tokenizer: Any, prompts: Any, **options: Any) -> Any:
+        rows["answered"] += len(prompts)
+        return decode(model, tokenizer, prompts, **options)
+
+    scoring._logits, scoring.tree_of, generation.decoded = scores, grows, decodes
+    generation.TOGETHER = 1  # so that few rows make several parts
     code = command(words)
     Path(f"{file}.{os.environ.get('RANK', '0')}").write_text(json.dumps(rows), encoding="utf-8")
     return code

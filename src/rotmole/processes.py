@@ -77,6 +77,19 @@ def same_everywhere(what: str, value: Any) -> None:
         raise ConfigError(f"the processes chose {', '.join(values)} by themselves; set {what}")
 
 
+def smallest(value: int, *, spread: bool) -> int:
+    """Return the smallest value of all joined processes, each of which must call this.
+
+    Args:
+        spread: whether there are any; otherwise the value is returned.
+    """
+    if not spread:
+        return value
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return min(values)
+
+
 def over_batches(
     batches: Sequence[Batch],
     work: Callable[[Batch], Mapping[int, Result]],

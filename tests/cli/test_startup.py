@@ -7,6 +7,10 @@ import subprocess
 import sys
 
 import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaForCausalLM
+
+from tiny_folders import write_base_model, write_rows
 
 COMMANDS = {
     "help": ["--help"],
@@ -48,3 +52,42 @@ print("TELEMETRY OFF", constants.HF_HUB_DISABLE_TELEMETRY)
         capture_output=True, text=True, cwd=tmp_path, env=env, check=True,
     )  # fmt: skip
     assert done.stdout.splitlines()[-1] == "TELEMETRY OFF True"
+
+
+RUN = """\
+output_dir: {folder}
+model: {{name: {folder}/model, dtype: float32, device: cpu}}
+data:
+  tasks:
+    film: {{source: jsonl, files: {{validation: {folder}/film.jsonl}}}}
+training: {{max_steps: 3, max_length: 64}}
+evaluation: {{max_new_tokens: 2}}
+"""
+NOT_NEEDED = ["trl", "datasets", "matplotlib", "pyarrow", "sklearn", "transformers.trainer",
+              "rotmole.training.build", "rotmole.serving", "rotmole.inspection"]  # fmt: skip
+
+
+def test_using_a_run_imports_nothing_of_training(tmp_path):
+    """trl, datasets and the Trainer take seconds, and a finished run was checked by them before."""
+    write_base_model(tmp_path / "model")
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "model")
+    adapted = get_peft_model(base, LoraConfig(target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path / "adapter")
+    rows = [{"prompt": f"film {i} is", "completion": " good"} for i in range(3)]
+    write_rows(tmp_path / "film.jsonl", rows)
+    (tmp_path / "run.yaml").write_text(RUN.format(folder=tmp_path), encoding="utf-8")
+    (tmp_path / "manifest.json").write_text("{}", encoding="utf-8")
+    code = f"""
+import sys
+from rotmole_cli import main
+for words in (["generate", {str(tmp_path)!r}, "film", "--max-new-tokens", "2"],
+              ["eval", {str(tmp_path)!r}]):
+    assert main(words) == 0, words
+    print(words[0], sorted(set({NOT_NEEDED!r}) & set(sys.modules)))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    told = [line for line in done.stdout.splitlines() if line.endswith("]")]
+    assert [line for line in told if line[:4] in ("gene", "eval")] == ["generate []", "eval []"]

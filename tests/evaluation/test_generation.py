@@ -94,7 +94,7 @@ def test_cut_answer(text, one_line, expected):
 
 def test_the_line_rule_stops_only_after_something(model, tokenizer):
     stop = LineEnd(model, tokenizer)
-    stop.prompt_length = 2
+    stop.starts_B = torch.tensor([2, 2, 2])
     (newline,) = tokenizer("\n")["input_ids"]
     (letter,) = tokenizer("b")["input_ids"]
     start = [newline, letter]  # of the prompt: does not count

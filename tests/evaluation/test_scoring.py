@@ -71,8 +71,30 @@ def test_shared_prompts_cost_one_row(model, tokenizer):
     )
     rows = score_rows(4)
     texts = texts_of(rows, tokenizer)
-    log_likelihoods(model, texts, batch_size=64)
+    log_likelihoods(model, texts, batch_size=64, apart=True)
     assert sum(seen) == len(rows)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_passes_fit_into_memory(model, tokenizer, monkeypatch, apart):
+    texts = texts_of(choice_rows() + score_rows(), tokenizer)
+    expected = log_likelihoods(model, texts, batch_size=64)
+    seen = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    # one layer's tensors and the logits of 320 words, in float64
+    each = 8 * (4 * 48 + 10 * 32) + 320 * 16
+    longest = max(len(text.tokens) for text in texts)
+    free = 2 * each * (longest + 7)
+    monkeypatch.setattr("rotmole.models.room.free_memory", lambda device: free)
+    values = log_likelihoods(model, texts, batch_size=64, apart=apart)
+    assert values == pytest.approx(expected, rel=1e-12)
+    assert longest / 2 < max(seen) <= longest + 7
+    seen.clear()
+    monkeypatch.setattr("rotmole.models.room.free_memory", lambda device: 0)
+    assert log_likelihoods(model, texts, batch_size=64, apart=apart) == pytest.approx(expected)
+    assert max(seen) < longest  # one text, without its last token
 
 
 def test_choices_are_the_trained_tokens_without_the_end(tokenizer):

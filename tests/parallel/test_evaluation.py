@@ -18,8 +18,8 @@ from training_cases import COLOURS, settings, task_rows, write_data, write_model
 
 METRICS = ["exact_match", "chrf", "perplexity"]
 WAYS: dict[str, tuple[int, list[str]]] = {
-    "one": (1, ["--limit", "5", "evaluation.batch_size=3"]),
-    "three": (3, ["--limit", "5", "evaluation.batch_size=3"]),
+    "one": (1, ["--limit", "5", "evaluation.batch_size=1"]),
+    "three": (3, ["--limit", "5", "evaluation.batch_size=1"]),
     "one, a row each": (1, ["--limit", "1"]),
     "fewer batches than ranks": (2, ["--limit", "1"]),
 }

@@ -58,6 +58,7 @@ def load_run(
     data_problems: Callable[[DataSection], list[str]] | None = None,
     model_problems: ModelProblems | None = None,
     anchored: bool = True,
+    check_trainer: bool = True,
 ) -> RunFile:
     """Read and check a run file; nothing of the model or the data is loaded.
 
@@ -74,6 +75,8 @@ def load_run(
             experts_from, fit the model; likewise.
         anchored: False leaves relative paths to the working directory, as in a run folder's own
             run.yaml: rotmole 0.1 wrote them so, later versions write absolute ones.
+        check_trainer: False takes the `training:` section as it is; trl, which checks it, takes
+            seconds to import.
 
     Returns:
         The run, with values under `adapter:` and `training:` converted to their fields' types, and
@@ -97,7 +100,9 @@ def load_run(
     except ValidationError as error:
         run = None
         problems += sentences(error.errors(), raw, RunFile, suggest=did_you_mean_place)
-    checked = _check_sections(raw, model_problems, schema_is_right=run is not None)
+    checked = _check_sections(
+        raw, model_problems, schema_is_right=run is not None, check_trainer=check_trainer
+    )
     problems += checked.problems
     problems += optimizer_problems(_section(raw, "optimizer"), checked.training, checked.adapter)
     data = _valid_data(raw)
@@ -133,6 +138,7 @@ def _check_sections(
     model_problems: ModelProblems | None,
     *,
     schema_is_right: bool,
+    check_trainer: bool,
 ) -> _Checked:
     """Check what the schema cannot know: the keys that belong to other classes, and metrics."""
     section: Mapping[str, Any] = _section(raw, "adapter")
@@ -157,14 +163,16 @@ def _check_sections(
     # a task with a wrong setting may have validation rows, so do not report that none has any
     validated = any(has_validation(task) for task in tasks.values()) or not schema_is_right
     section = _section(raw, "training")
-    training, training_problems = check_training(
-        section, model or ModelSection(), validated, did_you_mean_place
-    )
-    problems += training_problems
-    problems += best_problems(training, tasks)
-    if not training_problems:
-        merged = arguments(training, "run", 0, model or ModelSection(), validated)
-        problems += early_stopping_problems(_section(raw, "evaluation"), merged, validated)
+    training = dict(section)
+    if check_trainer:
+        training, training_problems = check_training(
+            section, model or ModelSection(), validated, did_you_mean_place
+        )
+        problems += training_problems
+        problems += best_problems(training, tasks)
+        if not training_problems:
+            merged = arguments(training, "run", 0, model or ModelSection(), validated)
+            problems += early_stopping_problems(_section(raw, "evaluation"), merged, validated)
     problems += task_group_problems(tasks, adapter)
     for name, task in tasks.items():
         problems += _metric_problems(name, task)

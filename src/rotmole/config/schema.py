@@ -317,7 +317,13 @@ class EvaluationSection(Section):
     max_new_tokens: int = Field(
         default=64, gt=0, description="Largest number of tokens of an answer.", examples=[16]
     )
-    batch_size: int = Field(default=16, gt=0, description="Rows in a batch.", examples=[4])
+    batch_size: int = Field(
+        default=16,
+        gt=0,
+        description="Rows in a batch; answers are generated for four times as many. Batches are "
+        "smaller where so many rows would not fit into half of the free memory.",
+        examples=[4],
+    )
     examples_in_prompt: int = Field(
         default=0,
         ge=0,

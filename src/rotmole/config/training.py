@@ -239,6 +239,34 @@ def sft_arguments(run: RunFile) -> dict[str, Any]:
     return arguments(run.training, run.output_dir, run.seed, run.model, validated)
 
 
+def longest_row(run: RunFile) -> int | None:
+    """Return training.max_length, the most tokens of a row; trl is not needed for it."""
+    longest: int | None = _laid_over(run.training, False)["max_length"]
+    return longest
+
+
+def chooses_by_validation(run: RunFile) -> bool:
+    """Tell whether the result of a run with validation rows is the checkpoint that they choose."""
+    validated = any(has_validation(task) for task in run.data.tasks.values())
+    values = _laid_over(run.training, validated)
+    if values.get("eval_strategy", "no") == "no":
+        return False
+    if "load_best_model_at_end" in values:
+        return bool(values["load_best_model_at_end"])
+    return saves_when_it_validates(values)
+
+
+def _laid_over(training: Mapping[str, Any], validated: bool) -> dict[str, Any]:
+    """Lay the user's settings over our defaults, by their new names."""
+    user = {_RENAMED.get(k, k): v for k, v in training.items()}
+    merged = DEFAULTS | (VALIDATION_DEFAULTS if validated else {}) | user
+    if merged.get("save_strategy") != "steps":
+        merged.pop("save_steps")
+    if merged.get("eval_strategy", "no") != "steps":
+        merged.pop("eval_steps", None)
+    return merged
+
+
 def arguments(
     training: Mapping[str, Any], output_dir: str, seed: int, model: ModelSection, validated: bool
 ) -> dict[str, Any]:
@@ -257,12 +285,7 @@ def arguments(
     from trl import SFTConfig
 
     names = SFTConfig.__dataclass_fields__
-    user = {_RENAMED.get(k, k): v for k, v in training.items()}
-    merged = DEFAULTS | (VALIDATION_DEFAULTS if validated else {}) | user
-    if merged.get("save_strategy") != "steps":
-        merged.pop("save_steps")
-    if merged.get("eval_strategy", "no") != "steps":
-        merged.pop("eval_steps", None)
+    merged = _laid_over(training, validated)
     cpu = _on_cpu(model)
     merged |= {
         "output_dir": output_dir,

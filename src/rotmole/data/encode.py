@@ -83,7 +83,7 @@ def _tokenize(
         else:
             edges = [text[:edge] for each in wanted for edge in each]
             before = tokenizer(edges, add_special_tokens=special)["input_ids"]
-            places = iter([_common_prefix(ids, each) for each in before])
+            places = iter([common_prefix(ids, each) for each in before])
             spans = list(zip(places, places, strict=True))
         # some tokenizers add an EOS; `encode` adds the end of the answer itself
         tokens = list(ids[:-1]) if ids and ids[-1] == tokenizer.eos_token_id else list(ids)
@@ -104,7 +104,8 @@ def _begins(offset: Span, stop: int) -> bool:
     return offset[0] < stop and offset[1] > offset[0]
 
 
-def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return how many tokens two texts have in common at their beginning."""
     for index, (a, b) in enumerate(zip(first, second, strict=False)):
         if a != b:
             return index

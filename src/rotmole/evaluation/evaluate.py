@@ -32,6 +32,9 @@ Tasks = Mapping[str, Sequence[Example]]
 Progress = Callable[[str, int, int], None]
 UNLIMITED = 1 << 30
 
+ANSWERS = 4
+"""Rows of generation for each row of a batch: a step of generation reads one token of each."""
+
 
 def evaluate(
     model: Any,
@@ -370,7 +373,7 @@ def _add_texts(
             tokenizer,
             [inputs.prompts[task][index] for task, index in places],
             max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
+            batch_size=ANSWERS * batch_size,
             one_line=one_line,
             ends=sorted({shown[task][index].end for task, index in places} - {""}),
             tick=_counter(progress, "answers", len(places)),

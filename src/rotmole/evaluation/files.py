@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from rotmole.config.schema import RunFile
+from rotmole.config.training import chooses_by_validation
 from rotmole.evaluation.report import Report, prediction_rows, to_json
 from rotmole.files import atomic_write_text, check_writable
-from rotmole.training.build import chooses_by_validation
 
 RESULT, PREDICTIONS = "eval.json", "predictions.jsonl"
 

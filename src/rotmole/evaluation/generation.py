@@ -12,13 +12,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 
 from rotmole.data.encode import tokenize_pair
+from rotmole.evaluation.decoding import Stop, can_leave, decoded, last_position, padded_left
 from rotmole.evaluation.scoring import Tick, evaluating, without_beginning
 from rotmole.models.endings import end_strings, end_tokens
-from rotmole.models.logits import accepts_logits_to_keep
-from rotmole.processes import over_batches
+from rotmole.models.room import pass_bytes, token_bytes, tokens_that_fit
+from rotmole.processes import over_batches, smallest
+
+TOGETHER = 4
+"""Batches whose leftovers are decoded together; processes share the work in such parts."""
 
 
 def cut_answer(text: str, *, one_line: bool) -> str:
@@ -62,12 +71,16 @@ class LineEnd(StoppingCriteria):
         breaks_V[: len(pieces)] = torch.tensor(["\n" in piece for piece in pieces])
         filled_V[: len(pieces)] = torch.tensor([bool(piece.strip()) for piece in pieces])
         self.breaks_V, self.filled_V = breaks_V.to(device), filled_V.to(device)
-        self.prompt_length = 0
+        self.starts_B = torch.zeros(1, dtype=torch.long, device=device)
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-        """Return [B], True for the rows of input_ids [B, T] that are finished."""
-        new_BT = input_ids[:, self.prompt_length :]
-        return self.breaks_V[new_BT[:, -1]] & self.filled_V[new_BT].any(dim=1)
+        """Return [B], True for the rows of input_ids [B, T] that are finished.
+
+        Tokens before column `starts_B` of their row are the prompt's.
+        """
+        place_T = torch.arange(input_ids.shape[1], device=input_ids.device)
+        filled_BT = self.filled_V[input_ids] & (place_T >= self.starts_B[:, None])
+        return self.breaks_V[input_ids[:, -1]] & filled_BT.any(dim=1)
 
 
 def _configuration(
@@ -98,18 +111,6 @@ def _configuration(
     )
 
 
-def _padded_left(
-    rows: Sequence[Sequence[int]], pad: int, device: torch.device
-) -> dict[str, torch.Tensor]:
-    length = max(map(len, rows))
-    ids_BT = torch.full((len(rows), length), pad, dtype=torch.long)
-    mask_BT = torch.zeros(len(rows), length, dtype=torch.long)
-    for row, tokens in enumerate(rows):
-        ids_BT[row, length - len(tokens) :] = torch.tensor(tokens)
-        mask_BT[row, length - len(tokens) :] = 1
-    return {"input_ids": ids_BT.to(device), "attention_mask": mask_BT.to(device)}
-
-
 def _continuation(
     tokens: Sequence[int], tokenizer: Any, ends: Sequence[int], strings: Sequence[str]
 ) -> Continuation:
@@ -122,17 +123,6 @@ def _continuation(
         text, found, _ = text.partition(string)
         ended = ended or bool(found)
     return Continuation(text, ended)
-
-
-def _last_position(model: Any) -> dict[str, torch.Tensor]:
-    """Return the argument that asks for the logits of the last position by its index.
-
-    generate() asks by a slice, which is not contiguous: torch then multiplies each row of a batch
-    by its own copy of the vocabulary matrix (five seconds for 48 rows of SmolLM2-135M).
-    """
-    if not accepts_logits_to_keep(model):
-        return {}
-    return {"logits_to_keep": torch.tensor([-1], device=model.device)}
 
 
 @dataclass(frozen=True)
@@ -155,49 +145,92 @@ def continuations(
     tick: Tick | None = None,
     spread: bool = False,
 ) -> list[Continuation]:
-    """Return greedy continuations of many prompts, in order; batches are padded on the left.
+    """Return greedy continuations of many prompts, in order.
+
+    Finished rows leave their batch if the model's cache lets them (see `decoding`). Every batch
+    size gives the same tokens, up to the rounding of the model's type: of two tokens whose scores
+    are as good as equal, bfloat16 may choose the other one in another batch.
 
     Args:
         tokenizer: its padding side is not used.
         prompts: their token ids, from `prompt_tokens`.
         max_new_tokens: the maximum length of a continuation in tokens.
+        batch_size: the most rows of a batch; fewer if the cache of so many does not fit into half
+            of the free memory, but at least one.
         one_line: end after the first line that is not blank.
         ends: texts that end a continuation besides the end of sequence; see `end_tokens`.
-        tick: called after each batch with the number of prompts it finished.
-        spread: share the batches among the joined processes; each gets all texts.
+        tick: called with the number of prompts that were finished since the last call.
+        spread: share the prompts among the joined processes; each gets all texts.
     """
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     stops = end_tokens(model, tokenizer, ends)
     strings = end_strings(model, tokenizer, ends)
-    config = _configuration(tokenizer, stops, strings=strings, max_new_tokens=max_new_tokens)
-    stop = LineEnd(model, tokenizer) if one_line else None
+    config = _configuration(tokenizer, stops, max_new_tokens=max_new_tokens)
+    line = LineEnd(model, tokenizer) if one_line else None
+    string = [StopStringCriteria(tokenizer, strings)] if strings else []
+
+    def stop(starts_B: torch.Tensor) -> list[StoppingCriteria]:
+        if line is None:
+            return [*string]
+        line.starts_B = starts_B
+        return [line, *string]
+
+    longest = max(map(len, prompts), default=0)
+    size = smallest(_rows_that_fit(model, longest, max_new_tokens, batch_size), spread=spread)
+    leaves = can_leave(model)
 
     def answer(batch: Sequence[int]) -> dict[int, Continuation]:
-        inputs = _padded_left([prompts[i] for i in batch], config.pad_token_id, model.device)
-        length = inputs["input_ids"].shape[1]
-        if stop:
-            stop.prompt_length = length
-        output = model.generate(
-            **inputs,
-            **_last_position(model),
-            generation_config=config,
-            tokenizer=tokenizer,  # reads stop strings
-            stopping_criteria=StoppingCriteriaList([stop] if stop else []),
-        )
-        texts = [
-            _continuation(tokens, tokenizer, stops, strings)
-            for tokens in output[:, length:].tolist()
-        ]
+        rows = [prompts[index] for index in batch]
+        if leaves:
+            each = None if spread else tick
+            new = decoded(model, tokenizer, rows, size=size, config=config, stop=stop, tick=each)
+        else:
+            new = _whole_batch(model, tokenizer, rows, config, stop)
+        texts = [_continuation(tokens, tokenizer, stops, strings) for tokens in new]
         return dict(zip(batch, texts, strict=True))
 
     def done(finished: Sequence[Sequence[int]]) -> None:
-        if tick is not None:
+        if tick is not None and (spread or not leaves):
             tick(sum(map(len, finished)))
 
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    # leftovers of batches join within these bounds, which do not depend on the processes
+    part = size * TOGETHER if leaves else size
+    parts = [order[start : start + part] for start in range(0, len(order), part)]
     with evaluating(model):
-        results = over_batches(batches, answer, done, spread=spread)
+        results = over_batches(parts, answer, done, spread=spread)
     return [results[index] for index in range(len(prompts))]
+
+
+def _rows_that_fit(model: Any, longest: int, max_new_tokens: int, most: int) -> int:
+    """Return how many rows fit into memory: the cache of prompt and answer, the pass of the prompt.
+
+    The cache counts twice, because it is copied when it grows.
+    """
+    reading = longest * pass_bytes(model, logits=False)
+    each = 2 * token_bytes(model) * (longest + max_new_tokens) + reading
+    return min(most, tokens_that_fit(model, max(1, each)))
+
+
+def _whole_batch(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    config: GenerationConfig,
+    stop: Stop,
+) -> list[list[int]]:
+    """Return the new tokens of each prompt by one call of generate(), padded at their end."""
+    ids_BT, mask_BT = padded_left(prompts, config.pad_token_id, model.device)
+    length = ids_BT.shape[1]
+    starts_B = torch.full((len(prompts),), length, device=ids_BT.device)
+    output = model.generate(
+        input_ids=ids_BT,
+        attention_mask=mask_BT,
+        **last_position(model),
+        generation_config=config,
+        stopping_criteria=StoppingCriteriaList(stop(starts_B)),
+        tokenizer=tokenizer,
+    )
+    return list(output[:, length:].tolist())
 
 
 def answers(
@@ -249,14 +282,15 @@ def continuation(
         temperature=temperature,
         top_p=top_p,
     )
-    inputs = _padded_left([prompt], config.pad_token_id, device)
+    ids_1T, mask_1T = padded_left([prompt], config.pad_token_id, device)
     devices = [device] if device.type == "cuda" else []
     with evaluating(model), torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         output = model.generate(
-            **inputs, generation_config=config, tokenizer=tokenizer, streamer=streamer
-        )
-    tokens = output[0, inputs["input_ids"].shape[1] :].tolist()
+            input_ids=ids_1T, attention_mask=mask_1T,
+            generation_config=config, tokenizer=tokenizer, streamer=streamer,
+        )  # fmt: skip
+    tokens = output[0, ids_1T.shape[1] :].tolist()
     return _continuation(tokens, tokenizer, stops, strings)
 
 

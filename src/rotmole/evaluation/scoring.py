@@ -19,11 +19,20 @@ import torch
 from rotmole.data.encode import IGNORED, encode_all, tokenize_pairs
 from rotmole.data.examples import Example
 from rotmole.errors import ModelError
+from rotmole.evaluation.prefixes import forests, keeps_apart, tree_of
 from rotmole.models.logits import accepts_logits_to_keep
-from rotmole.processes import over_batches
+from rotmole.models.room import pass_bytes, tokens_that_fit
+from rotmole.processes import over_batches, smallest
 
 Tick = Callable[[int], None]
 _NO_LIMIT = 1 << 30
+
+TREE_TOKENS = 512
+TREE_TOKENS_ON_GPU = 4096
+"""The most tokens of one row of texts that begin alike: attention grows with their square."""
+
+_WORTH = 0.8
+"""Texts are laid in trees if that leaves at most this share of their tokens."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,12 @@ class Scored:
     tokens: tuple[int, ...]
     positions: tuple[int, ...]
     cut: bool = False
+
+
+Batch = Sequence[Sequence[int]]
+"""Rows of a forward pass; each row is the numbers of the texts in it."""
+
+Work = Callable[[Any, Sequence[Scored], Batch], Iterator[tuple[int, float]]]
 
 
 @contextmanager
@@ -128,18 +143,24 @@ def log_likelihoods(
     batch_size: int,
     tick: Tick | None = None,
     spread: bool = False,
+    apart: bool = False,
 ) -> list[float]:
     """Return the log-likelihood of each text's scored tokens: sum_t log p(token_t | before t).
 
-    If the tokens of a text are the beginning of another text, one sequence serves both, so the
-    choices of one token after a prompt cost one sequence. Batches hold texts of similar length,
-    padded on the right under an attention mask; a causal model gives the same figures for every
-    batch size.
+    Texts with common beginnings, such as a prompt with its choices, are computed together, each
+    beginning once, if that saves a fifth of the tokens and the model can do it (see
+    `prefixes.keeps_apart`). Otherwise batches hold texts of similar length, padded on the right.
+
+    Both ways and every batch size give the same figures up to the rounding of the model's type:
+    to 1e-12 of their value in float64 and to 1e-5 in float32.
 
     Args:
-        batch_size: sequences per forward pass.
+        batch_size: the most texts of a batch. A forward pass reads at most as many tokens as so
+            many of the longest text have, and no more than fit into half of the free memory; but
+            at least one text.
         tick: called after each batch with the number of texts it finished.
         spread: share the batches among the joined processes; each gets all figures.
+        apart: every text is a row of its own, unless it is the beginning of another one.
 
     Returns:
         One figure per text, in nats, computed in float32 or float64.
@@ -147,17 +168,15 @@ def log_likelihoods(
     Raises:
         ModelError: a figure is NaN.
     """
-    rows = _shared_rows(texts)
-    rows.sort(key=lambda members: -len(texts[members[0]].tokens))
-    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    batches, work = _planned(model, texts, batch_size=batch_size, spread=spread, apart=apart)
 
-    def done(finished: Sequence[list[list[int]]]) -> None:
+    def done(finished: Sequence[Batch]) -> None:
         if tick is not None:
             tick(sum(len(members) for batch in finished for members in batch))
 
     with evaluating(model):
         by_index = over_batches(
-            batches, lambda batch: dict(_score_batch(model, texts, batch)), done, spread=spread
+            batches, lambda batch: dict(work(model, texts, batch)), done, spread=spread
         )
     values = [by_index[index] for index in range(len(texts))]
     if any(math.isnan(value) for value in values):
@@ -168,14 +187,39 @@ def log_likelihoods(
     return values
 
 
-def _shared_rows(texts: Sequence[Scored]) -> list[list[int]]:
+def _planned(
+    model: Any, texts: Sequence[Scored], *, batch_size: int, spread: bool, apart: bool
+) -> tuple[Sequence[Batch], Work]:
+    """Choose between trees and padded batches, and share out the texts."""
+    inputs = [text.tokens[:-1] for text in texts]
+    ascending = sorted(range(len(texts)), key=inputs.__getitem__)
+    rows = _shared_rows(inputs, ascending)
+    longest = max(map(len, inputs), default=0)
+    fit = smallest(tokens_that_fit(model, pass_bytes(model, logits=True)), spread=spread)
+    fit = min(fit, batch_size * longest)
+    if not apart and keeps_apart(model, longest):
+        on_gpu = model.device.type == "cuda"
+        most = min(fit, TREE_TOKENS_ON_GPU if on_gpu else TREE_TOKENS)
+        passes, total = forests(inputs, ascending, most)
+        if total <= _WORTH * sum(len(inputs[members[0]]) for members in rows):
+            return [[each] for each in passes], _score_tree
+    rows.sort(key=lambda members: -len(inputs[members[0]]))
+    batches: list[list[list[int]]] = []
+    for members in rows:
+        full = not batches or len(batches[-1]) >= batch_size
+        if full or (len(batches[-1]) + 1) * len(inputs[batches[-1][0][0]]) > fit:
+            batches.append([])
+        batches[-1].append(members)
+    return batches, _score_batch
+
+
+def _shared_rows(inputs: Sequence[tuple[int, ...]], ascending: Sequence[int]) -> list[list[int]]:
     """Group texts by sequence; every member's input is a prefix of the first member's input."""
-    # In descending order an input comes right after all inputs of which it is a prefix.
-    order = sorted(range(len(texts)), key=lambda index: texts[index].tokens[:-1], reverse=True)
     rows: list[list[int]] = []
     longest: tuple[int, ...] = ()
-    for index in order:
-        tokens = texts[index].tokens[:-1]
+    # In descending order an input comes right after all inputs of which it is a prefix.
+    for index in reversed(ascending):
+        tokens = inputs[index]
         if rows and longest[: len(tokens)] == tokens:
             rows[-1].append(index)
         else:
@@ -184,9 +228,27 @@ def _shared_rows(texts: Sequence[Scored]) -> list[list[int]]:
     return rows
 
 
-def _score_batch(
-    model: Any, texts: Sequence[Scored], rows: Sequence[Sequence[int]]
-) -> Iterator[tuple[int, float]]:
+def _score_tree(model: Any, texts: Sequence[Scored], batch: Batch) -> Iterator[tuple[int, float]]:
+    (members,) = batch
+    tree = tree_of([texts[index].tokens[:-1] for index in members])
+    paths = dict(zip(members, tree.paths, strict=True))
+    needed = sorted({paths[i][p - 1] for i in members for p in texts[i].positions})
+    if not needed:  # no token is scored, as in an empty text
+        yield from ((index, 0.0) for index in members)
+        return
+    keep = torch.tensor(needed, device=model.device)
+    logits_PV = model(**tree.arguments(model), logits_to_keep=keep).logits[0]
+    logits_PV = _at_least_float(logits_PV)
+    total_P = torch.logsumexp(logits_PV, dim=-1)
+    place = {position: row for row, position in enumerate(needed)}
+    for index in members:
+        text, path = texts[index], paths[index]
+        rows = [place[path[position - 1]] for position in text.positions]
+        targets = [text.tokens[position] for position in text.positions]
+        yield index, float((logits_PV[rows, targets] - total_P[rows]).sum())
+
+
+def _score_batch(model: Any, texts: Sequence[Scored], rows: Batch) -> Iterator[tuple[int, float]]:
     needed = sorted({p - 1 for members in rows for i in members for p in texts[i].positions})
     if not needed:  # no token is scored, as in an empty text
         yield from ((i, 0.0) for members in rows for i in members)
@@ -220,4 +282,8 @@ def _logits(model: Any, inputs: Sequence[Sequence[int]], positions: Sequence[int
         logits = model(**arguments, logits_to_keep=keep).logits
     else:
         logits = model(**arguments).logits[:, keep]
+    return _at_least_float(logits)
+
+
+def _at_least_float(logits: torch.Tensor) -> torch.Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()

@@ -39,5 +39,5 @@ def shares_by_task(
         for task, rows in examples.items():
             texts = scored_answers(rows[:ROWS], tokenizer, longest=max_length)
             with log.of(task):
-                log_likelihoods(model, texts, batch_size=batch_size)
+                log_likelihoods(model, texts, batch_size=batch_size, apart=True)
     return {task: named_shares(log, names, task) for task in examples}

@@ -112,7 +112,11 @@ def _of_adapter(
 def _load(path: str | Path, overrides: Sequence[str], needs_data: bool) -> RunFile:
     is_result = (Path(path).parent / MANIFEST).is_file()  # a run folder's own, not a user's
     check = data_problems if needs_data else None
-    return load_run(path, overrides, data_problems=check, anchored=not is_result)
+    # what rotmole wrote itself was checked before it was trained
+    trains = not is_result or any(word.startswith("training.") for word in overrides)
+    return load_run(
+        path, overrides, data_problems=check, anchored=not is_result, check_trainer=trains
+    )
 
 
 def _checked_adapter(folder: Path) -> Path:

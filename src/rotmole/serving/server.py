@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from rotmole.errors import InputError, ModelError
+from rotmole.models.room import token_bytes
 from rotmole.serving.engine import Batched, Engine, OneByOne, can_batch
 from rotmole.serving.limits import Limits
-from rotmole.serving.memory import BLOCK, cache_tokens, token_bytes
+from rotmole.serving.memory import BLOCK, cache_tokens
 from rotmole.serving.models import Served
 
 logger = logging.getLogger(__name__)

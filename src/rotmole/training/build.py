@@ -378,16 +378,6 @@ def training_values(run: RunFile, *, validated: Collection[str]) -> dict[str, An
     return values
 
 
-def chooses_by_validation(run: RunFile) -> bool:
-    """Tell whether the result of a run with validation rows is the checkpoint that they choose."""
-    values = sft_arguments(run)
-    if values.get("eval_strategy", "no") == "no":
-        return False
-    if "load_best_model_at_end" in values:
-        return bool(values["load_best_model_at_end"])
-    return saves_when_it_validates(values)
-
-
 def task_groups(data: DataSection, config: PeftConfig) -> dict[str, int]:
     """Say which group of experts each task belongs to, where the localised loss is on.
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from rotmole.cli.screen import note, progress
-from rotmole.config.load import sft_arguments
 from rotmole.config.schema import DataSection, RunFile, TaskSection
+from rotmole.config.training import longest_row
 from rotmole.data import Example, load_examples
 from rotmole.errors import ConfigError, StorageError, did_you_mean
 from rotmole.evaluation import Report
@@ -91,13 +91,13 @@ def evaluate(
         report = work(
             loaded.model, loaded.tokenizer, examples, run.evaluation,
             metrics_by_task=metrics, demonstrations=shown,
-            progress=show, seed=run.seed, max_length=sft_arguments(run)["max_length"],
+            progress=show, seed=run.seed, max_length=longest_row(run),
             spread=spread,
         )  # fmt: skip
     if is_main:
         shares = shares_by_task(
             loaded.model, loaded.tokenizer, examples,
-            batch_size=run.evaluation.batch_size, max_length=sft_arguments(run)["max_length"],
+            batch_size=run.evaluation.batch_size, max_length=longest_row(run),
         )  # fmt: skip
         facts = origin(run, place.adapter, loaded.name, loaded.note) | {"expert_shares": shares}
         _deliver(report, facts, folder, _split_advice(place, data), as_json=as_json)

@@ -23,8 +23,8 @@ from rotmole.comparison.pages.tables import interval
 from rotmole.comparison.results import figures_of, rows_of
 from rotmole.comparison.runs import Run, RunDifferences, check_same_rows, compare_runs
 from rotmole.comparison.shared import SharedSources
-from rotmole.config.load import sft_arguments
 from rotmole.config.schema import RunFile
+from rotmole.config.training import longest_row
 from rotmole.config.yaml_text import parse_yaml
 from rotmole.data import Example
 from rotmole.errors import ConfigError
@@ -120,7 +120,7 @@ def _scored(
         task: list(dict.fromkeys([*names, LOSS]))
         for task, names in task_metrics(rows_by_task, given).items()
     }
-    longest = sft_arguments(first)["max_length"]
+    longest = longest_row(first)
     sources = SharedSources(trust_remote_code=trust_remote_code)
     systems = {}
     with joined() as spread, progress() if say is note else nullcontext() as show:
