@@ -6,13 +6,15 @@ import random
 from bisect import bisect_left, insort
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset
 from torch import Tensor
 
 from rotmole.data.encode import IGNORED, Collator
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 def pack(lengths: Sequence[int], most: int, *, seed: int) -> list[list[int]]:
