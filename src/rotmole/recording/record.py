@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -13,12 +13,14 @@ from torch import Tensor
 
 from rotmole.errors import DataError
 from rotmole.ops.mixture.dense import Turns
+from rotmole.ops.rotation.table import ROTATIONS
 from rotmole.recording.log import ALL, RoutingLog
 from rotmole.recording.statistics import ANGLES, PLANE_RANK, LayerStatistics, TaskStatistics
 from rotmole.recording.sums import Chosen, add_choices, add_planes, add_turns
 from rotmole.recording.watch import Seen, adapter_to_watch, watch, watched_layers
 from rotmole.tuner.batch.batch import Batch
 from rotmole.tuner.experts.experts import Experts
+from rotmole.tuner.layer import RotMoleLayer
 
 
 @contextmanager
@@ -59,6 +61,7 @@ def record_routing(
     name = adapter_to_watch(model, adapter)
     log = RoutingLog(name)
     recorder = Recorder(log, tasks=tasks, angles=angles if rotation else None)
+    recorder.make_room(watched_layers(model, name))
     with _taking_tasks(model, name, tasks), watch(model, name, recorder.observe):
         yield log
     if not recorder.calls:
@@ -139,6 +142,17 @@ class Recorder:
         self.angles = None if angles is None else tuple(float(angle) for angle in angles)
         self.counting, self.calls = True, 0
         self._parts: tuple[weakref.ref[Batch], Any, list[Part]] | None = None
+        self._room: dict[str, LayerStatistics] = {}
+        self._spare: dict[tuple[int, str], TaskStatistics] = {}
+
+    def make_room(self, layers: Sequence[RotMoleLayer]) -> None:
+        """Make the sums of all layers before the first forward pass.
+
+        Made one by one in between the tensors of a pass, they would keep the C library from using
+        the pass's memory again: 600 MB on SmolLM2-135M.
+        """
+        for layer in layers:
+            self._room[layer.rotmole_path] = self._new(layer.experts(self.log.adapter))
 
     def observe(self, seen: Seen) -> None:
         """Add one call of one layer."""
@@ -147,7 +161,9 @@ class Recorder:
         self.calls += 1
         layer = self.log.layers.get(seen.layer.rotmole_path)
         if layer is None:
-            layer = self.log.layers[seen.layer.rotmole_path] = self._new(seen.experts)
+            path = seen.layer.rotmole_path
+            layer = self._room[path] if path in self._room else self._new(seen.experts)
+            self.log.layers[path] = layer
         parts, selected_TE = self._parts_of(seen), seen.selected()
         turned = None if self.angles is None else seen.turns()
         chosen = Chosen.of(selected_TE, seen.routing)
@@ -169,18 +185,29 @@ class Recorder:
             rank=B_ERO.shape[1],
             has_router=experts.has_router,
         )
+        self._add_room_for_planes(layer, B_ERO)
         if spec.shared is not None:
             layer.shared = LayerStatistics(
                 1, 1, "dense", spec.shared.rotation, experts.shared_B.shape[1], has_router=False
             )
+            self._add_room_for_planes(layer.shared, B_ERO)
         return layer
+
+    def _add_room_for_planes(self, layer: LayerStatistics, like: Tensor) -> None:
+        turns_z = layer.rotation != "none" and ROTATIONS[layer.rotation].rotate is not None
+        if turns_z and self.planes and self.angles is not None and layer.rank <= PLANE_RANK:
+            shape = layer.experts, layer.rank, layer.rank
+            layer.planes_ERR = like.new_zeros(shape, dtype=torch.float64)
 
     def _task(self, layer: LayerStatistics, part: Part, like: Tensor) -> TaskStatistics:
         task = layer.tasks.get(part.task)
         if task is None:
-            angles = None if layer.rotation == "none" else self.angles
-            task = TaskStatistics.empty(layer.experts, like.device, angles)
-            layer.tasks[part.task] = task
+            if (id(layer), part.task) not in self._spare:
+                for other in [layer, *_with_shared(self._room.values())]:
+                    angles = None if other.rotation == "none" else self.angles
+                    empty = TaskStatistics.empty(other.experts, like.device, angles)
+                    self._spare.setdefault((id(other), part.task), empty)
+            task = layer.tasks[part.task] = self._spare.pop((id(layer), part.task))
         return task
 
     def _add_turns(
@@ -297,6 +324,13 @@ class Recorder:
         for token, number in enumerate(number_T):
             names[number] = each[token * len(each) // count]
         return names
+
+
+def _with_shared(layers: Iterable[LayerStatistics]) -> Iterator[LayerStatistics]:
+    for layer in layers:
+        yield layer
+        if layer.shared is not None:
+            yield layer.shared
 
 
 def _part(task: str, mask_T: Tensor | None, row_T: Tensor, rows: int) -> Part:

@@ -119,4 +119,7 @@ def add_planes(
     u = u * v.square().sum(1, keepdim=True).sqrt()
     both_ERN = torch.nan_to_num(torch.cat([u, v], dim=2), posinf=0.0, neginf=0.0)
     plane_ERR = (both_ERN @ both_ERN.mT).double()
-    layer.planes_ERR = plane_ERR if layer.planes_ERR is None else layer.planes_ERR + plane_ERR
+    if layer.planes_ERR is None:
+        layer.planes_ERR = plane_ERR
+    else:
+        layer.planes_ERR += plane_ERR
