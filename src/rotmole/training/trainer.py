@@ -26,8 +26,8 @@ from rotmole.config.schema import OptimizerSection
 from rotmole.data import PackedRows, model_inputs
 from rotmole.errors import ConfigError, NonFiniteError
 from rotmole.files import atomic_write_text
-from rotmole.models.logits import at_least_float32
 from rotmole.models.memory import peak_rss_bytes
+from rotmole.ops.precision import at_least_float32
 from rotmole.optim import ExpertRates, Muon, RiemannianAdamW, RiemannianSGD, parameter_groups
 from rotmole.optim.riemannian import DELTA
 from rotmole.training.callbacks.balance import balance_logs

@@ -12,7 +12,8 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalPrediction, speed_metrics
 
 from rotmole.data import model_inputs, row_sums
-from rotmole.models.logits import accepts_logits_to_keep, at_least_float32
+from rotmole.models.logits import accepts_logits_to_keep
+from rotmole.ops.precision import at_least_float32
 
 IGNORED = -100
 
