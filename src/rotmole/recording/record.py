@@ -143,7 +143,7 @@ class Recorder:
         self.counting, self.calls = True, 0
         self._parts: tuple[weakref.ref[Batch], Any, list[Part]] | None = None
         self._room: dict[str, LayerStatistics] = {}
-        self._spare: dict[tuple[int, str], TaskStatistics] = {}
+        self._spare: dict[tuple[int, str, torch.device], TaskStatistics] = {}
 
     def make_room(self, layers: Sequence[RotMoleLayer]) -> None:
         """Make the sums of all layers before the first forward pass.
@@ -195,19 +195,23 @@ class Recorder:
 
     def _add_room_for_planes(self, layer: LayerStatistics, like: Tensor) -> None:
         turns_z = layer.rotation != "none" and ROTATIONS[layer.rotation].rotate is not None
-        if turns_z and self.planes and self.angles is not None and layer.rank <= PLANE_RANK:
-            shape = layer.experts, layer.rank, layer.rank
-            layer.planes_ERR = like.new_zeros(shape, dtype=torch.float64)
+        if turns_z and self.angles is not None and self._takes_planes(layer) and not like.is_meta:
+            shape = layer.experts, layer.rank, layer.rank  # whole, where FSDP shards the like
+            layer.planes_ERR = torch.zeros(shape, dtype=torch.float64, device=like.device)
+
+    def _takes_planes(self, layer: LayerStatistics) -> bool:
+        return self.planes and layer.rank <= PLANE_RANK
 
     def _task(self, layer: LayerStatistics, part: Part, like: Tensor) -> TaskStatistics:
         task = layer.tasks.get(part.task)
         if task is None:
-            if (id(layer), part.task) not in self._spare:
+            key = id(layer), part.task, like.device
+            if key not in self._spare:
                 for other in [layer, *_with_shared(self._room.values())]:
                     angles = None if other.rotation == "none" else self.angles
                     empty = TaskStatistics.empty(other.experts, like.device, angles)
-                    self._spare.setdefault((id(other), part.task), empty)
-            task = layer.tasks[part.task] = self._spare.pop((id(layer), part.task))
+                    self._spare.setdefault((id(other), part.task, like.device), empty)
+            task = layer.tasks[part.task] = self._spare.pop(key)
         return task
 
     def _add_turns(
@@ -225,7 +229,7 @@ class Recorder:
             rotation = layer.tasks[part.task].rotation
             assert rotation is not None
             add_turns(rotation, angle_EMT, counted_ME)
-        if self.planes and found.turned_ERT is not None and layer.rank <= PLANE_RANK:
+        if found.turned_ERT is not None and self._takes_planes(layer):
             known_NE = counted_NE
             if any(part.index_T is not None for part in parts) or not parts:
                 known_NE = counted_NE & _marked(parts, T, counted_NE).repeat(slots, 1)

@@ -122,4 +122,4 @@ def add_planes(
     if layer.planes_ERR is None:
         layer.planes_ERR = plane_ERR
     else:
-        layer.planes_ERR += plane_ERR
+        layer.planes_ERR = layer.planes_ERR.to(plane_ERR.device).add_(plane_ERR)
