@@ -6,9 +6,11 @@ With few tokens (T = 8 here, and one token without gradients) a layer's time is 
 number of its operations, not to their size; on a GPU each is a kernel to launch. The eager count is
 that of ATen operations, backward pass included, which make or fill a tensor: views and empty
 tensors launch nothing and are left out. The compiled count is that of the kernels that inductor
-generated and of the products that it calls. PEFT LoRA has as many parameters as ours in each mode;
-its counts do not depend on its rank. The other systems are those of peers.py, at equal outputs. The
-fixed cost is processor time: at this size nothing waits and nothing is spread over cores.
+generated and of the products that it calls; "operations and kernels" is the same of a layer with
+`kernels: compiled`, which is not compiled as a whole. PEFT LoRA has as many parameters as ours in
+each mode; its counts do not depend on its rank. The other systems are those of peers.py, at equal
+outputs. The fixed cost is processor time: at this size nothing waits and nothing is spread over
+cores.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 WIDTHS = (8, 576, 576)  # T, D, O
 REPEATS = 20  # steps of a round: one takes less than a millisecond
 EAGER, TOKEN = "operations, forward and backward", "operations, one token"
+KERNELS = "operations and kernels, forward and backward"
 COMPILED = "compiled kernels, forward and backward"
 FIXED, FIXED_TOKEN = "fixed cost, forward and backward", "fixed cost, one token"
 DECODED = "operations, one decoded token"
@@ -115,13 +118,18 @@ def _is_kernel(event: Any) -> bool:
     return starts(event.name)
 
 
-def compiled(step: Callable[[nn.Module], Step], layer: nn.Module) -> int:
-    """Compile a layer and count its kernels, each with its name in the profile."""
+def with_names(step: Step) -> int:
+    """Count the kernels of a step that compiles, each with its name in the profile."""
     from torch._inductor import config  # only here: the others do without the compiler
 
     torch._dynamo.reset()
     with config.patch({"cpp.enable_kernel_profile": True}):
-        return kernels(step(torch.compile(layer, dynamic=False)))
+        return kernels(step)
+
+
+def compiled(step: Callable[[nn.Module], Step], layer: nn.Module) -> int:
+    """Compile a layer and count its kernels."""
+    return with_names(step(torch.compile(layer, dynamic=False)))
 
 
 def one_token(layer: nn.Module, x: torch.Tensor) -> Step:
@@ -187,6 +195,15 @@ def measure_compiled(case: Case, mode: str, lora_kernels: int, **more: Any) -> R
     return counted(str(case), named(mode, more), COMPILED, against, count, lora_kernels)
 
 
+def measure_kernels(case: Case, mode: str, **more: Any) -> Row:
+    """Count what ours with `kernels: compiled` starts beside what LoRA, eager, does."""
+    ours = case.ours(mode, kernels="compiled", **more)
+    lora = case.lora(ours)
+    counts = with_names(case.step(ours)), operations(case.step(lora))
+    row = str(case), f"{named(mode, more)}, kernels compiled"
+    return counted(*row, KERNELS, lora_name(lora), *counts)
+
+
 def others(given: Any, case: Case) -> dict[str, tuple[Bench, nn.Module]]:
     """Make the other systems' layers, each with what makes steps of it; outputs agree with ours."""
     made = {}
@@ -250,6 +267,7 @@ def main() -> int:
     finish(rows, given)  # the compiler takes minutes: what is counted is kept
     lora = case.lora(case.ours("none"))
     lora_kernels = compiled(case.step, lora)
+    rows += [measure_kernels(case, mode, **more) for mode, more in modes]
     for mode, more in modes:
         rows.append(measure_compiled(case, mode, lora_kernels, **more))
         finish(rows, given)

@@ -62,6 +62,7 @@ class Target:
 
 FOUR = "(none|tangent|plane|givens)"
 ON = f"{FOUR}(, balance loss on|, shared expert)?"
+AS_KERNELS = f"{FOUR}, kernels compiled"
 HALF = ".*bfloat16.*"
 SMALL, MIDDLE, LARGE = (f".* E={E} R={R} K={K}" for E, R, K in SHAPES)
 OTHERS = "(AdaMoLE|GOAT|HydraLoRA|Riemannian MoE-LoRA)"
@@ -78,6 +79,17 @@ def _layer() -> list[Target]:
         Target("adapter path (base subtracted), bfloat16", 1.25, "layer", path, ON, HALF),
         Target("adapter path (free base), float32", 1.15, "layer", free, ON, ".* float32"),
         Target("adapter path (free base), bfloat16", 1.25, "layer", free, ON, HALF),
+        Target(
+            "layer with base, kernels compiled, float32",
+            1.05,
+            "layer",
+            step,
+            AS_KERNELS,
+            ".* float32",
+        ),
+        Target(
+            "layer with base, kernels compiled, bfloat16", 1.10, "layer", step, AS_KERNELS, HALF
+        ),
         Target("compiled against compiled LoRA", 1.05, "layer", "compiled " + step),
         Target("PEFT LoRA beside plain torch LoRA", 1.10, "layer", "PEFT LoRA, with base"),
     ]
@@ -118,6 +130,11 @@ def _launches() -> list[Target]:
         }
         for measure, (limit, which) in rows.items():
             targets.append(Target(f"{measure}, T <= 8, {name}", limit, "launches", measure, which))
+    measure = "operations and kernels, forward and backward"
+    for mode, (both, _) in modes.items():
+        name = mode.strip("()").replace("|", ", ")
+        which = f"{mode}(, balance loss on)?, kernels compiled"
+        targets.append(Target(f"{measure}, T = 8, {name}", both, "launches", measure, which))
     measure = "compiled kernels, forward and backward"
     return [*targets, Target(f"{measure}, T = 8", 2, "launches", measure, ON)]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import onnxruntime
 import pytest
 import torch
@@ -10,8 +12,9 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 import tiny
-from rotmole import RotMoleConfig
+from rotmole import RotMoleConfig, balance_states
 from rotmole.ops import ROTATIONS
+from rotmole.ops.compiled import _kernels
 
 # torch 2.13's compiler uses what torch itself deprecates, and transformers' models set a global
 pytestmark = pytest.mark.filterwarnings(
@@ -70,6 +73,39 @@ def test_inductor_compiles_training_and_evaluation_into_one_graph(
         expected = model(**inputs).logits
         torch.testing.assert_close(compiled(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
     assert counters["stats"]["unique_graphs"] == 2  # one for training, one for evaluation
+
+
+@pytest.mark.parametrize(
+    "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.heavy)]
+)
+def test_kernels_train_a_model_as_its_operations_do(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Padding, the balance losses and what they record, and other batches, compiled once."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    _kernels.cache_clear()
+    losses = {"router_aux_loss_coef": 0.1, "router_z_loss_coef": 0.01}
+    eager, fast = (_adapted("tangent", kernels=name, **losses) for name in ("eager", "compiled"))
+    fast.load_state_dict(eager.state_dict())
+    torch._dynamo.utils.counters.clear()
+    for rows, length in ((2, 7), (3, 7), (2, 11)):
+        ids = tiny.tokens(rows, length)
+        mask = torch.ones_like(ids)
+        mask[0, :2] = 0
+        sides = []
+        for model in (eager, fast):
+            model.zero_grad()
+            loss = model(input_ids=ids, attention_mask=mask, labels=ids).loss
+            loss.backward()
+            gradients = [p.grad for p in model.parameters() if p.requires_grad]
+            said = [state.pop() for state in balance_states(model)]
+            sides.append(([loss, *gradients], said))
+        for one, other in zip(sides[0][0], sides[1][0], strict=True):
+            torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-6)
+        for one, other in zip(sides[0][1], sides[1][1], strict=True):
+            assert other == pytest.approx(one, rel=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3  # there, back, the losses
+    _kernels.cache_clear()
 
 
 def _one_step(run: nn.Module, model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:

@@ -56,6 +56,12 @@ BROKEN: list[tuple[dict[str, object], str]] = [
     ({"router_sqrt_gate": "yes"}, "router_sqrt_gate is 'yes'"),
     ({"router_sqrt_gate": True, "rotation": "radar"}, "router_sqrt_gate is True but rotation"),
     ({"router_scope": "model"}, "router_scope is 'model'"),
+    ({"kernels": "triton"}, "kernels is 'triton'"),
+    ({"kernels": "compiled", "rotation": "cayley"}, "kernels is 'compiled', which needs"),
+    (
+        {"router_scope": "block", "rotation": "none", "kernels": "compiled"},
+        "kernels is 'compiled', which needs",
+    ),
 ]
 
 

@@ -13,7 +13,7 @@ ADAPTER, CONFIG = "adapter", "adapter_config.json"
 FREE = (
     "lora_dropout", "router_jitter", "router_aux_loss_coef", "router_aux_loss_scope",
     "router_z_loss_coef", "router_task_loss_coef", "router_task_offset", "router_task_groups",
-    "router_sqrt_gate", "frozen", "freeze_old", "dispatch", "compute_dtype",
+    "router_sqrt_gate", "frozen", "freeze_old", "dispatch", "compute_dtype", "kernels",
 )  # fmt: skip
 """Settings that a run may choose anew: they change no tensor and no output of the adapter."""
 

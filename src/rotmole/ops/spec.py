@@ -51,6 +51,7 @@ class Spec:
     share_A: bool = False
     dispatch: str = "auto"
     compute_dtype: str = "adapter"
+    kernels: str = "eager"
     shared: Spec | None = None
     experts_added: tuple[int, ...] = ()
 

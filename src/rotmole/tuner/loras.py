@@ -50,7 +50,7 @@ _REASONS = {
 _READ_OF_ONE_EXPERT = _READ | {
     "num_experts", "top_k", "rotation", "init_weights", "format_version", "base_fingerprint",
     "selection", "scoring", "norm_topk_prob", "top_p", "frozen", "A_density", "share_A", "dispatch",
-    "compute_dtype", "expert_names",
+    "compute_dtype", "kernels", "expert_names",
 }  # fmt: skip
 """The same of a RotMoLE adapter with one expert, which is LoRA; settings of routers come too."""
 

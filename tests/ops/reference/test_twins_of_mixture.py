@@ -12,11 +12,12 @@ from torch import Tensor
 
 from rotmole.ops.mixture import block, products
 from rotmole.ops.mixture.banks import Bank, How, Parts
-from rotmole.ops.mixture.fused import GATES, can_fuse, fused_mixture
+from rotmole.ops.mixture.fused import GATES, can_compile, can_fuse, fused_mixture
 from rotmole.ops.mixture.grouped import chosen_dots, chosen_outer, chosen_sum, grouped_mixture
 from rotmole.ops.mixture.packed import pack, packed_activations, packed_mixture
 from rotmole.ops.mixture.passes import backward, dropped, forward
 from rotmole.ops.mixture.radar import radar_pairs_weights, radar_sum
+from rotmole.ops.mixture.rank_space import Kind, Read, Small, read_small_gates, turn_back, weigh
 from rotmole.ops.reference import block as slow_block
 from rotmole.ops.reference import layer, method
 from rotmole.ops.reference import products as slow
@@ -51,6 +52,7 @@ def test_products() -> None:
         strict=True,
     ):
         assert_close(found, wanted, 1e-13)
+    assert torch.equal(products.stack([x, base[:, :5]]), slow.stack([x, base[:, :5]]))
     for banks in (([m], [B]), ([m, m[:1, :2]], [B, B[:1, :2]])):
         assert_close(products.combine_all(*banks), slow.combine_all(*banks), 1e-13)
     m_TN, B_NO = m.flatten(0, 1).T, B.flatten(0, 1)
@@ -96,6 +98,7 @@ def test_slots() -> None:
 def test_can_fuse(rotation: str) -> None:
     for metric in ("rank", "output"):
         assert can_fuse(rotation, metric) == slow_rotation.can_fuse(rotation, metric)
+    assert can_compile(rotation) == slow_rotation.can_compile(rotation)
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -236,3 +239,60 @@ def test_packed_activations_and_mixture(
             base_TO=base_TO, rotation_input=reads, **options,
         )  # fmt: skip
         assert_close(found, wanted, 1e-12)
+
+
+@every
+@selections
+def test_rank_space(variant: Variant, options: dict[str, Any]) -> None:
+    """Between the products: weighted activations, and their way back to what reads x."""
+    problem = make(variant, 2, T=3, E=4, K=2, D=5, O=6)
+    x, A, B, gates = problem.x_TD, problem.A_ERD, problem.B_ERO, problem.gates
+    router_ED, dy_TO, dlogits_TE = normal(3, 4, 5), normal(5, 3, 6), normal(6, 3, 4)
+    spec, reads = spec_of(problem, **options), variant.reading["rotation_input"]
+    vector, angle, center, down = (gates.get(name) for name in GATES)
+    kind = Kind((spec,), (B.shape[:2],), (True,), torch.float64)
+    z_ERT, logits_ET, few_NT = slow.project(x, A), router_ED @ x.mT, None
+    if spec.small_gates:
+        few_NT = None if down is None else down @ x.mT
+        small, read_gates = Small(vector, angle, center), (None, None)
+    else:
+        small = Small(None, None, center)
+        read_gates = tuple(None if g is None else slow.project(x, g) for g in (vector, angle))
+    weighed = weigh(kind, [small], [Read(z_ERT, logits_ET, *read_gates, few_NT)], None)
+    wanted_TN = layer.weighted_activations(
+        x, A, B, gates, router_ED, rotation=variant.rotation, top_k=2, rotation_input=reads,
+        **options,
+    )  # fmt: skip
+    assert_close(weighed.m_NT.mT, problem.scale * wanted_TN, 1e-12)
+    kept = weighed.saved[0]
+    if spec.small_gates:
+        source = z_ERT if kept.few_NT is None else kept.few_NT
+        for found, gate in zip(
+            read_small_gates(small, kept.few_NT, z_ERT), (vector, angle), strict=True
+        ):
+            assert (found is None) == (gate is None)
+            if gate is not None:
+                assert_close(found, slow.read_gate(gate, source), 1e-12)
+    dm_NT = (dy_TO @ B.flatten(0, 1).mT).mT
+    again = [read_gates[1] if kept.angle_EMT is None else None]
+    m_NT, (back,) = turn_back(kind, [small], [kept], again, None, dm_NT, dlogits_TE)
+    assert_close(m_NT, weighed.m_NT, 1e-12)
+    tensors = {"x_TD": x, "router_ED": router_ED, "A_ERD": A, "B_ERO": B} | gates
+    settings = options | {"rotation": variant.rotation, "scale": problem.scale, "top_k": 2}
+    wanted = layer.layer_gradients(tensors, dy_TO, dlogits_TE, rotation_input=reads, **settings)
+    found = {
+        "A_ERD": back.z_ERT @ x,
+        "router_ED": back.router_ET @ x,
+        "rotation_center": back.center_ER,
+    }
+    if spec.small_gates:
+        found |= {"rotation_vector": back.small.vector_EVN, "rotation_angle": back.small.angle_EMN}
+        found |= {"rotation_down": None if down is None else back.small.few_NT @ x}
+    else:
+        for name, value in (
+            ("rotation_vector", back.vector_EVT),
+            ("rotation_angle", back.angle_EMT),
+        ):
+            found |= {name: None if value is None else value @ x}
+    for name in tensors.keys() - {"x_TD", "B_ERO"}:
+        assert_close(found[name], wanted[name], 1e-11, name)

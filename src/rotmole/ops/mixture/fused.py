@@ -18,6 +18,7 @@ from rotmole.ops.mixture.banks import Bank, How, Parts, Saved
 from rotmole.ops.mixture.dense import mixture
 from rotmole.ops.mixture.passes import backward, dropped, forward
 from rotmole.ops.precision import without_autocast
+from rotmole.ops.rotation.adjoint import BY_HAND
 from rotmole.ops.rotation.table import ROTATIONS
 from rotmole.ops.routing.route import route
 from rotmole.ops.spec import Weights
@@ -29,6 +30,11 @@ GATES = ("rotation_vector", "rotation_angle", "rotation_center", "rotation_down"
 def can_fuse(rotation: str, rotation_metric: str = "rank") -> bool:
     """Say whether the function knows the rotation: it acts on z and needs no metric."""
     return ROTATIONS[rotation].kind != "output" and rotation_metric == "rank"
+
+
+def can_compile(rotation: str) -> bool:
+    """Say whether the function can run as kernels: the way back must be written by hand."""
+    return rotation in BY_HAND
 
 
 def _bank(weights: Weights, router_ED: Tensor | None) -> Bank:

@@ -42,6 +42,15 @@ def project_all(x_TD: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
     return results
 
 
+def stack(parts: Sequence[Tensor]) -> Tensor:
+    """Return the rows of all parts, one below the other; a single part is not copied.
+
+    >>> stack([torch.ones(1, 3), torch.ones(2, 3)]).shape
+    torch.Size([3, 3])
+    """
+    return parts[0] if len(parts) == 1 else torch.cat([*parts])
+
+
 def activations(dropped_TD: Tensor, A_ERD: Tensor, experts: int) -> Tensor:
     """Return z = A_e drop(x) [E, R, T] in at least float32; an A that all share is multiplied once.
 

@@ -33,6 +33,11 @@ def project_all(x_TD: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
     return [project(x_TD, weight_EMD) for weight_EMD in weights]
 
 
+def stack(parts: Sequence[Tensor]) -> Tensor:
+    """Return the rows of all parts, one below the other."""
+    return torch.stack([row for part in parts for row in part])
+
+
 def activations(dropped_TD: Tensor, A_ERD: Tensor, experts: int) -> Tensor:
     """Return z_e = A_e drop(x) as [E, R, T]; A of [1, R, D] serves all experts."""
     A = [A_ERD[e if len(A_ERD) > 1 else 0] for e in range(experts)]

@@ -93,3 +93,8 @@ def is_rotation(matrix_RR: Tensor, tolerance: float = 1e-9) -> bool:
 def can_fuse(rotation: str, rotation_metric: str = "rank") -> bool:
     """Say whether each expert is rotated by itself, with M = I."""
     return (rotation in RANK_MODES, rotation_metric) == (True, "rank")
+
+
+def can_compile(rotation: str) -> bool:
+    """Say whether the way back is written out."""
+    return rotation in ("none", "tangent", "plane", "givens")

@@ -143,7 +143,7 @@ def balance_gradient(
     p_ET = torch.softmax(logits_ET, dim=0)
     lse_T = logits_ET.amax(0) - torch.log(p_ET.amax(0))  # the largest p is at least 1/E
     counted_ET, square_T = p_ET, lse_T.square()
-    total = logits_ET.new_tensor(float(tokens))
+    total = logits_ET.new_full((), tokens)
     weight_T = None if mask_T is None else mask_T.reshape(-1).to(logits_ET.dtype)
     if weight_T is not None:
         counted_ET, square_T, total = p_ET * weight_T, square_T * weight_T, weight_T.sum()

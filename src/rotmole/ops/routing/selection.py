@@ -80,6 +80,9 @@ def top_k_of(score_ET: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     if torch.onnx.is_in_onnx_export():  # ONNX has no stable sort; its TopK takes the lower number
         score_KT, index_KT = torch.topk(score_ET, top_k, dim=0)
         return score_KT, index_KT
+    if torch.compiler.is_compiling() and score_ET.shape[0] <= SORTED_UP_TO:
+        index_KT = _numbers_by_counting(score_ET.detach(), top_k)
+        return score_ET.gather(0, index_KT), index_KT
     if score_ET.shape[0] > SORTED_UP_TO:
         index_KT = _numbers_of_largest(score_ET.detach(), top_k)
         score_KT = score_ET.gather(0, index_KT)
@@ -98,6 +101,20 @@ def _numbers_of_largest(score_ET: Tensor, top_k: int) -> Tensor:
     selected_ET = above_ET | (equal_ET & (equal_ET.cumsum(0) <= room_T))
     index_TK = torch.topk(selected_ET.to(torch.uint8).mT, top_k, dim=-1).indices
     return torch.sort(index_TK, dim=-1).values.mT
+
+
+def _numbers_by_counting(score_ET: Tensor, top_k: int) -> Tensor:
+    """Return the numbers [K, T] of each token's K largest scores, best first, by comparing all.
+
+    A compiler makes one kernel of it, but none of a sort.
+    """
+    score_ET = score_ET.masked_fill(score_ET.isnan(), torch.inf)  # the largest, as in a sort
+    each_E = torch.arange(len(score_ET), device=score_ET.device)
+    one_1ET, other_E1T = score_ET.unsqueeze(0), score_ET.unsqueeze(1)
+    earlier_EE1 = (each_E[:, None] < each_E).unsqueeze(-1)
+    before_EET = (other_E1T > one_1ET) | ((other_E1T == one_1ET) & earlier_EE1)
+    place_ET = before_EET.sum(0)
+    return torch.stack([((place_ET == k) * each_E[:, None]).sum(0) for k in range(top_k)])
 
 
 def _marked(index_KT: Tensor, experts: int) -> Tensor:
@@ -375,5 +392,12 @@ def spread_chosen(weight_KT: Tensor, index_KT: Tensor | None, experts: int) -> T
     """
     if index_KT is None:
         return weight_KT
+    if torch.compiler.is_compiling():  # no kernel can scatter while it computes
+        each_E1 = torch.arange(experts, device=index_KT.device)[:, None]
+        parts = zip(index_KT.unsqueeze(1), weight_KT.unsqueeze(1), strict=True)
+        return sum(
+            (torch.where(index == each_E1, weight, 0.0) for index, weight in parts),
+            start=weight_KT.new_zeros(()),
+        )
     weight_ET = weight_KT.new_zeros(experts, weight_KT.shape[1])
     return weight_ET.scatter_(0, index_KT.long(), weight_KT)

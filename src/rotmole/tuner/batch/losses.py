@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from rotmole.errors import DataError
+from rotmole.ops.compiled import compiled, may_compile
 from rotmole.ops.routing.balance import balance_gradient, load_balance_loss, router_z_loss
 from rotmole.ops.routing.route import select_by
 from rotmole.ops.routing.selection import Routed, Routing
@@ -136,7 +137,7 @@ class _Pass:
     """One forward pass of one layer, as its losses see it.
 
     Attributes:
-        state, weights: of the part of the model and of the layer.
+        state, weights, spec: of the part of the model, and of the layer.
         tokens: sequences whose statistics are apart; one if all tokens are together.
         weight_T: [T] how much each token counts, None if all count 1.
         group_N, row_T: [N] task of each row, or of each sequence of packed rows, and [T] which of
@@ -146,6 +147,7 @@ class _Pass:
 
     state: BalanceState
     weights: LossWeights
+    spec: Spec
     tokens: Tokens
     weight_T: Tensor | None
     group_N: Tensor | None
@@ -176,18 +178,19 @@ class _Pass:
             )
             loss = loss + weights.task * task
         total = balance.new_tensor(count) if weight_T is None else weight_T.sum().to(balance)
-        return loss, self.terms(balance, z, task, total)
-
-    def terms(self, balance: Tensor, z: Tensor, task: Tensor, tokens: Tensor) -> Tensor:
-        """Return what `BalanceState.record` takes."""
-        each = torch.stack([balance, z, task, torch.ones_like(balance)])
-        return each.detach() * tokens
+        return loss, _terms(balance, z, task, total)
 
     def record(self, terms: Tensor) -> None:
         """Note that the backward pass came by."""
         self.state.record(terms)
         if self.router is not None:
             self.state.warn_of_accumulation(self.router)
+
+
+def _terms(balance: Tensor, z: Tensor, task: Tensor, tokens: Tensor) -> Tensor:
+    """Return what `BalanceState.record` takes."""
+    each = torch.stack([balance, z, task, torch.ones_like(balance)])
+    return each.detach() * tokens
 
 
 def same(output: Tensor) -> Tensor:
@@ -197,6 +200,35 @@ def same(output: Tensor) -> Tensor:
     for a view that comes out of a hand-written function. Nobody else reads `output` afterwards.
     """
     return output.view_as(output) if torch.compiler.is_compiling() else output.data
+
+
+def _by_hand(
+    kind: tuple[float, float],
+    logits_TE: Tensor,
+    index_KT: Tensor | None,
+    sequences: int,
+    weight_T: Tensor | None,
+    sequence_T: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return the gradient of a plain router's logits, and what `BalanceState.record` takes.
+
+    Args:
+        kind: coefficients of the balance and the z loss.
+        logits_TE, index_KT: scores, and the experts that they chose.
+        sequences, weight_T, sequence_T: see `balance_gradient`.
+    """
+    balance, z = kind
+    gradient = balance_gradient(
+        logits_TE.mT,
+        index_KT,
+        sequences=sequences,
+        balance=balance,
+        z=z,
+        mask_T=weight_T,
+        sequence_T=sequence_T,
+    )
+    terms = _terms(gradient.balance, gradient.z, torch.zeros_like(gradient.z), gradient.tokens)
+    return gradient.logits_ET.mT, terms
 
 
 class _ActByHand(torch.autograd.Function):
@@ -214,18 +246,13 @@ class _ActByHand(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (logits_TE, index_KT), step = ctx.saved_tensors, ctx.step
-        gradient = balance_gradient(
-            logits_TE.mT,
-            index_KT,
-            sequences=step.tokens.sequences,
-            balance=step.weights.balance,
-            z=step.weights.z,
-            mask_T=step.weight_T,
-            sequence_T=step.tokens.sequence_T,
-        )
-        no_task = torch.zeros_like(gradient.z)
-        step.record(step.terms(gradient.balance, gradient.z, no_task, gradient.tokens))
-        return grads[0], gradient.logits_ET.mT * ctx.scale, None, None
+        sequences, sequence_T = step.tokens.sequences, step.tokens.sequence_T
+        kind = step.weights.balance, step.weights.z
+        given = (kind, logits_TE.detach(), index_KT, sequences, step.weight_T, sequence_T)
+        as_kernels = may_compile(step.spec, logits_TE)
+        gradient_TE, terms = compiled(_by_hand, *given) if as_kernels else _by_hand(*given)
+        step.record(terms)
+        return grads[0], gradient_TE * ctx.scale, None, None
 
 
 class _ActByAutograd(torch.autograd.Function):
@@ -312,6 +339,7 @@ def add_balance(
     step = _Pass(
         state,
         weights,
+        spec,
         tokens=tokens,
         weight_T=None if layout is None else layout.weight_T,
         group_N=group_N,

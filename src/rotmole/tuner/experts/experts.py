@@ -88,6 +88,7 @@ def _shared_spec(settings: Settings, scale: float) -> Spec | None:
         radar_rank=settings.radar_rank,
         radar_normalize=settings.radar_normalize,
         compute_dtype=settings.compute_dtype,
+        kernels=settings.kernels,
     )
 
 

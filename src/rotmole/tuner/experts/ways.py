@@ -106,6 +106,8 @@ def _is_grouped(spec: Spec) -> bool:
     able = able and spec.rotation_input != "z"
     if not (able and _in_rank_space(spec)) or spec.dispatch == "fused":
         return False
+    if spec.kernels == "compiled":  # made for the fused way
+        return False
     return spec.dispatch == "grouped" or spec.num_experts >= GROUPED_FROM * spec.chosen
 
 

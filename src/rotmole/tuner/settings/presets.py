@@ -125,7 +125,7 @@ PRESETS: dict[str, Preset] = {
 FREE = frozenset({
     "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules",
     "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "modules_to_save",
-    "trainable_token_indices", "compute_dtype",
+    "trainable_token_indices", "compute_dtype", "kernels",
 })  # fmt: skip
 """Settings that belong to no method: a comparison of methods holds them equal."""
 

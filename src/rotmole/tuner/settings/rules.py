@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from rotmole.ops.mixture.fused import can_fuse
+from rotmole.ops.mixture.fused import can_compile, can_fuse
 from rotmole.ops.rotation.table import ROTATIONS, Rotation
 from rotmole.ops.routing.routers import ROUTERS
 from rotmole.ops.routing.selection import SELECTIONS
@@ -31,6 +31,7 @@ def setting_problems(settings: Settings, task_type: object = None) -> list[str]:
         _start_rules,
         _sharing_rules,
         _dispatch_rules,
+        _kernel_rules,
         _router_rules,
         _task_rules,
         _sqrt_gate_rules,
@@ -211,6 +212,18 @@ def _dispatch_rules(s: Settings, wrong: Names) -> Iterator[str]:
             "dispatch is 'grouped', which needs selection top_k and a rotation of each expert by "
             "itself in rank space, without share_A, router_sqrt_gate and rotation_input z; use "
             "dispatch auto"
+        )
+
+
+def _kernel_rules(s: Settings, wrong: Names) -> Iterator[str]:
+    if s.kernels != "compiled" or wrong & {"rotation", "shared_expert_rotation", "dispatch"}:
+        return
+    rotations = {s.rotation, s.shared_expert_rotation if s.shared_expert_r else "none"}
+    able = all(can_compile(name) for name in rotations) and s.rotation_metric == "rank"
+    if not able or s.router_sqrt_gate or s.dispatch == "grouped" or s.router_scope == "block":
+        yield (
+            "kernels is 'compiled', which needs rotations none, tangent, plane or givens, without "
+            "rotation_metric output, router_sqrt_gate, dispatch grouped and router_scope block"
         )
 
 

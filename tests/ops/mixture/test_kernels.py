@@ -1,0 +1,197 @@
+"""kernels: compiled. The compiled steps and the operations one by one agree, and nothing fails."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from ops_cases import Problem, Variant, assert_close, make
+from test_fused import FUSED, gradients, how_of, leaves, router_of, run
+from torch.utils.flop_counter import FlopCounterMode
+
+from rotmole.ops import compiled as module
+from rotmole.ops.compiled import may_compile
+from rotmole.ops.mixture.banks import How
+from rotmole.ops.mixture.fused import can_compile, fused_mixture
+from rotmole.ops.reference import method
+from rotmole.ops.rotation.adjoint import BY_HAND
+from rotmole.ops.routing.selection import _numbers_by_counting, top_k_of
+from rotmole.ops.spec import Spec, Weights
+
+COMPILED = [v for v in FUSED if can_compile(v.rotation)]
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """Let torch follow the steps as it does to compile them, without its compiler, and count."""
+    made: list[Any] = []
+
+    def followed(function: Any, **options: Any) -> Any:
+        assert options == {"dynamic": True, "fullgraph": True}
+        made.append(function)
+        return torch_compile(function, backend="eager", **options)
+
+    torch_compile = torch.compile
+    monkeypatch.setattr(module, "_kernels", partial(_new, {}))
+    monkeypatch.setattr(torch, "compile", followed)
+    yield made
+    torch._dynamo.reset()
+
+
+def _new(known: dict[Any, Any], *key: Any) -> Any:
+    if key not in known:
+        known[key] = module._Kernels(*key)
+    return known[key]
+
+
+def agree(how: How, problem: Problem, drops: bool, tolerance: float) -> None:
+    """Compare outputs and all gradients with those of the operations one by one."""
+    router_ED = router_of(problem).to(problem.x_TD.dtype).detach().requires_grad_()
+    keep_TD = problem.keep_TD > 0 if drops else None
+    inputs = leaves(problem, router_ED)
+    outputs = []
+    for kernels in ("eager", "compiled"):
+        fast = run(
+            how._replace(spec=replace(how.spec, kernels=kernels)), problem, router_ED, keep_TD
+        )
+        outputs.append((fast, gradients(fast, inputs)))
+    (plain, plain_grads), (fast, fast_grads) = outputs
+    for one, other in zip(plain, fast, strict=True):
+        assert one is not None
+        assert other is not None
+        assert one.dtype == other.dtype
+        assert_close(other, one, tolerance)
+    for name, gradient in plain_grads.items():
+        assert gradient.dtype == fast_grads[name].dtype
+        assert_close(fast_grads[name], gradient, tolerance, name)
+
+
+HEAVY = pytest.mark.heavy  # the ordinary lane follows one variant of each rotation
+ORDINARY = [next(v for v in COMPILED if v.rotation == name) for name in BY_HAND]
+OPTIONS = ({}, {"norm_topk_prob": False}, {"selection": "dense"})
+
+
+@pytest.mark.parametrize(
+    ("variant", "options", "drops"),
+    [
+        pytest.param(v, OPTIONS[i % 3], i % 2 == 1, marks=[] if v in ORDINARY else HEAVY)
+        for i, v in enumerate(COMPILED)
+    ],
+    ids=str,
+)
+def test_followed_steps(
+    variant: Variant, options: dict[str, Any], drops: bool, traced: list[Any]
+) -> None:
+    """Every number of tokens runs what was compiled for the first."""
+    for seed, tokens in ((2, 3), (3, 5)):
+        problem = make(variant, seed, T=tokens, E=4, K=2, D=5, O=6).leaves()
+        agree(how_of(problem, **options), problem, drops, 1e-12)
+    assert len(traced) == 2  # forward and back
+
+
+# inductor uses what torch itself deprecates
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize(
+    "rotation",
+    ["tangent", *(pytest.param(r, marks=pytest.mark.heavy) for r in ("none", "plane", "givens"))],
+)
+def test_real_kernels(rotation: str) -> None:
+    """By the compiler, at the numbers of tokens that it was not compiled for too."""
+    variant = next(v for v in COMPILED if v.rotation == rotation and not v.input_z)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        for tokens in (3, 7):
+            problem = make(variant, 2, T=tokens, E=4, K=2, D=5, O=6).leaves()
+            agree(how_of(problem), problem, False, 1e-12)
+
+
+def test_half_types_and_a_shared_expert(traced: list[Any]) -> None:
+    """Types in and out are those of the operations one by one."""
+    torch.manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=torch.bfloat16).requires_grad_()
+
+    shared = Spec(scoring="sigmoid", selection="dense", norm_topk_prob=False, rotation="tangent")
+    spec = Spec(num_experts=4, top_k=2, rotation="tangent", scale=2.0, shared=shared)
+    weights = Weights(
+        normal(4, 3, 5), normal(4, 3, 6), {"rotation_vector": normal(4, 3, 5)},
+        {"router_weight": normal(4, 5)},
+        shared=Weights(
+            normal(1, 2, 5), normal(1, 2, 6), {"rotation_vector": normal(1, 2, 5)},
+            {"router_weight": normal(1, 5)},
+        ),
+    )  # fmt: skip
+    x_TD, base_TO = normal(7, 5), normal(7, 6)
+    inputs = [x_TD, base_TO, weights.A_ERD, weights.B_ERO, weights.gates["rotation_vector"]]
+    inputs += [weights.router["router_weight"], weights.shared.A_ERD, weights.shared.B_ERO]
+    inputs += [*weights.shared.gates.values(), *weights.shared.router.values()]
+    sides = []
+    for kernels in ("eager", "compiled"):
+        how = How(replace(spec, kernels=kernels), torch.bfloat16)
+        y_TO, logits_TE, index_KT = fused_mixture(how, x_TD, weights, base_TO=base_TO)
+        total = (y_TO.float() ** 2).sum() + (logits_TE**2).sum()
+        sides.append([y_TO, logits_TE, index_KT, *torch.autograd.grad(total, inputs)])
+    assert len(traced) == 2
+    assert torch.equal(sides[0][2], sides[1][2])
+    for one, other in zip(*sides, strict=True):
+        assert one.dtype == other.dtype
+        assert_close(other.double(), one.double(), 3e-2)
+
+
+@pytest.mark.parametrize("experts", [2, 4, 9])
+def test_counting_finds_what_sorting_finds(experts: int) -> None:
+    """Ties go to the lower number, and what is no number counts as the largest, as in a sort."""
+    torch.manual_seed(experts)
+    score_ET = torch.randint(0, 4, (experts, 200)).double()
+    score_ET[0, ::7] = torch.inf
+    score_ET[1, ::5] = torch.nan
+    score_ET[0, ::35] = -torch.inf
+    for k in range(1, experts + 1):
+        found_KT = _numbers_by_counting(score_ET, k)
+        if not score_ET[:, 1].isnan().any():
+            wanted = method.best(score_ET[:, 1].tolist(), k)
+            assert found_KT[:, 1].tolist() == wanted
+        finite = score_ET.isfinite().all(0)
+        assert torch.equal(found_KT[:, finite], top_k_of(score_ET, k)[1][:, finite])
+        distinct = found_KT.sort(0).values.diff(dim=0)
+        assert bool((distinct > 0).all()), "an expert is chosen twice"
+        assert int(found_KT.min()) >= 0
+        assert int(found_KT.max()) < experts
+
+
+def test_without_a_compiler_it_is_eager_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(graph: Any, inputs: Any) -> Any:
+        raise RuntimeError("no C++ compiler found")
+
+    monkeypatch.setattr(module, "_kernels", partial(_new, {}))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=none))
+    problem = make(COMPILED[0], 2, T=3, E=4, K=2, D=5, O=6).leaves()
+    with pytest.warns(RuntimeWarning, match="torch.compile failed") as said:
+        agree(how_of(problem), problem, False, 0.0)
+    assert len([w for w in said if "torch.compile failed" in str(w.message)]) == 2  # there and back
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        agree(how_of(problem), problem, False, 0.0)
+
+
+def test_an_error_of_the_layer_is_its_own(traced: list[Any]) -> None:
+    """It comes out as it is, and the kernels stay."""
+    spec = Spec(num_experts=2, top_k=2, kernels="compiled")
+    with pytest.raises(RuntimeError, match=r"size|shape"):
+        module.compiled(lambda kind, a, b: a @ b, spec, torch.ones(2, 3), torch.ones(2, 3))
+
+
+def test_when_kernels_are_made() -> None:
+    spec, x_TD = Spec(kernels="compiled"), torch.ones(2, 3)
+    assert may_compile(spec, x_TD)
+    assert not may_compile(Spec(), x_TD)
+    assert not may_compile(spec, x_TD[:1])
+    assert not may_compile(spec, x_TD.to("meta"))
+    with FlopCounterMode(display=False):
+        assert not may_compile(spec, x_TD)
