@@ -47,6 +47,7 @@ WIDTHS = (8, 576, 576)  # T, D, O
 REPEATS = 20  # steps of a round: one takes less than a millisecond
 EAGER, TOKEN = "operations, forward and backward", "operations, one token"
 KERNELS = "operations and kernels, forward and backward"
+TOKEN_KERNELS = "operations and kernels, one token"
 COMPILED = "compiled kernels, forward and backward"
 FIXED, FIXED_TOKEN = "fixed cost, forward and backward", "fixed cost, one token"
 DECODED = "operations, one decoded token"
@@ -195,13 +196,18 @@ def measure_compiled(case: Case, mode: str, lora_kernels: int, **more: Any) -> R
     return counted(str(case), named(mode, more), COMPILED, against, count, lora_kernels)
 
 
-def measure_kernels(case: Case, mode: str, **more: Any) -> Row:
+def measure_kernels(case: Case, mode: str, **more: Any) -> list[Row]:
     """Count what ours with `kernels: compiled` starts beside what LoRA, eager, does."""
     ours = case.ours(mode, kernels="compiled", **more)
     lora = case.lora(ours)
     counts = with_names(case.step(ours)), operations(case.step(lora))
-    row = str(case), f"{named(mode, more)}, kernels compiled"
-    return counted(*row, KERNELS, lora_name(lora), *counts)
+    row, against = (str(case), f"{named(mode, more)}, kernels compiled"), lora_name(lora)
+    rows = [counted(*row, KERNELS, against, *counts)]
+    if more:
+        return rows
+    x = case.x.detach()[:1, :1]
+    counts = with_names(one_token(ours.eval(), x)), operations(one_token(lora.eval(), x))
+    return [*rows, counted(*row, TOKEN_KERNELS, against, *counts)]
 
 
 def others(given: Any, case: Case) -> dict[str, tuple[Bench, nn.Module]]:
@@ -267,7 +273,8 @@ def main() -> int:
     finish(rows, given)  # the compiler takes minutes: what is counted is kept
     lora = case.lora(case.ours("none"))
     lora_kernels = compiled(case.step, lora)
-    rows += [measure_kernels(case, mode, **more) for mode, more in modes]
+    for mode, more in modes:
+        rows += measure_kernels(case, mode, **more)
     for mode, more in modes:
         rows.append(measure_compiled(case, mode, lora_kernels, **more))
         finish(rows, given)

@@ -130,11 +130,12 @@ def _launches() -> list[Target]:
         }
         for measure, (limit, which) in rows.items():
             targets.append(Target(f"{measure}, T <= 8, {name}", limit, "launches", measure, which))
-    measure = "operations and kernels, forward and backward"
-    for mode, (both, _) in modes.items():
+    for mode, limits in modes.items():
         name = mode.strip("()").replace("|", ", ")
         which = f"{mode}(, balance loss on)?, kernels compiled"
-        targets.append(Target(f"{measure}, T = 8, {name}", both, "launches", measure, which))
+        for what, limit in zip(("forward and backward", "one token"), limits, strict=True):
+            measure = f"operations and kernels, {what}"
+            targets.append(Target(f"{measure}, T <= 8, {name}", limit, "launches", measure, which))
     measure = "compiled kernels, forward and backward"
     return [*targets, Target(f"{measure}, T = 8", 2, "launches", measure, ON)]
 

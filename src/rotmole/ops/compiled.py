@@ -1,8 +1,8 @@
 """Kernels in place of many small operations: torch.compile for the steps between the products.
 
-A kind of layer is compiled once a process, for every number of tokens; torch keeps the code on
-disk, so the next process only loads it. Where there is no compiler (a C++ compiler on a CPU,
-Triton on a GPU), the operations are run one by one, with one warning.
+A kind of layer is compiled once a process for every number of tokens, and once for a single one;
+torch keeps the code on disk, so the next process only loads it. Where there is no compiler (a C++
+compiler on a CPU, Triton on a GPU), the operations are run one by one, with one warning.
 """
 
 from __future__ import annotations
@@ -25,10 +25,9 @@ Result = TypeVar("Result")
 def may_compile(spec: Spec, x_TD: Tensor) -> bool:
     """Say whether a layer asks for kernels and this call can use them.
 
-    It cannot for a single token, which would be compiled apart, where torch.compile sees the whole
-    model, and where somebody looks at every operation.
+    It cannot where torch.compile sees the whole model, and where somebody looks at every operation.
     """
-    if spec.kernels != "compiled" or len(x_TD) < 2 or x_TD.is_meta:
+    if spec.kernels != "compiled" or not len(x_TD) or x_TD.is_meta:
         return False
     return not (torch.compiler.is_compiling() or is_in_torch_dispatch_mode())
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rotmole.ops.compiled import compiled, may_compile
 from rotmole.ops.mixture.products import add_product, project
 from rotmole.ops.precision import at_least_float32, without_autocast
 from rotmole.ops.rotation.table import ROTATIONS, Gate
@@ -22,22 +23,32 @@ from rotmole.ops.routing.selection import choose, spread_chosen
 from rotmole.ops.spec import Spec, Weights
 
 
+class Layout(NamedTuple):
+    """Where the rows of one bank lie.
+
+    Attributes:
+        parts: (name, first row, experts, rows of an expert in a layer) of what is in rows_ND.
+        sizes: E, L, R.
+    """
+
+    parts: tuple[tuple[str, int, int, int], ...]
+    sizes: tuple[int, int, int]
+
+
 class PackedBank(NamedTuple):
     """One bank of experts of L layers: the routed ones, or the shared one.
 
     Attributes:
-        parts: name -> (first row, experts, rows of an expert in a layer) of what is in rows_ND.
+        layout: of its rows.
         apart: name -> [E L, rows, D] weight of what is computed in a wider type.
         small: name -> [E, L, rows, N] gate that reads few numbers in place of x.
         center_ER: [E L, R] learned vectors, or None.
-        sizes: E, L, R.
     """
 
-    parts: dict[str, tuple[int, int, int]]
+    layout: Layout
     apart: dict[str, Tensor]
     small: dict[str, Tensor]
     center_ER: Tensor | None
-    sizes: tuple[int, int, int]
 
 
 class Pack(NamedTuple):
@@ -104,16 +115,16 @@ def _pack_bank(
         named["down"] = together([layer.gates["rotation_down"].unsqueeze(0) for layer in layers])
     wide = dtype in (torch.float32, torch.float64)
     apart = {} if wide else {name: named.pop(name) for name in ("router", "angle") if name in named}
-    parts = {}
+    parts = []
     for name, weight in named.items():
-        parts[name] = (start, weight.shape[0], weight.shape[2])
+        parts.append((name, start, weight.shape[0], weight.shape[2]))
         start += weight[..., 0].numel()
+    sizes = (layers[0].B_ERO.shape[0], len(layers), layers[0].B_ERO.shape[1])
     bank = PackedBank(
-        parts,
+        Layout(tuple(parts), sizes),
         {name: at_least_float32(weight.flatten(0, 1)) for name, weight in apart.items()},
         small,
         None if center is None else at_least_float32(center.flatten(0, 1)),
-        (layers[0].B_ERO.shape[0], len(layers), layers[0].B_ERO.shape[1]),
     )
     return bank, [weight.to(dtype).flatten(0, 2) for weight in named.values()]
 
@@ -136,24 +147,69 @@ def packed_activations(
     """
     with without_autocast(x_TD):
         rows_NT = packed.rows_ND @ (x_TD if x_TD.dtype == dtype else x_TD.to(dtype)).mT
-        m_LTN = _activations(spec, x_TD, rows_NT, packed.banks[0])
-        if len(packed.banks) > 1:
-            assert spec.shared is not None
-            shared_LTN = _activations(spec.shared, x_TD, rows_NT, packed.banks[1])
-            m_LTN = torch.cat([m_LTN, (spec.shared.scale / spec.scale) * shared_LTN], dim=-1)
-        return m_LTN.to(dtype).unbind()
+        specs = (spec,) if spec.shared is None else (spec, spec.shared)
+        kind = PackedKind(specs, tuple(bank.layout for bank in packed.banks), dtype)
+        read = [
+            PackedRead(
+                {n: project(x_TD.to(w.dtype), w) for n, w in bank.apart.items()},
+                bank.small,
+                bank.center_ER,
+            )
+            for bank in packed.banks
+        ]
+        as_kernels = may_compile(spec, x_TD)
+        m_LTN = (
+            compiled(_weighed, kind, rows_NT, read) if as_kernels else _weighed(kind, rows_NT, read)
+        )
+        return m_LTN.unbind()
 
 
-def _activations(spec: Spec, x_TD: Tensor, rows_NT: Tensor, bank: PackedBank) -> Tensor:
+class PackedKind(NamedTuple):
+    """What the steps after the products have to know besides tensors.
+
+    Attributes:
+        specs, layouts: of each bank.
+        dtype: type of the products.
+    """
+
+    specs: tuple[Spec, ...]
+    layouts: tuple[Layout, ...]
+    dtype: torch.dtype
+
+
+class PackedRead(NamedTuple):
+    """What the steps read of one bank besides the common product.
+
+    Attributes:
+        apart: name -> [E L, rows, T] what was computed in a wider type.
+        small, center_ER: of the bank.
+    """
+
+    apart: dict[str, Tensor]
+    small: dict[str, Tensor]
+    center_ER: Tensor | None
+
+
+def _weighed(kind: PackedKind, rows_NT: Tensor, reads: Sequence[PackedRead]) -> Tensor:
+    """Return the weighted activations of all banks, [L, T, N], without the first one's scale."""
+    parts: list[Tensor] = []
+    for spec, layout, read in zip(kind.specs, kind.layouts, reads, strict=True):
+        m_LTN = _activations(spec, layout, rows_NT, read)
+        factor = spec.scale / kind.specs[0].scale
+        parts.append(m_LTN if not parts else factor * m_LTN)
+    both = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+    return both.to(kind.dtype)
+
+
+def _activations(spec: Spec, layout: Layout, rows_NT: Tensor, bank: PackedRead) -> Tensor:
     """Return the weighted activations of one bank, [L, T, E R]."""
-    (experts, layers, rank), tokens = bank.sizes, x_TD.shape[0]
+    (experts, layers, rank), tokens = layout.sizes, rows_NT.shape[1]
+    parts = {name: place for name, *place in layout.parts}
 
     def read(name: str) -> Tensor | None:
-        part = bank.parts.get(name)
-        if part is None:
-            weight = bank.apart.get(name)
-            return None if weight is None else project(x_TD.to(weight.dtype), weight)
-        start, count, each = part
+        if name not in parts:
+            return bank.apart.get(name)
+        start, count, each = parts[name]
         value = at_least_float32(rows_NT[start : start + count * layers * each])
         value = value.view(count * layers, each, tokens)
         return value.repeat(experts, 1, 1) if name == "A" and count != experts else value
@@ -162,7 +218,7 @@ def _activations(spec: Spec, x_TD: Tensor, rows_NT: Tensor, bank: PackedBank) ->
     assert z_ERT is not None
     vector, angle = read("vector"), read("angle")
     if bank.small:
-        vector, angle = _small(spec, bank, z_ERT, logits, read("down"))
+        vector, angle = _small(spec, layout, bank.small, z_ERT, logits, read("down"))
     rotate = ROTATIONS[spec.rotation].rotate
     assert rotate is not None
     m_ERT = rotate(z_ERT, Gate(vector, angle, bank.center_ER))
@@ -192,13 +248,14 @@ def _weights(spec: Spec, logits_ET: Tensor) -> Tensor:
 
 def _small(
     spec: Spec,
-    bank: PackedBank,
+    layout: Layout,
+    small: dict[str, Tensor],
     z_ERT: Tensor,
     logits: Tensor | None,
     down_LHT: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the values of vector and angle gate that read few numbers, each [E L, rows, T]."""
-    (experts, layers, rank), tokens = bank.sizes, z_ERT.shape[-1]
+    (experts, layers, rank), tokens = layout.sizes, z_ERT.shape[-1]
     source = down_LHT
     if spec.rotation_input == "z":
         source = z_ERT.view(experts, layers, rank, tokens)
@@ -208,7 +265,7 @@ def _small(
     assert source is not None
     values = {
         name: (weight_ELMN.to(source.dtype) @ source).view(experts * layers, -1, tokens)
-        for name, weight_ELMN in bank.small.items()
+        for name, weight_ELMN in small.items()
     }
     return values.get("vector"), values.get("angle")
 
