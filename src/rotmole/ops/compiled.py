@@ -1,14 +1,14 @@
-"""Kernels in place of many small operations: torch.compile for the steps between the products.
+"""Kernels in place of many small operations: torch.compile for one pass of one kind of layer.
 
-A kind of layer is compiled once a process for every number of tokens, and once for a single one;
-torch keeps the code on disk, so the next process only loads it. Where there is no compiler (a C++
-compiler on a CPU, Triton on a GPU), the operations are run one by one, with one warning.
+A kind is compiled once a process for every number of tokens, and once for a single one; torch keeps
+the code on disk, so the next process only loads it. Where there is no compiler (a C++ compiler on a
+CPU, Triton on a GPU), the operations are run one by one, with one warning.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from types import FunctionType
 from typing import Any, TypeVar
@@ -30,6 +30,11 @@ def may_compile(spec: Spec, x_TD: Tensor) -> bool:
     if spec.kernels != "compiled" or not len(x_TD) or x_TD.is_meta:
         return False
     return not (torch.compiler.is_compiling() or is_in_torch_dispatch_mode())
+
+
+def detached(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Return the tensors apart from autograd, as `compiled` wants them."""
+    return [None if tensor is None else tensor.detach() for tensor in tensors]
 
 
 class _Kernels:
@@ -69,9 +74,9 @@ def compiled(function: Callable[..., Result], kind: Any, *tensors: Any) -> Resul
     """Return function(kind, *tensors), by kernels that are made of it for each kind.
 
     Args:
-        function: pure, of tensors and structures of tensors.
+        function: pure, of tensors and sequences of tensors.
         kind: hashable; what does not change from call to call.
-        tensors: with the same structure in every call; none that autograd follows.
+        tensors: none that autograd follows.
     """
     result: Result = _kernels(function, kind)(*tensors)
     return result

@@ -9,11 +9,13 @@ torch.compile, torch.export and torch.func, and for second derivatives.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rotmole.ops.compiled import compiled, detached, may_compile
 from rotmole.ops.mixture.banks import Bank, How, Parts, Saved
 from rotmole.ops.mixture.dense import mixture
 from rotmole.ops.mixture.passes import backward, dropped, forward
@@ -67,13 +69,35 @@ def _plain(how: How, parts: Parts) -> tuple[Tensor, Tensor | None]:
     return y_TO, logits_TE if routes else None
 
 
+def _forward(
+    how: How, tensors: Sequence[Tensor | None]
+) -> tuple[Tensor, Tensor | None, list[Saved]]:
+    return forward(how, Parts.of(tensors))
+
+
+def _backward(
+    kind: tuple[How, bool],
+    tensors: Sequence[Tensor | None],
+    kept: Sequence[Tensor | None],
+    dy_TO: Tensor | None,
+    dlogits_TE: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients in the order of Parts.flat; kind: how, and whether x wants one."""
+    (how, needs_x), each = kind, len(Saved._fields)
+    saved = [Saved(*kept[i : i + each]) for i in range(0, len(kept), each)]  # type: ignore[arg-type] # z is there
+    return backward(how, Parts.of(tensors), saved, dy_TO, dlogits_TE, needs_x=needs_x).flat()
+
+
 class _Fused(torch.autograd.Function):
     """(how, *parts) -> (y, router's logits, numbers of the chosen experts)."""
 
     @staticmethod
     def forward(ctx: Any, how: How, *tensors: Tensor | None) -> Any:
         parts = Parts.of(tensors)
-        y_TO, logits_TE, saved = forward(how, parts)
+        if how.rotated is None and may_compile(how.spec, parts.x_TD):
+            y_TO, logits_TE, saved = compiled(_forward, how, detached(tensors))
+        else:
+            y_TO, logits_TE, saved = _forward(how, tensors)
         ctx.save_for_backward(*tensors[1:], *[tensor for bank in saved for tensor in bank])
         ctx.how, ctx.count = how, len(tensors) - 1
         ctx.base_dtype = None if parts.base_TO is None else parts.base_TO.dtype
@@ -86,16 +110,18 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         dy_TO, dlogits_TE, _ = grads
-        tensors, count, each = ctx.saved_tensors, ctx.count, len(Saved._fields)
-        parts = Parts.of((None, *tensors[:count]))
-        kept = tensors[count:]
-        saved = [Saved(*kept[i : i + each]) for i in range(0, len(kept), each)]
+        kept, count = ctx.saved_tensors, ctx.count
+        tensors, kept = (None, *kept[:count]), kept[count:]
+        gradients: list[Tensor | None]
         if torch.is_grad_enabled():  # second derivatives are wanted
-            gradients = _differentiable(ctx, parts, dy_TO, dlogits_TE)
+            gradients = _differentiable(ctx, Parts.of(tensors), dy_TO, dlogits_TE)
         else:
-            needs_x = ctx.needs_input_grad[1 + Parts._fields.index("x_TD")]
-            grads_of = backward(ctx.how, parts, saved, dy_TO, dlogits_TE, needs_x=needs_x)
-            gradients = [*grads_of.flat()]
+            kind = ctx.how._replace(rotated=None), ctx.needs_input_grad[2]
+            if may_compile(ctx.how.spec, tensors[1]):
+                grads_of = compiled(_backward, kind, detached(tensors), kept, dy_TO, dlogits_TE)
+            else:
+                grads_of = _backward(kind, tensors, kept, dy_TO, dlogits_TE)
+            gradients = [*grads_of]
         if ctx.needs_input_grad[1] and dy_TO is not None:
             gradients[0] = dy_TO.to(ctx.base_dtype)
         return None, *gradients

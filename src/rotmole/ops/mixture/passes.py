@@ -14,7 +14,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rotmole.ops.compiled import compiled, may_compile
 from rotmole.ops.mixture.banks import Bank, Gradients, How, Parts, Saved
 from rotmole.ops.mixture.products import add_product, project, project_all, stack
 from rotmole.ops.mixture.rank_space import Kind, Read, Small, Turned, turn_back, weigh
@@ -28,8 +27,8 @@ def dropped(x_TD: Tensor, keep_TD: Tensor | None, how: How) -> Tensor:
     return x_TD if keep_TD is None else x_TD * keep_TD * how.keep_scale
 
 
-def _read(how: How, parts: Parts, *, raw: bool) -> list[Read]:
-    """Apply all maps that read x, for each bank; raw: as the products leave their results.
+def _read(how: How, parts: Parts) -> list[Read]:
+    """Apply all maps that read x, for each bank.
 
     The factors A and the routers are one product where types and dropout allow, vector and angle
     gates another; A is never in one product with a gate, so every mode finds the same z and logits
@@ -53,35 +52,35 @@ def _read(how: How, parts: Parts, *, raw: bool) -> list[Read]:
     wide_TD = x_TD.to(wide_dtype) if reads_wide else x_TD  # one copy for all
     dropped_TD = dropped(wide_TD if how.dtype == wide_dtype else x_TD, parts.keep_TD, how)
     if together:
-        z_and_logits = _apply(wide_TD, factors + routers, raw)
-        gates = _apply(wide_TD, vectors + angles, raw)
+        z_and_logits = _apply(wide_TD, factors + routers)
+        gates = _apply(wide_TD, vectors + angles)
     else:
-        z_and_logits = _apply(dropped_TD, factors, raw) + _apply(wide_TD, routers, raw)
-        gates = _apply(dropped_TD, vectors, raw) + _apply(wide_TD, angles, raw)
-    few, count, reads = _apply(dropped_TD, downs, raw), len(factors), []
+        z_and_logits = _apply(dropped_TD, factors) + _apply(wide_TD, routers)
+        gates = _apply(dropped_TD, vectors) + _apply(wide_TD, angles)
+    few, count, reads = _apply(dropped_TD, downs), len(factors), []
     for i in range(count):
         z_ERT, logits_E1T, few_1HT = z_and_logits[i], z_and_logits[count + i], few[i]
         assert z_ERT is not None
         few_NT = None if few_1HT is None else few_1HT[0]
         if i == 0 and parts.logits_TE is not None:
-            few_NT = parts.logits_TE.detach().mT
+            few_NT = parts.logits_TE.mT
         logits_ET = None if logits_E1T is None else logits_E1T.squeeze(1)
         reads.append(Read(z_ERT, logits_ET, gates[i], gates[count + i], few_NT))
     return reads
 
 
-def _apply(x_TD: Tensor, weights: list[Tensor | None], raw: bool) -> list[Tensor | None]:
-    """Apply maps to x in one product, in x's type.
+def _apply(x_TD: Tensor, weights: list[Tensor | None]) -> list[Tensor | None]:
+    """Apply maps to x in one product, in x's type; results are in at least float32.
 
-    Results are in at least float32 and no result holds the memory of another, unless raw.
+    No result holds the memory of another.
     """
     there = [weight.to(x_TD.dtype) for weight in weights if weight is not None]
     if not there:
         return weights
-    results = [project(x_TD, there[0])] if len(there) == 1 else project_all(x_TD, there)
-    if not raw:
-        own = at_least_float32 if len(there) == 1 else _own
-        results = [own(value) for value in results]
+    if len(there) == 1:
+        results = [at_least_float32(project(x_TD, there[0]))]
+    else:
+        results = [_own(value) for value in project_all(x_TD, there)]
     if len(results) == len(weights):
         return [*results]
     values = iter(results)
@@ -96,13 +95,7 @@ def _own(value: Tensor) -> Tensor:
 def forward(how: How, parts: Parts) -> tuple[Tensor, Tensor | None, list[Saved]]:
     """Return y [T, O] (the base's output added), the logits [T, E] or None, and what to keep."""
     kind, smalls = _kind(how, parts)
-    as_kernels = how.rotated is None and may_compile(how.spec, parts.x_TD)
-    reads = _read(how, parts, raw=as_kernels)
-    given_TE = None if parts.weight_TE is None else parts.weight_TE.detach()
-    if as_kernels:
-        weighed = compiled(weigh, kind, smalls, reads, given_TE)
-    else:
-        weighed = weigh(kind, smalls, reads, given_TE, how.rotated)
+    weighed = weigh(kind, smalls, _read(how, parts), parts.weight_TE, how.rotated)
     B_NO = stack([bank.B_ERO.flatten(0, 1) for _, bank in parts.banks(how.spec)]).to(how.dtype)
     y_TO = add_product(parts.base_TO, weighed.m_NT.mT, B_NO)
     logits_ET = weighed.logits_ET
@@ -152,10 +145,8 @@ def backward(
         _angle_again(spec, bank, kept, x_TD, parts.x_TD)
         for (spec, bank), kept in zip(banks, saved, strict=True)
     ]
-    given_TE = None if parts.weight_TE is None else parts.weight_TE.detach()
-    given = (kind, smalls, saved, angles, given_TE, B_NO @ dy_TO.mT, dlogits_TE)
-    as_kernels = may_compile(how.spec, x_TD)
-    m_NT, turned = compiled(turn_back, *given) if as_kernels else turn_back(*given)
+    dm_NT = B_NO @ dy_TO.mT
+    m_NT, turned = turn_back(kind, smalls, saved, angles, parts.weight_TE, dm_NT, dlogits_TE)
     sizes = [experts * rank for experts, rank in kind.sizes]
     dB = _split(m_NT @ dy_TO, sizes)
     dx, maps = _linear(how, parts, x_TD, turned, needs_x)

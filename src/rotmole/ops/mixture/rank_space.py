@@ -1,7 +1,7 @@
 """What lies between the matrix products of the fused passes: routing, rotating, weighing, and back.
 
-All of it acts on T E R numbers and fewer, in some thirty to a hundred small operations. compiled.py
-makes few kernels of them where a layer asks for that; the operations one by one are its twin.
+All of it acts on T E R numbers and fewer, in some thirty to a hundred small operations. With
+`kernels: compiled` torch.compile makes a few kernels of them (ops/compiled.py).
 """
 
 from __future__ import annotations
@@ -51,10 +51,9 @@ class Small(NamedTuple):
 
     @classmethod
     def of(cls, spec: Spec, bank: Bank) -> Small:
-        """Return those of a bank, apart from autograd."""
+        """Return those of a bank."""
         gates = (bank.vector_EVN, bank.angle_EMN) if spec.small_gates else (None, None)
-        each = (*gates, bank.center_ER)
-        return cls(*(None if part is None else part.detach() for part in each))
+        return cls(*gates, bank.center_ER)
 
 
 class Read(NamedTuple):
@@ -256,22 +255,8 @@ def turn_back(
         if further_TE is not None and back.router_ET is not None:
             back = back._replace(router_ET=back.router_ET + further_TE.mT)
         m_NT.append(m_ERT.to(kind.dtype).flatten(0, 1))
-        turned.append(_cast(back, kind.dtype) if torch.compiler.is_compiling() else back)
+        turned.append(back)
     return stack(m_NT), turned
-
-
-def _cast(turned: Turned, dtype: torch.dtype) -> Turned:
-    """Cast what products read, which a kernel does for nothing and an operation does not."""
-
-    def cast(value: Tensor | None) -> Tensor | None:
-        return None if value is None else value.to(dtype)
-
-    return turned._replace(
-        z_ERT=turned.z_ERT.to(dtype),
-        vector_EVT=cast(turned.vector_EVT),
-        angle_EMT=cast(turned.angle_EMT),
-        router_ET=cast(turned.router_ET),
-    )
 
 
 def _turned(
