@@ -74,6 +74,7 @@ pages: setup  ## write what is generated: docs/files.md and reference.md, all ta
 	$(BIN)/python docs/scripts/load_table.py
 	$(BIN)/python docs/scripts/grow_table.py
 	$(BIN)/python docs/scripts/combine_tables.py
+	$(BIN)/python docs/scripts/results.py
 	$(BIN)/python docs/scripts/vectors.py
 	$(BIN)/python docs/scripts/static_table.py
 	$(BIN)/python docs/scripts/published_table.py

@@ -38,7 +38,7 @@ def launches(rows: Sequence[Row]) -> str:
     for mode in dict.fromkeys(row.mode for row in mine):
         cells = []
         for what, when in columns:
-            row = sides.get((mode, what, when))
+            row = sides.get((mode, what, when)) or sides.get((mode, f"{what} and kernels", when))
             factor = 1e6 if what == "fixed cost" else 1
             cells.append("" if row is None else
                          f"{factor * row.ours:.0f} / {factor * row.baseline:.0f}")  # fmt: skip

@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 
 from docs_scripts import script
+from judged_cases import made_results
+from rotmole.comparison.judge import judge
+from rotmole.comparison.judgement import write_judgement
 
 ROOT = Path(__file__).parents[2]
 PICTURES = ROOT / "docs" / "pictures"
@@ -53,6 +56,40 @@ def test_the_tables_of_the_static_lora_are_those_of_the_committed_export() -> No
 def test_the_price_of_the_published_studies_is_that_of_the_committed_figures() -> None:
     page = (ROOT / "docs" / "compare.md").read_text(encoding="utf-8")
     assert page == script("published_table").page(page), "run `make pages`"
+
+
+def test_the_results_are_those_of_the_committed_studies(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    results = script("results")
+    assert page == results.page(page, pictures=tmp_path), "run `make pages`"
+    for picture in tmp_path.iterdir():
+        assert same(picture.read_text(encoding="utf-8"), PICTURES / picture.name), (
+            "run `make pages`"
+        )
+
+
+def test_a_finished_study_has_its_table_and_its_figure(tmp_path: Path) -> None:
+    """In place of what it would cost; every figure is one of the judgement."""
+    judgement = judge(made_results({"lora": 0.0, "moe_lora": 0.25}))
+    write_judgement(judgement, tmp_path / "q3.json")
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    results = script("results")
+    text = results.page(page, tmp_path, tmp_path)
+    part = text.partition("<!-- q3 -->")[2].partition("<!-- end of q3 -->")[0]
+    assert "Not run yet" not in part
+    (line,) = [line for line in part.splitlines() if line.startswith("| moe_lora")]
+    estimate = judgement.difference("moe_lora", "nll").estimate
+    assert f"{estimate.value:+.4f}" in line or f"{estimate.value:+.3f}" in line
+    assert "worse" in line
+    assert (tmp_path / "results-q3.svg").is_file()
+    assert "Not run yet" in text.partition("<!-- q6 -->")[2]
+
+
+def test_the_cells_of_a_study_are_counted_as_the_plan_does() -> None:
+    study = {"methods": {"a": {}, "b": {}}, "seeds": [0, 1, 2]}
+    assert script("results").cells(study) == 6
+    tune = {"grid": {"x": [1, 2], "y": [1, 2, 3]}, "seeds": [7, 8]}
+    assert script("results").cells(study | {"tune": tune}) == 2 * (6 * 2 + 3)
 
 
 NUMBER = re.compile(r"-?\d+\.?\d*(?:e-?\d+)?")
