@@ -72,7 +72,8 @@ def beside_lora(case: Case, mode: str, given: Any, **more: Any) -> list[Row]:
     """Return seconds and kernels of one step, ours beside LoRA's."""
     ours = case.ours(mode, **more)
     lora = case.lora(ours)
-    name = f"{mode}, balance loss on" if more else mode
+    name = mode + (", balance loss on" if "router_aux_loss_coef" in more else "")
+    name += ", kernels compiled" if "kernels" in more else ""
     steps = {"ours": case.step(ours), "lora": case.step(lora)}
     row = ("gpu", str(case), name, "step with base", lora_name(lora))
     times = timed(steps, given.rounds, given.device)
@@ -84,7 +85,10 @@ def beside_lora(case: Case, mode: str, given: Any, **more: Any) -> list[Row]:
 
 
 def compiled(given: Any) -> list[Row]:
-    """The same for compiled layers; on the CPU each kernel gets a name, to be counted by."""
+    """The same for compiled layers and for `kernels: compiled`.
+
+    On the CPU each kernel gets a name, to be counted by.
+    """
     from torch._inductor import config
 
     with config.patch({"cpp.enable_kernel_profile": True}):
@@ -93,6 +97,7 @@ def compiled(given: Any) -> list[Row]:
             case = Case(widths, SHAPES[0], KINDS[0], device=given.device)
             for mode in MODES[1:2] if given.quick else MODES:
                 rows += compiled_beside_lora(case, mode, given)
+                rows += beside_lora(case, mode, given, kernels="compiled")
         return rows
 
 

@@ -153,7 +153,11 @@ def measure(case: Case, modes: tuple[str, ...], rounds: int, balanced: tuple[str
     variants = [(mode, mode, {}) for mode in modes]
     variants += [(f"{m}, balance loss on", m, {"router_aux_loss_coef": BALANCE}) for m in balanced]
     variants += [(f"{m}, shared expert", m, SHARED) for m in balanced]
-    variants += [(f"{m}, kernels compiled", m, {"kernels": "compiled"}) for m in balanced]
+    variants += [
+        (f"{name}, kernels compiled", m, more | {"kernels": "compiled"})
+        for m in balanced
+        for name, more in ((m, {}), (f"{m}, shared expert", SHARED))
+    ]
     if case.kind == "bfloat16 with float32 adapters" and fast:
         variants += [(f"{m}, compute_dtype input", m, {"compute_dtype": "input"}) for m in balanced]
     for name, mode, more in variants:

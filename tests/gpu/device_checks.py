@@ -239,6 +239,18 @@ def test_compiled_is_eager(rotation: str, dtype: torch.dtype) -> None:
         assert apart <= LARGER[dtype] * torch.finfo(dtype).eps, (name, float(apart))
 
 
+@every_format
+@pytest.mark.parametrize("rotation", ["none", "tangent", "plane", "givens"])
+def test_kernels_are_the_operations(rotation: str, dtype: torch.dtype) -> None:
+    settings = {"r": 4, "num_experts": 4, "rotation": rotation, "router_aux_loss_coef": 0.1}
+    model, x = layer(dtype, **settings)
+    fast, _ = layer(dtype, kernels="compiled", **settings)
+    eager, found = one_step(model, model, x), one_step(fast, fast, x)
+    for name, wanted in eager.items():
+        apart = (found[name] - wanted).abs().mean() / wanted.abs().mean()
+        assert apart <= LARGER[dtype] * torch.finfo(dtype).eps, (name, float(apart))
+
+
 def backends() -> list[str]:
     """Name the ways to compute attention that this device has in bfloat16."""
     usable = []
