@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from peft import LoraConfig, PeftConfig
 
 from judged_cases import FACTS
+from rotmole.comparison.judgement import read_judgement
 from rotmole.comparison.pages.method_comparison import FOLDER
+from rotmole.comparison.plan import make_plan, write_plan
 from rotmole.comparison.report import write_report
 from rotmole.comparison.results import Results, read_results
+from rotmole.comparison.study import load_study
 from rotmole.config.load import resolved_yaml
 from rotmole.errors import InputError
 from rotmole.training.folder.manifest import manifest
@@ -153,6 +157,33 @@ def test_a_study_that_was_trained_is_reported(done, tmp_path):
     text = json.dumps(content)
     assert str(study.folder) not in text
     assert "second" not in text  # no figure of the clock anywhere else
+
+
+def test_a_study_without_final_seeds_is_a_screen(done, tmp_path):
+    whole, _ = done
+    shutil.copytree(whole.folder / "cells" / "tuning", tmp_path / "screen" / "cells" / "tuning")
+    study = load_study(Path(whole.where), ["seeds=[]"], output=tmp_path / "screen")
+    plan = make_plan(study)
+    assert not plan.open
+    assert {cell.stage for cell in plan.cells} == {"tuning"}
+    write_plan(study, plan, {})
+    judged, _ = write_report(read_results(study.folder), tmp_path / "screen", "Screen")
+    assert "a screen by validation rows" in judged.headline
+    assert judged.claims == 0
+    best = {}
+    for trial in judged.trials:
+        best[trial.method] = min(trial.nll, best.get(trial.method, trial.nll))
+    assert {name: judged.score(name, "nll").value for name in best} == best
+    moe = judged.difference("moe", "nll")
+    assert moe.estimate.value == pytest.approx(best["moe"] - best["lora"])
+    assert (moe.verdict, moe.adjusted, moe.estimate.low) == ("", None, None)
+    assert {method.name: method.rate for method in judged.methods} == {
+        name: settings["training.learning_rate"] for name, settings in plan.chosen.items()
+    }
+    assert read_judgement(tmp_path / "screen" / "study.json") == judged
+    page = (tmp_path / "screen" / "study.html").read_text(encoding="utf-8")
+    assert "Validation NLL against parameters" in page
+    assert "test NLL" not in page
 
 
 def test_a_cell_that_lost_its_adapter_is_named(study):

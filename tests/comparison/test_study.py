@@ -190,3 +190,10 @@ def test_settings_without_effect_are_not_tried_twice(study_yaml):
     assert run.adapter.get("alpha_pattern") == {k: 4 * rank for k, rank in raised.items()} or (
         not raised
     )
+
+
+def test_no_final_seeds_need_something_to_tune(study_yaml):
+    assert "seeds: there are none, and nothing is tuned" in problems(
+        study_yaml, "seeds=[]", "tune=null"
+    )
+    assert load_study(study_yaml, ["seeds=[]"]).file.first_seed == 7

@@ -128,6 +128,14 @@ def test_older_checkpoints_lack_what_was_left_to_its_default(tmp_path):
         check_changes(saved, facts(tmp_path, "seed=4"), allow=False)
 
 
+def test_a_setting_newer_than_the_checkpoint_counts_as_its_default(tmp_path):
+    older = {k: v for k, v in facts(tmp_path).items() if k != "adapter.kernels"}
+    saved = checkpoint(tmp_path, 5, **older)
+    assert check_changes(saved, facts(tmp_path), allow=False) == []
+    with pytest.raises(InputError, match="adapter.kernels is 'compiled'"):
+        check_changes(saved, facts(tmp_path, "adapter.kernels=compiled"), allow=False)
+
+
 def test_a_task_that_is_gone_is_told_with_its_rows(tmp_path):
     rows = {task: {"rows": 30, "sha256": "a" * 64} for task in ("sums", "more")}
     saved = checkpoint(

@@ -3,12 +3,15 @@
 A claim is about everything that was scored, by NLL or by the tasks' own metrics. The family of
 claims holds each method that is equal in parameters, by each measure. Tasks, groups, equal seconds
 and equal operations have intervals and are no claims.
+
+A study without final seeds is a screen: the tuning cells of each method's chosen settings stand in
+for final ones, scored by their validation loss, and nothing is claimed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
@@ -33,12 +36,13 @@ from rotmole.comparison.judgement import (
     Score,
     Trial,
 )
-from rotmole.comparison.results import Point, Result, Results
-from rotmole.comparison.scores import HELD_OUT, own_metrics, scores
+from rotmole.comparison.results import NLL, TUNING, Point, Result, Results
+from rotmole.comparison.scores import HELD_OUT, Scores, own_metrics, scores
 from rotmole.errors import InputError
 from rotmole.evaluation.statistics.paired import seeds_needed
 from rotmole.units import count_word
 
+VALIDATION = Measure(NLL, "validation NLL", higher_is_better=False)
 UNSEEN = Measure(HELD_OUT, "NLL of held-out tasks", higher_is_better=False)
 
 PAIRING_FACTS = ("dtype", "device", "threads", "processor")
@@ -55,55 +59,75 @@ def judge(results: Results) -> Judgement:
         results: of its finished cells; cells that are missing are named in the notes.
 
     Raises:
-        InputError: the baseline has no finished final cell.
+        InputError: the baseline has no finished cell that could be judged.
     """
+    judged = results.final if results.seeds else _chosen(results)
     cells: dict[str, dict[int, Result]] = {name: {} for name in results.methods}
-    for cell in sorted(results.final, key=lambda cell: cell.seed):
+    for cell in sorted(judged, key=lambda cell: cell.seed):
         cells[cell.method][cell.seed] = cell
     if not cells[results.baseline]:
         raise InputError(
-            f"no final cell of the baseline {results.baseline!r} is finished; run "
-            "`rotmole compare` again, which goes on where it stopped."
+            f"no {'final' if results.seeds else 'chosen'} cell of the baseline "
+            f"{results.baseline!r} is finished; run `rotmole compare` again, which goes on where "
+            "it stopped."
         )
-    known = own_metrics(results.final, results.metrics)
+    known = own_metrics(judged, results.metrics)
     own = {task: metric for task, metric in known.items() if task not in results.held_out}
-    measures = measures_of(own)
+    measures = measures_of(own) if results.seeds else (VALIDATION,)
     by_cell = {
-        name: {seed: scores(cell, own, results.held_out) for seed, cell in seeds.items()}
+        name: {seed: _scores_of(cell, own, results.held_out) for seed, cell in seeds.items()}
         for name, seeds in cells.items()
     }
     pairs, notes = _pairs(cells, results.baseline)
-    equal = _equal(cells, results)
+    equal = _equal(cells, results) if results.seeds else []
     claims = len(equal) * len(measures)
-    tuned = bool(results.tuning)
+    differences = paired_differences(by_cell, pairs, results.baseline)
     return Judgement(
-        headline=_headline(tuned, len(results.seeds), claims),
+        headline=_headline(results, claims),
         baseline=results.baseline,
-        measures=(*measures, *([UNSEEN] if results.held_out else [])),
+        measures=(*measures, *([UNSEEN] if results.held_out and results.seeds else [])),
         own_metrics=own,
         seeds=tuple(results.seeds),
         claims=claims,
         seeds_needed=seeds_needed(claims),
         study={k: v for k, v in results.plan.items() if k not in ("cells", "facts", "study")},
-        facts=_shared_facts(results.final),
+        facts=_shared_facts(judged),
         methods=tuple(_method(name, seeds) for name, seeds in cells.items() if seeds),
-        scores=tuple(_scores(by_cell)),
-        differences=claimed(
-            paired_differences(by_cell, pairs, results.baseline), equal, measures, claims
+        scores=tuple(_averages(by_cell)),
+        differences=(
+            claimed(differences, equal, measures, claims) if results.seeds else tuple(differences)
         ),
         at_equal_flops=_at_budget(cells, pairs, results.baseline, _flops),
         curves=tuple(_curves(cells)),
         trials=tuple(_trials(results.tuning)),
-        notes=tuple(
-            [*notes, *_facts_notes(results.final), *_plan_notes(results), *_cost_notes(cells)]
-        ),
+        notes=tuple([*notes, *_facts_notes(judged), *_plan_notes(results), *_cost_notes(cells)]),
         clock=_clock(cells, pairs, results.baseline),
     )
 
 
-def _headline(tuned: bool, seeds: int, claims: int) -> str:
-    counted = f"{count_word(seeds)} seed{'s' if seeds != 1 else ''}"
-    if not tuned:
+def _chosen(results: Results) -> list[Result]:
+    """Return the tuning cells of each method's best settings."""
+    chosen = results.plan["chosen"]
+    return [
+        cell
+        for cell in results.tuning
+        if cell.method in chosen and dict(cell.settings) == chosen[cell.method]
+    ]
+
+
+def _scores_of(cell: Result, own: Mapping[str, str], held_out: Collection[str]) -> Scores:
+    if cell.stage == TUNING:
+        return {NLL: {("", ""): cell.nll}}
+    return scores(cell, own, held_out)
+
+
+def _headline(results: Results, claims: int) -> str:
+    count = len(results.seeds or results.plan["tuning_seeds"])
+    counted = f"{count_word(count)} seed{'s' if count != 1 else ''}"
+    if not results.seeds:
+        return f"a screen by validation rows, rates tuned on {counted}: no claim is made"
+    seeds = len(results.seeds)
+    if not results.tuning:
         return f"rates not tuned, {counted}: shows the tool, decides nothing"
     if not claims:
         return f"rates tuned, {counted}: no claim, as no method is equal to the baseline"
@@ -220,7 +244,7 @@ def _cost_notes(cells: Cells) -> list[str]:
     ]
 
 
-def _scores(by_unit: ByUnit) -> Iterable[Score]:
+def _averages(by_unit: ByUnit) -> Iterable[Score]:
     for measure, part in parts_of(by_unit):
         for name, seeds in by_unit.items():
             values = {s: v[measure][part] for s, v in seeds.items() if part in v.get(measure, {})}

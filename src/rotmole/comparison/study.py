@@ -280,6 +280,8 @@ def _rules(file: StudyFile) -> list[str]:
             f"parameters: {file.parameters} is for equal: parameters, and equal is {file.equal}; "
             "leave one of them out."
         )
+    if not file.seeds and file.tune is None:
+        problems.append("seeds: there are none, and nothing is tuned; name at least one seed.")
     if file.tune is not None:
         both = sorted({*file.tune.seeds} & {*file.seeds})
         if both:

@@ -128,7 +128,9 @@ class StudyFile(Section):
         default=None, description="Tuning before the final seeds; null: rates are as written."
     )
     seeds: Seeds = Field(
-        min_length=1, description="Seeds of the final cells.", examples=[[0, 1, 2, 3, 4]]
+        description="Seeds of the final cells. None, [], makes a screen: methods are tuned, and "
+        "compared by the validation loss of their best settings, without claims.",
+        examples=[[0, 1, 2, 3, 4]],
     )
     metrics: list[str] = Field(
         default=[NLL],
@@ -154,3 +156,8 @@ class StudyFile(Section):
         "the study starts.",
         examples=[1],
     )
+
+    @property
+    def first_seed(self) -> int:
+        """A seed whose rows stand for all."""
+        return [*self.seeds, *(self.tune.seeds if self.tune else [])][0]

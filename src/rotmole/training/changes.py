@@ -8,7 +8,7 @@ from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 
 from rotmole.config.load import sft_arguments
 from rotmole.config.schema import RunFile
@@ -17,6 +17,7 @@ from rotmole.errors import InputError
 from rotmole.processes import world_size
 from rotmole.training.checkpoints.seal import read_seal, storage_of
 from rotmole.training.folder.manifest import versions
+from rotmole.tuner.config import RotMoleConfig
 from rotmole.tuner.storage.weights import EXPERTS, WEIGHTS, read_header
 
 logger = logging.getLogger(__name__)
@@ -94,10 +95,9 @@ def facts_of(run: RunFile) -> dict[str, Any]:
         seed, number of processes, versions. Paths of files are left out, and settings that decide
         only what is written, logged or evaluated.
     """
-    adapter = run.adapter_config.to_dict()
     training = _defaults() | sft_arguments(run)
     facts: dict[str, Any] = {"seed": run.seed, "processes": world_size()}
-    facts |= {f"adapter.{k}": v for k, v in adapter.items() if k not in _NOT_THE_ADAPTERS}
+    facts |= _adapter_facts(run.adapter_config)
     if "peft_type" in run.adapter:  # rotmole's own is not named, as in older checkpoints
         facts["adapter.peft_type"] = run.adapter["peft_type"]
     facts |= {f"model.{name}": getattr(run.model, name) for name in _MODEL}
@@ -116,6 +116,11 @@ def facts_of(run: RunFile) -> dict[str, Any]:
         facts[f"data.tasks.{name}.task_group"] = task.task_group
     facts |= {f"version of {k}": v for k, v in versions().items() if k in _PACKAGES}
     return {name: _plain(value) for name, value in facts.items()}
+
+
+def _adapter_facts(config: PeftConfig) -> dict[str, Any]:
+    settings = config.to_dict().items()
+    return {f"adapter.{k}": _plain(v) for k, v in settings if k not in _NOT_THE_ADAPTERS}
 
 
 def _model_name(name: Any) -> Any:
@@ -191,6 +196,8 @@ def check_changes(
     """
     content = read_seal(checkpoint)
     saved = dict(content.get("facts", {})) if isinstance(content, dict) else {}
+    if _ORDER in saved and "adapter.peft_type" not in saved:
+        saved = _adapter_facts(RotMoleConfig()) | saved  # settings newer than the checkpoint
     if "model.name" in saved:  # rotmole 0.1 kept it as it was written
         saved["model.name"] = _model_name(saved["model.name"])
     late = all(name.startswith(_LOADED) for name in now)

@@ -96,7 +96,7 @@ def check_study(path: Path, overrides: Sequence[str], *, trust_remote_code: bool
 
 def study_rows(study: Study) -> tuple[list[Rows], list[DataError], Any]:
     """Return the rows of a study, the faults of its files and rows, and its tokenizer."""
-    run = study.run_of(study.file.baseline, seed=study.file.seeds[0])
+    run = study.run_of(study.file.baseline, seed=study.file.first_seed)
     model = preview(
         run.model, run.adapter_config, torch.float32, trust_remote_code=study.trust_remote_code
     )
@@ -127,7 +127,7 @@ def price_of(
         loaded: of `study_rows`.
         sources: None for a model without weights: an update is estimated from its operations.
     """
-    run = study.run_of(method, seed=study.file.seeds[0])
+    run = study.run_of(method, seed=study.file.first_seed)
     settings = sft_arguments(run)
     lengths = {
         split: _lengths(loaded, split) for split in ("train", "validation", study.file.split)

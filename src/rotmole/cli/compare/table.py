@@ -69,6 +69,8 @@ def stage_lines(study: Study, plan: Plan) -> list[str]:
                 f"            up to {study.file.tune.growth} values more, for all methods, while "
                 "a best lies on the edge"
             )
+    if not final:
+        return [*lines, "final       none: a screen, judged by validation loss"]
     seeds = ", ".join(map(str, study.file.seeds))
     lines.append(f"final       {final} cells: seeds {seeds}, scored on {study.file.split} rows")
     return lines

@@ -170,6 +170,7 @@ def score_by_seconds(judgement: Judgement) -> Drawing:
 
 def _scatter(judgement: Judgement, cost: Mapping[str, float], name: str, xlabel: str) -> Drawing:
     nll = judgement.measures[0]
+    label = "test NLL" if judgement.seeds else nll.label
 
     def paint(figure: Any) -> None:
         axes = figure.subplots()
@@ -184,13 +185,13 @@ def _scatter(judgement: Judgement, cost: Mapping[str, float], name: str, xlabel:
             axes.plot(x, score.value, label=short(method.name), ms=7, **style)
         axes.ticklabel_format(useOffset=False)
         axes.margins(0.12)
-        axes.set(xlabel=xlabel, ylabel="test NLL", title=f"Test NLL against {name}")
+        axes.set(xlabel=xlabel, ylabel=label, title=f"{label[0].upper()}{label[1:]} against {name}")
         legend(figure, axes)
 
     caption = "Mean over seeds (lower is better); line: from the lowest to the highest seed."
     key = f"score-by-{name}"
     height = 2.9 + 0.2 * math.ceil(len(judgement.methods) / 2)
-    svg = draw(paint, name=key, label=f"Test NLL against {xlabel}", height=height)
+    svg = draw(paint, name=key, label=f"{label} against {xlabel}", height=height)
     return Drawing(key, svg, caption)
 
 

@@ -159,7 +159,10 @@ def remarks(judgement: Judgement) -> list[str]:
     equal = str(judgement.study.get("equal", "parameters")).replace("_", " ")
     lines = [
         f"Differences are to {baseline}, paired by seed: [low, high] is a 95 % interval over seeds "
-        "(Student's t). It covers the choice of the seed, not of the test rows.",
+        "(Student's t). It covers the choice of the seed, not of the test rows."
+        if judgement.seeds
+        else "Each method is scored by the validation rows that chose its settings, and so looks a "
+        "little better than it is on others. A screen picks methods for a study with final seeds."
     ]
     if judgement.claims:
         lines.append(
