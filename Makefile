@@ -23,7 +23,7 @@ setup: .venv/.complete  ## make .venv with everything the project needs (honours
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-demo: setup  ## train RotMoLE and MoE-LoRA on SmolLM2-135M and compare them (under 5 minutes on two cores)
+demo: setup  ## train LoRA, MoE-LoRA and RotMoLE of equal parameters on SmolLM2-135M (under 5 minutes on two cores)
 	$(BIN)/rotmole demo --yes
 
 study-demo: setup  ## compare LoRA, MoE-LoRA, RotMoLE and a shared expert at equal parameters (under 15 minutes on two quiet cores)

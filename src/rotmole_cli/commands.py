@@ -808,7 +808,7 @@ def demo(
     ] = 0,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Start without asking.")] = False,
 ) -> int:
-    """Train RotMoLE and MoE-LoRA on a small model and compare them, in minutes."""
+    """Train LoRA, MoE-LoRA and RotMoLE of equal size on a small model, in minutes."""
     if not yes and _at_terminal():
         typer.confirm(
             "This downloads a model of 93 MB once and trains for a few minutes. Continue?",

@@ -1,4 +1,4 @@
-"""The demo, whole, on a tiny model: two processes, one start, one table, one file."""
+"""The demo, whole, on a tiny model: a process for each adapter, one table, one file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rotmole.cli.demo import worker
-from rotmole.cli.demo.command import OURS, TWIN, clear_output, demo, make_jobs
+from rotmole.cli.demo.command import LORA, MIXTURE, OURS, clear_output, demo, make_jobs
 from rotmole.errors import InputError, RotMoleError
 from rotmole.training.folder.lock import run_lock
 from training_cases import write_model
@@ -40,7 +40,7 @@ def test_the_demo_tells_all_it_promises(overrides, output, capfd):
     estimate = next(i for i, line in enumerate(lines) if line.startswith("estimate"))
     header = next(i for i, line in enumerate(lines) if line.startswith("task "))
     assert estimate < header
-    for name in ("before", "before, 3 examples", TWIN, OURS):
+    for name in ("before", "before, 3 examples", LORA, MIXTURE, OURS):
         assert name in lines[header]
     cells = [line.split()[:2] for line in lines[header + 1 :]]
     for task in ("units", "currency", "dates", "lists"):
@@ -52,30 +52,34 @@ def test_the_demo_tells_all_it_promises(overrides, output, capfd):
     assert page.is_file()
     assert lines[-1] == f"  report: {page}"
     assert re.match(rf"{OURS}: (\d+ things? to mend: |Nothing to mend: )", lines[-2])
-    assert re.search(rf"update chose: {TWIN} \d+ of 32, {OURS} \d+ of 32 ", screen.out)
+    assert re.search(rf"update chose: {MIXTURE} \d+ of 32, {OURS} \d+ of 32 ", screen.out)
     assert "collapsed" not in screen.err
     assert f"{OURS}: training 3/3" in screen.err
     content = json.loads((output / "demo.json").read_text(encoding="utf-8"))
-    assert set(content["exact_match"]) == {"before", "before, 3 examples", TWIN, OURS}
-    for name in (TWIN, OURS):
+    assert set(content["exact_match"]) == {"before", "before, 3 examples", LORA, MIXTURE, OURS}
+    for name in (LORA, MIXTURE, OURS):
         assert (
             content["rise"][name] == content["exact_match"][name] - content["exact_match"]["before"]
         )
-    assert content["trainable_parameters"][OURS] > content["trainable_parameters"][TWIN]
     assert content["report"]["systems"][OURS]["tasks"]["units"]["groups"].keys() == {"de", "fr"}
 
 
-def test_the_sides_differ_in_the_rotation_alone(overrides, tmp_path):
-    ours, twin = (job.run for job in make_jobs(tmp_path, 3, 1, overrides))
-    differ = {"output_dir", "adapter"}
-    assert twin.adapter["rotation"] == "none"
-    assert ours.adapter | {"rotation": "none"} == twin.adapter
-    assert ours.model_dump(exclude=differ) == twin.model_dump(exclude=differ)
+def test_the_sides_differ_in_the_adapter_and_its_rate_alone(overrides, tmp_path):
+    lora, mixture, ours = (job.run for job in make_jobs(tmp_path, 3, 1, overrides))
+    assert mixture.adapter == ours.adapter | {"rotation": "none", "r": 8, "lora_alpha": 16}
+    assert lora.adapter["peft_type"] == "LORA"
+    assert lora.adapter["target_modules"] == ours.adapter["target_modules"]
+    assert {run.adapter["lora_alpha"] / run.adapter["r"] for run in (lora, mixture, ours)} == {2}
+    differ = {"output_dir", "adapter", "training", "evaluation"}
+    assert ours.model_dump(exclude=differ) == mixture.model_dump(exclude=differ)
+    assert ours.model_dump(exclude=differ) == lora.model_dump(exclude=differ)
+    assert ours.training == mixture.training == lora.training | {"learning_rate": 4e-3}
+    assert ours.evaluation == lora.evaluation.model_copy(update={"report_tokens": 1000})
 
 
 def test_a_run_that_no_demo_made_is_not_removed(overrides, tmp_path):
     jobs = make_jobs(tmp_path, 3, 1, overrides)
-    folder = tmp_path / TWIN.lower()
+    folder = tmp_path / MIXTURE.lower()
     folder.mkdir()
     (folder / "manifest.json").touch()
     with pytest.raises(InputError, match="contains a run that no demo made"):
@@ -94,7 +98,7 @@ def test_a_run_that_no_demo_made_is_not_removed(overrides, tmp_path):
 
 
 def test_the_shipped_settings_are_the_ones_described(tmp_path):
-    run = make_jobs(tmp_path, None, 0)[0].run
+    run = make_jobs(tmp_path, None, 0)[-1].run
     cells = sum(len(task.languages) for task in run.data.tasks.values())
     rows = sum(len(task.languages) * task.limit["train"] for task in run.data.tasks.values())
     assert cells == 12

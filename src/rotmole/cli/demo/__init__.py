@@ -1,1 +1,1 @@
-"""The demo: RotMoLE and its scalar twin trained and compared."""
+"""The demo: LoRA, MoE-LoRA and RotMoLE of equal parameters, trained and compared."""

@@ -1,4 +1,4 @@
-"""``rotmole demo``: RotMoLE and its twin without rotation on a real model, in minutes."""
+"""``rotmole demo``: LoRA, MoE-LoRA and RotMoLE of equal parameters on a real model, in minutes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from rotmole.cli.demo.processes import run_jobs
-from rotmole.cli.demo.report import BEFORE, OURS, SHOWN, TWIN, show, write
+from rotmole.cli.demo.report import ADAPTERS, BEFORE, LORA, MIXTURE, OURS, SHOWN, show, write
 from rotmole.cli.demo.worker import Job
 from rotmole.config.load import load_run
 from rotmole.data import data_problems
@@ -22,16 +22,32 @@ from rotmole.models.load import load_tokenizer
 from rotmole.training.folder.layout import MANIFEST
 from rotmole.training.folder.lock import run_lock
 
-START = "start.safetensors"
+SIDES: dict[str, tuple[str, ...]] = {
+    LORA: (
+        "adapter={peft_type: LORA, r: 34, lora_alpha: 68, target_modules: [q_proj, k_proj, v_proj, "
+        "o_proj]}",
+        "training.learning_rate=2e-3",
+        "evaluation.report_tokens=0",
+    ),
+    MIXTURE: ("adapter.rotation=none", "adapter.r=8", "adapter.lora_alpha=16"),
+    OURS: (),
+}
+"""Name -> settings over demo.yaml.
+
+Ranks give the built-in model equal numbers of parameters, within 2 %; s = lora_alpha / r is 2 for
+all. Rates are the best of three in experiments/study/q1_screen.yaml.
+"""
+ALSO = {MIXTURE: {SHOWN: 3}, OURS: {BEFORE: 0}}
+"""Name -> what that process answers without adapter: name -> examples in the prompt."""
 
 
 def demo(
     output: Path, steps: int | None = None, seed: int = 0, overrides: Sequence[str] = ()
 ) -> int:
-    """Train both adapters from one start on the same rows, and show one table.
+    """Train the adapters on the same rows in the same order, and show one table.
 
     Args:
-        output: folder of the two run folders and demo.json.
+        output: folder of the run folders and demo.json.
         steps: updates of each adapter; None means the number in demo.yaml.
         seed: of data, initial weights and order.
         overrides: key=value settings over demo.yaml.
@@ -42,20 +58,20 @@ def demo(
     started = time.perf_counter()
     jobs = make_jobs(output, steps, seed, overrides)
     clear_output(output, jobs)
-    load_tokenizer(jobs[0].run.model)  # downloads the built-in model here, not in both processes
+    load_tokenizer(jobs[0].run.model)  # downloads the built-in model here, not in every process
     outcomes = run_jobs(jobs)
     interrupted = [outcome.interrupted for outcome in outcomes.values() if outcome.interrupted]
     if interrupted:
         print("stopped; the next `rotmole demo` starts from the beginning.")
         return 128 + interrupted[0]
-    if outcomes[TWIN].digest != outcomes[OURS].digest:
+    if len({outcome.digest for outcome in outcomes.values()}) > 1:
         raise RotMoleError(
-            "the two adapters did not have the same start and order of rows, so they cannot be "
+            "the adapters did not have the same rows in the same order, so they cannot be "
             "compared; please report this."
         )
     systems = {n: s for outcome in outcomes.values() for n, s in outcome.systems.items()}
     report = compare(
-        {name: systems[name] for name in (BEFORE, SHOWN, TWIN, OURS)},
+        {name: systems[name] for name in (BEFORE, SHOWN, *ADAPTERS)},
         {"steps": jobs[0].run.training["max_steps"], "seed": seed},
     )
     show(report, outcomes, time.perf_counter() - started)
@@ -66,28 +82,26 @@ def demo(
 def make_jobs(
     output: Path, steps: int | None, seed: int, overrides: Sequence[str] = ()
 ) -> list[Job]:
-    """Return one job for each adapter, made from demo.yaml; each has half of the cores."""
+    """Return one job for each adapter, made from demo.yaml; they share the cores."""
     text = files("rotmole.cli.demo").joinpath("demo.yaml").read_text(encoding="utf-8")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = max((cores or 1) // 2, 1)
+    threads = max((cores or 1) // len(SIDES), 1)
     jobs = []
-    # Each process also answers once without adapter, so that both work equally long.
-    sides = ((OURS, [], {BEFORE: 0}), (TWIN, ["none"], {SHOWN: 3}))
-    for name, rotation, before in sides:
+    for name, own in SIDES.items():
         settings = [
             f"output_dir={json.dumps(str(output / name.lower()))}",
             *([] if steps is None else [f"training.max_steps={steps}"]),
             f"seed={seed}",
+            *own,
             *overrides,
-            *(f"adapter.rotation={other}" for other in rotation),
         ]
         run = load_run("demo.yaml", settings, text=text, data_problems=data_problems)
-        jobs.append(Job(name, run, output / START, name == OURS, before, threads))
+        jobs.append(Job(name, run, ALSO.get(name, {}), threads))
     return jobs
 
 
 def clear_output(output: Path, jobs: Sequence[Job]) -> None:
-    """Create the demo's folder, or remove the run folders and the start of an earlier demo.
+    """Create the demo's folder, or remove the run folders of an earlier demo.
 
     Raises:
         InputError: a run folder was not made by a demo, or is in use.
@@ -105,5 +119,4 @@ def clear_output(output: Path, jobs: Sequence[Job]) -> None:
                         "--output."
                     )
                 shutil.rmtree(folder)
-    (output / START).unlink(missing_ok=True)
     mark.touch()

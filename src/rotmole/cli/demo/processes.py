@@ -1,4 +1,4 @@
-"""The demo's two processes as their parent sees them: start, messages, progress, end."""
+"""The demo's processes as their parent sees them: start, messages, progress, end."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import queue
 import sys
 from typing import Any
 
-from rotmole.cli.demo.report import OURS, TWIN
+from rotmole.cli.demo.report import ADAPTERS
 from rotmole.cli.demo.worker import Job, Outcome, work
 from rotmole.cli.screen import progress
 from rotmole.errors import RotMoleError
@@ -28,7 +28,7 @@ def run_jobs(jobs: list[Job]) -> dict[str, Outcome]:
         Outcomes by job name.
 
     Raises:
-        RotMoleError: a job failed; the other one is stopped.
+        RotMoleError: a job failed; the others are stopped.
     """
     # commands.py has already told the fork server what to import
     context = multiprocessing.get_context("forkserver")
@@ -83,8 +83,8 @@ def _announce(jobs: list[Job], estimates: dict[str, float], model_note: str | No
     print(f"tasks       {', '.join(tasks)} in {', '.join(languages)}")
     print(
         f"training    {run.training['max_steps']} updates of "
-        f"{run.training['per_device_train_batch_size']} rows for each of {TWIN} and {OURS}, at "
-        "the same time, from the same A, B and router, on the same rows in the same order"
+        f"{run.training['per_device_train_batch_size']} rows for each of {', '.join(ADAPTERS)}, at "
+        "the same time, on the same rows in the same order"
     )
     print(f"estimate    {max(estimates.values()) / 60:.1f} minutes, measured on a few updates")
     sys.stdout.flush()

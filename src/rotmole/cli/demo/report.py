@@ -11,7 +11,7 @@ from rotmole.evaluation.render import print_table, rows
 from rotmole.evaluation.report import prediction_rows
 from rotmole.files import atomic_write_text
 
-TWIN, OURS = "MoE-LoRA", "RotMoLE"
+LORA, MIXTURE, OURS = ADAPTERS = "LoRA", "MoE-LoRA", "RotMoLE"
 BEFORE, SHOWN = "before", "before, 3 examples"
 
 
@@ -19,7 +19,7 @@ def show(report: Report, outcomes: dict[str, Outcome], seconds: float) -> None:
     """Print the table, the cost, and a few answers.
 
     Args:
-        report: of BEFORE, SHOWN, TWIN and OURS.
+        report: of BEFORE, SHOWN and ADAPTERS.
         outcomes: by name of the adapter.
         seconds: wall time of the whole demo.
     """
@@ -31,24 +31,26 @@ def show(report: Report, outcomes: dict[str, Outcome], seconds: float) -> None:
         title="exact match [95 % interval]",
     )
     print()
-    for name in (TWIN, OURS):
+    for name in ADAPTERS:
         outcome = outcomes[name]
         print(
             f"{name:<9} {outcome.trainable_parameters:>9,} trainable parameters, trained in "
             f"{outcome.seconds:.0f} s, answered in {outcome.systems[name].seconds:.0f} s"
         )
     print(f"all in {seconds:.0f} s")
-    unused = [f"{name} {' of '.join(map(str, outcomes[name].unused))}" for name in (TWIN, OURS)]
+    mixtures = (MIXTURE, OURS)
+    unused = [f"{name} {' of '.join(map(str, outcomes[name].unused))}" for name in mixtures]
     print(
         f"experts that no token of the last logged update chose: {', '.join(unused)} (there are "
         "few rows, and no balance loss is on: adapter.router_aux_loss_coef)"
     )
-    print(
-        "RotMoLE has rotation gates in addition, so the two have different numbers of parameters.\n"
-    )
+    print()
     show_answers(report)
-    print("\nOne seed decides nothing: with another seed the two adapters may change places.")
-    for name in (TWIN, OURS):
+    print(
+        "\nOne seed decides nothing: with another seed the adapters may change places. "
+        "`rotmole compare` decides by several."
+    )
+    for name in mixtures:
         page, words = outcomes[name].report
         print(f"\n{name}: {words}" + (f"\n  report: {page}" if page is not None else ""))
 
@@ -67,14 +69,14 @@ def write(path: Path, report: Report, outcomes: dict[str, Outcome], seconds: flo
     """Write demo.json: overall exact match, its rise, the cost, and the whole report.
 
     Args:
-        report: of BEFORE, SHOWN, TWIN and OURS.
+        report: of BEFORE, SHOWN and ADAPTERS.
         outcomes: by name of the adapter.
         seconds: wall time of the whole demo.
     """
     overall = {n: system.overall["exact_match"].value for n, system in report.systems.items()}
     content = {
         "exact_match": overall,
-        "rise": {name: overall[name] - overall[BEFORE] for name in (TWIN, OURS)},
+        "rise": {name: overall[name] - overall[BEFORE] for name in ADAPTERS},
         "trainable_parameters": {n: o.trainable_parameters for n, o in outcomes.items()},
         "training_seconds": {n: round(o.seconds, 1) for n, o in outcomes.items()},
         "seconds": round(seconds, 1),

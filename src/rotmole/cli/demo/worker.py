@@ -30,7 +30,6 @@ from rotmole.training.callbacks import usage
 from rotmole.training.callbacks.metrics import read_metrics
 from rotmole.training.folder.layout import METRICS
 from rotmole.training.run import TrainResult, train
-from rotmole.training.start import load_start, save_start, start_digest
 from rotmole.tuner.experts.experts import Experts
 
 PROBE_ANSWERS = 2  # of each task
@@ -44,16 +43,12 @@ class Job:
     Attributes:
         name: of the adapter in the table.
         run: the adapter's run file.
-        start: file with the initial A, B and router that both adapters share.
-        writes_start: True if this process writes that file; the other one waits for it.
         before: what it also answers without adapter: name -> examples in the prompt.
         threads: number of threads of torch.
     """
 
     name: str
     run: RunFile
-    start: Path
-    writes_start: bool
     before: dict[str, int]
     threads: int
 
@@ -66,7 +61,7 @@ class Outcome:
         systems: name -> answers and figures.
         trainable_parameters: their number, gates included.
         seconds: wall time of training alone.
-        digest: of the initial A, B and router, and of the order of rows.
+        digest: of the order of rows.
         unused: number of experts that no token of the last logged update chose, and of all.
         interrupted: the signal that stopped it, or None.
         report: the page about the adapter, and its verdict; no page, and why, if there is none.
@@ -124,13 +119,7 @@ def _outcome(job: Job, messages: Any, may_train: Any) -> Outcome:
     digests: list[str] = []
 
     def prepare(built: Built) -> None:
-        if job.writes_start:
-            save_start(built.model, job.start)
-        else:
-            while not job.start.exists():
-                time.sleep(0.1)
-            load_start(built.model, job.start)
-        digests.append(start_digest(built.model) + _order_digest(built))
+        digests.append(_order_digest(built))
         messages.put(("estimate", job.name, _estimate(built, job), built.base.note))
         may_train.wait()
 
