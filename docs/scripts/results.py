@@ -1,14 +1,16 @@
-"""Write the tables and figures of docs/results.md from the committed study.json files.
+"""Write docs/results.md from the committed study.json files, and what README.md quotes of it.
 
-python docs/scripts/results.py [--page FILE] [--results FOLDER]
+python docs/scripts/results.py [--page FILE] [--readme FILE] [--results FOLDER]
 
-A question whose study is not there yet says how many cells are missing and what they would cost.
+The page has the answer in ten sentences (answers.py), and a table and a figure for each study. A
+question whose study is not there yet says how many cells are missing and what they would cost.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from math import prod
 from pathlib import Path
 from statistics import mean
@@ -21,10 +23,16 @@ from rotmole.comparison.pages import tables
 from rotmole.comparison.pages.figures import forest
 from rotmole.drawing import standalone
 
+sys.path.insert(0, str(Path(__file__).parent))
+from answers import answers, name_of
+
 ROOT = Path(__file__).parents[2]
 STUDIES = ROOT / "experiments" / "study"
 RESULTS = STUDIES / "results"
 PAGE, PICTURES = ROOT / "docs" / "results.md", ROOT / "docs" / "pictures"
+README = ROOT / "README.md"
+QUOTED = 4
+"""Sentences of the answer that README.md quotes, the first ones."""
 GROWN = ROOT / "experiments" / "grow" / "results.json"
 
 
@@ -43,7 +51,7 @@ class Study(NamedTuple):
 
 
 QUESTIONS = {
-    "q1": [Study("q1_screen", "the screen", 1.6)],
+    "q1": [Study("q1_screen", "the screen", 1.2), Study("q1", "the finalists", 1.7)],
     "q2": [
         Study("q2_glue", "mixed GLUE", 8),
         Study("q2_qa", "mixed QA", 8),
@@ -84,6 +92,8 @@ def table(judgement: Judgement) -> str:
     """Return scores, and the difference of each method to the baseline with its verdict."""
     nll = judgement.measures[0]
     lines = tables.overview(judgement)
+    if not judgement.seeds:  # a screen: no interval and no verdict
+        return tables.markdown([lines[0], *sorted(lines[1:], key=lambda line: line[-1])])
     found = {line[0]: line[1:] for line in tables.differences(judgement, nll)[1:]}
     header = tables.differences(judgement, nll)[0][1:]
     joined = [[*lines[0], *header]]
@@ -98,13 +108,14 @@ def shown(study: Study, results: Path, pictures: Path) -> str:
     if not path.is_file():
         return missing(study)
     judgement = read_judgement(path)
-    parts = [f"**{study.what.capitalize()}.** {judgement.headline}", table(judgement)]
+    headline = judgement.headline[0].upper() + judgement.headline[1:]
+    parts = [f"**{study.what.capitalize()}.** {headline}.", table(judgement)]
     drawing = forest(judgement, judgement.measures[0])
     if drawing is not None:
         picture = f"results-{study.name}.svg"
         (pictures / picture).write_text(standalone(drawing.svg) + "\n", encoding="utf-8")
         parts.append(f"![{drawing.name}](pictures/{picture})\n\n{drawing.caption}")
-    parts += [f"- {remark}" for remark in tables.remarks(judgement)]
+    parts.append("\n".join(f"- {remark}" for remark in tables.remarks(judgement)))
     return "\n\n".join([*parts, tables.facts(judgement.facts)])
 
 
@@ -134,13 +145,65 @@ def forgetting() -> str:
     return tables.markdown(lines)
 
 
-def page(text: str, results: Path = RESULTS, pictures: Path = PICTURES) -> str:
-    """Return the page with every question's part between its two markers."""
-    parts = {
-        name: "\n\n".join(shown(study, results, pictures) for study in studies)
-        for name, studies in QUESTIONS.items()
+def look_inside() -> str:
+    """Return the table of what rotation and routing add in the finished adapters of Q1."""
+    found = inside()
+    if found is None:
+        return (
+            "**Not run yet: inside the finalists.** `python experiments/study/q4_inside.py` reads "
+            "the finished adapters of Q1."
+        )
+    lines = [[
+        "", "seeds", "answers, NLL", "rotation off", "routing uniform", "no adapter",
+        "static, rank 8", "static, rank 16", "mean angle by task",
+    ]]  # fmt: skip
+    for method in dict.fromkeys(name.partition("/")[0] for name in found):
+        cells = [cell for name, cell in found.items() if name.startswith(f"{method}/")]
+        answer = [cell["answers"] for cell in cells]
+        added = [
+            f"{mean(a[part] - a['trained'] for a in answer):+.3f}"
+            if all(a[part] is not None for a in answer)
+            else ""
+            for part in ("rotation_off", "uniform", "base")
+        ]
+        shares = [f"{mean(cell['static'][rank] for cell in cells):.1%}" for rank in ("8", "16")]
+        tasks = [task for task in cells[0]["angles"] if task != "all"]
+        angles = [
+            mean(cell["angles"][task] for cell in cells)
+            for task in tasks
+            if all(cell["angles"][task] is not None for cell in cells)
+        ]
+        turned = f"{min(angles):.2f} to {max(angles):.2f}" if angles else ""
+        trained = f"{mean(a['trained'] for a in answer):.3f}"
+        lines.append([name_of(method), str(len(cells)), trained, *added, *shares, turned])
+    return tables.markdown(lines)
+
+
+def inside() -> dict[str, Any] | None:
+    """Read what experiments/study/q4_inside.py has measured."""
+    path = RESULTS / "q4_inside.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def sentences(results: Path = RESULTS) -> list[str]:
+    """Return the ten sentences of the answer."""
+    studies = {
+        study.name: read_judgement(path)
+        for group in QUESTIONS.values()
+        for study in group
+        if (path := results / f"{study.name}.json").is_file()
     }
-    for name, body in (parts | {"q5": forgetting()}).items():
+    grown = json.loads(GROWN.read_text(encoding="utf-8"))["cells"]
+    return answers(studies, inside(), grown)
+
+
+def filled(text: str, parts: dict[str, str]) -> str:
+    """Put each part between its two markers.
+
+    Raises:
+        SystemExit: a marker is missing.
+    """
+    for name, body in parts.items():
         start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
         before, opened, rest = text.partition(start)
         _, closed, after = rest.partition(end)
@@ -150,16 +213,33 @@ def page(text: str, results: Path = RESULTS, pictures: Path = PICTURES) -> str:
     return text
 
 
+def page(text: str, results: Path = RESULTS, pictures: Path = PICTURES) -> str:
+    """Return the page with the answer, and every question's part between its two markers."""
+    numbered = [f"{n}. {line}" for n, line in enumerate(sentences(results), start=1)]
+    parts = {"answer": "\n".join(numbered)}
+    for name, studies in QUESTIONS.items():
+        parts[name] = "\n\n".join(shown(study, results, pictures) for study in studies)
+    parts["q4"] += f"\n\n{look_inside()}"
+    return filled(text, parts | {"q5": forgetting()})
+
+
+def quoted(readme: str, results: Path = RESULTS) -> str:
+    """Return README.md with the first sentences of the answer between its two markers."""
+    return filled(readme, {"results": "\n".join(f"- {s}" for s in sentences(results)[:QUOTED])})
+
+
 def main() -> None:
-    """Write the page and its pictures."""
+    """Write the page and its pictures, and README.md's quotation."""
     options = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     options.add_argument("--page", type=Path, default=PAGE)
+    options.add_argument("--readme", type=Path, default=README)
     options.add_argument("--results", type=Path, default=RESULTS)
     given = options.parse_args()
-    text = given.page.read_text(encoding="utf-8")
-    given.page.write_text(page(text, given.results), encoding="utf-8")
+    for path, write in ((given.page, page), (given.readme, quoted)):
+        text = path.read_text(encoding="utf-8")
+        path.write_text(write(text, given.results), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -68,6 +68,35 @@ def test_the_results_are_those_of_the_committed_studies(tmp_path: Path) -> None:
         )
 
 
+def test_the_readme_quotes_the_answer() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    results = script("results")
+    assert readme == results.quoted(readme), "run `make pages`"
+    assert f"- {results.sentences()[0]}" in readme
+
+
+def test_the_answer_says_what_a_planted_study_has(tmp_path: Path) -> None:
+    """Who beats LoRA, who loses, who cannot be told from it, and pairs that are no claims."""
+    effects = dict(lora=0.0, moe_lora=0.25, tangent=0.25, offset=0.5, scale=0.0, shared=-0.25)
+    judgement = judge(made_results(effects, seeds=range(9)))
+    write_judgement(judgement, tmp_path / "q1.json")
+    first, rotation, reasons, always_on, rates, *_ = script("results").sentences(tmp_path)
+
+    def shown(method: str) -> str:
+        estimate = judgement.difference(method, "nll").estimate
+        return f"{estimate.value:+.3f} [{estimate.low:+.3f}, {estimate.high:+.3f}]"
+
+    assert "nine seeds: of five forms" in first
+    assert f"one beat one tuned LoRA (MoE-LoRA with an always-on expert {shown('shared')})" in first
+    assert f"three lose to one tuned LoRA (MoE-LoRA {shown('moe_lora')}; " in first
+    assert f"one: no difference found (`scale` {shown('scale')})" in first
+    assert "RotMoLE with its default gates is not to be told from MoE-LoRA" in rotation
+    assert "RotMoLE with its default gates is better than `offset` (-0.2" in reasons
+    assert "RotMoLE with its default gates is worse than `scale` (+0.2" in reasons
+    assert "always-on expert is better than MoE-LoRA (-0.5" in always_on
+    assert "LoRA's best is" in rates
+
+
 def test_a_finished_study_has_its_table_and_its_figure(tmp_path: Path) -> None:
     """In place of what it would cost; every figure is one of the judgement."""
     judgement = judge(made_results({"lora": 0.0, "moe_lora": 0.25}))

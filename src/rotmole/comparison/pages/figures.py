@@ -147,7 +147,10 @@ def forest(judgement: Judgement, measure: Measure) -> Drawing | None:
         )
 
     claims = "Filled: a claim; hollow: none." if judgement.claims else ""
-    caption = f"Mean over seeds and 95 % interval over seeds, paired by seed. {claims}"
+    if all(estimate.low is None for _, estimate in known):
+        caption = "One seed, so there are no intervals."
+    else:
+        caption = f"Mean over seeds and 95 % interval over seeds, paired by seed. {claims}".rstrip()
     name = f"differences-{measure.name.replace(' ', '-')}"
     label = f"Paired differences in {measure.label} to {judgement.baseline}"
     height = 1.1 + 0.42 * len(known)

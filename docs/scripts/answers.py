@@ -1,0 +1,242 @@
+"""The answer of docs/results.md in ten sentences, each made from the committed figures.
+
+A difference to LoRA is a claim where the study's judgement makes one. Other pairs, such as a
+rotation and the same mixture without, have intervals and are no claims.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from rotmole.comparison.judgement import BETTER, NONE, WORSE, Judgement
+from rotmole.comparison.scores import HELD_OUT
+from rotmole.evaluation.statistics.paired import Paired, paired
+from rotmole.units import count_word
+
+NAMES = {
+    "lora": "LoRA",
+    "moe_lora": "MoE-LoRA",
+    "tangent": "RotMoLE with its default gates",
+    "rotmole": "RotMoLE with its default gates",
+    "tangent_h4": "RotMoLE with gates through four inputs",
+    "cayley_h4": "Cayley gates through four inputs",
+    "radar_pairs": "RadarGate's pairs",
+    "offset": "`offset`",
+    "scale": "`scale`",
+    "shared": "MoE-LoRA with an always-on expert",
+    "dense_mean_one": "a dense mixture with weights of mean one",
+    "mola": "MoLA",
+    "moe_lora_sum_two": "MoE-LoRA with weights that sum to two",
+}
+ROTATIONS = ("tangent", "rotmole", "tangent_h4", "cayley_h4", "radar_pairs")
+Studies = Mapping[str, Judgement]
+
+
+def name_of(method: str) -> str:
+    """Say a method in words."""
+    return NAMES.get(method, f"`{method}`")
+
+
+def difference(study: Judgement, one: str, other: str, measure: str = "nll") -> Paired | None:
+    """Return the paired difference of two methods over everything, the first minus the second."""
+    scores = [study.score(method, measure) for method in (one, other)]
+    if None in scores:
+        return None
+    here, there = (score.by_seed for score in scores if score is not None)
+    values = [
+        value - base
+        for seed, value in here.items()
+        if value is not None and (base := there.get(seed)) is not None
+    ]
+    return paired(values) if values else None
+
+
+def written(found: Paired) -> str:
+    """Write a difference with its interval."""
+    if found.low is None or found.high is None:
+        return f"{found.value:+.3f}"
+    return f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
+
+
+def direction(found: Paired) -> str:
+    """Say what an interval decides: "better", "worse" (a higher loss), or neither."""
+    if found.high is not None and found.high < 0:
+        return BETTER
+    return WORSE if found.low is not None and found.low > 0 else NONE
+
+
+def listed(parts: Sequence[str]) -> str:
+    """Join with commas and an "and"."""
+    if len(parts) < 2:
+        return "".join(parts)
+    return f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def _against(study: Judgement, pairs: Iterable[tuple[str, str]]) -> list[str]:
+    """Say for each pair how the first does beside the second."""
+    words = {BETTER: "better than", WORSE: "worse than", NONE: "not to be told from"}
+    parts = []
+    for one, other in pairs:
+        found = difference(study, one, other)
+        if found is not None:
+            way = words[direction(found)]
+            parts.append(f"{name_of(one)} is {way} {name_of(other)} ({written(found)})")
+    return parts
+
+
+def against_lora(study: Judgement, where: str) -> str:
+    """Say which methods beat the baseline, which lose to it, and which cannot be told from it."""
+    groups: dict[str, list[str]] = {}
+    for d in study.differences:
+        if d.measure == "nll" and not d.task and d.estimate is not None:
+            groups.setdefault(d.verdict, []).append(f"{name_of(d.method)} {written(d.estimate)}")
+    base, total = name_of(study.baseline), sum(map(len, groups.values()))
+    parts = []
+    for verdict, words in ((BETTER, "beat"), (WORSE, "lose to")):
+        found = groups.pop(verdict, [])
+        count = count_word(len(found)) if found else "none"
+        shown = f" ({'; '.join(found)})" if found else ""
+        parts.append(f"{count} {words} one tuned {base}{shown}")
+    for verdict, found in groups.items():
+        parts.append(f"{count_word(len(found))}: {verdict} ({'; '.join(found)})")
+    seeds = count_word(len(study.seeds))
+    return f"{where}, {seeds} seeds: of {count_word(total)} forms {'; '.join(parts)}."
+
+
+def rotation(study: Judgement) -> str:
+    """Say what rotation adds to the same mixture without."""
+    parts = _against(study, ((name, "moe_lora") for name in ROTATIONS))
+    return f"Rotation, beside the same mixture without at equal parameters: {listed(parts)}."
+
+
+def reasons(study: Judgement, inside: Mapping[str, Any] | None) -> str:
+    """Say what the controls do, and what a trained adapter loses without its rotation."""
+    turned = "tangent" if study.score("tangent", "nll") else "rotmole"
+    parts = _against(study, ((turned, "offset"), (turned, "scale")))
+    text = f"Beside controls with as many parameters, {listed(parts)}"
+    cells = [v for k, v in (inside or {}).items() if k.startswith(f"{turned}/")]
+    if cells:
+        lost = fmean(c["answers"]["rotation_off"] - c["answers"]["trained"] for c in cells)
+        static = fmean(c["static"]["16"] for c in cells)
+        text += (
+            f"; the trained adapter leans on its rotation ({lost:+.2f} nats without), and yet "
+            f"{static:.0%} of what it adds is a static map of rank 16"
+        )
+    return f"{text}."
+
+
+def always_on(study: Judgement) -> str:
+    """Say what an expert that every token uses does."""
+    parts = _against(study, (("shared", "moe_lora"), ("shared", "lora")))
+    return f"An expert that every token uses: {listed(parts)}."
+
+
+def rates(study: Judgement) -> str:
+    """Say what the learning rate does beside the choice of the method."""
+    best = {method.name: method.rate for method in study.methods}
+    by_rate: dict[str, dict[float, list[float]]] = {}
+    for trial in study.trials:
+        if trial.nll is not None:
+            by_rate.setdefault(trial.method, {}).setdefault(trial.rate, []).append(trial.nll)
+    base = {rate: fmean(values) for rate, values in by_rate[study.baseline].items()}
+    chosen = best[study.baseline]
+    costs = [
+        f"{value - base[chosen]:+.2f} at {rate:g}"
+        for rate, value in sorted(base.items())
+        if rate != chosen and 0.4 < rate / chosen < 2.5
+    ]
+    scores = [s.value for s in study.scores if s.measure == "nll" and not s.task and s.value]
+    others = {rate for name, rate in best.items() if name != study.baseline}
+    words = listed([f"{rate:g}" for rate in sorted(others)])
+    step = _against(study, (("moe_lora_sum_two", "moe_lora"), ("dense_mean_one", "lora")))
+    steps = f"; of the step's size, {listed(step)}" if step else ""
+    return (
+        f"The rate matters more than the gate: {name_of(study.baseline)}'s best is {chosen:g} "
+        f"({listed(costs)}), the mixtures' {words}, and all methods at their best lie within "
+        f"{max(scores) - min(scores):.3f}{steps}."
+    )
+
+
+def unseen(study: Judgement) -> str:
+    """Say how methods do on tasks that no cell trains on."""
+    parts: dict[str, list[str]] = {}
+    for d in study.differences:
+        if d.measure == HELD_OUT and not d.task and d.estimate is not None:
+            way = direction(d.estimate)
+            parts.setdefault(way, []).append(f"{name_of(d.method)} {written(d.estimate)}")
+    said = [f"{way} than LoRA: {'; '.join(parts[way])}" for way in (BETTER, WORSE) if way in parts]
+    if NONE in parts:
+        said.append(f"no difference found for {count_word(len(parts[NONE]))}")
+    return f"On a language and a kind that nobody trained on: {'; '.join(said)}."
+
+
+def forgetting(cells: Sequence[Mapping[str, Any]]) -> str:
+    """Say what is lost of the first languages when another is learnt."""
+
+    def old(name: str) -> float:
+        return fmean(
+            cell["scores"][language]["exact_match"]
+            for cell in cells
+            if cell["cell"] == name
+            for language in ("de", "fr", "es")
+        )
+
+    return (
+        f"Adding a language (exact match on the three old ones): a grown mixture with frozen old "
+        f"experts goes from {old('mixture'):.2f} to {old('grown-frozen'):.2f}, one LoRA that is "
+        f"trained on from {old('lora'):.2f} to {old('lora-on'):.2f}, and one LoRA on all four "
+        f"together has {old('joint-lora'):.2f}."
+    )
+
+
+def answers(
+    studies: Studies, inside: Mapping[str, Any] | None, grown: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """Return the ten sentences; a question without its study says that it is open.
+
+    Args:
+        studies: name of the study file -> its judgement.
+        inside: of experiments/study/q4_inside.py; None if it was not run.
+        grown: the cells of experiments/grow.
+    """
+    q1 = studies.get("q1")
+    if q1 is None:
+        first = ["Open: Q1 was not run, so nothing is known of mixtures, rotations and controls."]
+    else:
+        where = "On 36 tasks (six kinds in six languages) at equal parameters"
+        first = [
+            against_lora(q1, where), rotation(q1), reasons(q1, inside), always_on(q1), rates(q1),
+            unseen(q1),
+        ]  # fmt: skip
+    second = [f"q2_{name}" for name in ("glue", "qa", "titles")]
+    if any(name in studies for name in second):
+        words = {"glue": "mixed GLUE", "qa": "mixed QA", "titles": "titles in ten languages"}
+        parts = [
+            against_lora(studies[name], f"On {words[name[3:]]}")
+            for name in second
+            if name in studies
+        ]
+        other = " ".join(parts)
+    else:
+        other = "Open: other mixtures (Q2) were not run."
+    few = against_lora(studies["q3"], "Few experts") if "q3" in studies else (
+        "Open: whether rotation pays where experts are few (Q3) was not run."
+    )  # fmt: skip
+    last = [name for name in ("q6_length", *QUESTION_7) if name in studies]
+    regimes = " ".join(against_lora(studies[name], WHERE[name]) for name in last) or (
+        "Open: longer training (Q6) and other regimes (Q7) were not run."
+    )
+    return [*first, other, few, forgetting(grown), regimes]
+
+
+WHERE = {
+    "q6_length": "With four times the updates",
+    "q7a_tiny": "With 0.3 M parameters",
+    "q7b_contradictions": "On tasks that contradict each other",
+    "q7e_down": "On down_proj",
+    "q7g_dense": "With dense gates around a LoRA",
+    "q7h_always_on": "With rotation where every token meets it",
+}
+QUESTION_7 = tuple(name for name in WHERE if name.startswith("q7"))
