@@ -212,7 +212,7 @@ def answers(
         ]  # fmt: skip
     second = [f"q2_{name}" for name in ("glue", "qa", "titles")]
     if any(name in studies for name in second):
-        words = {"glue": "mixed GLUE", "qa": "mixed QA", "titles": "titles in ten languages"}
+        words = {"glue": "mixed GLUE", "qa": "mixed QA", "titles": "titles in nine languages"}
         parts = [
             against_lora(studies[name], f"On {words[name[3:]]}")
             for name in second

@@ -53,9 +53,9 @@ class Study(NamedTuple):
 QUESTIONS = {
     "q1": [Study("q1_screen", "the screen", 1.2), Study("q1", "the finalists", 1.7)],
     "q2": [
-        Study("q2_glue", "mixed GLUE", 8),
-        Study("q2_qa", "mixed QA", 8),
-        Study("q2_titles", "titles in ten languages", 8),
+        Study("q2_glue", "mixed GLUE", 4),
+        Study("q2_qa", "mixed QA", 4),
+        Study("q2_titles", "titles in nine languages", 4),
     ],
     "q3": [Study("q3", "few experts", 1.6)],
     "q4": [Study("q4_gates", "rates of the gates and the balance loss", 1.6)],
