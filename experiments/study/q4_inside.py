@@ -1,6 +1,7 @@
 """Q4, part two: what rotation and routing add in the finished adapters of Q1, and what is static.
 
-    OMP_NUM_THREADS=1 python experiments/study/q4_inside.py runs/study/q1 [--methods NAME ...] [--seeds N ...]
+    OMP_NUM_THREADS=1 python experiments/study/q4_inside.py runs/study/q1 [--methods NAME ...]
+        [--seeds N ...]
 
 Each final cell is inspected as `rotmole inspect` does, on test rows; a cell that is in the results
 already is left alone. docs/scripts/results.py makes the table of docs/results.md from the results.

@@ -2,8 +2,8 @@
 
     python experiments/study/titles.py SOURCE FOLDER
 
-SOURCE has train.jsonl, validation.jsonl and test.jsonl with rows {lang, package, source, body, title},
-split by source package, so that no translation of a row stands in two splits.
+SOURCE has train.jsonl, validation.jsonl and test.jsonl with rows {lang, package, source, body,
+title}, split by source package, so that no translation of a row stands in two splits.
 """
 
 from __future__ import annotations

@@ -110,19 +110,20 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         dy_TO, dlogits_TE, _ = grads
+        _, needs_base, needs_x, *_ = ctx.needs_input_grad  # in the order of forward: how, Parts
         kept, count = ctx.saved_tensors, ctx.count
         tensors, kept = (None, *kept[:count]), kept[count:]
         gradients: list[Tensor | None]
         if torch.is_grad_enabled():  # second derivatives are wanted
             gradients = _differentiable(ctx, Parts.of(tensors), dy_TO, dlogits_TE)
         else:
-            kind = ctx.how._replace(rotated=None), ctx.needs_input_grad[2]
+            kind = ctx.how._replace(rotated=None), needs_x
             if may_compile(ctx.how.spec, tensors[1]):
                 grads_of = compiled(_backward, kind, detached(tensors), kept, dy_TO, dlogits_TE)
             else:
                 grads_of = _backward(kind, tensors, kept, dy_TO, dlogits_TE)
             gradients = [*grads_of]
-        if ctx.needs_input_grad[1] and dy_TO is not None:
+        if needs_base and dy_TO is not None:
             gradients[0] = dy_TO.to(ctx.base_dtype)
         return None, *gradients
 
