@@ -13,7 +13,6 @@ import json
 import sys
 from math import prod
 from pathlib import Path
-from statistics import mean
 from typing import Any, NamedTuple
 
 import yaml
@@ -24,7 +23,8 @@ from rotmole.comparison.pages.figures import forest
 from rotmole.drawing import standalone
 
 sys.path.insert(0, str(Path(__file__).parent))
-from answers import answers, name_of
+from answers import answers
+from result_parts import forgetting, look_inside, price
 
 ROOT = Path(__file__).parents[2]
 STUDIES = ROOT / "experiments" / "study"
@@ -119,82 +119,31 @@ def shown(study: Study, results: Path, pictures: Path) -> str:
     return "\n\n".join([*parts, tables.facts(judgement.facts)])
 
 
-def forgetting() -> str:
-    """Return Q5's table: exact match on old and new languages, mean over the seeds."""
-    found = json.loads(GROWN.read_text(encoding="utf-8"))["cells"]
-    names = {
-        "mixture": "mixture on de, fr, es",
-        "grown-frozen": "then grown on pl, old experts frozen",
-        "lora": "LoRA on de, fr, es",
-        "lora-on": "then trained on, on pl",
-        "joint-lora": "LoRA on all four",
-    }
-    lines = [["", "seeds", "de, fr, es", "pl", "other text, nats"]]
-    for name, words in names.items():
-        rows = [cell for cell in found if cell["cell"] == name]
-        old, new = (
-            [
-                mean(cell["scores"][language]["exact_match"] for language in languages)
-                for cell in rows
-            ]
-            for languages in (("de", "fr", "es"), ("pl",))
-        )
-        figures = [f"{mean(v):.2f} ({min(v):.2f} to {max(v):.2f})" for v in (old, new)]
-        text = f"{mean(cell['text_nll'] for cell in rows):.2f}"
-        lines.append([words, str(len(rows)), *figures, text])
-    return tables.markdown(lines)
-
-
-def look_inside() -> str:
-    """Return the table of what rotation and routing add in the finished adapters of Q1."""
-    found = inside()
-    if found is None:
-        return (
-            "**Not run yet: inside the finalists.** `python experiments/study/q4_inside.py` reads "
-            "the finished adapters of Q1."
-        )
-    lines = [[
-        "", "seeds", "answers, NLL", "rotation off", "routing uniform", "no adapter",
-        "static, rank 8", "static, rank 16", "mean angle by task",
-    ]]  # fmt: skip
-    for method in dict.fromkeys(name.partition("/")[0] for name in found):
-        cells = [cell for name, cell in found.items() if name.startswith(f"{method}/")]
-        answer = [cell["answers"] for cell in cells]
-        added = [
-            f"{mean(a[part] - a['trained'] for a in answer):+.3f}"
-            if all(a[part] is not None for a in answer)
-            else ""
-            for part in ("rotation_off", "uniform", "base")
-        ]
-        shares = [f"{mean(cell['static'][rank] for cell in cells):.1%}" for rank in ("8", "16")]
-        tasks = [task for task in cells[0]["angles"] if task != "all"]
-        angles = [
-            mean(cell["angles"][task] for cell in cells)
-            for task in tasks
-            if all(cell["angles"][task] is not None for cell in cells)
-        ]
-        turned = f"{min(angles):.2f} to {max(angles):.2f}" if angles else ""
-        trained = f"{mean(a['trained'] for a in answer):.3f}"
-        lines.append([name_of(method), str(len(cells)), trained, *added, *shares, turned])
-    return tables.markdown(lines)
-
-
-def inside() -> dict[str, Any] | None:
-    """Read what experiments/study/q4_inside.py has measured."""
-    path = RESULTS / "q4_inside.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-def sentences(results: Path = RESULTS) -> list[str]:
-    """Return the ten sentences of the answer."""
-    studies = {
+def known(results: Path) -> dict[str, Judgement]:
+    """Return the finished studies: name of the study file -> its judgement."""
+    return {
         study.name: read_judgement(path)
         for group in QUESTIONS.values()
         for study in group
         if (path := results / f"{study.name}.json").is_file()
     }
-    grown = json.loads(GROWN.read_text(encoding="utf-8"))["cells"]
-    return answers(studies, inside(), grown)
+
+
+def inside(results: Path) -> dict[str, Any] | None:
+    """Read what experiments/study/q4_inside.py has measured."""
+    path = results / "q4_inside.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def grown() -> list[dict[str, Any]]:
+    """Read the cells of experiments/grow."""
+    cells: list[dict[str, Any]] = json.loads(GROWN.read_text(encoding="utf-8"))["cells"]
+    return cells
+
+
+def sentences(results: Path = RESULTS) -> list[str]:
+    """Return the ten sentences of the answer."""
+    return answers(known(results), inside(results), grown())
 
 
 def filled(text: str, parts: dict[str, str]) -> str:
@@ -219,8 +168,9 @@ def page(text: str, results: Path = RESULTS, pictures: Path = PICTURES) -> str:
     parts = {"answer": "\n".join(numbered)}
     for name, studies in QUESTIONS.items():
         parts[name] = "\n\n".join(shown(study, results, pictures) for study in studies)
-    parts["q4"] += f"\n\n{look_inside()}"
-    return filled(text, parts | {"q5": forgetting()})
+    parts["q4"] += f"\n\n{look_inside(inside(results), pictures)}"
+    parts |= {"q5": forgetting(grown(), pictures), "price": price(known(results))}
+    return filled(text, parts)
 
 
 def quoted(readme: str, results: Path = RESULTS) -> str:

@@ -97,6 +97,26 @@ def test_the_answer_says_what_a_planted_study_has(tmp_path: Path) -> None:
     assert "LoRA's best is" in rates
 
 
+def test_what_an_inspection_found_has_its_table_and_figure(tmp_path: Path) -> None:
+    parts = {"trained": 0.5, "rotation_off": 0.7, "uniform": 0.8, "base": 3.5}
+    angles = {"all": 0.3, "a": 0.2, "b": 0.4}
+    cell = {"answers": parts, "static": {"8": 0.9, "16": 0.95}, "angles": angles}
+    plain = cell | {"answers": parts | {"rotation_off": None}, "angles": {"all": None, "a": None}}
+    found = {
+        "tangent/seed-0": cell,
+        "tangent/seed-1": cell | {"answers": parts | {"rotation_off": 0.9}},
+        "moe_lora/seed-0": plain,
+    }
+    text = script("results").look_inside(found, tmp_path)
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    assert lines[-2].startswith(
+        "| RotMoLE with its default gates | 2 | 0.500 | +0.300 | +0.300 | +3.000 | 90.0% | 95.0% | "
+    )
+    assert "0.20 to 0.40" in lines[-2]
+    assert lines[-1] == "| MoE-LoRA | 1 | 0.500 |  | +0.300 | +3.000 | 90.0% | 95.0% |  |"
+    assert "MoE-LoRA" in (tmp_path / "results-q4_inside.svg").read_text(encoding="utf-8")
+
+
 def test_a_finished_study_has_its_table_and_its_figure(tmp_path: Path) -> None:
     """In place of what it would cost; every figure is one of the judgement."""
     judgement = judge(made_results({"lora": 0.0, "moe_lora": 0.25}))

@@ -1,0 +1,163 @@
+"""Parts of docs/results.md that no study.json has: Q4 inside the adapters, Q5, and the price."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+from answers import name_of
+
+from rotmole.comparison.judgement import Judgement
+from rotmole.comparison.pages import tables
+from rotmole.drawing import draw, legend, series, standalone
+
+Cell = Mapping[str, Any]
+RUNS = {
+    "mixture": "mixture on de, fr, es",
+    "grown-frozen": "then grown on pl, old experts frozen",
+    "lora": "LoRA on de, fr, es",
+    "lora-on": "then trained on, on pl",
+    "joint-lora": "LoRA on all four",
+}
+
+
+def forgetting(cells: Sequence[Cell], pictures: Path) -> str:
+    """Return Q5's table and figure: exact match on old and new languages, by run.
+
+    Args:
+        cells: of experiments/grow/results.json.
+        pictures: folder of the figure.
+    """
+    lines = [["", "seeds", "de, fr, es", "pl", "other text, nats"]]
+    drawn: dict[str, list[list[float]]] = {"de, fr, es": [], "pl": []}
+    for name, words in RUNS.items():
+        rows = [cell for cell in cells if cell["cell"] == name]
+        for languages, values in drawn.items():
+            names = languages.split(", ")
+            values.append([mean(c["scores"][n]["exact_match"] for n in names) for c in rows])
+        figures = [
+            f"{mean(v[-1]):.2f} ({min(v[-1]):.2f} to {max(v[-1]):.2f})" for v in drawn.values()
+        ]
+        text = f"{mean(cell['text_nll'] for cell in rows):.2f}"
+        lines.append([words, str(len(rows)), *figures, text])
+
+    def paint(figure: Any) -> None:
+        axes = figure.subplots()
+        for index, (languages, runs) in enumerate(drawn.items()):
+            style = series(index) | {"linestyle": ""}
+            at = [place + 0.16 * (2 * index - 1) for place in range(len(runs))]
+            for place, values in zip(at, runs, strict=True):
+                axes.plot([min(values), max(values)], [place] * 2, color=style["color"], lw=1.6)
+            axes.plot([mean(values) for values in runs], at, label=languages, **style)
+        axes.set_yticks(range(len(RUNS)), RUNS.values())
+        axes.invert_yaxis()
+        axes.set(xlabel="exact match", title="Kept and learnt")
+        axes.set_xlim(left=0)
+        legend(figure, axes)
+
+    label = "Exact match on the old languages and on the new one"
+    _write(pictures, "results-q5", draw(paint, name="q5", label=label, height=2.9))
+    caption = "Mean over seeds; line: from the lowest to the highest seed."
+    return f"{tables.markdown(lines)}\n\n![{label}](pictures/results-q5.svg)\n\n{caption}"
+
+
+def look_inside(found: Mapping[str, Cell] | None, pictures: Path) -> str:
+    """Return the table and the figure of what experiments/study/q4_inside.py has measured.
+
+    Args:
+        found: "METHOD/seed-N" -> figures; None if it was not run.
+        pictures: folder of the figure.
+    """
+    if found is None:
+        return (
+            "**Not run yet: inside the finalists.** `python experiments/study/q4_inside.py` reads "
+            "the finished adapters of Q1."
+        )
+    by_method: dict[str, list[Cell]] = {}
+    for name, cell in found.items():
+        by_method.setdefault(name.partition("/")[0], []).append(cell)
+    lines = [[
+        "", "seeds", "answers, NLL", "rotation off", "routing uniform", "no adapter",
+        "static, rank 8", "static, rank 16", "mean angle by task",
+    ]]  # fmt: skip
+    for method, cells in by_method.items():
+        answers = [cell["answers"] for cell in cells]
+        added = [
+            f"{mean(a[part] - a['trained'] for a in answers):+.3f}"
+            if all(a[part] is not None for a in answers)
+            else ""
+            for part in ("rotation_off", "uniform", "base")
+        ]
+        shares = [f"{mean(cell['static'][rank] for cell in cells):.1%}" for rank in ("8", "16")]
+        trained = f"{mean(a['trained'] for a in answers):.3f}"
+        lines.append([name_of(method), str(len(cells)), trained, *added, *shares, _angles(cells)])
+
+    def paint(figure: Any) -> None:
+        axes = figure.subplots()
+        axes.set_xscale("log", base=2)
+        for index, (method, cells) in enumerate(by_method.items()):
+            ranks = [int(rank) for rank in cells[0]["static"]]
+            shares = [[cell["static"][str(rank)] for cell in cells] for rank in ranks]
+            style = series(index)
+            axes.plot(ranks, list(map(mean, shares)), label=name_of(method), **style)
+            low, high = list(map(min, shares)), list(map(max, shares))
+            axes.fill_between(ranks, low, high, color=style["color"], alpha=0.18, lw=0)
+        axes.set_xticks(ranks, list(map(str, ranks)))
+        axes.minorticks_off()
+        axes.set(xlabel="rank of the static map", ylabel="share", title="What is static")
+        legend(figure, axes)
+
+    label = "Share of what the adapter adds that a static LoRA explains, by rank"
+    _write(pictures, "results-q4_inside", draw(paint, name="q4i", label=label, height=3.3))
+    caption = (
+        "Static: share of the added power that the best static LoRA of a rank explains on test "
+        "rows. Line: mean over seeds; band: from the lowest to the highest seed."
+    )
+    note = (
+        'Columns "off", "uniform" and "no adapter": what the answers\' NLL rises by. Angle: mean '
+        "absolute angle in radians, from the least to the most turned task and language."
+    )
+    picture = f"![{label}](pictures/results-q4_inside.svg)"
+    return (
+        f"**Inside the finalists.**\n\n{tables.markdown(lines)}\n\n{note}\n\n{picture}\n\n{caption}"
+    )
+
+
+def _angles(cells: Sequence[Cell]) -> str:
+    """Return the least and the largest mean angle of a task, the mean over the seeds."""
+    tasks = [task for task in cells[0]["angles"] if task != "all"]
+    angles = [
+        mean(cell["angles"][task] for cell in cells)
+        for task in tasks
+        if all(cell["angles"][task] is not None for cell in cells)
+    ]
+    return f"{min(angles):.2f} to {max(angles):.2f}" if angles else ""
+
+
+def price(studies: Mapping[str, Judgement]) -> str:
+    """Return what the finished studies took, by the clock of their training.
+
+    Args:
+        studies: name of the study file -> its judgement.
+    """
+    lines = [["study", "cells", "minutes of training a cell", "hours of one core"]]
+    whole = 0.0
+    for name, study in studies.items():
+        seconds = [s for by_seed in study.clock.seconds.values() for s in by_seed.values()]
+        final = sum(len(method.seeds) for method in study.methods) if study.seeds else 0
+        count = len(study.trials) + final
+        hours = count * median(seconds) / 3600
+        whole += hours
+        lines.append([f"{name}.yaml", str(count), f"{median(seconds) / 60:.1f}", f"{hours:.1f}"])
+    lines.append(["together", "", "", f"{whole:.1f}"])
+    return (
+        f"{tables.markdown(lines)}\n\nCells that a study shares with another are counted in both. "
+        "Hours: the median of the judged cells times all cells; loading and scoring come on top, "
+        "about a third, and the machine did other work beside them."
+    )
+
+
+def _write(pictures: Path, name: str, svg: str) -> None:
+    (pictures / f"{name}.svg").write_text(standalone(svg) + "\n", encoding="utf-8")
