@@ -31,7 +31,7 @@ study-demo: setup  ## compare LoRA, MoE-LoRA, RotMoLE and a shared expert at equ
 
 test: setup  ## run the tests (two processes, one torch thread each)
 	@command -v g++ >/dev/null || { echo "missing: g++, which torch.compile's tests need (Debian: apt-get install g++)"; exit 1; }
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal -q
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal -q --durations=40 --durations-min=4
 
 test-all: setup  ## run all tests, the heavy ones included
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal -q -m ""
