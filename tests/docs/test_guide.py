@@ -29,12 +29,14 @@ def test_a_template_has_the_guides_learning_rate_and_names_those_of_other_sizes(
 ) -> None:
     run = yaml.safe_load(template.read_text(encoding="utf-8"))
     rate = float(run["training"]["learning_rate"])
-    assert rate == RATES[SIZES[run["model"]["name"]]]
+    adapter = run["adapter"]
+    sums_to_one = "preset" not in adapter and "routed_scaling_factor" not in adapter
+    assert rate == RATES[SIZES[run["model"]["name"]]] * (adapter["top_k"] if sums_to_one else 1)
     line = next(
         line for line in template.read_text("utf-8").splitlines() if "learning_rate" in line
     )
     named = {float(number) for number in re.findall(r"\de-\d", line)}
-    assert named == set(RATES.values())
+    assert named == {rate, *RATES.values()}
 
 
 def test_the_measures_that_the_guide_names_are_logged() -> None:
