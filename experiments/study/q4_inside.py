@@ -23,7 +23,7 @@ from rotmole.inspection.pages.summary import mean_angle
 from rotmole.inspection.sample import sample_of
 
 RESULTS = Path(__file__).parent / "results" / "q4_inside.json"
-METHODS = ("moe_lora", "tangent", "cayley_h4", "shared")
+METHODS = ("moe_lora", "dense_mean_one", "tangent", "cayley_h4")
 
 
 def inspected(cell: Path, tokens: int) -> Inspection:
