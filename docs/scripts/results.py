@@ -31,7 +31,7 @@ STUDIES = ROOT / "experiments" / "study"
 RESULTS = STUDIES / "results"
 PAGE, PICTURES = ROOT / "docs" / "results.md", ROOT / "docs" / "pictures"
 README = ROOT / "README.md"
-QUOTED = 4
+QUOTED = 2
 """Sentences of the answer that README.md quotes, the first ones."""
 GROWN = ROOT / "experiments" / "grow" / "results.json"
 
