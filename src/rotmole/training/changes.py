@@ -8,7 +8,7 @@ from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 
 from rotmole.config.load import sft_arguments
 from rotmole.config.schema import RunFile
@@ -95,9 +95,11 @@ def facts_of(run: RunFile) -> dict[str, Any]:
         seed, number of processes, versions. Paths of files are left out, and settings that decide
         only what is written, logged or evaluated.
     """
-    training = _defaults() | sft_arguments(run)
+    from trl import SFTConfig
+
+    training = _defaults(SFTConfig) | sft_arguments(run)
     facts: dict[str, Any] = {"seed": run.seed, "processes": world_size()}
-    facts |= _adapter_facts(run.adapter_config)
+    facts |= _adapter_facts(run.adapter_config.to_dict())
     if "peft_type" in run.adapter:  # rotmole's own is not named, as in older checkpoints
         facts["adapter.peft_type"] = run.adapter["peft_type"]
     facts |= {f"model.{name}": getattr(run.model, name) for name in _MODEL}
@@ -118,9 +120,9 @@ def facts_of(run: RunFile) -> dict[str, Any]:
     return {name: _plain(value) for name, value in facts.items()}
 
 
-def _adapter_facts(config: PeftConfig) -> dict[str, Any]:
-    settings = config.to_dict().items()
-    return {f"adapter.{k}": _plain(v) for k, v in settings if k not in _NOT_THE_ADAPTERS}
+def _adapter_facts(settings: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {name: value for name, value in settings.items() if name not in _NOT_THE_ADAPTERS}
+    return {f"adapter.{name}": _plain(value) for name, value in kept.items()}
 
 
 def _model_name(name: Any) -> Any:
@@ -128,11 +130,9 @@ def _model_name(name: Any) -> Any:
     return str(Path(name).resolve()) if isinstance(name, str) and Path(name).exists() else name
 
 
-def _defaults() -> dict[str, Any]:
-    """Return what TRL takes for settings that a run file leaves out."""
-    from trl import SFTConfig
-
-    fields = SFTConfig.__dataclass_fields__.items()
+def _defaults(config: Any) -> dict[str, Any]:
+    """Return what a class of settings takes for those that are left out."""
+    fields = config.__dataclass_fields__.items()
     return {name: field.default for name, field in fields if field.default is not MISSING}
 
 
@@ -197,7 +197,7 @@ def check_changes(
     content = read_seal(checkpoint)
     saved = dict(content.get("facts", {})) if isinstance(content, dict) else {}
     if _ORDER in saved and "adapter.peft_type" not in saved:
-        saved = _adapter_facts(RotMoleConfig()) | saved  # settings newer than the checkpoint
+        saved = _adapter_facts(_defaults(RotMoleConfig)) | saved  # settings newer than it
     if "model.name" in saved:  # rotmole 0.1 kept it as it was written
         saved["model.name"] = _model_name(saved["model.name"])
     late = all(name.startswith(_LOADED) for name in now)
