@@ -153,9 +153,9 @@ def rates(study: Judgement) -> str:
     step = _against(study, (("moe_lora_sum_two", "moe_lora"), ("dense_mean_one", "lora")))
     steps = f"; of the step's size, {listed(step)}" if step else ""
     return (
-        f"The rate matters more than the gate: {name_of(study.baseline)}'s best is {chosen:g} "
-        f"({listed(costs)}), the mixtures' {words}, and all methods at their best lie within "
-        f"{max(scores) - min(scores):.3f}{steps}."
+        f"Learning rates, by the tuning losses: {name_of(study.baseline)}'s best is {chosen:g} "
+        f"({listed(costs)}), the mixtures' {words}, and on test rows all methods at their best lie "
+        f"within {max(scores) - min(scores):.3f}{steps}."
     )
 
 

@@ -797,7 +797,7 @@ def doctor(
 @app.command()
 def demo(
     output: Annotated[
-        Path, typer.Option("--output", help="The folder for both runs and the figures.")
+        Path, typer.Option("--output", help="The folder for the runs and the figures.")
     ] = Path("runs/demo"),
     steps: Annotated[
         int | None,

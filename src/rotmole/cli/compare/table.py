@@ -207,7 +207,7 @@ def summary(progress: Progress, started: float) -> str:
     if count["failed"]:
         words.append(f"{count['failed']} failed")
     if progress.plan.open:
-        words.append("final cells follow")
+        words.append("more cells may follow")
     words.append(f"{duration(time.monotonic() - started)} so far")
     if progress.left is not None:
         words.append(f"about {duration(progress.left)} left")
