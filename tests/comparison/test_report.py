@@ -162,6 +162,8 @@ def test_a_study_that_was_trained_is_reported(done, tmp_path):
 def test_a_study_without_final_seeds_is_a_screen(done, tmp_path):
     whole, _ = done
     shutil.copytree(whole.folder / "cells" / "tuning", tmp_path / "screen" / "cells" / "tuning")
+    first = tmp_path / "screen/cells/tuning/lora/learning_rate=0.01/seed-7/cell.json"
+    first.write_text(json.dumps(json.loads(first.read_text("utf-8")) | {"nll": 0.5}), "utf-8")
     study = load_study(Path(whole.where), ["seeds=[]"], output=tmp_path / "screen")
     plan = make_plan(study)
     assert not plan.open
@@ -177,6 +179,7 @@ def test_a_study_without_final_seeds_is_a_screen(done, tmp_path):
     moe = judged.difference("moe", "nll")
     assert moe.estimate.value == pytest.approx(best["moe"] - best["lora"])
     assert (moe.verdict, moe.adjusted, moe.estimate.low) == ("", None, None)
+    assert judged.score("lora", "nll").value == 0.5  # not that of the last rate
     assert {method.name: method.rate for method in judged.methods} == {
         name: settings["training.learning_rate"] for name, settings in plan.chosen.items()
     }
