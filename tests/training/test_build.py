@@ -10,7 +10,7 @@ import yaml
 from trl import SFTConfig
 
 from rotmole.config.load import load_run
-from rotmole.errors import ConfigError
+from rotmole.errors import ConfigError, InputError
 from rotmole.training.build import build, training_arguments
 from rotmole.training.figures import final_metrics
 from rotmole.training.folder.manifest import git_commit, machine
@@ -54,6 +54,16 @@ def test_the_seed_alone_decides_the_start(model_folder, data_folder, tmp_path):
     first = start(1)
     assert start(1) == first
     assert start(2) != first
+
+
+@pytest.mark.parametrize("peft_type", ["ROTMOLE", "LORA"])
+def test_modules_that_the_model_lacks_are_wrong_input(
+    peft_type, model_folder, data_folder, tmp_path
+):
+    adapter = f"adapter={{peft_type: {peft_type}, target_modules: [no_such_module]}}"
+    run = run_file(model_folder, data_folder, tmp_path, adapter)
+    with pytest.raises(InputError, match="no_such_module"):
+        build(run)
 
 
 def test_only_our_progress_is_shown(model_folder, data_folder, tmp_path):

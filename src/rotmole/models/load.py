@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 from collections.abc import Callable, Iterator
@@ -11,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig, get_peft_model
 
 from rotmole.config.schema import ModelSection
-from rotmole.errors import ModelError, RotMoleError
+from rotmole.errors import ConfigError, ModelError, RotMoleError
 from rotmole.models.builtin import (
     BUILT_IN,
     BuiltIn,
@@ -177,6 +179,28 @@ def empty_model(
         )
     model.tie_weights()
     return model
+
+
+def adapt(base: Any, config: PeftConfig) -> Any:
+    """Put a new adapter of any PEFT method into a base model.
+
+    Args:
+        base: the model; it is changed.
+        config: the adapter's configuration; the model gets a copy, because PEFT changes it.
+
+    Returns:
+        The PeftModel.
+
+    Raises:
+        ConfigError, ModelError: the adapter does not fit the model; PEFT's own refusals, which
+            are of many types, are a ConfigError too.
+    """
+    try:
+        return get_peft_model(base, copy.deepcopy(config))
+    except RotMoleError:
+        raise
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"adapter: {' '.join(str(error).split())}") from error
 
 
 def has_weights(section: ModelSection) -> bool:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -16,8 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from rotmole.config.peft_types import OURS
 from rotmole.config.schema import ModelSection
-from rotmole.errors import RotMoleError, did_you_mean
-from rotmole.models.load import empty_model
+from rotmole.errors import InputError, RotMoleError, did_you_mean
+from rotmole.models.load import adapt, empty_model
 from rotmole.tuner.batch.losses import balance_states
 from rotmole.tuner.layer import RotMoleLayer
 from rotmole.tuner.loras import Lora, base_problems
@@ -43,12 +42,12 @@ def preview(
 
     Raises:
         ModelError: the base model's configuration cannot be read.
-        ValueError: the adapter does not fit the model.
+        ConfigError, ModelError: the adapter does not fit the model.
     """
     base = empty_model(section, dtype, trust_remote_code=trust_remote_code)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the real run shows them
-        return get_peft_model(base, copy.deepcopy(config))
+        return adapt(base, config)
 
 
 def adapter_problems(
@@ -81,10 +80,10 @@ def adapter_problems(
         return problems
     try:
         model = preview(section, config, torch.float32, trust_remote_code=trust_remote_code)
-    except (ValueError, TypeError, KeyError) as error:  # PEFT's and ours
+    except InputError as error:
+        reason = " ".join(str(error).removeprefix("adapter: ").split())
         ours = str(config.peft_type.value) == OURS
-        place = "adapter.target_modules" if ours else "adapter"
-        return [f"{place}: {' '.join(str(error).split())}"]
+        return [f"adapter{'.target_modules' if ours else ''}: {reason}"]
     if isinstance(model.get_base_model().get_output_embeddings(), BaseTunerLayer):
         return [
             "adapter.target_modules: the output layer (lm_head) cannot be adapted, because the "

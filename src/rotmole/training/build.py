@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ from datasets import Dataset
 from peft import (
     PeftConfig,
     PeftModel,
-    get_peft_model,
     load_peft_weights,
     set_peft_model_state_dict,
 )
@@ -41,7 +39,7 @@ from rotmole.data.load import within_limit
 from rotmole.errors import AdapterError, ConfigError, DataError, ModelError
 from rotmole.models.adapter import check_adapter_folder
 from rotmole.models.limits import check_readable
-from rotmole.models.load import LoadedModel, load_model
+from rotmole.models.load import LoadedModel, adapt, load_model
 from rotmole.models.rows_apart import check_rows_apart
 from rotmole.training.callbacks.balance import BiasCallback
 from rotmole.training.callbacks.early import EarlyStopping
@@ -212,7 +210,7 @@ def add_adapter(run: RunFile, base: Any, *, resumes: bool = False) -> PeftModel:
         if notice and made_for.get("final_norm") != now["final_norm"]:  # not only another place
             warnings.warn(f"init_from: {notice}.", stacklevel=2)
     loras = _imported(run, base) if not resumes else []
-    model = get_peft_model(base, copy.deepcopy(run.adapter_config))  # PEFT changes it
+    model = adapt(base, run.adapter_config)
     if loras:
         put_experts(model, loras, model.active_adapter)
     if start is not None:
