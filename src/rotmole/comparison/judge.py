@@ -61,31 +61,35 @@ def judge(results: Results) -> Judgement:
     Raises:
         InputError: the baseline has no finished cell that could be judged.
     """
-    judged = results.final if results.seeds else _chosen(results)
+    stage, judged = _judged(results)
     cells: dict[str, dict[int, Result]] = {name: {} for name in results.methods}
     for cell in sorted(judged, key=lambda cell: cell.seed):
         cells[cell.method][cell.seed] = cell
     if not cells[results.baseline]:
         raise InputError(
-            f"no {'final' if results.seeds else 'chosen'} cell of the baseline "
-            f"{results.baseline!r} is finished; run `rotmole compare` again, which goes on where "
-            "it stopped."
+            f"no {stage} cell of the baseline {results.baseline!r} is finished; run `rotmole "
+            "compare` again, which goes on where it stopped."
         )
     known = own_metrics(judged, results.metrics)
     own = {task: metric for task, metric in known.items() if task not in results.held_out}
-    measures = measures_of(own) if results.seeds else (VALIDATION,)
     by_cell = {
         name: {seed: _scores_of(cell, own, results.held_out) for seed, cell in seeds.items()}
         for name, seeds in cells.items()
     }
     pairs, notes = _pairs(cells, results.baseline)
-    equal = _equal(cells, results) if results.seeds else []
-    claims = len(equal) * len(measures)
-    differences = paired_differences(by_cell, pairs, results.baseline)
+    differences = tuple(paired_differences(by_cell, pairs, results.baseline))
+    measures: tuple[Measure, ...] = (VALIDATION,)
+    claims = 0
+    if results.seeds:
+        measures = measures_of(own)
+        equal = _equal(cells, results)
+        claims = len(equal) * len(measures)
+        differences = claimed(differences, equal, measures, claims)
+        measures += (UNSEEN,) if results.held_out else ()
     return Judgement(
         headline=_headline(results, claims),
         baseline=results.baseline,
-        measures=(*measures, *([UNSEEN] if results.held_out and results.seeds else [])),
+        measures=measures,
         own_metrics=own,
         seeds=tuple(results.seeds),
         claims=claims,
@@ -94,9 +98,7 @@ def judge(results: Results) -> Judgement:
         facts=_shared_facts(judged),
         methods=tuple(_method(name, seeds) for name, seeds in cells.items() if seeds),
         scores=tuple(_averages(by_cell)),
-        differences=(
-            claimed(differences, equal, measures, claims) if results.seeds else tuple(differences)
-        ),
+        differences=differences,
         at_equal_flops=_at_budget(cells, pairs, results.baseline, _flops),
         curves=tuple(_curves(cells)),
         trials=tuple(_trials(results.tuning)),
@@ -105,10 +107,12 @@ def judge(results: Results) -> Judgement:
     )
 
 
-def _chosen(results: Results) -> list[Result]:
-    """Return the tuning cells of each method's best settings."""
+def _judged(results: Results) -> tuple[str, Sequence[Result]]:
+    """Return the final cells, or a screen's tuning cells of each method's best settings."""
+    if results.seeds:
+        return "final", results.final
     chosen = results.plan["chosen"]
-    return [
+    return "chosen", [
         cell
         for cell in results.tuning
         if cell.method in chosen and dict(cell.settings) == chosen[cell.method]
