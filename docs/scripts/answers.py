@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from rotmole.comparison.judgement import BETTER, NONE, WORSE, Judgement
+from rotmole.comparison.judgement import BETTER, FEW, NONE, WORSE, Judgement
 from rotmole.comparison.scores import HELD_OUT
 from rotmole.evaluation.statistics.paired import Paired, paired
 from rotmole.units import count_word
@@ -31,6 +31,16 @@ NAMES = {
     "moe_lora_sum_two": "MoE-LoRA with weights that sum to two",
 }
 ROTATIONS = ("tangent", "rotmole", "tangent_h4", "cayley_h4", "radar_pairs")
+FEW_EXPERTS = {
+    (1, 1): ("lora", "tangent_e1_k1", ""),
+    (2, 1): ("none_e2_k1", "cayley_e2_k1", ""),
+    (2, 2): ("none_e2_k2", "cayley_e2_k2", "radar_e2_k2"),
+    (4, 1): ("none_e4_k1", "cayley_e4_k1", ""),
+    (4, 2): ("moe_lora", "cayley_h4", "radar_pairs"),
+    (8, 1): ("none_e8_k1", "cayley_e8_k1", ""),
+    (8, 2): ("none_e8_k2", "cayley_e8_k2", "radar_e8_k2"),
+}
+"""E, K -> the methods of Q3 without rotation, with rotation gates, and with RadarGate's pairs."""
 Studies = Mapping[str, Judgement]
 
 
@@ -87,22 +97,51 @@ def _against(study: Judgement, pairs: Iterable[tuple[str, str]]) -> list[str]:
 
 
 def against_lora(study: Judgement, where: str) -> str:
-    """Say which methods beat the baseline, which lose to it, and which cannot be told from it."""
-    groups: dict[str, list[str]] = {}
+    """Say which methods beat the baseline, which lose to it, and which cannot be told from it.
+
+    A study with too few seeds for claims says what its intervals decide.
+    """
+    explores = any(d.verdict == FEW for d in study.differences)
+    groups: dict[str, list[str]] = {BETTER: [], WORSE: []}
     for d in study.differences:
         if d.measure == "nll" and not d.task and d.estimate is not None:
-            groups.setdefault(d.verdict, []).append(f"{name_of(d.method)} {written(d.estimate)}")
-    base, total = name_of(study.baseline), sum(map(len, groups.values()))
+            verdict = direction(d.estimate) if d.verdict == FEW else d.verdict
+            groups.setdefault(verdict, []).append(f"{name_of(d.method)} {written(d.estimate)}")
+    base, total = f"one tuned {name_of(study.baseline)}", sum(map(len, groups.values()))
+    claims = {BETTER: ("beats", "beat"), WORSE: ("loses to", "lose to")}
+    intervals = {way: (f"is {way} than", f"are {way} than") for way in (BETTER, WORSE)}
+    verbs = intervals if explores else claims
     parts = []
-    for verdict, words in ((BETTER, "beat"), (WORSE, "lose to")):
-        found = groups.pop(verdict, [])
+    for verdict, found in groups.items():
         count = count_word(len(found)) if found else "none"
         shown = f" ({'; '.join(found)})" if found else ""
-        parts.append(f"{count} {words} one tuned {base}{shown}")
-    for verdict, found in groups.items():
-        parts.append(f"{count_word(len(found))}: {verdict} ({'; '.join(found)})")
-    seeds = count_word(len(study.seeds))
-    return f"{where}, {seeds} seeds: of {count_word(total)} forms {'; '.join(parts)}."
+        if verdict in verbs:
+            parts.append(f"{count} {verbs[verdict][len(found) != 1]} {base}{shown}")
+        else:
+            parts.append(f"{count}: {verdict}{shown}")
+    seeds = f"{count_word(len(study.seeds))} seeds{' (intervals, no claims)' if explores else ''}"
+    return f"{where}, {seeds}: of {count_word(total)} forms {'; '.join(parts)}."
+
+
+def few_experts(study: Judgement) -> str:
+    """Say what rotation adds where experts are few, beside as many of them without."""
+    parts = []
+    for column, name in ((1, "rotation gates"), (2, "RadarGate's pairs")):
+        ways: dict[str, list[str]] = {BETTER: [], WORSE: [], NONE: []}
+        for (experts, chosen), names in FEW_EXPERTS.items():
+            found = difference(study, names[column], names[0]) if names[column] else None
+            if found is not None:
+                ways[direction(found)].append(f"{experts}, {chosen}: {written(found)}")
+        said = [f"{way} in {count_word(len(v))} ({'; '.join(v)})" for way, v in ways.items() if v]
+        parts.append(f"{name} are {listed(said)}")
+    others = [d for d in study.differences if d.measure == "nll" and not d.task and d.estimate]
+    beat = [f"{d.method} {written(d.estimate)}" for d in others if direction(d.estimate) == BETTER]
+    count = f"{count_word(len(beat))} ({'; '.join(beat)})" if beat else "none"
+    return (
+        f"Few experts (E, K from 1, 1 to 8, 2), {count_word(len(study.seeds))} seeds, by "
+        f"intervals: beside as many experts without, {'; '.join(parts)}; of all {len(others)} "
+        f"forms {count} better than one tuned LoRA."
+    )
 
 
 def rotation(study: Judgement) -> str:
@@ -221,7 +260,7 @@ def answers(
         other = " ".join(parts)
     else:
         other = "Open: other mixtures (Q2) were not run."
-    few = against_lora(studies["q3"], "Few experts") if "q3" in studies else (
+    few = few_experts(studies["q3"]) if "q3" in studies else (
         "Open: whether rotation pays where experts are few (Q3) was not run."
     )  # fmt: skip
     last = [name for name in ("q6_length", *QUESTION_7) if name in studies]

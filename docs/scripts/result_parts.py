@@ -1,4 +1,4 @@
-"""Parts of docs/results.md that no study.json has: Q4 inside the adapters, Q5, and the price."""
+"""Parts of docs/results.md that the studies' own tables have not: Q3 by E and K, Q4, Q5, price."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from answers import name_of
+from answers import FEW_EXPERTS, difference, name_of, written
 
 from rotmole.comparison.judgement import Judgement
 from rotmole.comparison.pages import tables
-from rotmole.drawing import draw, legend, series, standalone
+from rotmole.drawing import INK, draw, legend, series, standalone
 
 Cell = Mapping[str, Any]
 RUNS = {
@@ -61,6 +61,54 @@ def forgetting(cells: Sequence[Cell], pictures: Path) -> str:
     _write(pictures, "results-q5", draw(paint, name="q5", label=label, height=2.9))
     caption = "Mean over seeds; line: from the lowest to the highest seed."
     return f"{tables.markdown(lines)}\n\n![{label}](pictures/results-q5.svg)\n\n{caption}"
+
+
+def few_experts(study: Judgement, pictures: Path) -> str:
+    """Return Q3's table and figure: the NLL with and without rotation, by E and K.
+
+    Args:
+        study: the judgement of q3.yaml.
+        pictures: folder of the figure.
+    """
+    ways = ("none", "rotation gates", "RadarGate's pairs")
+    lines = [["E, K", ways[0], ways[1], "rotation minus none", ways[2], "pairs minus none"]]
+    drawn: dict[str, list[tuple[int, list[float]]]] = {}
+    for (experts, chosen), names in FEW_EXPERTS.items():
+        scores = [study.score(name, "nll") if name else None for name in names]
+        for way, score in zip(ways, scores, strict=True):
+            if score is not None and experts > 1:
+                values = [value for value in score.by_seed.values() if value is not None]
+                drawn.setdefault(f"{way}, K = {chosen}", []).append((experts, values))
+        cells = [f"{s.value:.4f}" if s is not None and s.value is not None else "" for s in scores]
+        turned, pairs = (difference(study, name, names[0]) if name else None for name in names[1:])
+        beside = [written(found) if found is not None else "" for found in (turned, pairs)]
+        lines.append([f"{experts}, {chosen}", *cells[:2], beside[0], cells[2], beside[1]])
+    base = study.score(study.baseline, "nll")
+
+    def paint(figure: Any) -> None:
+        axes = figure.subplots()
+        if base is not None and base.value is not None:
+            axes.axhline(base.value, color=INK, lw=1, ls="--", label=name_of(study.baseline))
+        for index, (way, points) in enumerate(drawn.items()):
+            style = series(index)
+            at = [experts * 1.02 ** (index - len(drawn) / 2) for experts, _ in points]
+            axes.plot(at, [mean(values) for _, values in points], label=way, **style)
+            for place, (_, values) in zip(at, points, strict=True):
+                axes.plot([place] * 2, [min(values), max(values)], color=style["color"], lw=1.2)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks([2, 4, 8], ["2", "4", "8"])
+        axes.minorticks_off()
+        axes.set(xlabel="experts", ylabel="NLL", title="Few experts")
+        legend(figure, axes)
+
+    label = "NLL by the number of experts, with and without rotation"
+    _write(pictures, "results-q3-experts", draw(paint, name="q3e", label=label, height=3.6))
+    caption = (
+        "One expert without rotation is LoRA (dashed). Point: mean over seeds; line: from the "
+        "lowest to the highest seed. Differences in the table are paired by seed."
+    )
+    picture = f"![{label}](pictures/results-q3-experts.svg)"
+    return f"**By number of experts.**\n\n{tables.markdown(lines)}\n\n{picture}\n\n{caption}"
 
 
 def look_inside(found: Mapping[str, Cell] | None, pictures: Path) -> str:

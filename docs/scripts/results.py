@@ -19,12 +19,12 @@ import yaml
 
 from rotmole.comparison.judgement import Judgement, read_judgement
 from rotmole.comparison.pages import tables
-from rotmole.comparison.pages.figures import forest
+from rotmole.comparison.pages.figures import convergence, forest
 from rotmole.drawing import standalone
 
 sys.path.insert(0, str(Path(__file__).parent))
 from answers import answers
-from result_parts import forgetting, look_inside, price
+from result_parts import few_experts, forgetting, look_inside, price
 
 ROOT = Path(__file__).parents[2]
 STUDIES = ROOT / "experiments" / "study"
@@ -33,6 +33,8 @@ PAGE, PICTURES = ROOT / "docs" / "results.md", ROOT / "docs" / "pictures"
 README = ROOT / "README.md"
 QUOTED = 2
 """Sentences of the answer that README.md quotes, the first ones."""
+CONVERGENCE = ("q2_glue", "q2_qa", "q2_titles")
+"""Studies whose validation loss while training is drawn too, as in RotMoLE's figures 3, 5 and 6."""
 GROWN = ROOT / "experiments" / "grow" / "results.json"
 
 
@@ -110,9 +112,13 @@ def shown(study: Study, results: Path, pictures: Path) -> str:
     judgement = read_judgement(path)
     headline = judgement.headline[0].upper() + judgement.headline[1:]
     parts = [f"**{study.what.capitalize()}.** {headline}.", table(judgement)]
-    drawing = forest(judgement, judgement.measures[0])
-    if drawing is not None:
-        picture = f"results-{study.name}.svg"
+    drawings = {"": forest(judgement, judgement.measures[0])}
+    if study.name in CONVERGENCE:
+        drawings["-convergence"] = convergence(judgement, "update")
+    for ending, drawing in drawings.items():
+        if drawing is None:
+            continue
+        picture = f"results-{study.name}{ending}.svg"
         (pictures / picture).write_text(standalone(drawing.svg) + "\n", encoding="utf-8")
         parts.append(f"![{drawing.name}](pictures/{picture})\n\n{drawing.caption}")
     parts.append("\n".join(f"- {remark}" for remark in tables.remarks(judgement)))
@@ -166,10 +172,13 @@ def page(text: str, results: Path = RESULTS, pictures: Path = PICTURES) -> str:
     """Return the page with the answer, and every question's part between its two markers."""
     numbered = [f"{n}. {line}" for n, line in enumerate(sentences(results), start=1)]
     parts = {"answer": "\n".join(numbered)}
-    for name, studies in QUESTIONS.items():
-        parts[name] = "\n\n".join(shown(study, results, pictures) for study in studies)
+    for name, files in QUESTIONS.items():
+        parts[name] = "\n\n".join(shown(study, results, pictures) for study in files)
+    studies = known(results)
+    if "q3" in studies:
+        parts["q3"] += f"\n\n{few_experts(studies['q3'], pictures)}"
     parts["q4"] += f"\n\n{look_inside(inside(results), pictures)}"
-    parts |= {"q5": forgetting(grown(), pictures), "price": price(known(results))}
+    parts |= {"q5": forgetting(grown(), pictures), "price": price(studies)}
     return filled(text, parts)
 
 

@@ -87,7 +87,9 @@ def test_the_answer_says_what_a_planted_study_has(tmp_path: Path) -> None:
         return f"{estimate.value:+.3f} [{estimate.low:+.3f}, {estimate.high:+.3f}]"
 
     assert "nine seeds: of five forms" in first
-    assert f"one beat one tuned LoRA (MoE-LoRA with an always-on expert {shown('shared')})" in first
+    assert (
+        f"one beats one tuned LoRA (MoE-LoRA with an always-on expert {shown('shared')})" in first
+    )
     assert f"three lose to one tuned LoRA (MoE-LoRA {shown('moe_lora')}; " in first
     assert f"one: no difference found (`scale` {shown('scale')})" in first
     assert "RotMoLE with its default gates is not to be told from MoE-LoRA" in rotation
@@ -95,6 +97,47 @@ def test_the_answer_says_what_a_planted_study_has(tmp_path: Path) -> None:
     assert "RotMoLE with its default gates is worse than `scale` (+0.2" in reasons
     assert "always-on expert is better than MoE-LoRA (-0.5" in always_on
     assert "LoRA's best is" in rates
+
+
+def test_few_experts_are_compared_with_as_many_without_rotation(tmp_path: Path) -> None:
+    effects = dict(lora=0.0, tangent_e1_k1=0.5, none_e2_k1=0.5, cayley_e2_k1=0.0)
+    effects |= dict(moe_lora=0.25, cayley_h4=0.25, radar_pairs=-0.25)
+    judgement = judge(made_results(effects, seeds=range(3)))
+    write_judgement(judgement, tmp_path / "q3.json")
+    results, answers = script("results"), script("answers")
+    said = results.sentences(tmp_path)[2]
+
+    def shown(one: str, other: str) -> str:
+        return answers.written(answers.difference(judgement, one, other))
+
+    assert "three seeds" in said
+    assert f"rotation gates are better in one (2, 1: {shown('cayley_e2_k1', 'none_e2_k1')})" in said
+    assert f"worse in one (1, 1: {shown('tangent_e1_k1', 'lora')})" in said
+    assert f"no difference found in one (4, 2: {shown('cayley_h4', 'moe_lora')})" in said
+    assert f"RadarGate's pairs are better in one (4, 2: {shown('radar_pairs', 'moe_lora')})" in said
+    assert "of all 6 forms one (radar_pairs -0." in said
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    part = results.page(page, tmp_path, tmp_path).partition("<!-- q3 -->")[2]
+    (line,) = [line for line in part.splitlines() if line.startswith("| 2, 1 |")]
+    scores = [judgement.score(name, "nll").value for name in ("none_e2_k1", "cayley_e2_k1")]
+    assert line.startswith(f"| 2, 1 | {scores[0]:.4f} | {scores[1]:.4f} | -0.")
+    assert "K = 1" in (tmp_path / "results-q3-experts.svg").read_text(encoding="utf-8")
+
+
+def test_too_few_seeds_for_a_claim_leave_what_intervals_decide(tmp_path: Path) -> None:
+    effects = dict(lora=0.0, moe_lora=0.5, rotmole=-0.5, shared=0.0)
+    judgement = judge(made_results(effects, seeds=range(3)))
+    write_judgement(judgement, tmp_path / "q2_glue.json")
+    results = script("results")
+    said = results.sentences(tmp_path)[1]
+    assert "On mixed GLUE, three seeds (intervals, no claims): of three forms" in said
+    assert "one is better than one tuned LoRA (RotMoLE with its default gates -0." in said
+    assert "one is worse than one tuned LoRA (MoE-LoRA +0." in said
+    assert "one: no difference found (MoE-LoRA with an always-on expert" in said
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    text = results.page(page, tmp_path, tmp_path)
+    assert "pictures/results-q2_glue-convergence.svg" in text
+    assert (tmp_path / "results-q2_glue-convergence.svg").is_file()
 
 
 def test_what_an_inspection_found_has_its_table_and_figure(tmp_path: Path) -> None:
