@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM ?= false
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help audit fuzz gpu setup demo study-demo test test-all conformance matrix mutation lint types imports docs pages looks bench bench-one bench-check bench-parity clean
+.PHONY: help audit fuzz gpu setup demo study-demo test test-slow test-all conformance matrix mutation lint types imports docs pages looks bench bench-one bench-check bench-parity clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,7 +33,11 @@ test: setup  ## run the tests (two processes, one torch thread each)
 	@command -v g++ >/dev/null || { echo "missing: g++, which torch.compile's tests need (Debian: apt-get install g++)"; exit 1; }
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal -q --durations=40 --durations-min=4
 
-test-all: setup  ## run all tests, the heavy ones included
+test-slow: setup  ## run the tests that compile, serve, start processes or whole runs
+	@command -v g++ >/dev/null || { echo "missing: g++, which torch.compile's tests need (Debian: apt-get install g++)"; exit 1; }
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal -q -m "slow and not heavy" --durations=20 --durations-min=4
+
+test-all: setup  ## run all tests, the slow and the heavy ones included
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal -q -m ""
 
 conformance: setup  ## run PEFT's own tests against rotmole (fetches PEFT's source distribution)
@@ -59,7 +63,7 @@ imports: setup  ## check that imports point only to the left of the pipeline and
 	$(BIN)/python tests/circles.py
 
 docs: setup  ## run every code block of README and docs
-	$(TEST_ENV) $(BIN)/python -m pytest -q tests/docs
+	$(TEST_ENV) $(BIN)/python -m pytest -q -m "not heavy" tests/docs
 
 # What a target needs beside the extra `dev`: make's own set-up leaves it out, because few people build these.
 with = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(1)]'

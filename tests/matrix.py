@@ -72,7 +72,7 @@ def main(arguments: list[str]) -> int:
         paths = [f"--ignore={path}" for path in LEFT_OUT]
         variables = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         tests = subprocess.run(
-            [python, "-m", "pytest", "-q", "-W", "default", *paths, *extra],
+            [python, "-m", "pytest", "-q", "-W", "default", "-m", "not heavy", *paths, *extra],
             cwd=ROOT, env=variables, check=False,
         )  # fmt: skip
         codes.append(tests.returncode)

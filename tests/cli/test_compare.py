@@ -78,6 +78,7 @@ def test_one_command_for_each_cell(study_yaml, tmp_path, capfd):
     assert capfd.readouterr().out == ""
 
 
+@pytest.mark.slow
 def test_a_cell_that_fails_is_named_with_its_command(study_yaml, tmp_path, capfd):
     rows = study_yaml.parent / "data" / "sums.test.jsonl"
     whole = rows.read_text()
@@ -155,6 +156,7 @@ def test_the_live_table_fits_80_columns(study_yaml, tmp_path):
     assert summary(progress, time.monotonic()) == "0 done, 0 running, 4 left, 0 s so far"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stop", "to_all"),
     [

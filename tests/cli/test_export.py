@@ -105,6 +105,7 @@ def elsewhere(model: Path, adapter: Path, file: Path) -> tuple[torch.Tensor, tor
     return torch.load(file)
 
 
+@pytest.mark.slow
 def test_a_lora_is_exported_exactly_and_loads_where_rotmole_is_not(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -243,6 +244,7 @@ def test_a_mixture_needs_rows(
     assert main([*words, "--data", str(tmp_path / "run.yaml"), "--force", "--limit", "4"]) == 0
 
 
+@pytest.mark.slow
 def test_onnxruntime_computes_the_adapted_model(
     run: Path, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -30,6 +30,7 @@ def test_every_template_by_name(tmp_path, template):
     assert (tmp_path / "x.yaml").read_text() == (SHIPPED / f"{template}.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_the_template_of_a_study_is_a_study(tmp_path, capsys):
     assert main(["init", str(tmp_path), "--template", "compare"]) == 0
     (file,) = tmp_path.iterdir()

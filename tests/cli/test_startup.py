@@ -67,6 +67,7 @@ NOT_NEEDED = ["trl", "datasets", "matplotlib", "pyarrow", "sklearn", "transforme
               "rotmole.training.build", "rotmole.serving", "rotmole.inspection"]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_using_a_run_imports_nothing_of_training(tmp_path):
     """trl, datasets and the Trainer take seconds, and a finished run was checked by them before."""
     write_base_model(tmp_path / "model")

@@ -201,6 +201,7 @@ def test_a_second_run_into_one_folder_is_refused(run_yaml, tmp_path, capsys):
     assert "loading" not in said
 
 
+@pytest.mark.slow
 def test_a_compiled_run_is_the_plain_one(run_yaml, tmp_path):
     """15 batches in updates of 4: the last update of the epoch has 3 micro-batches."""
     common = [

@@ -82,6 +82,7 @@ def test_a_second_call_does_nothing(done, monkeypatch):
     }
 
 
+@pytest.mark.slow
 def test_killed_and_shared_studies_come_to_the_same_figures(done, study_yaml, tmp_path):
     """kill -9 at random moments, and two processes of which one is killed: no cell is lost."""
     jobs = [

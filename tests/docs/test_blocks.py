@@ -28,6 +28,8 @@ from rotmole.config.load import load_run
 from rotmole.models.builtin import SMOLLM2, built_in_folder
 from rotmole_cli.run import run
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -16,6 +16,8 @@ from rotmole.comparison.study import load_study
 from rotmole_cli import main
 from tiny_folders import write_model, write_rows
 
+pytestmark = pytest.mark.slow
+
 PUBLISHED = Path(__file__).parents[2] / "experiments" / "published"
 STUDIES = ("riemannian", "small_experts")
 

@@ -30,11 +30,13 @@ def committed(page: str, name: str) -> str:
     return page.split(f"<!-- {name} -->\n")[1].split(f"\n<!-- end of {name} -->", maxsplit=1)[0]
 
 
+@pytest.mark.slow
 def test_the_table_of_sizes_is_what_the_script_computes(sizes: ModuleType) -> None:
     page = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
     assert committed(page, "sizes") == sizes.size_table(), "run `make pages`"
 
 
+@pytest.mark.slow
 def test_the_table_of_memory_is_what_the_script_computes(sizes: ModuleType) -> None:
     """One line is computed here, as a line takes twenty seconds; all have the script's form."""
     lines = committed(SCALE, "memory").splitlines()

@@ -10,6 +10,8 @@ import pytest
 
 from tiny_folders import write_rows
 
+pytestmark = pytest.mark.slow
+
 AIM = "import ctypes; ctypes.CDLL(None).kill_at({below!r}.encode(), {at}, {notes!r}.encode())"
 
 ROWS = [{"prompt": f"{i} plus {i} is" + " so" * (i % 3), "n": i} for i in range(5)]

@@ -24,6 +24,8 @@ from rotmole.training.checkpoints.seal import COMPLETE, faults, step_of
 from rotmole.training.folder.layout import is_being_cleared, is_finished
 from training_cases import settings, write_data, write_model
 
+pytestmark = pytest.mark.slow
+
 AIM = "import ctypes; ctypes.CDLL(None).kill_at({below!r}.encode(), {at}, {notes!r}.encode())"
 TIMER = """
 import os, threading, time

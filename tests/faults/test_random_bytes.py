@@ -19,9 +19,12 @@ def place() -> Iterator[Place]:
         yield made
 
 
+LANES = {"data": pytest.mark.heavy, "names": pytest.mark.slow}
+
+
 @pytest.mark.parametrize(
     "target",
-    [pytest.param(name, marks=pytest.mark.heavy if name == "data" else []) for name in TARGETS],
+    [pytest.param(name, marks=LANES.get(name, [])) for name in TARGETS],
 )
 def test_nothing_breaks(place: Place, target: str) -> None:
     cases, check = TARGETS[target](place)

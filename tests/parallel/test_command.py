@@ -22,6 +22,8 @@ import warm
 from rotmole.training.callbacks.metrics import TIMING_SUFFIXES, read_metrics
 from training_cases import settings, write_data, write_model
 
+pytestmark = pytest.mark.slow
+
 LAUNCH = Path(rotmole.config.__file__).parent / "launch"
 COMMON = [
     "adapter.lora_dropout=0", "adapter.router_aux_loss_coef=1", "training.max_steps=6",

@@ -16,6 +16,8 @@ import warm
 from rotmole import RotMoleConfig
 from training_cases import COLOURS, settings, task_rows, write_data, write_model
 
+pytestmark = pytest.mark.slow
+
 METRICS = ["exact_match", "chrf", "perplexity"]
 WAYS: dict[str, tuple[int, list[str]]] = {
     "one": (1, ["--limit", "5", "evaluation.batch_size=1"]),

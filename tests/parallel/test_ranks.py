@@ -9,6 +9,8 @@ import pytest
 import warm
 from parallel_checks import CHECKS
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory) -> Path:

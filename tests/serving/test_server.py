@@ -22,6 +22,8 @@ from rotmole.cli.serve import serve
 from rotmole.errors import InputError
 from rotmole.serving.server import is_loopback, read_key
 
+pytestmark = pytest.mark.slow
+
 CHAT = [{"role": "user", "content": "the film"}]
 LISTENING = re.compile(r"listening: (http://127\.0\.0\.1:\d+)/v1")
 

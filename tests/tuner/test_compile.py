@@ -17,13 +17,16 @@ from rotmole.ops import ROTATIONS
 from rotmole.ops.compiled import _kernels
 
 # torch 2.13's compiler uses what torch itself deprecates, and transformers' models set a global
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning",
-    "ignore::FutureWarning",
-    "ignore:While compiling, we found certain side effects:UserWarning",
-    # the exporter to ONNX says that two inputs share their dynamic axes, as was asked of it
-    "ignore:# The axis name:UserWarning",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings(
+        "ignore::DeprecationWarning",
+        "ignore::FutureWarning",
+        "ignore:While compiling, we found certain side effects:UserWarning",
+        # the exporter to ONNX says that two inputs share their dynamic axes, as was asked of it
+        "ignore:# The axis name:UserWarning",
+    ),
+]
 
 # the ordinary lane compiles one mode, the heavy one the others
 HEAVY = [pytest.param(name, marks=pytest.mark.heavy) for name in ("none", "plane", "givens")]

@@ -96,6 +96,7 @@ def test_followed_steps(
 
 
 # inductor uses what torch itself deprecates
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize(
     "rotation",

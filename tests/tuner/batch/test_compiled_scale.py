@@ -9,11 +9,14 @@ from peft import get_peft_model
 import tiny
 from rotmole import RotMoleConfig, balance_states
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning",
-    "ignore::FutureWarning",
-    "ignore:While compiling, we found certain side effects:UserWarning",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings(
+        "ignore::DeprecationWarning",
+        "ignore::FutureWarning",
+        "ignore:While compiling, we found certain side effects:UserWarning",
+    ),
+]
 
 
 def test_a_scale_that_changes_compiles_once_and_acts() -> None:

@@ -313,6 +313,7 @@ def test_weights_of_another_shared_expert_are_refused(
         PeftModel.from_pretrained(tiny.llama().double(), tmp_path)
 
 
+@pytest.mark.slow
 def test_compiled_and_in_bfloat16() -> None:
     ids = tiny.tokens(2, 6)
     model = adapted(shared_expert_rotation="tangent", shared_expert_gate=True)
