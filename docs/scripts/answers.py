@@ -86,14 +86,26 @@ def listed(parts: Sequence[str]) -> str:
 
 def _against(study: Judgement, pairs: Iterable[tuple[str, str]]) -> list[str]:
     """Say for each pair how the first does beside the second."""
-    words = {BETTER: "better than", WORSE: "worse than", NONE: "not to be told from"}
     parts = []
     for one, other in pairs:
         found = difference(study, one, other)
         if found is not None:
-            way = words[direction(found)]
-            parts.append(f"{name_of(one)} is {way} {name_of(other)} ({written(found)})")
+            way, first, second = direction(found), name_of(one), name_of(other)
+            said = f"{first} is {way} than {second}"
+            if way == NONE:
+                said = f"no difference was found between {first} and {second}"
+            parts.append(f"{said} ({written(found)})")
     return parts
+
+
+def _some(found: Sequence[tuple[str, Paired]]) -> str:
+    """Write differences in parentheses: the first two of many, and how many others there are."""
+    shown = [f"{name_of(method)} {written(estimate)}" for method, estimate in found]
+    if len(found) <= 3:
+        return f"({'; '.join(shown)})"
+    values = [estimate.value for _, estimate in found]
+    others = f"{count_word(len(found) - 2)} others, {min(values):+.3f} to {max(values):+.3f} in all"
+    return f"({'; '.join([*shown[:2], others])})"
 
 
 def against_lora(study: Judgement, where: str) -> str:
@@ -102,25 +114,25 @@ def against_lora(study: Judgement, where: str) -> str:
     A study with too few seeds for claims says what its intervals decide.
     """
     explores = any(d.verdict == FEW for d in study.differences)
-    groups: dict[str, list[str]] = {BETTER: [], WORSE: []}
+    groups: dict[str, list[tuple[str, Paired]]] = {BETTER: [], WORSE: []}
     for d in study.differences:
         if d.measure == "nll" and not d.task and d.estimate is not None:
             verdict = direction(d.estimate) if d.verdict == FEW else d.verdict
-            groups.setdefault(verdict, []).append(f"{name_of(d.method)} {written(d.estimate)}")
-    base, total = f"one tuned {name_of(study.baseline)}", sum(map(len, groups.values()))
-    claims = {BETTER: ("beats", "beat"), WORSE: ("loses to", "lose to")}
-    intervals = {way: (f"is {way} than", f"are {way} than") for way in (BETTER, WORSE)}
-    verbs = intervals if explores else claims
-    parts = []
+            groups.setdefault(verdict, []).append((d.method, d.estimate))
+    better, worse = groups.pop(BETTER), groups.pop(WORSE)
+    verbs = [("is better than", "are better than"), ("is worse than", "are worse than")]
+    if not explores:
+        verbs = [("beats", "beat"), ("loses to", "lose to")]
+    forms = f"of {count_word(len(better) + len(worse) + sum(map(len, groups.values())))} forms"
+    count = f"{count_word(len(better))} {forms}" if better else f"none {forms}"
+    parts = [f"{count} {verbs[0][len(better) > 1]} one tuned {name_of(study.baseline)}"]
+    parts[0] += f" {_some(better)}" if better else ""
+    if worse:
+        parts.append(f"{count_word(len(worse))} {verbs[1][len(worse) > 1]} it {_some(worse)}")
     for verdict, found in groups.items():
-        count = count_word(len(found)) if found else "none"
-        shown = f" ({'; '.join(found)})" if found else ""
-        if verdict in verbs:
-            parts.append(f"{count} {verbs[verdict][len(found) != 1]} {base}{shown}")
-        else:
-            parts.append(f"{count}: {verdict}{shown}")
+        parts.append(f"{count_word(len(found))}: {verdict} {_some(found)}")
     seeds = f"{count_word(len(study.seeds))} seeds{' (intervals, no claims)' if explores else ''}"
-    return f"{where}, {seeds}: of {count_word(total)} forms {'; '.join(parts)}."
+    return f"{where}, {seeds}: {'; '.join(parts)}."
 
 
 def few_experts(study: Judgement) -> str:
@@ -146,8 +158,14 @@ def few_experts(study: Judgement) -> str:
 
 def rotation(study: Judgement) -> str:
     """Say what rotation adds to the same mixture without."""
-    parts = _against(study, ((name, "moe_lora") for name in ROTATIONS))
-    return f"Rotation, beside the same mixture without at equal parameters: {listed(parts)}."
+    ways: dict[str, list[tuple[str, Paired]]] = {}
+    for name in ROTATIONS:
+        found = difference(study, name, "moe_lora")
+        if found is not None:
+            ways.setdefault(direction(found), []).append((name, found))
+    words = {BETTER: "better with", WORSE: "worse with", NONE: "no difference was found for"}
+    parts = [f"{words[way]} {count_word(len(v))} {_some(v)}" for way, v in ways.items()]
+    return f"Rotation, beside the same mixture without at equal parameters: {'; '.join(parts)}."
 
 
 def reasons(study: Judgement, inside: Mapping[str, Any] | None) -> str:
@@ -190,7 +208,7 @@ def rates(study: Judgement) -> str:
     others = {rate for name, rate in best.items() if name != study.baseline}
     words = listed([f"{rate:g}" for rate in sorted(others)])
     step = _against(study, (("moe_lora_sum_two", "moe_lora"), ("dense_mean_one", "lora")))
-    steps = f"; of the step's size, {listed(step)}" if step else ""
+    steps = f"; as for the size of the step, {listed(step)}" if step else ""
     return (
         f"Learning rates, by the tuning losses: {name_of(study.baseline)}'s best is {chosen:g} "
         f"({listed(costs)}), the mixtures' {words}, and on test rows all methods at their best lie "
@@ -200,14 +218,13 @@ def rates(study: Judgement) -> str:
 
 def unseen(study: Judgement) -> str:
     """Say how methods do on tasks that no cell trains on."""
-    parts: dict[str, list[str]] = {}
+    ways: dict[str, list[tuple[str, Paired]]] = {}
     for d in study.differences:
         if d.measure == HELD_OUT and not d.task and d.estimate is not None:
-            way = direction(d.estimate)
-            parts.setdefault(way, []).append(f"{name_of(d.method)} {written(d.estimate)}")
-    said = [f"{way} than LoRA: {'; '.join(parts[way])}" for way in (BETTER, WORSE) if way in parts]
-    if NONE in parts:
-        said.append(f"no difference found for {count_word(len(parts[NONE]))}")
+            ways.setdefault(direction(d.estimate), []).append((d.method, d.estimate))
+    said = [f"{way} than LoRA: {_some(ways[way])}" for way in (BETTER, WORSE) if way in ways]
+    if NONE in ways:
+        said.append(f"no difference was found for {count_word(len(ways[NONE]))}")
     return f"On a language and a kind that nobody trained on: {'; '.join(said)}."
 
 
