@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.filesize import decimal
@@ -37,6 +37,9 @@ from rotmole.models.preview import adapter_problems, matched, preview, trainable
 from rotmole.models.rows_apart import check_without_weights
 from rotmole.tuner.loras import read_lora
 from rotmole.units import duration
+
+if TYPE_CHECKING:
+    from rotmole.cli.lengths import Lengths
 
 
 def check(path: Path, overrides: Sequence[str], *, trust_remote_code: bool = False) -> int:
@@ -143,8 +146,6 @@ def _print_cost(
     from rotmole.cli.lengths import Lengths, padded  # imports the trainer
 
     settings = sft_arguments(run)
-    batch = settings["per_device_train_batch_size"]
-    accumulation = settings.get("gradient_accumulation_steps", 1)
     trained = [rows for rows in loaded if rows.split == "train"]
     length = {
         id(example): len(encoded["input_ids"])
@@ -153,27 +154,7 @@ def _print_cost(
     }
     order = mix({rows.task: rows.examples for rows in trained}, run.data, seed=run.seed)
     lengths = Lengths.of(settings, [length[id(example)] for example in order], run.seed)
-    updates = count_updates(
-        len(lengths.sequences),
-        batch=batch,
-        accumulation=accumulation,
-        epochs=settings["num_train_epochs"],
-        max_steps=settings.get("max_steps", -1),
-        drop_last=bool(settings.get("dataloader_drop_last")),
-    )
-    rows_of_update = batch * accumulation
-    epochs = updates * rows_of_update / len(lengths.sequences)
-    kind = "packs" if lengths.packing else "rows"
-    print(
-        f"training    {updates:,} updates of {rows_of_update:,} {kind}, {epochs:.3g} epochs, "
-        f"about {_rounded(epochs * sum(lengths.rows))} tokens"
-    )
-    if lengths.packing:
-        print(
-            f"            {len(lengths.rows):,} rows in {len(lengths.sequences):,} packs of up to "
-            f"{settings['max_length']:,} tokens"
-        )
-    print(f"padding     {lengths.padding()}")
+    updates, epochs = _print_updates(lengths, settings)
     largest = lengths.largest_shape()
     memory = estimate_memory(
         model,
@@ -185,15 +166,47 @@ def _print_cost(
     )
     shape = lengths.mean_shape()
     learnt = sum(rows.learnt for rows in trained) / sum(len(rows.examples) for rows in trained)
-    learnt *= batch * len(lengths.rows) / len(lengths.sequences)
+    learnt *= settings["per_device_train_batch_size"] * len(lengths.rows) / len(lengths.sequences)
     step = _step_seconds(again, settings, shape, learnt, device, dtype)
     checked = [length[id(row)] for examples in validation.values() for row in examples]
     of_validation = _validations(updates, epochs, settings) * (
         # a forward pass is about half of a forward and backward that leaves the base's weights out
         padded(checked, settings["per_device_eval_batch_size"]) / math.prod(shape) * step / 2
     )
-    _print_time(updates * accumulation * step, of_validation, device.type)
+    steps = updates * settings.get("gradient_accumulation_steps", 1)
+    _print_time(steps * step, of_validation, device.type)
     _print_memory(memory, *largest, device.type)
+
+
+def _print_updates(lengths: Lengths, settings: Mapping[str, Any]) -> tuple[int, float]:
+    """Print how often a run updates, on how many tokens, and its padding.
+
+    Returns:
+        Number of updates, and of epochs.
+    """
+    batch = settings["per_device_train_batch_size"]
+    accumulation = settings.get("gradient_accumulation_steps", 1)
+    updates = count_updates(
+        len(lengths.sequences),
+        batch=batch,
+        accumulation=accumulation,
+        epochs=settings["num_train_epochs"],
+        max_steps=settings.get("max_steps", -1),
+        drop_last=bool(settings.get("dataloader_drop_last")),
+    )
+    epochs = updates * batch * accumulation / len(lengths.sequences)
+    kind = "packs" if lengths.packing else "rows"
+    print(
+        f"training    {updates:,} updates of {batch * accumulation:,} {kind}, {epochs:.3g} epochs, "
+        f"about {_rounded(epochs * sum(lengths.rows))} tokens"
+    )
+    if lengths.packing:
+        print(
+            f"            {len(lengths.rows):,} rows in {len(lengths.sequences):,} packs of up to "
+            f"{settings['max_length']:,} tokens"
+        )
+    print(f"padding     {lengths.padding()}")
+    return updates, epochs
 
 
 def _step_seconds(
