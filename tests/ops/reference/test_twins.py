@@ -36,6 +36,7 @@ TWINS = {
     "routing.task_balance:expert_groups": "balance:expert_groups",
     "routing.task_balance:task_balance_loss": "balance:task_balance_loss",
     "rotation.modes:inner": "rotation:inner",
+    "rotation.modes:square": "rotation:square",
     "rotation.modes:floor_at": "method:floor_at",
     "rotation.modes:part_across": "method:across",
     "rotation.modes:angle_between": "turns:angle_between",

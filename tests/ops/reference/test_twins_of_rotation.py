@@ -32,6 +32,16 @@ def test_gate_shapes(rotation: str) -> None:
         assert gate_shapes(rotation, **sizes, **extra) == wanted
 
 
+def test_square() -> None:
+    """Without a metric, with one, and with one that says nothing, or less, of a vector's length."""
+    a, metric = normal(0, E, R, T), normal(2, E, R, R)
+    metric = metric @ metric.mT
+    negative = -1e-17 * torch.eye(R, dtype=a.dtype).expand(E, R, R)
+    for M in (None, metric, torch.zeros_like(negative), negative):
+        assert_close(modes.square(a, M), slow.square(a, M), 1e-13)
+        assert (modes.square(a, M) > 0).all()
+
+
 def test_inner() -> None:
     a, b, metric = normal(0, E, R, T), normal(1, E, R, T), normal(2, E, R, R)
     for M in (None, metric):

@@ -11,6 +11,9 @@ from hypothesis import strategies as st
 from ops_cases import IN_RANK_SPACE, VARIANTS, Problem, Variant, make, problems
 from torch import Tensor
 
+from rotmole.ops.mixture.radar import radar_pairs_weights
+from rotmole.ops.rotation import modes
+
 every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=str)
 
 
@@ -141,3 +144,66 @@ def test_z_zero_gives_zero_whatever_the_gate_says(variant: Variant, data: st.Dat
     z_TER, turned_TER = problem.rotated()
     assert not z_TER.any()
     assert turned_TER.norm(dim=-1).max() <= 1.0001e-12 * (1 + 1e6 * variant.metric)
+
+
+def cancelling(rank: int, width: int, spread: float) -> tuple[Tensor, Tensor]:
+    """B [E, R, O] of equal rows but for their signs and `spread`, and z [T, E, R] with z B ~ 0.
+
+    Adam's first updates make such rows: each entry moves by the learning rate, whatever its
+    gradient.
+    """
+    generator = torch.Generator().manual_seed(rank * width)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    sign_ER = normal(4, rank).sign()
+    B_ERO = 0.02 * sign_ER[:, :, None] * normal(4, 1, width).sign()
+    B_ERO = B_ERO * (1 + spread * normal(4, rank, width))
+    z_TER = normal(512, 4, rank)
+    along_TE1 = (z_TER * sign_ER).sum(-1, keepdim=True) / rank
+    return B_ERO, z_TER - along_TE1 * sign_ER
+
+
+SPREADS = (0.0, 1e-7, 1e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
+outputs_that_cancel = pytest.mark.parametrize(
+    ("rank", "width"), [(2, 8), (3, 576), (6, 4096), (16, 64)]
+)
+
+
+@outputs_that_cancel
+@pytest.mark.parametrize("spread", SPREADS)
+def test_an_output_that_cancels_leaves_the_output_metric_finite(
+    rank: int, width: int, spread: float
+) -> None:
+    """<z, z> = |z B|^2 up to a factor: what is left of it in float32 may be below zero."""
+    B_ERO, z_TER = cancelling(rank, width, spread)
+    B_ERO, z_ERT = B_ERO.requires_grad_(), z_TER.permute(1, 2, 0).clone().requires_grad_()
+    q_ERT = z_ERT.detach().roll(1, 2) * 0.3
+    angle_E1T = torch.ones(4, 1, 512)
+    M_ERR = modes.output_metric(B_ERO)
+    turned = [modes.tangent(z_ERT, q_ERT, M_ERR), modes.bias(z_ERT, q_ERT, M_ERR)]
+    if rank > 2:
+        turned.append(modes.plane(z_ERT, q_ERT, angle_E1T, M_ERR))
+    for found_ERT in turned:
+        gradients = torch.autograd.grad(found_ERT.sum(), [B_ERO, z_ERT], retain_graph=True)
+        for value in (found_ERT, *gradients):
+            assert torch.isfinite(value).all()
+
+
+@outputs_that_cancel
+@pytest.mark.parametrize("spread", SPREADS)
+def test_outputs_that_cancel_leave_radar_pairs_finite(rank: int, width: int, spread: float) -> None:
+    B_ERO, z_TER = (value.requires_grad_() for value in cancelling(rank, width, spread))
+    weight_TE = torch.full((512, 4), 0.5)
+    selected_TE = torch.ones(512, 4, dtype=torch.bool)
+    gates = {"radar_pair_angle": torch.linspace(-0.5, 0.5, 16).view(4, 4)}
+    mixed_TE = radar_pairs_weights(z_TER[..., 0], z_TER, weight_TE, selected_TE, B_ERO, gates)
+    gradients = torch.autograd.grad(mixed_TE.sum(), [B_ERO, z_TER])
+    for value in (mixed_TE, *gradients):
+        assert torch.isfinite(value).all()
+    y_TEO = torch.einsum("te,ter,ero->teo", mixed_TE, z_TER, B_ERO)
+    assert (
+        y_TEO.norm(dim=-1).max()
+        <= 10 * torch.einsum("ter,ero->teo", z_TER, B_ERO).norm(dim=-1).max()
+    )

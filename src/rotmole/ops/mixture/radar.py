@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rotmole.ops.precision import epsilon
+from rotmole.ops.precision import epsilon, least_share
 
 
 def radar_sum(
@@ -66,6 +66,7 @@ def radar_pairs_weights(
              = sum_j C_ej v_j,  hence  sum_e g_e v'_e = sum_j m_j v_j  with  m_j = sum_e g_e C_ej
 
     All of it follows from H_ej = <v_e, v_j> = z_e (B_e B_j^T) z_j: nothing of width O per token.
+    An output that cancels to rounding counts as zero (precision.least_share).
     """
     across = _pairs(x_TD, z_TER, selected_TE, B_ERO, gates)
     square_TE, norm_TE = across.square_TE, across.norm_TE
@@ -87,7 +88,7 @@ def radar_pairs_angles(
 ) -> Tensor:
     """Return 2 atan(|part of c_e across v_e| / 2) [T, E], by which `radar_pairs` turns v_e."""
     square_TE = _pairs(x_TD, z_TER, selected_TE, B_ERO, gates).square_TE
-    return 2 * torch.atan(square_TE.clamp(min=0).sqrt() / 2)
+    return 2 * torch.atan(square_TE.sqrt() / 2)
 
 
 class _Pairs(NamedTuple):
@@ -117,8 +118,11 @@ def _pairs(
     gram_ERFS = torch.einsum("ero,fso->erfs", B_ERO, B_ERO)
     half_TEFS = torch.einsum("ter,erfs->tefs", z_TER, gram_ERFS)
     H_TEF = torch.einsum("tefs,tfs->tef", half_TEFS, z_TER)
-    norm_TE = torch.sqrt(H_TEF.diagonal(dim1=-2, dim2=-1) + epsilon(z_TER))
-    cos_TEF = H_TEF / norm_TE.unsqueeze(-1) / norm_TE.unsqueeze(-2)
+    mean_E = B_ERO.square().sum(-1).mean(-1)  # tr(B_e B_e^T)/R
+    least_TE = least_share(z_TER.dtype, z_TER.shape[-1]) * mean_E * z_TER.square().sum(-1)
+    length_TE = torch.maximum(H_TEF.diagonal(dim1=-2, dim2=-1), least_TE)
+    norm_TE = torch.sqrt(length_TE + epsilon(z_TER))
+    cos_TEF = (H_TEF / norm_TE.unsqueeze(-1) / norm_TE.unsqueeze(-2)).clamp(-1, 1)
     phi_TEF = gates["radar_pair_angle"].to(z_TER.dtype)
     if "radar_pair_down" in gates:
         down = gates["radar_pair_down"].to(z_TER.dtype)
@@ -131,5 +135,5 @@ def _pairs(
     pair_TEF = selected.unsqueeze(-1) * selected.unsqueeze(-2) * (1 - identity_EE)
     phi_TEF = phi_TEF * pair_TEF
     mu_TE = (phi_TEF * cos_TEF).sum(-1)
-    square_TE = ((phi_TEF @ cos_TEF) * phi_TEF).sum(-1) - mu_TE.square()
+    square_TE = (((phi_TEF @ cos_TEF) * phi_TEF).sum(-1) - mu_TE.square()).clamp(min=0)
     return _Pairs(phi_TEF, mu_TE, square_TE, norm_TE)

@@ -21,6 +21,18 @@ def inner(a_ERT: Tensor, b_ERT: Tensor, metric_ERR: Tensor | None = None) -> Ten
     return value_E1T
 
 
+def square(a_ERT: Tensor, metric_ERR: Tensor | None = None) -> Tensor:
+    """Return <a, a>, with a metric at least 2 R eps a a^T (eps of the number format)."""
+    value_E1T = inner(a_ERT, a_ERT, metric_ERR)
+    E, R, T = a_ERT.shape
+    for e in range(E):
+        for t in range(T):
+            least = 2 * R * torch.finfo(a_ERT.dtype).eps * (a_ERT[e, :, t] @ a_ERT[e, :, t])
+            if metric_ERR is not None and value_E1T[e, 0, t] < least:
+                value_E1T[e, 0, t] = least
+    return value_E1T
+
+
 class Adjoint(NamedTuple):
     """m = G z', and the gradients of what made it; None if the rotation has no such input."""
 

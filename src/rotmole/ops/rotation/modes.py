@@ -20,7 +20,7 @@ import math
 import torch
 from torch import Tensor
 
-from rotmole.ops.precision import at_least_float32, epsilon
+from rotmole.ops.precision import at_least_float32, epsilon, least_share
 
 FLOOR = 0.01  # d of the formulas: where a direction counts as undefined, relative to its parent
 
@@ -30,6 +30,19 @@ def inner(a_ERT: Tensor, b_ERT: Tensor, metric_ERR: Tensor | None = None) -> Ten
     if metric_ERR is not None:
         a_ERT = metric_ERR.mT @ a_ERT
     return (a_ERT * b_ERT).sum(-2, keepdim=True)
+
+
+def square(a_ERT: Tensor, metric_ERR: Tensor | None = None) -> Tensor:
+    """Return <a,a>, [E, 1, T]; with a metric at least the share u of a a^T that rounding leaves.
+
+    So <a,a> is never negative, in whatever precision a device multiplies matrices; u is
+    precision.least_share.
+    """
+    length_E1T = inner(a_ERT, a_ERT, metric_ERR)
+    if metric_ERR is None:
+        return length_E1T
+    share = least_share(a_ERT.dtype, a_ERT.shape[-2])
+    return torch.maximum(length_E1T, share * inner(a_ERT, a_ERT))
 
 
 def floor_at(s: Tensor, b: Tensor) -> Tensor:
@@ -55,8 +68,8 @@ def angle_between(a_ERT: Tensor, b_ERT: Tensor, metric_ERR: Tensor | None = None
     tensor([[[1.5708]]])
     """
     tiny = torch.finfo(a_ERT.dtype).tiny
-    u, v = (w * torch.rsqrt(inner(w, w, metric_ERR).clamp(min=tiny)) for w in (a_ERT, b_ERT))
-    apart, along = (inner(w, w, metric_ERR).clamp(min=0).sqrt() for w in (u - v, u + v))
+    u, v = (w * torch.rsqrt(square(w, metric_ERR).clamp(min=tiny)) for w in (a_ERT, b_ERT))
+    apart, along = (square(w, metric_ERR).sqrt() for w in (u - v, u + v))
     angle = 2 * torch.atan2(apart, along)
     empty = (a_ERT == 0).all(-2, keepdim=True) | (b_ERT == 0).all(-2, keepdim=True)
     return angle.masked_fill(empty, 0.0)
@@ -74,7 +87,7 @@ def output_metric(B_ERO: Tensor) -> Tensor:
         [E, R, R] symmetric positive definite.
 
     The output z B_e then turns in span(z B_e, q B_e) as an O x O rotation would
-    turn it. Squared norms by a Gram matrix lose cond(B)^2 in precision.
+    turn it. Squared norms by a Gram matrix lose cond(B)^2 in precision (`square`).
     """
     B_ERO = at_least_float32(B_ERO)
     e, rank = epsilon(B_ERO), B_ERO.shape[1]
@@ -86,7 +99,7 @@ def output_metric(B_ERO: Tensor) -> Tensor:
 
 def part_across(z: Tensor, q: Tensor, metric: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return n2 = <z,z> + e and the part of q across z, t = q - (<q,z>/n2) z."""
-    n2 = inner(z, z, metric) + epsilon(z)
+    n2 = square(z, metric) + epsilon(z)
     return n2, torch.addcmul(q, inner(q, z, metric) / n2, z, value=-1)
 
 
@@ -102,7 +115,7 @@ def tangent(z: Tensor, q: Tensor, metric: Tensor | None = None) -> Tensor:
     2605.25565).
     """
     n2, t = part_across(z, q, metric)
-    u = torch.reciprocal(inner(t, t, metric) + 4)
+    u = torch.reciprocal(square(t, metric) + 4)
     v = torch.addcmul(z, torch.sqrt(n2), t, value=0.5)
     return torch.addcmul(-z, u, v, value=8)
 
@@ -132,8 +145,8 @@ def plane(z: Tensor, q: Tensor, angle: Tensor, metric: Tensor | None = None) -> 
     the sense of turning would be left.
     """
     n2, t = part_across(z, q, metric)
-    floor = FLOOR**2 * (inner(q, q, metric) + FLOOR**2 * n2) + epsilon(z)
-    t2 = floor_at(inner(t, t, metric), floor)
+    floor = FLOOR**2 * (square(q, metric) + FLOOR**2 * n2) + epsilon(z)
+    t2 = floor_at(square(t, metric), floor)
     theta = math.pi * torch.tanh(angle)
     return torch.addcmul(torch.cos(theta) * z, torch.sin(theta) * torch.sqrt(n2 / t2), t)
 
@@ -187,8 +200,8 @@ def bias(z: Tensor, q: Tensor, metric: Tensor | None = None) -> Tensor:
     """
     e = epsilon(z)
     moved = z + q
-    n2 = inner(z, z, metric) + e
-    s2 = inner(moved, moved, metric) + e
+    n2 = square(z, metric) + e
+    s2 = square(moved, metric) + e
     return moved * torch.sqrt(n2 / floor_at(s2, FLOOR**2 * n2))
 
 

@@ -56,7 +56,7 @@ def _turn(z: Tensor, turned: Tensor, gate: Gate) -> Tensor:
 
 def _angle_of_tangent(z: Tensor, turned: Tensor, gate: Gate) -> Tensor:
     _, t = modes.part_across(z, _vector(gate), gate.metric_ERR)
-    return 2 * torch.atan(modes.inner(t, t, gate.metric_ERR).clamp(min=0).sqrt() / 2)
+    return 2 * torch.atan(modes.square(t, gate.metric_ERR).sqrt() / 2)
 
 
 def _angle_of_plane(z: Tensor, turned: Tensor, gate: Gate) -> Tensor:
