@@ -139,20 +139,37 @@ def few_experts(study: Judgement) -> str:
     """Say what rotation adds where experts are few, beside as many of them without."""
     parts = []
     for column, name in ((1, "rotation gates"), (2, "RadarGate's pairs")):
-        ways: dict[str, list[str]] = {BETTER: [], WORSE: [], NONE: []}
+        ways: dict[str, list[tuple[str, Paired]]] = {}
         for (experts, chosen), names in FEW_EXPERTS.items():
             found = difference(study, names[column], names[0]) if names[column] else None
             if found is not None:
-                ways[direction(found)].append(f"{experts}, {chosen}: {written(found)}")
-        said = [f"{way} in {count_word(len(v))} ({'; '.join(v)})" for way, v in ways.items() if v]
-        parts.append(f"{name} are {listed(said)}")
-    others = [d for d in study.differences if d.measure == "nll" and not d.task and d.estimate]
-    beat = [f"{d.method} {written(d.estimate)}" for d in others if direction(d.estimate) == BETTER]
-    count = f"{count_word(len(beat))} ({'; '.join(beat)})" if beat else "none"
+                place = f"E = {experts}, K = {chosen}"
+                ways.setdefault(direction(found), []).append((place, found))
+        said = [
+            f"{way} at {'; '.join(f'{place} ({written(found)})' for place, found in ways[way])}"
+            for way in (BETTER, WORSE)
+            if way in ways
+        ]
+        if NONE in ways:
+            values = [found.value for _, found in ways[NONE]]
+            total = count_word(sum(map(len, ways.values())))
+            said.append(
+                f"no difference was found at {count_word(len(values))} of {total} "
+                f"(means {min(values):+.3f} to {max(values):+.3f})"
+            )
+        parts.append(f"for {name} {listed(said)}")
+    ways_of_all = [
+        direction(d.estimate)
+        for d in study.differences
+        if d.measure == "nll" and not d.task and d.estimate is not None
+    ]
+    better, worse = (ways_of_all.count(way) for way in (BETTER, WORSE))
     return (
-        f"Few experts (E, K from 1, 1 to 8, 2), {count_word(len(study.seeds))} seeds, by "
-        f"intervals: beside as many experts without, {'; '.join(parts)}; of all {len(others)} "
-        f"forms {count} better than one tuned LoRA."
+        f"Few experts (1 to 8, one or two a token), {count_word(len(study.seeds))} seeds, by "
+        f"intervals, beside as many experts without rotation: {'; '.join(parts)}. Of all "
+        f"{len(ways_of_all)} forms {count_word(better) if better else 'none'} "
+        f"{'are' if better > 1 else 'is'} better than one tuned LoRA and "
+        f"{count_word(worse) if worse else 'none'} {'are' if worse > 1 else 'is'} worse."
     )
 
 

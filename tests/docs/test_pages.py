@@ -108,11 +108,12 @@ def test_few_experts_are_compared_with_as_many_without_rotation(tmp_path: Path) 
         return answers.written(answers.difference(judgement, one, other))
 
     assert "three seeds" in said
-    assert f"rotation gates are better in one (2, 1: {shown('cayley_e2_k1', 'none_e2_k1')})" in said
-    assert f"worse in one (1, 1: {shown('tangent_e1_k1', 'lora')})" in said
-    assert f"no difference found in one (4, 2: {shown('cayley_h4', 'moe_lora')})" in said
-    assert f"RadarGate's pairs are better in one (4, 2: {shown('radar_pairs', 'moe_lora')})" in said
-    assert "of all 6 forms one (radar_pairs -0." in said
+    assert f"better at E = 2, K = 1 ({shown('cayley_e2_k1', 'none_e2_k1')})" in said
+    assert f"worse at E = 1, K = 1 ({shown('tangent_e1_k1', 'lora')})" in said
+    assert "no difference was found at one of three (means " in said
+    pairs = shown("radar_pairs", "moe_lora")
+    assert f"for RadarGate's pairs better at E = 4, K = 2 ({pairs})" in said
+    assert "Of all 6 forms one is better than one tuned LoRA and four are worse." in said
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     part = results.page(page, tmp_path, tmp_path).partition("<!-- q3 -->")[2]
     (line,) = [line for line in part.splitlines() if line.startswith("| 2, 1 |")]
