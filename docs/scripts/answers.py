@@ -29,6 +29,9 @@ NAMES = {
     "dense_mean_one": "a dense mixture with weights of mean one",
     "mola": "MoLA",
     "moe_lora_sum_two": "MoE-LoRA with weights that sum to two",
+    "even": "a dense mixture whose gates hardly learn",
+    "tangent_e1_k1": "a single expert with rotation",
+    "shared_turned": "MoE-LoRA with an always-on expert that is turned",
 }
 ROTATIONS = ("tangent", "rotmole", "tangent_h4", "cayley_h4", "radar_pairs")
 FEW_EXPERTS = {
