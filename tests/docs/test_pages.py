@@ -194,7 +194,7 @@ def numbers(text: str) -> list[float]:
 def same(new: str, committed: Path) -> bool:
     """Whether numbers differ by under 0.01 point: another matplotlib may write a digit more."""
     mine, theirs = numbers(new), numbers(committed.read_text(encoding="utf-8"))
-    return len(mine) == len(theirs) > 500 and all(
+    return len(mine) == len(theirs) > 300 and all(
         math.isclose(a, b, abs_tol=0.01) for a, b in zip(mine, theirs, strict=True)
     )
 
