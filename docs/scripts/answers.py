@@ -111,10 +111,11 @@ def _some(found: Sequence[tuple[str, Paired]]) -> str:
     return f"({'; '.join([*shown[:2], others])})"
 
 
-def against_lora(study: Judgement, where: str) -> str:
+def against_lora(study: Judgement, where: str, *, brief: bool = False) -> str:
     """Say which methods beat the baseline, which lose to it, and which cannot be told from it.
 
-    A study with too few seeds for claims says what its intervals decide.
+    A study with too few seeds for claims says what its intervals decide. A brief sentence names
+    the methods that beat the baseline alone.
     """
     explores = any(d.verdict == FEW for d in study.differences)
     groups: dict[str, list[tuple[str, Paired]]] = {BETTER: [], WORSE: []}
@@ -131,9 +132,11 @@ def against_lora(study: Judgement, where: str) -> str:
     parts = [f"{count} {verbs[0][len(better) > 1]} one tuned {name_of(study.baseline)}"]
     parts[0] += f" {_some(better)}" if better else ""
     if worse:
-        parts.append(f"{count_word(len(worse))} {verbs[1][len(worse) > 1]} it {_some(worse)}")
+        shown = "" if brief else f" {_some(worse)}"
+        parts.append(f"{count_word(len(worse))} {verbs[1][len(worse) > 1]} it{shown}")
     for verdict, found in groups.items():
-        parts.append(f"{count_word(len(found))}: {verdict} {_some(found)}")
+        shown = "" if brief else f" {_some(found)}"
+        parts.append(f"{count_word(len(found))}: {verdict}{shown}")
     seeds = f"{count_word(len(study.seeds))} seeds{' (intervals, no claims)' if explores else ''}"
     return f"{where}, {seeds}: {'; '.join(parts)}."
 
@@ -301,7 +304,7 @@ def answers(
         "Open: whether rotation pays where experts are few (Q3) was not run."
     )  # fmt: skip
     last = [name for name in ("q6_length", *QUESTION_7) if name in studies]
-    regimes = " ".join(against_lora(studies[name], WHERE[name]) for name in last) or (
+    regimes = " ".join(against_lora(studies[name], WHERE[name], brief=True) for name in last) or (
         "Open: longer training (Q6) and other regimes (Q7) were not run."
     )
     return [*first, other, few, forgetting(grown), regimes]

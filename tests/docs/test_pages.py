@@ -132,6 +132,9 @@ def test_too_few_seeds_for_a_claim_leave_what_intervals_decide(tmp_path: Path) -
     assert "better than one tuned LoRA (RotMoLE with its default gates -0." in said
     assert "one is worse than it (MoE-LoRA +0." in said
     assert "one: no difference found (MoE-LoRA with an always-on expert" in said
+    brief = script("answers").against_lora(judgement, "Here", brief=True)
+    assert brief.endswith("; one is worse than it; one: no difference found.")
+    assert "(RotMoLE with its default gates -0." in brief
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     text = results.page(page, tmp_path, tmp_path)
     assert "pictures/results-q2_glue-convergence.svg" in text
