@@ -36,7 +36,7 @@ def test_the_table_of_sizes_is_what_the_script_computes(sizes: ModuleType) -> No
     assert committed(page, "sizes") == sizes.size_table(), "run `make pages`"
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_the_table_of_memory_is_what_the_script_computes(sizes: ModuleType) -> None:
     """One line is computed here, as a line takes twenty seconds; all have the script's form."""
     lines = committed(SCALE, "memory").splitlines()

@@ -19,7 +19,7 @@ def place() -> Iterator[Place]:
         yield made
 
 
-LANES = {"data": pytest.mark.heavy, "names": pytest.mark.slow}
+LANES = {"data": pytest.mark.heavy, "names": pytest.mark.heavy}
 
 
 @pytest.mark.parametrize(

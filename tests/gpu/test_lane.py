@@ -93,7 +93,7 @@ def test_what_failed_is_named_and_fails_the_lane(
     assert said in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_the_checks_run_on_a_device(tmp_path: Path) -> None:
     """One of each way to compute, as `make gpu` starts them."""
     chosen = "(dense_is or fused_is or grouped_is) and tangent-bfloat16"
