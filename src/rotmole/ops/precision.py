@@ -33,8 +33,8 @@ def least_share(dtype: torch.dtype, rank: int) -> float:
     """Return the least share of |z|^2 tr(G)/R that z G z^T is taken as, G = B B^T: 2 R eps.
 
     z G z^T is a squared length. Where rows of B are nearly parallel and z B cancels, rounding
-    leaves a number of either sign; below this share there is nothing else in it (in half of the
-    share, as measured for up to 50,000 outputs).
+    leaves a number of either sign. In float32 it was measured to be at most 0.3 of this share with
+    up to 16,384 outputs, and 0.8 of it with 53,248.
 
     Args:
         dtype: that G is computed in, float32 or float64.
