@@ -165,9 +165,11 @@ def main() -> int:
         print("no GPU here: nothing was measured on one")
         return 0
     start(given)
-    rows = [*layers(given), *compiled(given), *memory(given)]
-    if given.json is not None:
-        given.json.write_text(json.dumps([asdict(row) for row in rows]), encoding="utf-8")
+    rows: list[Row] = []
+    for part in (layers, memory, compiled):  # the longest last: what is there is kept
+        rows += part(given)
+        if given.json is not None:
+            given.json.write_text(json.dumps([asdict(row) for row in rows]), encoding="utf-8")
     return 0
 
 

@@ -27,7 +27,7 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent
 FOLDERS = ("src", "tests", "tests/ops", "tests/ops/mixture", "tests/ops/rotation", "benchmarks")
-LONGEST = 3600  # seconds of a part; ranks that wait for one another would wait forever
+LONGEST = int(os.environ.get("LONGEST", "3600"))  # seconds of a part; ranks might wait forever
 NONE = "no GPU here: nothing was measured on one (make gpu DRY=1 runs the lane on the CPU)"
 Command = Sequence[str | Path]
 
@@ -42,7 +42,8 @@ def cards() -> list[str]:
 def start(command: Command, device: str) -> int:
     """Run a part's processes with the sources of this checkout; return the exit status."""
     variables = os.environ | {"ROTMOLE_DEVICE": device, "HF_HUB_OFFLINE": "1"}
-    variables["PYTHONPATH"] = os.pathsep.join(str(ROOT / folder) for folder in FOLDERS)
+    before = filter(None, [os.environ.get("PYTHONPATH")])
+    variables["PYTHONPATH"] = os.pathsep.join([*(str(ROOT / f) for f in FOLDERS), *before])
     if device == "cpu":
         variables["OMP_NUM_THREADS"] = "1"
     try:
@@ -81,12 +82,13 @@ def run_ranks(device: str, ranks: int, folder: Path, more: Sequence[str]) -> dic
 
 
 def run_bench(device: str, ranks: int, folder: Path, more: Sequence[str]) -> list[dict[str, Any]]:
-    """Run benchmarks/gpu.py; return its rows, none where it failed."""
+    """Run benchmarks/gpu.py; return its rows, those up to there where it failed or was stopped."""
     report = folder / "rows.json"
     words = [sys.executable, "-W", "ignore", ROOT / "benchmarks" / "gpu.py", "--device", device,
              "--threads", "1", "--json", report]  # fmt: skip
     status = start([*words, *(["--quick"] if device == "cpu" else [])], device)
-    return [] if status or not report.exists() else json.loads(report.read_text())
+    rows: list[dict[str, Any]] = json.loads(report.read_text()) if report.exists() else []
+    return [*rows, {"ended": f"exit status {status} after {len(rows)} figures"}] if status else rows
 
 
 def _ended(said: dict[str, str], status: int) -> dict[str, str]:
@@ -143,7 +145,9 @@ def main(arguments: Sequence[str]) -> int:
             began = time.monotonic()
             results[part] = PARTS[part](device, ranks, Path(folder), more)
             if part == "bench":
-                wrong = [] if results[part] else ["bench: no figure"]
+                ended = [f"bench: {row['ended']}" for row in results[part] if "ended" in row]
+                wrong = ended if results[part] else ["bench: no figure"]
+                results[part] = [row for row in results[part] if "ended" not in row]
             else:
                 wrong = [f"{name}: {said}" for name, said in results[part].items() if said]
             failed += wrong

@@ -83,7 +83,8 @@ def test_a_dry_run_keeps_nothing(
 @pytest.mark.parametrize(
     ("part", "result", "said"),
     [("checks", {"a": "", "b": "differs"}, "b: differs"), ("ranks", {"c": "hung"}, "c: hung"),
-     ("bench", [], "bench: no figure")],
+     ("bench", [], "bench: no figure"),
+     ("bench", [{"value": 1.0}, {"ended": "exit status 124"}], "bench: exit status 124")],
 )  # fmt: skip
 def test_what_failed_is_named_and_fails_the_lane(
     part: str, result: Any, said: str, planted: dict[str, Any], capsys: pytest.CaptureFixture[str]
