@@ -73,18 +73,26 @@ def _card(kept: dict[str, Any]) -> str:
     checks = kept.get("checks", {}) | kept.get("ranks", {})
     failed = sum(bool(wrong) for wrong in checks.values())
     made = kept["made"]
+    rows = [Row(**cells) for cells in kept.get("bench", [])]
+    kernels = {
+        (row.case, row.mode, row.measure.replace("kernels of a ", "")): row.value
+        for row in rows if "kernels of a " in row.measure
+    }  # fmt: skip
     lines = [
         f"{len(kept['cards'])} x {kept['cards'][0]}, torch {made['torch']}, CUDA {made['cuda']}, "
         f"commit {made['commit']}: {len(checks)} checks, {failed} failed.",
         "",
-        "| case | layer | figure | times LoRA's | 10-90 % | ours | LoRA's |",
-        "|---|---|---|---|---|---|---|",
+        "| case | layer | figure | times LoRA's | 10-90 % | ours | LoRA's | kernels, times |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for cells in kept.get("bench", []):
-        row = Row(**cells)
+    for row in rows:
+        if "kernels of a " in row.measure:
+            continue
         spread = f"{row.low_10:.2f} .. {row.high_90:.2f}"
-        sides = f"{row.ours or 0:.4g} | {row.baseline or 0:.4g}"
+        sides = " | ".join("" if s is None else f"{s:.4g}" for s in (row.ours, row.baseline))
+        launched = kernels.get((row.case, row.mode, row.measure))
         lines.append(
-            f"| {row.case} | {row.mode} | {row.measure} | {row.value:.2f} | {spread} | {sides} |"
+            f"| {row.case} | {row.mode} | {row.measure} | {row.value:.2f} | {spread} | {sides} | "
+            f"{'' if launched is None else f'{launched:.2f}'} |"
         )
     return "\n".join(lines)

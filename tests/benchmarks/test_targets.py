@@ -98,12 +98,17 @@ def test_a_cards_file_becomes_a_table(tmp_path: Path) -> None:
     kept = {
         "cards": ["NVIDIA X", "NVIDIA X"], "made": {"torch": "2", "cuda": "13", "commit": "abc"},
         "checks": {"a": "", "b": "differs"}, "ranks": {"c": ""},
-        "bench": [asdict(row(1.25, question="gpu", ours=2e-4, baseline=1.6e-4))],
+        "bench": [
+            asdict(row(1.25, question="gpu", measure="step with base", ours=2e-4, baseline=1.6e-4)),
+            asdict(row(3.0, question="gpu", measure="kernels of a step with base")),
+        ],
     }  # fmt: skip
     (tmp_path / "gpu-nvidia-x.json").write_text(json.dumps(kept))
     said = tables.cards(tmp_path)
     assert said.startswith("2 x NVIDIA X, torch 2, CUDA 13, commit abc: 3 checks, 1 failed.")
-    assert "| q,k,v,o | none | training step | 1.25 | 1.25 .. 1.25 | 0.0002 | 0.00016 |" in said
+    assert said.splitlines()[-1] == (
+        "| q,k,v,o | none | step with base | 1.25 | 1.25 .. 1.25 | 0.0002 | 0.00016 | 3.00 |"
+    )
 
 
 def test_counts_of_a_small_layer_stand_side_by_side() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +12,7 @@ from ops_cases import Problem, Variant, assert_close, gradients, make, problems
 from test_fused import FUSED
 from torch import Tensor
 
+from rotmole.ops.mixture import grouped
 from rotmole.ops.mixture.grouped import chosen_dots, chosen_outer, chosen_sum, grouped_mixture
 from rotmole.ops.reference import method as reference
 from rotmole.ops.routing.selection import select
@@ -100,3 +103,28 @@ def test_zero_start_is_bit_equal_to_none(dtype: torch.dtype) -> None:
     for variant in GROUPED:
         problem = make(variant, 3, T=7, E=20, K=2, D=9, O=6, dtype=dtype).at_zero_start()
         assert torch.equal(run(problem), run(problem.without_rotation()))
+
+
+def test_dots_in_float32_are_those_of_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What CUDA needs, where torch has no such kernel in bfloat16; here the format is chosen."""
+    generator = torch.Generator().manual_seed(3)
+    x, table = (torch.randn(n, 16, generator=generator).bfloat16() for n in (4, 6))
+    rows = torch.tensor([[0, 3], [3, 1], [4, 4], [5, 0]])
+    found = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        monkeypatch.setattr(grouped, "dots_dtype", lambda _, d=dtype: d)
+        leaves = [t.clone().requires_grad_() for t in (x, table)]
+        dots = chosen_dots(*leaves, rows)
+        assert dots.dtype == torch.bfloat16
+        found[dtype] = [dots, *torch.autograd.grad(dots.float().square().sum(), leaves)]
+    for here, there in zip(*found.values(), strict=True):
+        assert_close(here.float(), there.float(), 0.02)
+
+
+@pytest.mark.parametrize("on_cuda", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_only_bfloat16_on_cuda_is_widened(on_cuda: bool, dtype: torch.dtype) -> None:
+    """No card is at hand: what stands for a tensor on one has the two attributes that are read."""
+    given = SimpleNamespace(is_cuda=on_cuda, dtype=dtype)
+    wide = on_cuda and dtype == torch.bfloat16
+    assert grouped.dots_dtype(given) == (torch.float32 if wide else dtype)
