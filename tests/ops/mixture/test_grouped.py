@@ -112,7 +112,7 @@ def test_dots_in_float32_are_those_of_bfloat16(monkeypatch: pytest.MonkeyPatch) 
     rows = torch.tensor([[0, 3], [3, 1], [4, 4], [5, 0]])
     found = {}
     for dtype in (torch.bfloat16, torch.float32):
-        monkeypatch.setattr(grouped, "dots_dtype", lambda _, d=dtype: d)
+        monkeypatch.setattr(grouped, "_dots_dtype", lambda _, d=dtype: d)
         leaves = [t.clone().requires_grad_() for t in (x, table)]
         dots = chosen_dots(*leaves, rows)
         assert dots.dtype == torch.bfloat16
@@ -127,4 +127,4 @@ def test_only_bfloat16_on_cuda_is_widened(on_cuda: bool, dtype: torch.dtype) -> 
     """No card is at hand: what stands for a tensor on one has the two attributes that are read."""
     given = SimpleNamespace(is_cuda=on_cuda, dtype=dtype)
     wide = on_cuda and dtype == torch.bfloat16
-    assert grouped.dots_dtype(given) == (torch.float32 if wide else dtype)
+    assert grouped._dots_dtype(given) == (torch.float32 if wide else dtype)

@@ -31,7 +31,7 @@ def _bags(rows_TM: Tensor) -> tuple[Tensor, Tensor]:
     return each_T * count, each_T.repeat_interleave(count)
 
 
-def dots_dtype(x_TD: Tensor) -> torch.dtype:
+def _dots_dtype(x_TD: Tensor) -> torch.dtype:
     """Return the format that torch's kernel of the dots can multiply: on CUDA not bfloat16."""
     no_kernel = x_TD.is_cuda and x_TD.dtype == torch.bfloat16
     return torch.float32 if no_kernel else x_TD.dtype
@@ -44,7 +44,7 @@ class _Dots(torch.autograd.Function):
     def forward(ctx: Any, x_TD: Tensor, table_ND: Tensor, rows_TM: Tensor) -> Tensor:
         ctx.save_for_backward(x_TD, table_ND, rows_TM)
         starts_T, token_M = _bags(rows_TM)
-        dtype = dots_dtype(x_TD)
+        dtype = _dots_dtype(x_TD)
         dots: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
             x_TD.to(dtype).contiguous(), table_ND.to(dtype), rows_TM.reshape(-1), starts_T,
             token_M, 0,
