@@ -6,7 +6,8 @@ Three parts, each in processes of its own: the checks of device_checks.py (laws,
 compiler, attention), DDP and FSDP2 with one rank a card (ranks.py), and times, launches and peak
 memory (benchmarks/gpu.py). The result is one file, gpu-NAME.json, NAME that of the card; nothing
 but a card writes one. Without a card a sentence says so and the status is 0. --dry runs the same
-code on the CPU, with two ranks over gloo and small shapes: it shows that the lane starts.
+code on the CPU, with two ranks over gloo and small shapes: it shows that the lane starts. The
+variable LONGEST is the seconds after which a part is stopped; what it measured until then is kept.
 """
 
 from __future__ import annotations
