@@ -121,7 +121,7 @@ def look_inside(found: Mapping[str, Cell] | None, pictures: Path) -> str:
     if found is None:
         return (
             "**Not run yet: inside the finalists.** `python experiments/study/q4_inside.py` reads "
-            "the finished adapters of Q1."
+            "the finished adapters of `experiments/study/q4_inside.yaml`, which are cells of Q1."
         )
     by_method: dict[str, list[Cell]] = {}
     for name, cell in found.items():
@@ -168,9 +168,9 @@ def look_inside(found: Mapping[str, Cell] | None, pictures: Path) -> str:
         "absolute angle in radians, from the least to the most turned task and language."
     )
     picture = f"![{label}](pictures/results-q4_inside.svg)"
-    return (
-        f"**Inside the finalists.**\n\n{tables.markdown(lines)}\n\n{note}\n\n{picture}\n\n{caption}"
-    )
+    made = tables.facts(next(iter(found.values()))["made"])
+    parts = ["**Inside the finalists.**", tables.markdown(lines), note, picture, caption, made]
+    return "\n\n".join(parts)
 
 
 def _angles(cells: Sequence[Cell]) -> str:

@@ -1,10 +1,11 @@
-"""Q4, part two: what rotation and routing add in the finished adapters of Q1, and what is static.
+"""Q4, part two: what rotation and routing add in finished adapters, and what is static.
 
-    OMP_NUM_THREADS=1 python experiments/study/q4_inside.py runs/study/q1 [--methods NAME ...]
-        [--seeds N ...]
+    OMP_NUM_THREADS=1 python experiments/study/q4_inside.py runs/study/q4_inside
+        [--methods NAME ...] [--seeds N ...] [--results FILE]
 
-Each final cell is inspected as `rotmole inspect` does, on test rows; a cell that is in the results
-already is left alone. docs/scripts/results.py makes the table of docs/results.md from the results.
+The folder is that of q4_inside.yaml, or of q1.yaml, which has the same cells. Each final cell is
+inspected as `rotmole inspect` does, on test rows; a cell that is in the results already is left
+alone. docs/scripts/results.py makes the table of docs/results.md from the results.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rotmole.comparison.results import CELL
 from rotmole.data import load_splits
 from rotmole.evaluation.target import find_target, load_target
 from rotmole.files import atomic_write_text
@@ -68,19 +70,24 @@ def figures(inspection: Inspection) -> dict[str, Any]:
 def main() -> None:
     """Inspect the cells that are missing, and write the results after each."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("study", type=Path, help="the folder of Q1")
+    parser.add_argument("study", type=Path, help="the folder of the study")
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--tokens", type=int, default=2000)
+    parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
-    known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+    results: Path = options.results
+    known = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
     for seed in options.seeds:
         for method in options.methods:
             name = f"{method}/seed-{seed}"
             if name not in known:
                 cell = options.study / "cells" / "final" / name
-                known[name] = figures(inspected(cell, options.tokens))
-                atomic_write_text(RESULTS, json.dumps(known, indent=1, sort_keys=True) + "\n")
+                made = json.loads((cell / CELL).read_text(encoding="utf-8"))["facts"]
+                known[name] = figures(inspected(cell, options.tokens)) | {
+                    "made": {what: made[what] for what in ("processor", "dtype", "commit")}
+                }
+                atomic_write_text(results, json.dumps(known, indent=1, sort_keys=True) + "\n")
                 print(name, known[name]["answers"])
 
 

@@ -144,7 +144,8 @@ def test_too_few_seeds_for_a_claim_leave_what_intervals_decide(tmp_path: Path) -
 def test_what_an_inspection_found_has_its_table_and_figure(tmp_path: Path) -> None:
     parts = {"trained": 0.5, "rotation_off": 0.7, "uniform": 0.8, "base": 3.5}
     angles = {"all": 0.3, "a": 0.2, "b": 0.4}
-    cell = {"answers": parts, "static": {"8": 0.9, "16": 0.95}, "angles": angles}
+    made = {"processor": "a card", "commit": "abc"}
+    cell = {"answers": parts, "static": {"8": 0.9, "16": 0.95}, "angles": angles, "made": made}
     plain = cell | {"answers": parts | {"rotation_off": None}, "angles": {"all": None, "a": None}}
     found = {
         "tangent/seed-0": cell,
@@ -158,6 +159,7 @@ def test_what_an_inspection_found_has_its_table_and_figure(tmp_path: Path) -> No
     )
     assert "0.20 to 0.40" in lines[-2]
     assert lines[-1] == "| MoE-LoRA | 1 | 0.500 |  | +0.300 | +3.000 | 90.0% | 95.0% |  |"
+    assert text.endswith("processor a card, commit abc")
     assert "MoE-LoRA" in (tmp_path / "results-q4_inside.svg").read_text(encoding="utf-8")
 
 
