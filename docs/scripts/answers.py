@@ -141,6 +141,35 @@ def against_lora(study: Judgement, where: str, *, brief: bool = False) -> str:
     return f"{where}, {seeds}: {'; '.join(parts)}."
 
 
+def other_mixtures(studies: Studies) -> str:
+    """Say what Q2 found; in one sentence where no interval of any study leaves out zero."""
+    words = {"glue": "mixed GLUE", "qa": "mixed QA", "titles": "titles in nine languages"}
+    found = {f"On {what}": studies[f"q2_{n}"] for n, what in words.items() if f"q2_{n}" in studies}
+    if not found:
+        return "Open: other mixtures (Q2) were not run."
+    means = {
+        where: [
+            d.estimate
+            for d in study.differences
+            if d.measure == "nll" and not d.task and d.estimate is not None
+        ]
+        for where, study in found.items()
+    }
+    sizes = {(len(study.seeds), len(study.methods) - 1) for study in found.values()}
+    if len(sizes) > 1 or any(direction(e) != NONE for each in means.values() for e in each):
+        return " ".join(against_lora(study, where) for where, study in found.items())
+    ((seeds, forms),) = sizes
+    ranges = [
+        f"{min(e.value for e in each):+.3f} to {max(e.value for e in each):+.3f}"
+        for each in means.values()
+    ]
+    return (
+        f"On {listed([where[3:] for where in found])}, {count_word(seeds)} seeds (intervals, no "
+        f"claims): no difference was found between any of {count_word(forms)} forms and one tuned "
+        f"LoRA (means {listed(ranges)})."
+    )
+
+
 def few_experts(study: Judgement) -> str:
     """Say what rotation adds where experts are few, beside as many of them without."""
     parts = []
@@ -289,17 +318,6 @@ def answers(
             against_lora(q1, where), rotation(q1), reasons(q1, inside), always_on(q1), rates(q1),
             unseen(q1),
         ]  # fmt: skip
-    second = [f"q2_{name}" for name in ("glue", "qa", "titles")]
-    if any(name in studies for name in second):
-        words = {"glue": "mixed GLUE", "qa": "mixed QA", "titles": "titles in nine languages"}
-        parts = [
-            against_lora(studies[name], f"On {words[name[3:]]}")
-            for name in second
-            if name in studies
-        ]
-        other = " ".join(parts)
-    else:
-        other = "Open: other mixtures (Q2) were not run."
     few = few_experts(studies["q3"]) if "q3" in studies else (
         "Open: whether rotation pays where experts are few (Q3) was not run."
     )  # fmt: skip
@@ -307,7 +325,7 @@ def answers(
     regimes = " ".join(against_lora(studies[name], WHERE[name], brief=True) for name in last) or (
         "Open: longer training (Q6) and other regimes (Q7) were not run."
     )
-    return [*first, other, few, forgetting(grown), regimes]
+    return [*first, other_mixtures(studies), few, forgetting(grown), regimes]
 
 
 WHERE = {

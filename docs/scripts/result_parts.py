@@ -21,6 +21,7 @@ RUNS = {
     "lora-on": "then trained on, on pl",
     "joint-lora": "LoRA on all four",
 }
+DEVICES = {"cpu": "one core", "cuda": "a GPU, shared by 16"}
 
 
 def forgetting(cells: Sequence[Cell], pictures: Path) -> str:
@@ -190,20 +191,23 @@ def price(studies: Mapping[str, Judgement]) -> str:
     Args:
         studies: name of the study file -> its judgement.
     """
-    lines = [["study", "cells", "minutes of training a cell", "hours of one core"]]
-    whole = 0.0
+    lines = [["study", "cells", "device", "minutes of training a cell", "hours, one by one"]]
+    whole: dict[str, float] = {}
     for name, study in studies.items():
         seconds = [s for by_seed in study.clock.seconds.values() for s in by_seed.values()]
         final = sum(len(method.seeds) for method in study.methods) if study.seeds else 0
         count = len(study.trials) + final
         hours = count * median(seconds) / 3600
-        whole += hours
-        lines.append([f"{name}.yaml", str(count), f"{median(seconds) / 60:.1f}", f"{hours:.1f}"])
-    lines.append(["together", "", "", f"{whole:.1f}"])
+        device = DEVICES[str(study.facts["device"])]
+        whole[device] = whole.get(device, 0.0) + hours
+        minutes = f"{median(seconds) / 60:.1f}"
+        lines.append([f"{name}.yaml", str(count), device, minutes, f"{hours:.1f}"])
+    lines += [["together", "", device, "", f"{hours:.1f}"] for device, hours in whole.items()]
     return (
         f"{tables.markdown(lines)}\n\nCells that a study shares with another are counted in both. "
-        "Hours: the median of the judged cells times all cells; loading and scoring come on top, "
-        "about a third, and the machine did other work beside them."
+        "Hours: the median of the judged cells times all cells, if one ran after the other; "
+        "loading and scoring come on top, about a third. Nothing here is a measure of speed: two "
+        "cells ran side by side on two cores, which did other work as well, and sixteen on a card."
     )
 
 

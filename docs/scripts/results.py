@@ -31,8 +31,8 @@ STUDIES = ROOT / "experiments" / "study"
 RESULTS = STUDIES / "results"
 PAGE, PICTURES = ROOT / "docs" / "results.md", ROOT / "docs" / "pictures"
 README = ROOT / "README.md"
-QUOTED = 2
-"""Sentences of the answer that README.md quotes, the first ones."""
+QUOTED = (0, 1, 6)
+"""Places of the sentences of the answer that README.md quotes."""
 CONVERGENCE = ("q2_glue", "q2_qa", "q2_titles")
 """Studies whose validation loss while training is drawn too, as in RotMoLE's figures 3, 5 and 6."""
 GROWN = ROOT / "experiments" / "grow" / "results.json"
@@ -111,7 +111,7 @@ def shown(study: Study, results: Path, pictures: Path) -> str:
         return missing(study)
     judgement = read_judgement(path)
     headline = judgement.headline[0].upper() + judgement.headline[1:]
-    parts = [f"**{study.what.capitalize()}.** {headline}.", table(judgement)]
+    parts = [f"**{study.what[0].upper()}{study.what[1:]}.** {headline}.", table(judgement)]
     drawings = {"": forest(judgement, judgement.measures[0])}
     if study.name in CONVERGENCE:
         drawings["-convergence"] = convergence(judgement, "update")
@@ -183,8 +183,9 @@ def page(text: str, results: Path = RESULTS, pictures: Path = PICTURES) -> str:
 
 
 def quoted(readme: str, results: Path = RESULTS) -> str:
-    """Return README.md with the first sentences of the answer between its two markers."""
-    return filled(readme, {"results": "\n".join(f"- {s}" for s in sentences(results)[:QUOTED])})
+    """Return README.md with sentences of the answer between its two markers."""
+    said = sentences(results)
+    return filled(readme, {"results": "\n".join(f"- {said[n]}" for n in QUOTED)})
 
 
 def main() -> None:

@@ -166,6 +166,15 @@ def test_a_failure_does_not_stop_the_rest_and_is_repeated_by_the_next_call(
     assert is_done(study, cell)
 
 
+def test_a_metric_that_no_task_has_is_refused_before_training(study_yaml, tmp_path):
+    study = load_study(study_yaml, ["metrics=[nll,chrf]"], output=tmp_path / "out")
+    left = work(study, fix_machine(study))
+    assert len(left.failed) == 4  # of tuning; without them there is no rate for the others
+    for failed in left.failed.values():
+        assert failed.startswith("metrics is 'chrf'; it must be one of nll, ")
+    assert not [*study.folder.rglob("checkpoint-*")]
+
+
 def test_a_cell_that_diverges_while_tuning_is_not_chosen(study_yaml, tmp_path, monkeypatch):
     def diverges(run, **kwargs):
         if run.training["learning_rate"] == 2e-2:

@@ -141,6 +141,18 @@ def test_too_few_seeds_for_a_claim_leave_what_intervals_decide(tmp_path: Path) -
     assert (tmp_path / "results-q2_glue-convergence.svg").is_file()
 
 
+def test_mixtures_without_a_difference_share_a_sentence() -> None:
+    noise = dict(lora=0.0, moe_lora=0.0, rotmole=0.0)
+    glue = judge(made_results(noise, seeds=range(3)))
+    qa = judge(made_results(noise, seeds=range(5, 8)))
+    said = script("answers").other_mixtures({"q2_glue": glue, "q2_qa": qa})
+    assert said.startswith("On mixed GLUE and mixed QA, three seeds (intervals, no claims): no ")
+    assert said.count("one tuned LoRA") == 1 and said.count(" to ") == 2
+    found = judge(made_results(noise | {"rotmole": -0.5}, seeds=range(3)))
+    said = script("answers").other_mixtures({"q2_glue": glue, "q2_qa": found})
+    assert said.count("one tuned LoRA") == 2 and "is better than one tuned LoRA" in said
+
+
 def test_what_an_inspection_found_has_its_table_and_figure(tmp_path: Path) -> None:
     parts = {"trained": 0.5, "rotation_off": 0.7, "uniform": 0.8, "base": 3.5}
     angles = {"all": 0.3, "a": 0.2, "b": 0.4}

@@ -22,13 +22,14 @@ from rotmole.comparison.shared import SharedSources
 from rotmole.comparison.study import Study
 from rotmole.config.load import resolved_yaml, sft_arguments
 from rotmole.config.schema import RunFile
-from rotmole.errors import ConfigError, NonFiniteError, RotMoleError
+from rotmole.errors import ConfigError, NonFiniteError, RotMoleError, one_of
 from rotmole.evaluation.evaluate import evaluate
 from rotmole.evaluation.files import origin, write_files
 from rotmole.evaluation.metrics import default_metrics
 from rotmole.evaluation.target import with_adapter
 from rotmole.files import atomic_write_text, make_folder
 from rotmole.models.endings import take_endings
+from rotmole.models.load import load_tokenizer
 from rotmole.training.callbacks.metrics import read_metrics
 from rotmole.training.checkpoints.find import checkpoints
 from rotmole.training.checkpoints.seal import is_sealed
@@ -170,6 +171,9 @@ def run_cell(
     (folder / FAILED).unlink(missing_ok=True)
     if differing := changes(study, cell, machine):
         raise ConfigError(differing)
+    if study.file.seeds and {*study.file.metrics} - {NLL}:
+        tokenizer = load_tokenizer(run.model, trust_remote_code=study.trust_remote_code)
+        check_metrics(study, run, _rows(run, tokenizer, folder, sources))
     try:
         trained = _trained(study, run, folder, sources, callbacks)
     except NonFiniteError as error:
@@ -295,9 +299,30 @@ def _rows(
     return rows
 
 
+def check_metrics(study: Study, run: RunFile, rows: Mapping[str, Sequence[Any]]) -> None:
+    """Refuse a study that asks for a metric which no task has.
+
+    Args:
+        study: the study.
+        run: of any of its cells.
+        rows: task -> the rows that are scored.
+
+    Raises:
+        ConfigError: with the metrics that the tasks have.
+    """
+    known = dict.fromkeys(name for task in rows for name in _own_metrics(run, task, rows[task]))
+    had = [NLL, "perplexity", *known]
+    if unknown := [name for name in study.file.metrics if name not in had]:
+        raise ConfigError([f"{one_of('metrics', name, had)} No task has it." for name in unknown])
+
+
+def _own_metrics(run: RunFile, task: str, rows: Sequence[Any]) -> Sequence[str]:
+    return run.data.tasks[task].metrics or default_metrics(rows)
+
+
 def _metrics(study: Study, run: RunFile, task: str, rows: Sequence[Any]) -> list[str]:
     """Return the metrics of a task that the study judges; perplexity has every row's loss."""
-    own = run.data.tasks[task].metrics or default_metrics(rows)
+    own = _own_metrics(run, task, rows)
     wanted = [name for name in study.file.metrics if name != NLL and name in own]
     return list(dict.fromkeys([*wanted, "perplexity"]))
 

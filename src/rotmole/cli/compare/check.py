@@ -16,6 +16,7 @@ from rich.filesize import decimal
 from rotmole.cli.compare.table import method_lines, rounding_lines, stage_lines
 from rotmole.cli.rows import Rows, load_rows, print_rows
 from rotmole.cli.screen import note
+from rotmole.comparison.cells import check_metrics
 from rotmole.comparison.cost import flops_per_token
 from rotmole.comparison.plan import make_plan
 from rotmole.comparison.shared import SharedSources
@@ -115,6 +116,9 @@ def _print_rows(study: Study) -> list[Rows]:
             raise DataError(
                 f"no task has a row in its {split} split; name files: {{{split}: ...}}."
             )
+    run = study.run_of(study.file.baseline, seed=study.file.first_seed)
+    scored = {rows.task: rows.examples for rows in loaded if rows.split == study.file.split}
+    check_metrics(study, run, scored)
     return loaded
 
 
