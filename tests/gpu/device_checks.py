@@ -45,10 +45,11 @@ DEVICE = torch.device(os.environ.get("ROTMOLE_DEVICE", "cpu"))
 FORMATS = (torch.float32, torch.bfloat16, torch.float16)
 LARGER = {torch.float32: 50, torch.bfloat16: 20, torch.float16: 20}  # units of rounding allowed
 
-# torch's compiler uses what torch itself deprecates
+# torch's compiler uses what torch itself deprecates, and says how it could be faster
 pytestmark = pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:TensorFloat32 tensor cores"
-)
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:TensorFloat32 tensor cores",
+    r"ignore:\s*Online softmax is disabled",
+)  # fmt: skip
 every_format = pytest.mark.parametrize("dtype", FORMATS, ids=lambda d: str(d)[6:])
 
 
@@ -274,10 +275,13 @@ def wide_llama(attention: str, key_heads: int) -> Any:
                       attn_implementation=attention)  # fmt: skip
 
 
-def loss_and_gradients(attention: str, key_heads: int) -> dict[str, Tensor]:
-    """One pass of the adapted model in bfloat16, rows of one length."""
-    settings = {"r": 4, "num_experts": 4, "target_modules": ["q_proj", "v_proj", "down_proj"]}
-    base = wide_llama(attention, key_heads).to(DEVICE, torch.bfloat16)
+def loss_and_gradients(
+    attention: str, key_heads: int, dtype: torch.dtype = torch.bfloat16
+) -> dict[str, Tensor]:
+    """One pass of the adapted model, rows of one length; all experts, so no choice can differ."""
+    settings = {"r": 4, "num_experts": 4, "top_k": 4,
+                "target_modules": ["q_proj", "v_proj", "down_proj"]}  # fmt: skip
+    base = wide_llama(attention, key_heads).to(DEVICE, torch.bfloat16).to(dtype)
     model = adapted(base, router_aux_loss_coef=0.1, **settings)
     ids = tiny.tokens(2, 32).to(DEVICE)
     loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss
@@ -297,12 +301,14 @@ def test_attention_kernels_agree_with_the_plain_one(way: str) -> None:
     # torch's memory-efficient kernel does not share a key head between query heads
     key_heads = 2 if way == SDPBackend.EFFICIENT_ATTENTION.name else 1
     with sdpa_kernel(SDPBackend.MATH):
+        exact = loss_and_gradients("sdpa", key_heads, torch.float32)
         plain = loss_and_gradients("sdpa", key_heads)
     if way == "flash_attention_2":
         other = loss_and_gradients(way, key_heads)
     else:
         with sdpa_kernel(getattr(SDPBackend, way)):
             other = loss_and_gradients("sdpa", key_heads)
-    for name, wanted in plain.items():
-        apart = (other[name] - wanted).abs().mean() / wanted.abs().mean()
-        assert apart <= 0.1, (name, float(apart))
+    for name, wanted in exact.items():
+        size = wanted.abs().mean()
+        rounding, apart = ((each[name] - wanted).abs().mean() / size for each in (plain, other))
+        assert apart <= max(2 * rounding, 0.1), (name, float(apart), float(rounding))

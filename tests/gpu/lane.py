@@ -56,8 +56,10 @@ def start(command: Command, device: str) -> int:
         return 124
 
 
-def run_checks(device: str, ranks: int, folder: Path, more: Sequence[str]) -> dict[str, str]:
-    """Run device_checks.py; return every check and what went wrong, "" for nothing."""
+def run_checks(
+    device: str, ranks: int, folder: Path, more: Sequence[str]
+) -> tuple[dict[str, str], list[str]]:
+    """Run device_checks.py; return the fault of each check, "" for none, and what failed."""
     report = folder / "checks.xml"
     words = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider",
              "--junitxml", report, HERE / "device_checks.py", *more]  # fmt: skip
@@ -69,37 +71,44 @@ def run_checks(device: str, ranks: int, folder: Path, more: Sequence[str]) -> di
             said[case.get("name", "")] = (
                 (wrong[0].get("message") or wrong[0].tag).splitlines()[0] if wrong else ""
             )
-    return _ended(said, status)
+    return said, _failures(said, status)
 
 
-def run_ranks(device: str, ranks: int, folder: Path, more: Sequence[str]) -> dict[str, str]:
-    """Run ranks.py with one process a card."""
+def run_ranks(
+    device: str, ranks: int, folder: Path, more: Sequence[str]
+) -> tuple[dict[str, str], list[str]]:
+    """Run ranks.py with one process a card; return its checks and failures as `run_checks`."""
     report = folder / "ranks.json"
     words = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone",
              "--nproc-per-node", str(ranks), HERE / "ranks.py", report]  # fmt: skip
     status = start(words, device)
-    said = json.loads(report.read_text())["checks"] if report.exists() else {}
-    return _ended({f"{ranks} ranks: {name}": wrong for name, wrong in said.items()}, status)
+    checks = json.loads(report.read_text())["checks"] if report.exists() else {}
+    said = {f"{ranks} ranks: {name}": wrong for name, wrong in checks.items()}
+    return said, _failures(said, status)
 
 
-def run_bench(device: str, ranks: int, folder: Path, more: Sequence[str]) -> list[dict[str, Any]]:
-    """Run benchmarks/gpu.py; return its rows, those up to there where it failed or was stopped."""
+def run_bench(
+    device: str, ranks: int, folder: Path, more: Sequence[str]
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Run benchmarks/gpu.py; return its rows up to where it ended, and whether that was early."""
     report = folder / "rows.json"
     words = [sys.executable, "-W", "ignore", ROOT / "benchmarks" / "gpu.py", "--device", device,
              "--threads", "1", "--json", report]  # fmt: skip
     status = start([*words, *(["--quick"] if device == "cpu" else [])], device)
     rows: list[dict[str, Any]] = json.loads(report.read_text()) if report.exists() else []
-    return [*rows, {"ended": f"exit status {status} after {len(rows)} figures"}] if status else rows
+    ended = [f"bench: exit status {status} after {len(rows)} figures"] if status else []
+    return rows, ended or ([] if rows else ["bench: no figure"])
 
 
-def _ended(said: dict[str, str], status: int) -> dict[str, str]:
-    """Add that the processes failed if no check says why, or if there was none."""
-    if not any(said.values()) and (status or not said):
-        return said | {"ended": f"exit status {status} after {len(said)} checks"}
-    return said
+def _failures(said: dict[str, str], status: int) -> list[str]:
+    """Name the checks that failed; the processes, if they failed and no check did."""
+    failed = [f"{name}: {wrong}" for name, wrong in said.items() if wrong]
+    if not failed and (status or not said):
+        return [f"exit status {status} after {len(said)} checks"]
+    return failed
 
 
-PARTS: dict[str, Callable[[str, int, Path, Sequence[str]], Any]] = {
+PARTS: dict[str, Callable[[str, int, Path, Sequence[str]], tuple[Any, list[str]]]] = {
     "checks": run_checks, "ranks": run_ranks, "bench": run_bench,
 }  # fmt: skip
 
@@ -139,18 +148,13 @@ def main(arguments: Sequence[str]) -> int:
         print(NONE)
         return 0
     device, ranks = ("cpu", 2) if given.dry else ("cuda", len(names))
-    results, failed = {}, []
+    results: dict[str, Any] = {}
+    failed: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         for part in given.only:
             print(f"gpu: {part} on {', '.join(names) or 'the CPU'}", flush=True)
             began = time.monotonic()
-            results[part] = PARTS[part](device, ranks, Path(folder), more)
-            if part == "bench":
-                ended = [f"bench: {row['ended']}" for row in results[part] if "ended" in row]
-                wrong = ended if results[part] else ["bench: no figure"]
-                results[part] = [row for row in results[part] if "ended" not in row]
-            else:
-                wrong = [f"{name}: {said}" for name, said in results[part].items() if said]
+            results[part], wrong = PARTS[part](device, ranks, Path(folder), more)
             failed += wrong
             print(f"gpu: {part}: {len(results[part])} in {time.monotonic() - began:.0f} s, "
                   f"{len(wrong)} failed", flush=True)  # fmt: skip

@@ -1,7 +1,6 @@
 """The GPU lane says plainly when there is no card, starts on the CPU, and keeps cards' figures.
 
-No card is at hand here. What stands for one is the list of names; the code of every part is that
-of `make gpu`.
+What stands for a card is the list of names; the code of every part is that of `make gpu`.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ spec.loader.exec_module(lane)
 
 @pytest.fixture
 def planted(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Results in place of the parts'; what each part was called with is kept under "calls"."""
-    results: dict[str, Any] = {"checks": {"a": "", "b": ""}, "ranks": {"c": ""},
-                             "bench": [{"value": 1.0}], "calls": []}  # fmt: skip
+    """What the parts found and what failed; what each was called with is kept under "calls"."""
+    results: dict[str, Any] = {"checks": ({"a": "", "b": ""}, []), "ranks": ({"c": ""}, []),
+                             "bench": ([{"value": 1.0}], []), "calls": []}  # fmt: skip
 
     def part(name: str) -> Any:
         def run(device: str, ranks: int, folder: Path, more: Any) -> Any:
@@ -80,34 +79,69 @@ def test_a_dry_run_keeps_nothing(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("part", "result", "said"),
-    [("checks", {"a": "", "b": "differs"}, "b: differs"), ("ranks", {"c": "hung"}, "c: hung"),
-     ("bench", [], "bench: no figure"),
-     ("bench", [{"value": 1.0}, {"ended": "exit status 124"}], "bench: exit status 124")],
-)  # fmt: skip
+@pytest.mark.parametrize("part", ["checks", "ranks", "bench"])
 def test_what_failed_is_named_and_fails_the_lane(
-    part: str, result: Any, said: str, planted: dict[str, Any], capsys: pytest.CaptureFixture[str]
+    part: str, planted: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    planted[part] = result
+    planted[part] = planted[part][0], ["b: differs"]
     assert lane.main(["--dry"]) == 1
-    assert said in capsys.readouterr().out
+    assert "b: differs" in capsys.readouterr().out
+
+
+def ends_with(status: int, file: str, content: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a part's processes write a report, if `content` is not "", and end with a status."""
+
+    def start(command: Any, device: str) -> int:
+        if content:
+            path = next(Path(word) for word in command if str(word).endswith(file))
+            path.write_text(content)
+        return status
+
+    monkeypatch.setattr(lane, "start", start)
+
+
+CHECKS = '<testsuite><testcase name="a"/><testcase name="b">{}</testcase></testsuite>'
+
+
+@pytest.mark.parametrize(
+    ("run", "file", "content", "status", "failed"),
+    [("run_checks", "checks.xml", CHECKS.format(""), 0, []),
+     ("run_checks", "checks.xml", CHECKS.format('<failure message="differs"/>'), 1, ["b: differs"]),
+     ("run_checks", "checks.xml", CHECKS.format("<skipped/>"), 0, ["b: skipped"]),
+     ("run_checks", "checks.xml", CHECKS.format(""), 3, ["exit status 3 after 2 checks"]),
+     ("run_ranks", "ranks.json", '{"checks": {"c": "hung"}}', 1, ["2 ranks: c: hung"]),
+     ("run_ranks", "ranks.json", "", 124, ["exit status 124 after 0 checks"]),
+     ("run_bench", "rows.json", '[{"value": 1.0}]', 0, []),
+     ("run_bench", "rows.json", '[{"value": 1.0}]', 124,
+      ["bench: exit status 124 after 1 figures"]),
+     ("run_bench", "rows.json", "", 0, ["bench: no figure"])],
+)  # fmt: skip
+def test_each_part_says_what_failed(
+    run: str, file: str, content: str, status: int, failed: list[str],
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+) -> None:  # fmt: skip
+    ends_with(status, file, content, monkeypatch)
+    found, said = getattr(lane, run)("cpu", 2, tmp_path, [])
+    assert said == failed
+    assert bool(found) == bool(content)
 
 
 @pytest.mark.heavy
 def test_the_checks_run_on_a_device(tmp_path: Path) -> None:
     """One of each way to compute, as `make gpu` starts them."""
     chosen = "(dense_is or fused_is or grouped_is) and tangent-bfloat16"
-    said = lane.run_checks("cpu", 2, tmp_path, ["-k", chosen])
+    said, failed = lane.run_checks("cpu", 2, tmp_path, ["-k", chosen])
     ways = {name.partition("[")[0] for name in said}
     assert {"test_dense_is_the_slow_loops", "test_fused_is_the_slow_loops",
             "test_grouped_is_the_slow_loops"} <= ways  # fmt: skip
-    assert not any(said.values()), said
+    assert not failed
 
 
 def test_a_part_whose_processes_fail_has_failed(tmp_path: Path) -> None:
-    said = lane.run_checks("cpu", 2, tmp_path, ["--no-such-option"])
-    assert said == {"ended": "exit status 4 after 0 checks"}
+    assert lane.run_checks("cpu", 2, tmp_path, ["--no-such-option"]) == (
+        {},
+        ["exit status 4 after 0 checks"],
+    )
 
 
 @pytest.mark.heavy  # minutes: everything, small
