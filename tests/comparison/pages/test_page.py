@@ -13,7 +13,7 @@ from judged_cases import TASKS, made_results
 from rotmole.comparison.judge import judge
 from rotmole.comparison.judgement import read_judgement, write_judgement
 from rotmole.comparison.pages import tables
-from rotmole.comparison.pages.figures import drawings, heat_map
+from rotmole.comparison.pages.figures import convergence, drawings, heat_map
 from rotmole.comparison.pages.page import Drawn, drawn, html, markdown, write_pages
 from rotmole.evaluation.render import plain_text
 
@@ -116,6 +116,17 @@ def test_tables_of_the_screen_fit_80_columns(judged):
         assert max(map(len, [title, *plain_text(lines).splitlines()])) <= 80
     title = tables.screen(few)[0][0]
     assert title == "rates not tuned, two seeds: shows the tool, decides nothing"
+
+
+def test_many_methods_converge_in_panels_with_the_baseline(judged):
+    def bands(drawing):
+        return drawing.svg.count("-FillBetweenPolyCollection_")
+
+    many, few = convergence(judged, "update"), judge(made_results({"lora": 0.0, "moe_lora": 0.1}))
+    assert bands(many) == 2 * len(judged.others())
+    assert "Each panel: a method and the baseline." in many.caption
+    assert bands(convergence(few, "update")) == 2
+    assert "panel" not in convergence(few, "update").caption
 
 
 def test_a_study_of_one_seed_without_tuning_curves_or_tasks_has_a_page():

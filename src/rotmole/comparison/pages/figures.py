@@ -17,6 +17,9 @@ from rotmole.drawing import BETTER as GREEN
 from rotmole.drawing import INK, WIDTH, draw, legend, series, short
 from rotmole.drawing import WORSE as RED
 
+TOGETHER = 3
+"""Methods whose bands one panel can hold and still be read."""
+
 
 @dataclass(frozen=True)
 class Drawing:
@@ -67,31 +70,63 @@ def convergence(judgement: Judgement, axis: str) -> Drawing | None:
     if not any(lines.values()):
         return None
 
-    def paint(figure: Any) -> None:
-        axes = figure.subplots()
-        shown = []
-        for index, (name, curves) in enumerate(lines.items()):
-            if curves:
-                x, values = _common(curves)
-                style = series(index)
-                mean = values.mean(axis=0)
-                axes.plot(x, mean, label=short(name), **style)
-                low, high = values.min(axis=0), values.max(axis=0)
-                axes.fill_between(x, low, high, color=style["color"], alpha=0.18, lw=0)
-                shown.append(mean[x >= x[-1] / 3])
-        _zoom(axes, np.concatenate(shown))
-        words = {"update": "update", "seconds": "seconds of training"}
-        axes.set(xlabel=words[axis], ylabel="validation NLL", title="Convergence")
-        legend(figure, axes)
+    others = [name for name in judgement.others() if lines.get(name)]
+    pairs = [[judgement.baseline, name] for name in others if lines.get(judgement.baseline)]
+    groups = pairs if len(lines) > TOGETHER and pairs else [list(lines)]
+    columns = min(len(groups), 2)
+    rows = math.ceil(len(groups) / columns)
 
+    def paint(figure: Any) -> None:
+        panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
+        words = {"update": "update", "seconds": "seconds of training"}
+        shown = []
+        for place, (panel, group) in enumerate(zip(panels, groups, strict=False)):
+            for name in group:
+                if lines[name]:
+                    shown.append(_band(panel, name, list(lines).index(name), _common(lines[name])))
+            panel.tick_params(labelbottom=True)
+            if place + columns >= len(groups):
+                panel.set_xlabel(words[axis])
+            if place % columns == 0:
+                panel.set_ylabel("validation NLL")
+            if len(groups) > 1:
+                panel.set_title(short(group[-1]), fontweight="normal", loc="left")
+        for panel in panels[len(groups) :]:
+            panel.set_axis_off()
+        _zoom(panels[0], np.concatenate(shown))
+        figure.suptitle("Convergence", fontweight="bold")
+        _legend_of_all(figure, panels)
+
+    beside = "Each panel: a method and the baseline. " if groups is pairs else ""
     caption = (
-        "Validation NLL while training (lower is better). Line: mean over seeds; band: from the "
-        "lowest to the highest seed. The first third may lie above the drawing."
+        f"Validation NLL while training (lower is better). {beside}Line: mean over seeds; band: "
+        "from the lowest to the highest seed. The first third may lie above the drawing."
     )
     name = f"convergence-by-{axis}"
     label = f"Validation NLL by {axis} for {', '.join(lines)}"
-    height = 2.9 + 0.2 * math.ceil(len(lines) / 2)
+    height = 1.2 + 1.7 * rows + 0.2 * math.ceil(len(lines) / 2)
     return Drawing(name, draw(paint, name=name, label=label, height=height), caption)
+
+
+def _band(axes: Any, name: str, index: int, curves: tuple[Any, Any]) -> Any:
+    """Draw the mean and the range of a method's seeds; return the last two thirds of the range."""
+    x, values = curves
+    style = series(index)
+    low, high = values.min(axis=0), values.max(axis=0)
+    axes.plot(x, values.mean(axis=0), label=short(name), **style)
+    axes.fill_between(x, low, high, color=style["color"], alpha=0.18, lw=0)
+    late = x >= x[-1] / 3
+    return np.concatenate([low[late], high[late]])
+
+
+def _legend_of_all(figure: Any, panels: Sequence[Any]) -> None:
+    """Put one legend below panels that share some of their lines."""
+    found = {
+        name: handle
+        for panel in panels
+        for handle, name in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(found.values(), found, loc="outside lower left", ncols=2)
 
 
 def _costs(judgement: Judgement, curve: Curve, axis: str) -> Sequence[float]:
