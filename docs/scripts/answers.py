@@ -193,11 +193,7 @@ def few_experts(study: Judgement) -> str:
                 f"(means {min(values):+.3f} to {max(values):+.3f})"
             )
         parts.append(f"for {name} {listed(said)}")
-    ways_of_all = [
-        direction(d.estimate)
-        for d in study.differences
-        if d.measure == "nll" and not d.task and d.estimate is not None
-    ]
+    ways_of_all = _verdicts(study)
     better, worse = (ways_of_all.count(way) for way in (BETTER, WORSE))
     return (
         f"Few experts (1 to 8, one or two a token), {count_word(len(study.seeds))} seeds, by "
@@ -321,11 +317,36 @@ def answers(
     few = few_experts(studies["q3"]) if "q3" in studies else (
         "Open: whether rotation pays where experts are few (Q3) was not run."
     )  # fmt: skip
-    last = [name for name in ("q6_length", *QUESTION_7) if name in studies]
-    regimes = " ".join(against_lora(studies[name], WHERE[name], brief=True) for name in last) or (
-        "Open: longer training (Q6) and other regimes (Q7) were not run."
-    )
-    return [*first, other_mixtures(studies), few, forgetting(grown), regimes]
+    return [*first, other_mixtures(studies), few, forgetting(grown), regimes(studies)]
+
+
+def regimes(studies: Studies) -> str:
+    """Say where else a mixture was looked for that wins (Q6, Q7), and what came of it."""
+    found = {name: studies[name] for name in WHERE if name in studies}
+    if not found:
+        return "Open: longer training (Q6) and other regimes (Q7) were not run."
+    ways = {name: _verdicts(study) for name, study in found.items()}
+    if any(BETTER in each for each in ways.values()):
+        return " ".join(
+            against_lora(study, WHERE[name], brief=True) for name, study in found.items()
+        )
+    parts = []
+    for name, study in found.items():
+        worse = ways[name].count(WORSE)
+        several = "s" * (len(ways[name]) > 1)
+        forms = f"{count_word(len(ways[name]))} form{several}, {count_word(len(study.seeds))} seeds"
+        where = WHERE[name][0].lower() + WHERE[name][1:]
+        parts.append(f"{where} ({forms}{f', {count_word(worse)} worse' if worse else ''})")
+    return f"No form was better than one tuned LoRA where else we looked: {listed(parts)}."
+
+
+def _verdicts(study: Judgement) -> list[str]:
+    """Return each method's verdict by NLL; where seeds are too few for claims, its interval's."""
+    return [
+        direction(d.estimate) if d.verdict == FEW else d.verdict
+        for d in study.differences
+        if d.measure == "nll" and not d.task and d.estimate is not None
+    ]
 
 
 WHERE = {
@@ -336,4 +357,3 @@ WHERE = {
     "q7g_dense": "With dense gates around a LoRA",
     "q7h_always_on": "With rotation where every token meets it",
 }
-QUESTION_7 = tuple(name for name in WHERE if name.startswith("q7"))

@@ -155,6 +155,20 @@ def test_mixtures_without_a_difference_share_a_sentence() -> None:
     assert "is better than one tuned LoRA" in said
 
 
+def test_regimes_without_a_gain_share_a_sentence() -> None:
+    worse = judge(made_results(dict(lora=0.0, moe_lora=0.5), seeds=range(3)))
+    even = judge(made_results(dict(lora=0.0, moe_lora=0.0, rotmole=0.0)))
+    regimes = script("answers").regimes
+    assert regimes({"q7e_down": worse, "q7g_dense": even}) == (
+        "No form was better than one tuned LoRA where else we looked: on down_proj (one form, "
+        "three seeds, one worse) and with dense gates around a LoRA (two forms, eight seeds)."
+    )
+    better = judge(made_results(dict(lora=0.0, moe_lora=-0.5), seeds=range(3)))
+    said = regimes({"q7e_down": worse, "q7a_tiny": better})
+    assert "With 0.3 M parameters, three seeds (intervals, no claims): one of one forms" in said
+    assert "On down_proj, three seeds" in said
+
+
 def test_what_an_inspection_found_has_its_table_and_figure(tmp_path: Path) -> None:
     parts = {"trained": 0.5, "rotation_off": 0.7, "uniform": 0.8, "base": 3.5}
     angles = {"all": 0.3, "a": 0.2, "b": 0.4}
