@@ -226,7 +226,8 @@ def reasons(study: Judgement, inside: Mapping[str, Any] | None) -> str:
         lost = fmean(c["answers"]["rotation_off"] - c["answers"]["trained"] for c in cells)
         static = fmean(c["static"]["16"] for c in cells)
         text += (
-            f"; the trained adapter leans on its rotation ({lost:+.2f} nats without), and yet "
+            f"; a trained adapter leans on its rotation ({lost:+.2f} nats without, "
+            f"{count_word(len(cells))} seed{'s' * (len(cells) > 1)}), and yet "
             f"{static:.0%} of what it adds is a static map of rank 16"
         )
     return f"{text}."
