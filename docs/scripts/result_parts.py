@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from answers import FEW_EXPERTS, difference, name_of, written
+from answers import FEW_EXPERTS, OLD, difference, gap, name_of, written
 
 from rotmole.comparison.judgement import Judgement
 from rotmole.comparison.pages import tables
@@ -61,7 +61,18 @@ def forgetting(cells: Sequence[Cell], pictures: Path) -> str:
     label = "Exact match on the old languages and on the new one"
     _write(pictures, "results-q5", draw(paint, name="q5", label=label, height=2.9))
     caption = "Mean over seeds; line: from the lowest to the highest seed."
-    return f"{tables.markdown(lines)}\n\n![{label}](pictures/results-q5.svg)\n\n{caption}"
+    beside = [["difference in exact match", "de, fr, es", "pl"]]
+    for other, words in (
+        ("lora-on", "LoRA that is trained on"),
+        ("joint-lora", RUNS["joint-lora"]),
+    ):
+        gaps = [written(gap(cells, "grown-frozen", other, names)) for names in (OLD, ["pl"])]
+        beside.append([f"grown mixture minus {words}", *gaps])
+    note = (
+        "Paired by seed, with 95 % intervals over seeds (Student's t); too few seeds for a claim."
+    )
+    figure = f"![{label}](pictures/results-q5.svg)\n\n{caption}"
+    return f"{tables.markdown(lines)}\n\n{tables.markdown(beside)}\n\n{note}\n\n{figure}"
 
 
 def few_experts(study: Judgement, pictures: Path) -> str:

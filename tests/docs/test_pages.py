@@ -169,6 +169,17 @@ def test_regimes_without_a_gain_share_a_sentence() -> None:
     assert "On down_proj, three seeds" in said
 
 
+def test_runs_that_learn_a_language_are_paired_by_seed() -> None:
+    def cell(name: str, seed: int, match: float) -> dict[str, object]:
+        return {"cell": name, "seed": seed, "scores": {"de": {"exact_match": match}}}
+
+    grown = [cell("grown-frozen", seed, 0.5 + seed / 10) for seed in range(3)]
+    lora = [cell("lora-on", seed, 0.25 + seed / 10) for seed in (2, 0, 1)]
+    found = script("answers").gap(grown + lora, "grown-frozen", "lora-on", ["de"])
+    assert found.value == pytest.approx(0.25)
+    assert found.high - found.low == pytest.approx(0, abs=1e-12)
+
+
 def test_what_an_inspection_found_has_its_table_and_figure(tmp_path: Path) -> None:
     parts = {"trained": 0.5, "rotation_off": 0.7, "uniform": 0.8, "base": 3.5}
     angles = {"all": 0.3, "a": 0.2, "b": 0.4}
