@@ -156,7 +156,9 @@ def other_mixtures(studies: Studies) -> str:
         for where, study in found.items()
     }
     sizes = {(len(study.seeds), len(study.methods) - 1) for study in found.values()}
-    if len(sizes) > 1 or any(direction(e) != NONE for each in means.values() for e in each):
+    claims = any(d.verdict not in (FEW, "") for s in found.values() for d in s.differences)
+    differ = any(direction(e) != NONE for each in means.values() for e in each)
+    if len(sizes) > 1 or claims or differ:
         return " ".join(against_lora(study, where) for where, study in found.items())
     ((seeds, forms),) = sizes
     ranges = [

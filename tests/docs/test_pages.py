@@ -149,6 +149,9 @@ def test_mixtures_without_a_difference_share_a_sentence() -> None:
     assert said.startswith("On mixed GLUE and mixed QA, three seeds (intervals, no claims): no ")
     assert said.count("one tuned LoRA") == 1
     assert said.count(" to ") == 2
+    claims = judge(made_results(noise))  # eight seeds
+    said = script("answers").other_mixtures({"q2_glue": claims})
+    assert "no claims" not in said
     found = judge(made_results(noise | {"rotmole": -0.5}, seeds=range(3)))
     said = script("answers").other_mixtures({"q2_glue": glue, "q2_qa": found})
     assert said.count("one tuned LoRA") == 2
