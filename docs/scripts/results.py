@@ -2,7 +2,8 @@
 
 python docs/scripts/results.py [--page FILE] [--readme FILE] [--results FOLDER]
 
-The page has the answer in ten sentences (answers.py), and a table and a figure for each study. A
+Every study's own tables and figures, those that `rotmole compare` writes, come into a folder beside
+its file: NAME.json -> NAME/study.md and NAME/figures. The page has the answer in ten sentences (answers.py), and a table and a figure for each study. A
 question whose study is not there yet says how many cells are missing and what they would cost.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +22,7 @@ import yaml
 from rotmole.comparison.judgement import Judgement, read_judgement
 from rotmole.comparison.pages import tables
 from rotmole.comparison.pages.figures import convergence, forest
+from rotmole.comparison.pages.page import drawn, write_text
 from rotmole.drawing import standalone
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -182,6 +185,26 @@ def page(text: str, results: Path = RESULTS, pictures: Path = PICTURES) -> str:
     return filled(text, parts)
 
 
+def write_studies(results: Path = RESULTS, to: Path = RESULTS) -> None:
+    """Write the tables and figures of every finished study, and those of Q4 and Q5 that have none.
+
+    Args:
+        results: folder of the studies' files.
+        to: folder that gets a folder for each.
+    """
+    studies = known(results)
+    for name, judgement in studies.items():
+        write_text(judgement, to / name, name, drawn(judgement))
+    others = {"q4_inside": partial(look_inside, inside(results)), "q5": partial(forgetting, grown())}
+    if "q3" in studies:
+        others["q3_experts"] = partial(few_experts, studies["q3"])
+    for name, written in others.items():
+        pictures = to / name / "pictures"
+        pictures.mkdir(parents=True, exist_ok=True)
+        text = f"# {name}\n\n{written(pictures)}\n"
+        (to / name / "study.md").write_text(text, encoding="utf-8")
+
+
 def quoted(readme: str, results: Path = RESULTS) -> str:
     """Return README.md with sentences of the answer between its two markers."""
     said = sentences(results)
@@ -189,7 +212,7 @@ def quoted(readme: str, results: Path = RESULTS) -> str:
 
 
 def main() -> None:
-    """Write the page and its pictures, and README.md's quotation."""
+    """Write the page and its pictures, README.md's quotation, and the studies' own folders."""
     options = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -200,6 +223,7 @@ def main() -> None:
     for path, write in ((given.page, page), (given.readme, quoted)):
         text = path.read_text(encoding="utf-8")
         path.write_text(write(text, given.results), encoding="utf-8")
+    write_studies(given.results, given.results)
 
 
 if __name__ == "__main__":

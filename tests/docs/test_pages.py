@@ -68,6 +68,22 @@ def test_the_results_are_those_of_the_committed_studies(tmp_path: Path) -> None:
         )
 
 
+def test_every_studys_own_tables_and_figures_are_those_of_its_file(tmp_path: Path) -> None:
+    results = script("results")
+    results.write_studies(to=tmp_path)
+    made = {file.relative_to(tmp_path) for file in tmp_path.rglob("*.*")}
+    committed = {file.relative_to(results.RESULTS) for file in results.RESULTS.glob("*/**/*.*")}
+    assert made == committed, "run `make pages`"
+    names = {file.parts[0] for file in made}
+    assert names >= {file.stem for file in results.RESULTS.glob("*.json")}
+    for file in made:
+        text, there = (tmp_path / file).read_text(encoding="utf-8"), results.RESULTS / file
+        if file.suffix == ".svg":
+            assert same(text, there), f"{file}: run `make pages`"
+        else:
+            assert text == there.read_text(encoding="utf-8"), f"{file}: run `make pages`"
+
+
 def test_the_readme_quotes_the_answer() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     results = script("results")

@@ -102,6 +102,26 @@ def _linked(drawing: Drawing) -> str:
     return f"![{drawing.name}]({FIGURES}/{drawing.name}.svg)\n\n{drawing.caption}"
 
 
+def write_text(judgement: Judgement, folder: Path, title: str, figures: Drawn) -> Path:
+    """Write study.md and figures/*.svg.
+
+    Args:
+        folder: of the study.
+        title: above the text.
+        figures: of the judgement.
+
+    Returns:
+        The text.
+
+    Raises:
+        StorageError: a file cannot be written.
+    """
+    place = make_folder(folder / FIGURES)
+    for drawing in [*figures.plain, *figures.clock]:
+        atomic_write_text(place / f"{drawing.name}.svg", standalone(drawing.svg) + "\n")
+    return atomic_write_text(folder / TEXT, markdown(judgement, title, figures))
+
+
 def write_pages(judgement: Judgement, folder: Path, title: str) -> list[Path]:
     """Write study.html, study.md and figures/*.svg; all come from study.json alone.
 
@@ -115,10 +135,6 @@ def write_pages(judgement: Judgement, folder: Path, title: str) -> list[Path]:
     Raises:
         StorageError: a file cannot be written.
     """
-    place, figures = make_folder(folder / FIGURES), drawn(judgement)
-    for drawing in [*figures.plain, *figures.clock]:
-        atomic_write_text(place / f"{drawing.name}.svg", standalone(drawing.svg) + "\n")
-    return [
-        atomic_write_text(folder / PAGE, html(judgement, title, figures)),
-        atomic_write_text(folder / TEXT, markdown(judgement, title, figures)),
-    ]
+    figures = drawn(judgement)
+    text = write_text(judgement, folder, title, figures)
+    return [atomic_write_text(folder / PAGE, html(judgement, title, figures)), text]
