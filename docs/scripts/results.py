@@ -3,8 +3,9 @@
 python docs/scripts/results.py [--page FILE] [--readme FILE] [--results FOLDER]
 
 Every study's own tables and figures, those that `rotmole compare` writes, come into a folder beside
-its file: NAME.json -> NAME/study.md and NAME/figures. The page has the answer in ten sentences (answers.py), and a table and a figure for each study. A
-question whose study is not there yet says how many cells are missing and what they would cost.
+its file: NAME.json -> NAME/study.md and NAME/figures. The page has the answer in ten sentences
+(answers.py), and a table and a figure for each study. A question whose study is not there yet says
+how many cells are missing and what they would cost.
 """
 
 from __future__ import annotations
@@ -195,7 +196,10 @@ def write_studies(results: Path = RESULTS, to: Path = RESULTS) -> None:
     studies = known(results)
     for name, judgement in studies.items():
         write_text(judgement, to / name, name, drawn(judgement))
-    others = {"q4_inside": partial(look_inside, inside(results)), "q5": partial(forgetting, grown())}
+    others = {
+        "q4_inside": partial(look_inside, inside(results)),
+        "q5": partial(forgetting, grown()),
+    }
     if "q3" in studies:
         others["q3_experts"] = partial(few_experts, studies["q3"])
     for name, written in others.items():
