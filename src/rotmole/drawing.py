@@ -178,11 +178,21 @@ def series(index: int) -> dict[str, Any]:
     }
 
 
-def legend(figure: Any, axes: Any, columns: int = 2) -> None:
-    """Put the legend of some axes below the figure, where it hides nothing."""
-    handles, names = axes.get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, names, loc="outside lower left", ncols=columns)
+def legend(figure: Any, *panels: Any, columns: int = 2) -> None:
+    """Put one legend below the figure, where it hides nothing; lines of one name stand in it once.
+
+    Args:
+        figure: that gets the legend.
+        panels: axes whose lines are named.
+        columns: of the legend.
+    """
+    found = {
+        name: handle
+        for panel in panels
+        for handle, name in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
+    if found:
+        figure.legend(found.values(), found, loc="outside lower left", ncols=columns)
 
 
 def short(text: str, letters: int = 24) -> str:

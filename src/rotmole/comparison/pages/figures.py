@@ -77,7 +77,8 @@ def convergence(judgement: Judgement, axis: str) -> Drawing | None:
     rows = math.ceil(len(groups) / columns)
 
     def paint(figure: Any) -> None:
-        panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
+        grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+        panels = list(grid.flat)
         words = {"update": "update", "seconds": "seconds of training"}
         shown = []
         for place, (panel, group) in enumerate(zip(panels, groups, strict=False)):
@@ -95,7 +96,7 @@ def convergence(judgement: Judgement, axis: str) -> Drawing | None:
             panel.set_axis_off()
         _zoom(panels[0], np.concatenate(shown))
         figure.suptitle("Convergence", fontweight="bold")
-        _legend_of_all(figure, panels)
+        legend(figure, *panels)
 
     beside = "Each panel: a method and the baseline. " if groups is pairs else ""
     caption = (
@@ -117,16 +118,6 @@ def _band(axes: Any, name: str, index: int, curves: tuple[Any, Any]) -> Any:
     axes.fill_between(x, low, high, color=style["color"], alpha=0.18, lw=0)
     late = x >= x[-1] / 3
     return np.concatenate([low[late], high[late]])
-
-
-def _legend_of_all(figure: Any, panels: Sequence[Any]) -> None:
-    """Put one legend below panels that share some of their lines."""
-    found = {
-        name: handle
-        for panel in panels
-        for handle, name in zip(*panel.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(found.values(), found, loc="outside lower left", ncols=2)
 
 
 def _costs(judgement: Judgement, curve: Curve, axis: str) -> Sequence[float]:
