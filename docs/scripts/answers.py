@@ -267,16 +267,48 @@ def rates(study: Judgement) -> str:
     )
 
 
-def unseen(study: Judgement) -> str:
-    """Say how methods do on tasks that no cell trains on."""
-    ways: dict[str, list[tuple[str, Paired]]] = {}
-    for d in study.differences:
-        if d.measure == HELD_OUT and not d.task and d.estimate is not None:
-            ways.setdefault(direction(d.estimate), []).append((d.method, d.estimate))
-    said = [f"{way} than LoRA: {_some(ways[way])}" for way in (BETTER, WORSE) if way in ways]
-    if NONE in ways:
-        said.append(f"no difference was found for {count_word(len(ways[NONE]))}")
-    return f"On a language and a kind that nobody trained on: {'; '.join(said)}."
+UNSEEN = {
+    "q1": "a language and a kind beside the 36 tasks",
+    "q2_glue": "STS-B beside mixed GLUE",
+    "q2_qa": "a kind of question beside mixed QA",
+    "q2_titles": "Polish beside titles in nine languages",
+    "q3": "a language and a kind, with few experts",
+}
+
+
+def unseen(studies: Studies) -> str:
+    """Say how methods do on tasks that no cell trains on, and how many chance would tell apart."""
+    even, parts, decided, total = [], [], 0, 0
+    for name, what in UNSEEN.items():
+        found = [
+            (d.method, d.estimate)
+            for d in (studies[name].differences if name in studies else ())
+            if d.measure == HELD_OUT and not d.task and d.estimate is not None
+        ]
+        if not found:
+            continue
+        forms, seeds = count_word(len(found)), count_word(len(studies[name].seeds))
+        where = f"{what} ({forms} forms, {seeds} seeds)"
+        ways = {
+            way: [each for each in found if direction(each[1]) == way] for way in (BETTER, WORSE)
+        }
+        said = [f"{count_word(len(v))} {way} than LoRA {_some(v)}" for way, v in ways.items() if v]
+        total += len(found)
+        decided += sum(map(len, ways.values()))
+        if said:
+            parts.append(f"on {where} {listed(said)}")
+        else:
+            even.append(where)
+    if not total:
+        return "No study has scored what nobody trained on."
+    if even:
+        parts.insert(0, f"no difference was found on {listed(even)}")
+    if decided:
+        parts.append(
+            f"{count_word(decided)} of {total} intervals leave out zero, and chance alone gives "
+            f"about {0.05 * total:.0f}"
+        )
+    return f"On what nobody trained on (intervals, no claims): {'; '.join(parts)}."
 
 
 OLD = ("de", "fr", "es")
@@ -329,7 +361,7 @@ def answers(
         where = "On 36 tasks (six kinds in six languages) at equal parameters"
         first = [
             against_lora(q1, where), rotation(q1), reasons(q1, inside), always_on(q1), rates(q1),
-            unseen(q1),
+            unseen(studies),
         ]  # fmt: skip
     few = few_experts(studies["q3"]) if "q3" in studies else (
         "Open: whether rotation pays where experts are few (Q3) was not run."

@@ -24,6 +24,7 @@ from rotmole.comparison.judgement import Judgement, read_judgement
 from rotmole.comparison.pages import tables
 from rotmole.comparison.pages.figures import convergence, forest
 from rotmole.comparison.pages.page import drawn, write_text
+from rotmole.comparison.scores import HELD_OUT
 from rotmole.drawing import standalone
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -105,6 +106,12 @@ def table(judgement: Judgement) -> str:
     joined = [[*lines[0], *header]]
     for line in lines[1:]:
         joined.append([*line, *found.get(line[0], ["baseline", *[""] * (len(header) - 1)])])
+    for measure in judgement.measures:
+        if measure.name == HELD_OUT:
+            apart = {line[0]: line[1] for line in tables.differences(judgement, measure)[1:]}
+            joined[0].append("difference, held-out tasks")
+            for line in joined[1:]:
+                line.append(apart.get(line[0], ""))
     return tables.markdown(joined)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from docs_scripts import script
 from judged_cases import made_results
 from rotmole.comparison.judge import judge
-from rotmole.comparison.judgement import write_judgement
+from rotmole.comparison.judgement import Judgement, write_judgement
 
 ROOT = Path(__file__).parents[2]
 PICTURES = ROOT / "docs" / "pictures"
@@ -172,6 +173,28 @@ def test_mixtures_without_a_difference_share_a_sentence() -> None:
     said = script("answers").other_mixtures({"q2_glue": glue, "q2_qa": found})
     assert said.count("one tuned LoRA") == 2
     assert "is better than one tuned LoRA" in said
+
+
+def test_what_nobody_trained_on_is_said_beside_what_chance_gives() -> None:
+    """Planted: on held-out tasks one form is worse in the first study, none in the other."""
+
+    def planted(shift: float) -> Judgement:
+        shifts = dict(lora=0.0, moe_lora=shift, rotmole=0.0)
+        tasks: dict[str, tuple[str, ...]] = {"dates": ("de", "fr"), "dutch": ("nl",)}
+        made = made_results(shifts, seeds=range(3), tasks=tasks)
+        return judge(replace(made, held_out=("dutch",)))
+
+    unseen = script("answers").unseen
+    found = {"q1": planted(0.5), "q2_qa": planted(0.0)}
+    said = unseen(found)
+    assert said.startswith(
+        "On what nobody trained on (intervals, no claims): no difference was found on a kind of "
+        "question beside mixed QA (two forms, three seeds); on a language and a kind beside the 36 "
+        "tasks (two forms, three seeds) one worse than LoRA (MoE-LoRA +0."
+    )
+    assert said.endswith("; one of 4 intervals leave out zero, and chance alone gives about 0.")
+    assert "chance" not in unseen({"q2_qa": found["q2_qa"]})
+    assert unseen({}) == "No study has scored what nobody trained on."
 
 
 def test_regimes_without_a_gain_share_a_sentence() -> None:
