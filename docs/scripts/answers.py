@@ -292,7 +292,11 @@ def unseen(studies: Studies) -> str:
         ways = {
             way: [each for each in found if direction(each[1]) == way] for way in (BETTER, WORSE)
         }
-        said = [f"{count_word(len(v))} {way} than LoRA {_some(v)}" for way, v in ways.items() if v]
+        said = [
+            f"{count_word(len(v))} {'are' if len(v) > 1 else 'is'} {way} than LoRA {_some(v)}"
+            for way, v in ways.items()
+            if v
+        ]
         total += len(found)
         decided += sum(map(len, ways.values()))
         if said:
@@ -304,10 +308,9 @@ def unseen(studies: Studies) -> str:
     if even:
         parts.insert(0, f"no difference was found on {listed(even)}")
     if decided:
-        parts.append(
-            f"{count_word(decided)} of {total} intervals leave out zero, and chance alone gives "
-            f"about {0.05 * total:.0f}"
-        )
+        leave = f"leave{'s' * (decided == 1)} out zero"
+        by_chance = f"about {0.05 * total:.0f} would by chance alone"
+        parts.append(f"{count_word(decided)} of these {total} intervals {leave}, {by_chance}")
     return f"On what nobody trained on (intervals, no claims): {'; '.join(parts)}."
 
 

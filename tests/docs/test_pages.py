@@ -190,9 +190,11 @@ def test_what_nobody_trained_on_is_said_beside_what_chance_gives() -> None:
     assert said.startswith(
         "On what nobody trained on (intervals, no claims): no difference was found on a kind of "
         "question beside mixed QA (two forms, three seeds); on a language and a kind beside the 36 "
-        "tasks (two forms, three seeds) one worse than LoRA (MoE-LoRA +0."
+        "tasks (two forms, three seeds) one is worse than LoRA (MoE-LoRA +0."
     )
-    assert said.endswith("; one of 4 intervals leave out zero, and chance alone gives about 0.")
+    assert said.endswith(
+        "; one of these 4 intervals leaves out zero, about 0 would by chance alone."
+    )
     assert "chance" not in unseen({"q2_qa": found["q2_qa"]})
     assert unseen({}) == "No study has scored what nobody trained on."
 
