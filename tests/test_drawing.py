@@ -96,3 +96,9 @@ def test_a_pdf_has_the_light_colours_and_letters_that_can_be_edited():
     known = {tuple(bytes.fromhex(value)) for value in re.findall(r"#([0-9a-f]{6})", light)}
     assert levels <= known | {(0, 0, 0)}
     assert {(0x1B, 0x1F, 0x24), (0x00, 0x72, 0xB2), (0xC7, 0x46, 0x00)} <= levels
+
+
+def test_forty_series_differ_as_lines_and_as_points_without_lines() -> None:
+    for left_out in ("fillstyle", "linestyle"):
+        shown = [{k: v for k, v in series(n).items() if k != left_out} for n in range(40)]
+        assert len({tuple(style.items()) for style in shown}) == 40

@@ -169,12 +169,13 @@ def standalone(svg: str) -> str:
 
 
 def series(index: int) -> dict[str, Any]:
-    """Return colour, marker and line style of the index-th series; all differ up to the 40th."""
+    """Return how to draw the index-th series; 40 differ, points without lines too."""
     count = len(_SERIES)
     return {
         "color": _SERIES[index % count],
         "marker": _MARKERS[index % len(_MARKERS)],
         "linestyle": ("-", "--", ":", "-.")[index // count % 4],
+        "fillstyle": ("full", "none", "left", "top")[index // count % 4],
     }
 
 
