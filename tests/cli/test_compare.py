@@ -124,7 +124,7 @@ def test_check_reads_a_study(study_yaml, capsys):
     assert main(["check", str(study_yaml), "seeds=[]", "baselin=1"]) == 2
     assert "did you mean 'baseline'?" in capsys.readouterr().err
     assert main(["check", str(study_yaml), "metrics=[nll,chrf]"]) == 2
-    assert "metrics is 'chrf'; it must be one of nll, perplexity, " in capsys.readouterr().err
+    assert "metrics is 'chrf'; it must be one of nll, greedy_match, " in capsys.readouterr().err
 
 
 def test_check_prices_a_model_without_weights_and_a_method_that_cannot_be_traced(

@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import yaml
@@ -222,6 +223,31 @@ def test_more_seeds_keep_what_is_done(done, study_yaml, tmp_path):
     assert sorted(str(p.parent.relative_to(folder)) for p in fresh) == [
         "cells/final/lora/seed-2", "cells/final/moe/seed-2",
     ]  # fmt: skip
+
+
+def test_a_metric_more_scores_finished_cells_again_without_training(
+    done, study_yaml, tmp_path, monkeypatch
+):
+    study, _ = done
+    folder = shutil.copytree(study.folder, tmp_path / "metric")
+    more = load_study(study_yaml, ["metrics=[nll,greedy_match]"], output=folder)
+    before = read_results(folder)
+    monkeypatch.setattr("rotmole.comparison.cells.train", None)
+    assert work(more, fix_machine(more)).failed == {}
+    after = read_results(folder)
+    assert after.tuning == before.tuning
+    for old, new in zip(before.final, after.final, strict=True):
+        assert {name: row.nll for name, row in new.rows.items()} == {
+            name: row.nll for name, row in old.rows.items()
+        }
+        assert {*new.figures} == {"colours", "sums"}
+        for task, values in new.figures.items():
+            rows = [row for row in new.rows.values() if row.task == task]
+            assert values["greedy_match"] == fmean(row.metrics["greedy_match"] for row in rows)
+        assert old.updates == new.updates
+    assert {s.measure for s in judge(after).scores} == {"nll", "own metric"}
+    monkeypatch.setattr("rotmole.comparison.share.run_cell", None)
+    assert work(more, fix_machine(more)).failed == {}
 
 
 def test_a_cell_belongs_to_one_process(done):

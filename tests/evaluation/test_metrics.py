@@ -49,6 +49,11 @@ def test_choice_accuracy_by_hand():
     assert figure("matthews", examples, answers) == matthews_corrcoef(right, chosen)
 
 
+def test_greedy_match_is_the_share_of_answers_that_are_greedy():
+    answers = [Answer(loss=1.0, tokens=2, greedy=greedy) for greedy in (True, False, True, True)]
+    assert figure("greedy_match", [row()] * 4, answers) == 0.75
+
+
 def test_macro_f1_of_constant_predictions():
     examples = [row(choices=(" a", " b"), answer=answer) for answer in (0, 0, 0, 1)]
     answers = [Answer(log_likelihoods=(-1.0, -2.0))] * 4

@@ -11,8 +11,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from rotmole.data.encode import encode
 from rotmole.data.examples import Example
 from rotmole.errors import ModelError
+from rotmole.evaluation import scoring
 from rotmole.evaluation.scoring import (
     Scored,
+    likelihoods,
     log_likelihoods,
     scored_answers,
     scored_choices,
@@ -45,6 +47,23 @@ def test_every_batch_size_equals_one_by_one(model, tokenizer, batch_size):
     texts = texts_of(choice_rows() + score_rows(), tokenizer)
     values = log_likelihoods(model, texts, batch_size=batch_size)
     assert values == pytest.approx([one_by_one(model, text) for text in texts], rel=1e-12)
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_greedy_is_what_greedy_decoding_writes(model, tokenizer, monkeypatch, apart):
+    monkeypatch.setattr(scoring, "_WORTH", 10.0)  # trees wherever the model can, unless apart
+    prompts = [tuple(tokenizer(text).input_ids) for text in ("one", "one two", "three four five")]
+    texts = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        tokens = model.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False)[0]
+        whole = tuple(tokens.tolist())
+        positions = tuple(range(len(prompt), len(whole)))
+        other = (*whole[:-2], (whole[-2] + 1) % len(tokenizer), whole[-1])
+        texts += [Scored(whole, positions), Scored(other, positions)]
+    found = likelihoods(model, texts, batch_size=4, apart=apart)
+    assert [each.greedy for each in found] == [True, False] * len(prompts)
+    assert [each.log for each in found] == log_likelihoods(model, texts, batch_size=4, apart=apart)
 
 
 def test_models_without_position_argument(tokenizer):

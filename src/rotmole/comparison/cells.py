@@ -25,7 +25,7 @@ from rotmole.config.schema import RunFile
 from rotmole.errors import ConfigError, NonFiniteError, RotMoleError, one_of
 from rotmole.evaluation.evaluate import evaluate
 from rotmole.evaluation.files import origin, write_files
-from rotmole.evaluation.metrics import default_metrics
+from rotmole.evaluation.metrics import METRICS, default_metrics
 from rotmole.evaluation.target import with_adapter
 from rotmole.files import atomic_write_text, make_folder
 from rotmole.models.endings import take_endings
@@ -33,7 +33,8 @@ from rotmole.models.load import load_tokenizer
 from rotmole.training.callbacks.metrics import read_metrics
 from rotmole.training.checkpoints.find import checkpoints
 from rotmole.training.checkpoints.seal import is_sealed
-from rotmole.training.folder.layout import ADAPTER, MANIFEST, METRICS, is_finished
+from rotmole.training.folder.layout import ADAPTER, MANIFEST, is_finished
+from rotmole.training.folder.layout import METRICS as CURVE
 from rotmole.training.folder.manifest import run_date
 from rotmole.training.run import train
 
@@ -72,8 +73,20 @@ def cell_lock(study: Study, cell: Cell) -> Iterator[bool]:
 
 
 def is_done(study: Study, cell: Cell) -> bool:
-    """Tell whether a cell is finished."""
-    return (study.folder / cell.name / CELL).is_file()
+    """Tell whether a cell is finished, and scored by all metrics that the study asks for by now."""
+    there = _there(study, cell)
+    if there is None or cell.stage != FINAL:
+        return there is not None
+    return {*study.file.metrics} <= {*there.get("metrics", study.file.metrics)}
+
+
+def _there(study: Study, cell: Cell) -> dict[str, Any] | None:
+    """Return cell.json, None where the cell was never finished."""
+    path = study.folder / cell.name / CELL
+    if not path.is_file():
+        return None
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
 
 
 def failure(study: Study, cell: Cell) -> dict[str, Any] | None:
@@ -121,8 +134,7 @@ def changes(study: Study, cell: Cell, machine: Mapping[str, Any]) -> list[str]:
         return []
     now = _flat(yaml.safe_load(resolved_yaml(run_of(study, cell, machine))))
     names = [n for n in {**there, **now} if not n.startswith(_PLACES)]
-    if cell.stage == FINAL and is_done(study, cell):
-        content = json.loads((study.folder / cell.name / CELL).read_text(encoding="utf-8"))
+    if cell.stage == FINAL and (content := _there(study, cell)) is not None:
         there["held_out"], now["held_out"] = content.get("held_out", {}), study.file.held_out
         names.append("held_out")
     return [
@@ -151,7 +163,8 @@ def run_cell(
 ) -> None:
     """Do what is left of a cell: train, score, describe. Call it under `cell_lock`.
 
-    A cell of tuning whose loss is not finite is finished too, with an infinite loss.
+    A finished cell that lacks a metric of the study is scored again, not trained. A cell of tuning
+    whose loss is not finite is finished too, with an infinite loss.
 
     Args:
         study: the study.
@@ -165,6 +178,7 @@ def run_cell(
         RotMoleError: the cell cannot be made.
     """
     started = time.monotonic()
+    earlier = (_there(study, cell) or {}).get("seconds", 0.0)
     folder = study.folder / cell.name
     run = run_of(study, cell, machine)
     make_folder(folder)
@@ -185,24 +199,33 @@ def run_cell(
         if study.file.held_out:
             runs.append(run_of(study, cell, machine, held_out=True))
         _score(study, runs, folder, sources)
+    seconds = round(time.monotonic() - started + earlier, 3)
+    content = _described(study, cell, run, trained) | {
+        "seconds": seconds,
+        "facts": dict(machine) | _papers(folder),
+    }
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    atomic_write_text(folder / CELL, text)
+
+
+def _described(
+    study: Study, cell: Cell, run: RunFile, trained: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return what cell.json says of a cell beside its machine and its time."""
     sized = study.sized[cell.method]
-    content = {
+    scored = {"held_out": study.file.held_out, "metrics": study.file.metrics}
+    return {
         "method": cell.method,
         "stage": cell.stage,
         "seed": cell.seed,
         "settings": dict(cell.settings),
         "rate": sft_arguments(run)["learning_rate"],
-        "parameters": trained.pop("parameters"),
         "gate_parameters": sized.gates,
         "difference": sized.difference,
         "equal": sized.equal,
-        **({"held_out": study.file.held_out} if cell.stage == FINAL else {}),
+        **(scored if cell.stage == FINAL else {}),
         **trained,
-        "seconds": round(time.monotonic() - started, 3),
-        "facts": dict(machine) | _papers(folder),
     }
-    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    atomic_write_text(folder / CELL, text)
 
 
 def _trained(
@@ -224,7 +247,7 @@ def _trained(
     result = train(run, resume="auto", sources=sources, progress=False, callbacks=callbacks)
     if result.interrupted is not None:
         raise Stopped(result.interrupted)
-    rows = read_metrics(folder / METRICS)
+    rows = read_metrics(folder / CURVE)
     ends = [row for row in rows if "train_loss" in row]
     tokens = int(result.metrics.get("num_input_tokens_seen", 0))
     nll = result.metrics.get("eval_loss")
@@ -245,7 +268,7 @@ def _trained(
 
 
 def _diverged(study: Study, cell: Cell, folder: Path, error: NonFiniteError) -> dict[str, Any]:
-    rows = read_metrics(folder / METRICS)
+    rows = read_metrics(folder / CURVE)
     last = rows[-1] if rows else {}
     return {
         "parameters": study.sized[cell.method].parameters,
@@ -311,9 +334,13 @@ def check_metrics(study: Study, run: RunFile, rows: Mapping[str, Sequence[Any]])
         ConfigError: with the metrics that the tasks have.
     """
     known = dict.fromkeys(name for task in rows for name in _own_metrics(run, task, rows[task]))
-    had = [NLL, "perplexity", *known]
+    had = list(dict.fromkeys([NLL, *(m for m in METRICS if _fits_every_row(m)), *known]))
     if unknown := [name for name in study.file.metrics if name not in had]:
-        raise ConfigError([f"{one_of('metrics', name, had)} No task has it." for name in unknown])
+        raise ConfigError([f"{one_of('metrics', name, had)}; no task has it" for name in unknown])
+
+
+def _fits_every_row(metric: str) -> bool:
+    return METRICS[metric].needs == "loss"
 
 
 def _own_metrics(run: RunFile, task: str, rows: Sequence[Any]) -> Sequence[str]:
@@ -323,7 +350,11 @@ def _own_metrics(run: RunFile, task: str, rows: Sequence[Any]) -> Sequence[str]:
 def _metrics(study: Study, run: RunFile, task: str, rows: Sequence[Any]) -> list[str]:
     """Return the metrics of a task that the study judges; perplexity has every row's loss."""
     own = _own_metrics(run, task, rows)
-    wanted = [name for name in study.file.metrics if name != NLL and name in own]
+    wanted = [
+        name
+        for name in study.file.metrics
+        if name in own or (name != NLL and _fits_every_row(name))
+    ]
     return list(dict.fromkeys([*wanted, "perplexity"]))
 
 

@@ -24,7 +24,7 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 METRICS = (
     "exact_match", "choice_accuracy", "choice_accuracy_norm", "accuracy", "macro_f1", "matthews",
-    "pearson", "spearman", "rouge_l", "chrf", "perplexity",
+    "pearson", "spearman", "rouge_l", "greedy_match", "chrf", "perplexity",
 )  # fmt: skip
 
 

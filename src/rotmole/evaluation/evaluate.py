@@ -22,7 +22,7 @@ from rotmole.evaluation.metrics import METRICS, Answer, default_metrics
 from rotmole.evaluation.report import Report, System, compare, summarise
 from rotmole.evaluation.scoring import (
     Scored,
-    log_likelihoods,
+    likelihoods,
     scored_answers,
     scored_choices,
 )
@@ -332,17 +332,20 @@ def _scored_answers(
     shown = inputs.shown
     texts = [text for part in (inputs.choices, inputs.losses) for t in part.values() for text in t]
     tick = _counter(progress, "likelihoods", len(texts))
-    values = log_likelihoods(model, texts, batch_size=batch_size, tick=tick, spread=spread)
+    values = likelihoods(model, texts, batch_size=batch_size, tick=tick, spread=spread)
     results = iter(values)
     answers = {task: [Answer()] * len(rows) for task, rows in shown.items()}
     for task in inputs.choices:
         for index, row in enumerate(shown[task]):
-            likelihoods = tuple(next(results) for _ in row.choices)
-            answers[task][index] = replace(answers[task][index], log_likelihoods=likelihoods)
+            logs = tuple(next(results).log for _ in row.choices)
+            answers[task][index] = replace(answers[task][index], log_likelihoods=logs)
     for task, measured in inputs.losses.items():
         for index, text in enumerate(measured):
-            loss = replace(answers[task][index], loss=-next(results), tokens=len(text.positions))
-            answers[task][index] = loss
+            found = next(results)
+            answers[task][index] = replace(
+                answers[task][index],
+                loss=-found.log, tokens=len(text.positions), greedy=found.greedy,
+            )  # fmt: skip
     return answers
 
 

@@ -4,6 +4,11 @@ Every metric is an entry of the table METRICS. `columns` turns examples and answ
 one line per row of data ([N, k]); `value` turns all lines into the figure. So one bootstrap over
 lines works for every metric, and two systems on the same rows can be compared line by line.
 
+greedy_match is the share of rows whose every token, the end of sequence included, is the likeliest
+one after the true tokens before it: where it is, greedy decoding writes exactly the correct answer.
+It costs nothing beyond the loss (`is_greedy` of the language model evaluation harness, which leaves
+the end out).
+
 Degenerate input: constant predictions give matthews 0, as in scikit-learn. pearson and spearman
 are 0 if either side is constant or there are fewer than two rows; the libraries give NaN, which
 the report would show as a missing figure.
@@ -35,12 +40,14 @@ class Answer:
         log_likelihoods: natural log-likelihood of each of the example's choices.
         loss: negative log-likelihood of the correct answer, summed over `tokens`, in nats.
         tokens: number of scored tokens of the correct answer, end of sequence included.
+        greedy: each of these tokens is the likeliest one after those before it.
     """
 
     text: str | None = None
     log_likelihoods: tuple[float, ...] | None = None
     loss: float | None = None
     tokens: int | None = None
+    greedy: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -145,6 +152,10 @@ def _losses(examples: Sequence[Example], answers: Sequence[Answer]) -> Columns:
     return np.array([(answer.loss, answer.tokens) for answer in answers], dtype=np.float64)
 
 
+def _greedy(examples: Sequence[Example], answers: Sequence[Answer]) -> Columns:
+    return np.array([[answer.greedy] for answer in answers], dtype=np.float64)
+
+
 def _chrf_counts(examples: Sequence[Example], answers: Sequence[Answer]) -> Columns:
     # The counts that sacrebleu's corpus_score and its bootstrap add up.
     texts = [answer.text or "" for answer in answers]
@@ -224,6 +235,7 @@ METRICS: dict[str, Metric] = {
     "pearson": Metric("score", _scores, _pearson, resampled.pearson),
     "spearman": Metric("score", _scores, _spearman, resampled.spearman),
     "rouge_l": Metric("text", _per_row(rouge_l), _mean, resampled.mean, pooled=True, by_row=True),
+    "greedy_match": _share("loss", _greedy),
     "chrf": Metric("text", _chrf_counts, _chrf, _chrf_resampled, by_row=True),
     "perplexity": Metric(
         "loss",

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -51,10 +51,22 @@ class Scored:
     cut: bool = False
 
 
+class Likelihood(NamedTuple):
+    """What a model says of one text's scored tokens, each after the true tokens before it.
+
+    Attributes:
+        log: sum_t log p(token_t | before t), in nats.
+        greedy: every token is the likeliest one, so greedy decoding would write them all.
+    """
+
+    log: float
+    greedy: bool
+
+
 Batch = Sequence[Sequence[int]]
 """Rows of a forward pass; each row is the numbers of the texts in it."""
 
-Work = Callable[[Any, Sequence[Scored], Batch], Iterator[tuple[int, float]]]
+Work = Callable[[Any, Sequence[Scored], Batch], Iterator[tuple[int, Likelihood]]]
 
 
 @contextmanager
@@ -145,7 +157,21 @@ def log_likelihoods(
     spread: bool = False,
     apart: bool = False,
 ) -> list[float]:
-    """Return the log-likelihood of each text's scored tokens: sum_t log p(token_t | before t).
+    """Return the log-likelihood of each text's scored tokens, in nats; see `likelihoods`."""
+    found = likelihoods(model, texts, batch_size=batch_size, tick=tick, spread=spread, apart=apart)
+    return [each.log for each in found]
+
+
+def likelihoods(
+    model: Any,
+    texts: Sequence[Scored],
+    *,
+    batch_size: int,
+    tick: Tick | None = None,
+    spread: bool = False,
+    apart: bool = False,
+) -> list[Likelihood]:
+    """Return the likelihood of each text's scored tokens under the model.
 
     Texts with common beginnings, such as a prompt with its choices, are computed together, each
     beginning once, if that saves a fifth of the tokens and the model can do it (see
@@ -163,7 +189,7 @@ def log_likelihoods(
         apart: every text is a row of its own, unless it is the beginning of another one.
 
     Returns:
-        One figure per text, in nats, computed in float32 or float64.
+        One entry per text, computed in float32 or float64.
 
     Raises:
         ModelError: a figure is NaN.
@@ -179,7 +205,7 @@ def log_likelihoods(
             batches, lambda batch: dict(work(model, texts, batch)), done, spread=spread
         )
     values = [by_index[index] for index in range(len(texts))]
-    if any(math.isnan(value) for value in values):
+    if any(math.isnan(value.log) for value in values):
         raise ModelError(
             "the model gives NaN as log-likelihood, because its weights or its adapter contain "
             "NaN or overflow in this dtype; load it in float32, or train it again."
@@ -228,33 +254,38 @@ def _shared_rows(inputs: Sequence[tuple[int, ...]], ascending: Sequence[int]) ->
     return rows
 
 
-def _score_tree(model: Any, texts: Sequence[Scored], batch: Batch) -> Iterator[tuple[int, float]]:
+def _score_tree(
+    model: Any, texts: Sequence[Scored], batch: Batch
+) -> Iterator[tuple[int, Likelihood]]:
     (members,) = batch
     tree = tree_of([texts[index].tokens[:-1] for index in members])
     paths = dict(zip(members, tree.paths, strict=True))
     needed = sorted({paths[i][p - 1] for i in members for p in texts[i].positions})
     if not needed:  # no token is scored, as in an empty text
-        yield from ((index, 0.0) for index in members)
+        yield from ((index, Likelihood(0.0, True)) for index in members)
         return
     keep = torch.tensor(needed, device=model.device)
     logits_PV = model(**tree.arguments(model), logits_to_keep=keep).logits[0]
     logits_PV = _at_least_float(logits_PV)
-    total_P = torch.logsumexp(logits_PV, dim=-1)
+    total_P, likeliest_P = torch.logsumexp(logits_PV, dim=-1), logits_PV.argmax(-1).tolist()
     place = {position: row for row, position in enumerate(needed)}
     for index in members:
         text, path = texts[index], paths[index]
         rows = [place[path[position - 1]] for position in text.positions]
         targets = [text.tokens[position] for position in text.positions]
-        yield index, float((logits_PV[rows, targets] - total_P[rows]).sum())
+        log = float((logits_PV[rows, targets] - total_P[rows]).sum())
+        yield index, Likelihood(log, [likeliest_P[row] for row in rows] == targets)
 
 
-def _score_batch(model: Any, texts: Sequence[Scored], rows: Batch) -> Iterator[tuple[int, float]]:
+def _score_batch(
+    model: Any, texts: Sequence[Scored], rows: Batch
+) -> Iterator[tuple[int, Likelihood]]:
     needed = sorted({p - 1 for members in rows for i in members for p in texts[i].positions})
     if not needed:  # no token is scored, as in an empty text
-        yield from ((i, 0.0) for members in rows for i in members)
+        yield from ((i, Likelihood(0.0, True)) for members in rows for i in members)
         return
     logits_BPV = _logits(model, [texts[members[0]].tokens[:-1] for members in rows], needed)
-    total_BP = torch.logsumexp(logits_BPV, dim=-1)
+    total_BP, likeliest_BP = torch.logsumexp(logits_BPV, dim=-1), logits_BPV.argmax(-1).tolist()
     place = {position: column for column, position in enumerate(needed)}
     for row, members in enumerate(rows):
         for index in members:
@@ -262,7 +293,8 @@ def _score_batch(model: Any, texts: Sequence[Scored], rows: Batch) -> Iterator[t
             columns = [place[position - 1] for position in text.positions]
             targets = [text.tokens[position] for position in text.positions]
             values = logits_BPV[row, columns, targets] - total_BP[row, columns]
-            yield index, float(values.sum())
+            greedy = [likeliest_BP[row][column] for column in columns] == targets
+            yield index, Likelihood(float(values.sum()), greedy)
 
 
 def _logits(model: Any, inputs: Sequence[Sequence[int]], positions: Sequence[int]) -> torch.Tensor:
