@@ -58,7 +58,11 @@ class Study(NamedTuple):
 
 
 QUESTIONS = {
-    "q1": [Study("q1_screen", "the screen", 1.2), Study("q1", "the finalists", 1.7)],
+    "q1": [
+        Study("q1_screen", "the screen", 1.2),
+        Study("q1", "the finalists", 1.7),
+        Study("locale_match", "by the tasks' own metric", 1.7),
+    ],
     "q2": [
         Study("q2_glue", "mixed GLUE", 4),
         Study("q2_qa", "mixed QA", 4),
@@ -106,12 +110,12 @@ def table(judgement: Judgement) -> str:
     joined = [[*lines[0], *header]]
     for line in lines[1:]:
         joined.append([*line, *found.get(line[0], ["baseline", *[""] * (len(header) - 1)])])
-    for measure in judgement.measures:
-        if measure.name == HELD_OUT:
-            apart = {line[0]: line[1] for line in tables.differences(judgement, measure)[1:]}
-            joined[0].append("difference, held-out tasks")
-            for line in joined[1:]:
-                line.append(apart.get(line[0], ""))
+    for measure in judgement.measures[1:]:
+        apart = {line[0]: line[1] for line in tables.differences(judgement, measure)[1:]}
+        what = "held-out tasks" if measure.name == HELD_OUT else measure.label
+        joined[0].append(f"difference, {what}")
+        for line in joined[1:]:
+            line.append(apart.get(line[0], ""))
     return tables.markdown(joined)
 
 

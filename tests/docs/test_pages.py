@@ -97,7 +97,7 @@ def test_the_answer_says_what_a_planted_study_has(tmp_path: Path) -> None:
     effects = dict(lora=0.0, moe_lora=0.25, tangent=0.25, offset=0.5, scale=0.0, shared=-0.25)
     judgement = judge(made_results(effects, seeds=range(9)))
     write_judgement(judgement, tmp_path / "q1.json")
-    first, rotation, reasons, always_on, rates, *_ = script("results").sentences(tmp_path)
+    first, rotation, reasons, own, rates, *_ = script("results").sentences(tmp_path)
 
     def shown(method: str) -> str:
         estimate = judgement.difference(method, "nll").estimate
@@ -109,7 +109,8 @@ def test_the_answer_says_what_a_planted_study_has(tmp_path: Path) -> None:
     assert "no difference was found for one (RotMoLE with its default gates " in rotation
     assert "RotMoLE with its default gates is better than `offset` (-0.2" in reasons
     assert "RotMoLE with its default gates is worse than `scale` (+0.2" in reasons
-    assert "always-on expert is better than MoE-LoRA (-0.5" in always_on
+    assert "always-on expert is better than MoE-LoRA (-0.5" in reasons
+    assert own == "No study was judged by its tasks' own metrics."
     assert "LoRA's best is" in rates
 
 
@@ -197,6 +198,22 @@ def test_what_nobody_trained_on_is_said_beside_what_chance_gives() -> None:
     )
     assert "chance" not in unseen({"q2_qa": found["q2_qa"]})
     assert unseen({}) == "No study has scored what nobody trained on."
+
+
+def test_own_metrics_are_better_where_they_are_higher() -> None:
+    """Planted: a higher share of right answers where the loss is lower."""
+    shifts = dict(lora=0.0, moe_lora=0.5, rotmole=0.0, shared=-0.5)
+    found = {"q2_qa": judge(made_results(shifts, seeds=range(3), rows=200))}
+    said = script("answers").by_own_metrics(found)
+    assert said.startswith(
+        "By the tasks' own metrics (intervals, no claims): on mixed QA (exact_match, three forms, "
+        "three seeds) one is better than LoRA (MoE-LoRA with an always-on expert +0."
+    )
+    assert " and one is worse than LoRA (MoE-LoRA -0." in said
+    assert said.endswith("two of these 3 intervals leave out zero, about 0 would by chance alone.")
+    table = script("results").table(found["q2_qa"]).splitlines()
+    assert table[0].endswith("| verdict | difference, exact_match |")
+    assert "-0." in table[-3].split("|")[-2]
 
 
 def test_regimes_without_a_gain_share_a_sentence() -> None:
