@@ -66,6 +66,15 @@ def difference(study: Judgement, one: str, other: str, measure: str = "nll") -> 
     return paired(values) if values else None
 
 
+def overall(study: Judgement, measure: str = "nll") -> list[tuple[str, Paired, str]]:
+    """Return each method's difference to the baseline over everything, and its verdict."""
+    return [
+        (d.method, d.estimate, d.verdict)
+        for d in study.differences
+        if d.measure == measure and not d.task and d.estimate is not None
+    ]
+
+
 def written(found: Paired) -> str:
     """Write a difference with its interval."""
     if found.low is None or found.high is None:
@@ -79,6 +88,11 @@ def direction(found: Paired, *, higher_is_better: bool = False) -> str:
     if found.high is not None and found.high < 0:
         return lower
     return higher if found.low is not None and found.low > 0 else NONE
+
+
+def verdict_of(estimate: Paired, verdict: str) -> str:
+    """Return a verdict by NLL; where seeds are too few for claims, what the interval decides."""
+    return direction(estimate) if verdict == FEW else verdict
 
 
 def listed(parts: Sequence[str]) -> str:
@@ -120,10 +134,8 @@ def against_lora(study: Judgement, where: str, *, brief: bool = False) -> str:
     """
     explores = any(d.verdict == FEW for d in study.differences)
     groups: dict[str, list[tuple[str, Paired]]] = {BETTER: [], WORSE: []}
-    for d in study.differences:
-        if d.measure == "nll" and not d.task and d.estimate is not None:
-            verdict = direction(d.estimate) if d.verdict == FEW else d.verdict
-            groups.setdefault(verdict, []).append((d.method, d.estimate))
+    for method, estimate, verdict in overall(study):
+        groups.setdefault(verdict_of(estimate, verdict), []).append((method, estimate))
     better, worse = groups.pop(BETTER), groups.pop(WORSE)
     verbs = [("is better than", "are better than"), ("is worse than", "are worse than")]
     if not explores:
@@ -149,12 +161,7 @@ def other_mixtures(studies: Studies) -> str:
     if not found:
         return "Open: other mixtures (Q2) were not run."
     means = {
-        where: [
-            d.estimate
-            for d in study.differences
-            if d.measure == "nll" and not d.task and d.estimate is not None
-        ]
-        for where, study in found.items()
+        where: [estimate for _, estimate, _ in overall(study)] for where, study in found.items()
     }
     sizes = {(len(study.seeds), len(study.methods) - 1) for study in found.values()}
     claims = any(d.verdict not in (FEW, "") for s in found.values() for d in s.differences)
@@ -196,7 +203,7 @@ def few_experts(study: Judgement) -> str:
                 f"(means {min(values):+.3f} to {max(values):+.3f})"
             )
         parts.append(f"for {name} {listed(said)}")
-    ways_of_all = _verdicts(study)
+    ways_of_all = [verdict_of(estimate, verdict) for _, estimate, verdict in overall(study)]
     better, worse = (ways_of_all.count(way) for way in (BETTER, WORSE))
     return (
         f"Few experts (1 to 8, one or two a token), {count_word(len(study.seeds))} seeds, by "
@@ -295,11 +302,7 @@ def told_apart(studies: Studies, places: Mapping[str, str], measure: str) -> str
     """
     even, parts, decided, total = [], [], 0, 0
     for name, what in places.items():
-        found = [
-            (d.method, d.estimate)
-            for d in (studies[name].differences if name in studies else ())
-            if d.measure == measure and not d.task and d.estimate is not None
-        ]
+        found = overall(studies[name], measure) if name in studies else []
         if not found:
             continue
         (judged,) = (m for m in studies[name].measures if m.name == measure)
@@ -308,7 +311,7 @@ def told_apart(studies: Studies, places: Mapping[str, str], measure: str) -> str
         if measure == OWN:
             where = f"{what} ({judged.label}, {forms} forms, {seeds} seeds)"
         ways: dict[str, list[tuple[str, Paired]]] = {BETTER: [], WORSE: []}
-        for method, estimate in found:
+        for method, estimate, _ in found:
             way = direction(estimate, higher_is_better=judged.higher_is_better)
             ways.setdefault(way, []).append((method, estimate))
         said = [
@@ -410,7 +413,10 @@ def regimes(studies: Studies) -> str:
     found = {name: studies[name] for name in WHERE if name in studies}
     if not found:
         return "Open: longer training (Q6) and other regimes (Q7) were not run."
-    ways = {name: _verdicts(study) for name, study in found.items()}
+    ways = {
+        name: [verdict_of(estimate, verdict) for _, estimate, verdict in overall(study)]
+        for name, study in found.items()
+    }
     if any(BETTER in each for each in ways.values()):
         return " ".join(
             against_lora(study, WHERE[name], brief=True) for name, study in found.items()
@@ -423,15 +429,6 @@ def regimes(studies: Studies) -> str:
         where = WHERE[name][0].lower() + WHERE[name][1:]
         parts.append(f"{where} ({forms}{f', {count_word(worse)} worse' if worse else ''})")
     return f"No form was better than one tuned LoRA where else we looked: {listed(parts)}."
-
-
-def _verdicts(study: Judgement) -> list[str]:
-    """Return each method's verdict by NLL; where seeds are too few for claims, its interval's."""
-    return [
-        direction(d.estimate) if d.verdict == FEW else d.verdict
-        for d in study.differences
-        if d.measure == "nll" and not d.task and d.estimate is not None
-    ]
 
 
 WHERE = {
