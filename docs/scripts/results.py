@@ -73,6 +73,7 @@ QUESTIONS = {
     "q6": [Study("q6_length", "four times the updates", 4.5)],
     "q7": [
         Study("q7a_tiny", "(a) many tasks, few parameters", 1.6),
+        Study("q7a_match", "(a) by the tasks' own metric", 1.6),
         Study("q7b_contradictions", "(b) tasks that contradict each other", 1.6),
         Study("q7e_down", "(e) down_proj in place of attention", 1.6),
         Study("q7g_dense", "(g) dense gates around a LoRA", 1.6),
