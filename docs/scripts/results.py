@@ -26,6 +26,7 @@ from rotmole.comparison.pages.figures import convergence, forest
 from rotmole.comparison.pages.page import drawn, write_text
 from rotmole.comparison.scores import HELD_OUT
 from rotmole.drawing import standalone
+from rotmole.units import count_word
 
 sys.path.insert(0, str(Path(__file__).parent))
 from answers import answers
@@ -50,18 +51,20 @@ class Study(NamedTuple):
         name: of the file in experiments/study.
         what: it does, in a few words.
         minutes: of one core with bfloat16 instructions, beside another cell.
+        tuned_by: the study file that tuned the rates, where it is another one.
     """
 
     name: str
     what: str
     minutes: float
+    tuned_by: str = ""
 
 
 QUESTIONS = {
     "q1": [
         Study("q1_screen", "the screen", 1.2),
         Study("q1", "the finalists", 1.7),
-        Study("locale_match", "by the tasks' own metric", 1.7),
+        Study("locale_match", "by the tasks' own metric", 1.7, "the studies above, Q3 and Q7"),
     ],
     "q2": [
         Study("q2_glue", "mixed GLUE", 4),
@@ -73,7 +76,7 @@ QUESTIONS = {
     "q6": [Study("q6_length", "four times the updates", 4.5)],
     "q7": [
         Study("q7a_tiny", "(a) many tasks, few parameters", 1.6),
-        Study("q7a_match", "(a) by the tasks' own metric", 1.6),
+        Study("q7a_match", "(a) by the tasks' own metric", 1.6, "q7a_tiny.yaml"),
         Study("q7b_contradictions", "(b) tasks that contradict each other", 1.6),
         Study("q7e_down", "(e) down_proj in place of attention", 1.6),
         Study("q7g_dense", "(g) dense gates around a LoRA", 1.6),
@@ -127,6 +130,9 @@ def shown(study: Study, results: Path, pictures: Path) -> str:
         return missing(study)
     judgement = read_judgement(path)
     headline = judgement.headline[0].upper() + judgement.headline[1:]
+    if study.tuned_by:
+        seeds = count_word(len(judgement.seeds))
+        headline = f"Rates tuned by {study.tuned_by}, {seeds} seeds: intervals, no claims"
     parts = [f"**{study.what[0].upper()}{study.what[1:]}.** {headline}.", table(judgement)]
     drawings = {"": forest(judgement, judgement.measures[0])}
     if study.name in CONVERGENCE:
