@@ -134,7 +134,8 @@ def shown(study: Study, results: Path, pictures: Path) -> str:
         seeds = count_word(len(judgement.seeds))
         headline = f"Rates tuned by {study.tuned_by}, {seeds} seeds: intervals, no claims"
     parts = [f"**{study.what[0].upper()}{study.what[1:]}.** {headline}.", table(judgement)]
-    drawings = {"": forest(judgement, judgement.measures[0])}
+    judged = judgement.measures[1 if study.tuned_by else 0]  # repeated for its own metric
+    drawings = {"": forest(judgement, judged)}
     if study.name in CONVERGENCE:
         drawings["-convergence"] = convergence(judgement, "update")
     for ending, drawing in drawings.items():
