@@ -231,6 +231,11 @@ def test_a_metric_more_scores_finished_cells_again_without_training(
     study, _ = done
     folder = shutil.copytree(study.folder, tmp_path / "metric")
     more = load_study(study_yaml, ["metrics=[nll,greedy_match]"], output=folder)
+    for path in (folder / "cells" / "final" / "lora").rglob("cell.json"):
+        content = json.loads(path.read_text())
+        del content["metrics"]  # as cells were before they said what they were scored by
+        path.write_text(json.dumps(content))
+    assert all(is_done(load_study(study_yaml, output=folder), c) for c in make_plan(more).cells)
     before = read_results(folder)
     monkeypatch.setattr("rotmole.comparison.cells.train", None)
     assert work(more, fix_machine(more)).failed == {}

@@ -24,7 +24,7 @@ from rotmole.config.load import resolved_yaml, sft_arguments
 from rotmole.config.schema import RunFile
 from rotmole.errors import ConfigError, NonFiniteError, RotMoleError, one_of
 from rotmole.evaluation.evaluate import evaluate
-from rotmole.evaluation.files import origin, write_files
+from rotmole.evaluation.files import RESULT, origin, write_files
 from rotmole.evaluation.metrics import METRICS, default_metrics
 from rotmole.evaluation.target import with_adapter
 from rotmole.files import atomic_write_text, make_folder
@@ -77,7 +77,16 @@ def is_done(study: Study, cell: Cell) -> bool:
     there = _there(study, cell)
     if there is None or cell.stage != FINAL:
         return there is not None
-    return {*study.file.metrics} <= {*there.get("metrics", study.file.metrics)}
+    scored = there.get("metrics")
+    if scored is None:  # made before cells said what they were scored by
+        scored = [NLL, *_metrics_in(study.folder / cell.name / RESULT)]
+    return {*study.file.metrics} <= {*scored}
+
+
+def _metrics_in(result: Path) -> set[str]:
+    """Return the names of the metrics in an eval.json."""
+    tasks = json.loads(result.read_text(encoding="utf-8"))["systems"]["after"]["tasks"]
+    return {name for task in tasks.values() for name in task["metrics"]}
 
 
 def _there(study: Study, cell: Cell) -> dict[str, Any] | None:
