@@ -32,6 +32,12 @@ NAMES = {
     "even": "a dense mixture whose gates hardly learn",
     "tangent_e1_k1": "a single expert with rotation",
     "shared_turned": "MoE-LoRA with an always-on expert that is turned",
+    "slow_router": "scaling gates at a rate of 2e-4",
+    "fast_router": "scaling gates at a rate of 2e-2",
+    "slow_rotation": "rotation gates at a rate of 2e-4",
+    "fast_rotation": "rotation gates at a rate of 2e-2",
+    "balance_01": "a balance loss of 0.01",
+    "balance_10": "a balance loss of 0.1",
 }
 ROTATIONS = ("tangent", "rotmole", "tangent_h4", "cayley_h4", "radar_pairs")
 FEW_EXPERTS = {
@@ -244,8 +250,23 @@ def reasons(study: Judgement, inside: Mapping[str, Any] | None) -> str:
     return f"{'; '.join([text, *parts])}."
 
 
-def rates(study: Judgement) -> str:
-    """Say what the learning rate does beside the choice of the method."""
+def gates(study: Judgement) -> str:
+    """Say what the gates' own learning rates and a balance loss do to the default rotation."""
+    found = [(method, estimate) for method, estimate, _ in overall(study)]
+    values = [estimate.value for _, estimate in found]
+    decided = {
+        way: [each for each in found if direction(each[1]) == way] for way in (BETTER, WORSE)
+    }
+    said = [f"{count_word(len(v))} {way} {_some(v)}" for way, v in decided.items() if v]
+    return (
+        f"own rates of the gates and a balance loss move {name_of(study.baseline)} by "
+        f"{min(values):+.3f} to {max(values):+.3f} ({count_word(len(found))} settings, "
+        f"{count_word(len(study.seeds))} seeds, by intervals: {listed(said) or 'none decided'})"
+    )
+
+
+def rates(study: Judgement, gate_rates: Judgement | None = None) -> str:
+    """Say what the learning rate does beside the choice of the method, and of the gates' alone."""
     best = {method.name: method.rate for method in study.methods}
     by_rate: dict[str, dict[float, list[float]]] = {}
     for trial in study.trials:
@@ -263,6 +284,7 @@ def rates(study: Judgement) -> str:
     words = listed([f"{rate:g}" for rate in sorted(others)])
     step = _against(study, (("moe_lora_sum_two", "moe_lora"), ("dense_mean_one", "lora")))
     steps = f"; as for the size of the step, {listed(step)}" if step else ""
+    steps += f"; {gates(gate_rates)}" if gate_rates else ""
     return (
         f"Learning rates, by the tuning losses: {name_of(study.baseline)}'s best is {chosen:g} "
         f"({listed(costs)}), the mixtures' {words}, and on test rows all methods at their best lie "
@@ -274,6 +296,7 @@ UNSEEN = {
     "q1": "a language and a kind beside the 36 tasks",
     "q2_glue": "STS-B beside mixed GLUE",
     "q2_qa": "a kind of question beside mixed QA",
+    "q2_qa_again": "QA's kind of question again, with new seeds",
     "q2_titles": "Polish beside titles in nine languages",
     "q3": "a language and a kind, with few experts",
 }
@@ -283,6 +306,7 @@ OWN_METRICS = {
     "locale_match": "the 36 tasks",
     "q2_glue": "mixed GLUE",
     "q2_qa": "mixed QA",
+    "q2_qa_again": "mixed QA again, with new seeds",
     "q2_titles": "titles in nine languages",
     "q7a_match": "the 36 tasks with 0.3 M parameters",
     "q7b_contradictions": "tasks that contradict each other",
@@ -401,7 +425,7 @@ def answers(
         where = "On 36 tasks (six kinds in six languages) at equal parameters"
         first = [
             against_lora(q1, where), rotation(q1), reasons(q1, inside),
-            by_own_metrics(studies), rates(q1), unseen(studies),
+            by_own_metrics(studies), rates(q1, studies.get("q4_gates")), unseen(studies),
         ]  # fmt: skip
     few = few_experts(studies["q3"]) if "q3" in studies else (
         "Open: whether rotation pays where experts are few (Q3) was not run."

@@ -9,8 +9,10 @@ from typing import Any
 
 from answers import FEW_EXPERTS, OLD, difference, gap, name_of, written
 
-from rotmole.comparison.judgement import Judgement
+from rotmole.comparison.judgement import Judgement, Measure
 from rotmole.comparison.pages import tables
+from rotmole.comparison.results import NLL
+from rotmole.comparison.scores import OWN
 from rotmole.drawing import INK, draw, legend, series, standalone
 
 Cell = Mapping[str, Any]
@@ -75,27 +77,37 @@ def forgetting(cells: Sequence[Cell], pictures: Path) -> str:
     return f"{tables.markdown(lines)}\n\n{tables.markdown(beside)}\n\n{note}\n\n{figure}"
 
 
-def few_experts(study: Judgement, pictures: Path) -> str:
-    """Return Q3's table and figure: the NLL with and without rotation, by E and K.
+WAYS = ("none", "rotation gates", "RadarGate's pairs")
+
+
+def _by_experts(study: Judgement, measure: Measure) -> str:
+    """Return a table of the scores with and without rotation, by E and K."""
+    lines = [["E, K", WAYS[0], WAYS[1], "rotation minus none", WAYS[2], "pairs minus none"]]
+    for (experts, chosen), names in FEW_EXPERTS.items():
+        scores = [study.score(name, measure.name) if name else None for name in names]
+        cells = ["" if s is None else tables.figure(measure, s.value) for s in scores]
+        apart = (difference(study, n, names[0], measure.name) if n else None for n in names[1:])
+        turned, pairs = (written(found) if found is not None else "" for found in apart)
+        lines.append([f"{experts}, {chosen}", *cells[:2], turned, cells[2], pairs])
+    return tables.markdown(lines)
+
+
+def few_experts(study: Judgement, again: Judgement | None, pictures: Path) -> str:
+    """Return Q3's tables and figure: scores with and without rotation, by E and K.
 
     Args:
         study: the judgement of q3.yaml.
+        again: that of locale_match.yaml, which has the same methods' own metric.
         pictures: folder of the figure.
     """
-    ways = ("none", "rotation gates", "RadarGate's pairs")
-    lines = [["E, K", ways[0], ways[1], "rotation minus none", ways[2], "pairs minus none"]]
     drawn: dict[str, list[tuple[int, list[float]]]] = {}
     for (experts, chosen), names in FEW_EXPERTS.items():
-        scores = [study.score(name, "nll") if name else None for name in names]
-        for way, score in zip(ways, scores, strict=True):
-            if score is not None and experts > 1:
+        for way, name in zip(WAYS, names, strict=True):
+            score = study.score(name, NLL) if name and experts > 1 else None
+            if score is not None:
                 values = [value for value in score.by_seed.values() if value is not None]
                 drawn.setdefault(f"{way}, K = {chosen}", []).append((experts, values))
-        cells = [f"{s.value:.4f}" if s is not None and s.value is not None else "" for s in scores]
-        turned, pairs = (difference(study, name, names[0]) if name else None for name in names[1:])
-        beside = [written(found) if found is not None else "" for found in (turned, pairs)]
-        lines.append([f"{experts}, {chosen}", *cells[:2], beside[0], cells[2], beside[1]])
-    base = study.score(study.baseline, "nll")
+    base = study.score(study.baseline, NLL)
 
     def paint(figure: Any) -> None:
         axes = figure.subplots()
@@ -117,10 +129,16 @@ def few_experts(study: Judgement, pictures: Path) -> str:
     _write(pictures, "results-q3-experts", draw(paint, name="q3e", label=label, height=3.6))
     caption = (
         "One expert without rotation is LoRA (dashed). Point: mean over seeds; line: from the "
-        "lowest to the highest seed. Differences in the table are paired by seed."
+        "lowest to the highest seed. Differences in the tables are paired by seed."
     )
     picture = f"![{label}](pictures/results-q3-experts.svg)"
-    return f"**By number of experts.**\n\n{tables.markdown(lines)}\n\n{picture}\n\n{caption}"
+    parts = ["**By number of experts, NLL.**", _by_experts(study, study.measures[0])]
+    parts += [picture, caption]
+    own = [m for m in again.measures if m.name == OWN] if again is not None else []
+    if again is not None and own:
+        title = f"**By number of experts, {own[0].label}, of `locale_match.yaml` (Q1).**"
+        parts += [title, _by_experts(again, own[0])]
+    return "\n\n".join(parts)
 
 
 def look_inside(found: Mapping[str, Cell] | None, pictures: Path) -> str:

@@ -20,11 +20,12 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from rotmole.comparison.judgement import Judgement, read_judgement
+from rotmole.comparison.judgement import FEW, Judgement, read_judgement
 from rotmole.comparison.pages import tables
 from rotmole.comparison.pages.figures import convergence, forest
 from rotmole.comparison.pages.page import drawn, write_text
-from rotmole.comparison.scores import HELD_OUT
+from rotmole.comparison.results import NLL
+from rotmole.comparison.scores import HELD_OUT, OWN
 from rotmole.drawing import standalone
 from rotmole.units import count_word
 
@@ -52,23 +53,26 @@ class Study(NamedTuple):
         what: it does, in a few words.
         minutes: of one core with bfloat16 instructions, beside another cell.
         tuned_by: the study file that tuned the rates, where it is another one.
+        drawn: the measure of its figure of differences.
     """
 
     name: str
     what: str
     minutes: float
     tuned_by: str = ""
+    drawn: str = NLL
 
 
 QUESTIONS = {
     "q1": [
         Study("q1_screen", "the screen", 1.2),
         Study("q1", "the finalists", 1.7),
-        Study("locale_match", "by the tasks' own metric", 1.7, "the studies above, Q3 and Q7"),
+        Study("locale_match", "by the tasks' own metric", 1.7, "the studies above, Q3 and Q7", OWN),
     ],
     "q2": [
         Study("q2_glue", "mixed GLUE", 4),
         Study("q2_qa", "mixed QA", 4),
+        Study("q2_qa_again", "mixed QA again, with new seeds", 4, "q2_qa.yaml", HELD_OUT),
         Study("q2_titles", "titles in nine languages", 4),
     ],
     "q3": [Study("q3", "few experts", 1.6)],
@@ -76,7 +80,7 @@ QUESTIONS = {
     "q6": [Study("q6_length", "four times the updates", 4.5)],
     "q7": [
         Study("q7a_tiny", "(a) many tasks, few parameters", 1.6),
-        Study("q7a_match", "(a) by the tasks' own metric", 1.6, "q7a_tiny.yaml"),
+        Study("q7a_match", "(a) by the tasks' own metric", 1.6, "q7a_tiny.yaml", OWN),
         Study("q7b_contradictions", "(b) tasks that contradict each other", 1.6),
         Study("q7e_down", "(e) down_proj in place of attention", 1.6),
         Study("q7g_dense", "(g) dense gates around a LoRA", 1.6),
@@ -131,10 +135,12 @@ def shown(study: Study, results: Path, pictures: Path) -> str:
     judgement = read_judgement(path)
     headline = judgement.headline[0].upper() + judgement.headline[1:]
     if study.tuned_by:
+        few = any(d.verdict == FEW for d in judgement.differences)
+        claims = ": intervals, no claims" if few else f", {judgement.claims} claims"
         seeds = count_word(len(judgement.seeds))
-        headline = f"Rates tuned by {study.tuned_by}, {seeds} seeds: intervals, no claims"
+        headline = f"Rates tuned by {study.tuned_by}, {seeds} seeds{claims}"
     parts = [f"**{study.what[0].upper()}{study.what[1:]}.** {headline}.", table(judgement)]
-    judged = judgement.measures[1 if study.tuned_by else 0]  # repeated for its own metric
+    (judged,) = (measure for measure in judgement.measures if measure.name == study.drawn)
     drawings = {"": forest(judgement, judged)}
     if study.name in CONVERGENCE:
         drawings["-convergence"] = convergence(judgement, "update")
@@ -199,7 +205,8 @@ def page(text: str, results: Path = RESULTS, pictures: Path = PICTURES) -> str:
         parts[name] = "\n\n".join(shown(study, results, pictures) for study in files)
     studies = known(results)
     if "q3" in studies:
-        parts["q3"] += f"\n\n{few_experts(studies['q3'], pictures)}"
+        again = studies.get("locale_match")
+        parts["q3"] += f"\n\n{few_experts(studies['q3'], again, pictures)}"
     parts["q4"] += f"\n\n{look_inside(inside(results), pictures)}"
     parts |= {"q5": forgetting(grown(), pictures), "price": price(studies)}
     return filled(text, parts)
@@ -220,7 +227,7 @@ def write_studies(results: Path = RESULTS, to: Path = RESULTS) -> None:
         "q5": partial(forgetting, grown()),
     }
     if "q3" in studies:
-        others["q3_experts"] = partial(few_experts, studies["q3"])
+        others["q3_experts"] = partial(few_experts, studies["q3"], studies.get("locale_match"))
     for name, written in others.items():
         pictures = to / name / "pictures"
         pictures.mkdir(parents=True, exist_ok=True)

@@ -140,6 +140,41 @@ def test_few_experts_are_compared_with_as_many_without_rotation(tmp_path: Path) 
     assert "K = 1" in (tmp_path / "results-q3-experts.svg").read_text(encoding="utf-8")
 
 
+def test_few_experts_have_their_own_metric_where_it_was_measured(tmp_path: Path) -> None:
+    """Planted: two experts are better turned, in share of right answers as in loss."""
+    shifts = dict(lora=0.0, none_e2_k1=0.5, cayley_e2_k1=-0.5)
+    study = judge(made_results(shifts, seeds=range(3), rows=200))
+    text = script("results").few_experts(study, study, tmp_path)
+    table = text.partition("**By number of experts, exact_match, ")[2].splitlines()
+    (line,) = [line for line in table if line.startswith("| 2, 1 |")]
+    scores = [study.score(name, "own metric").value for name in ("none_e2_k1", "cayley_e2_k1")]
+    assert line.startswith(f"| 2, 1 | {scores[0]:.3f} | {scores[1]:.3f} | +0.")
+    assert "exact_match" not in script("results").few_experts(study, None, tmp_path)
+
+
+def test_gates_rates_are_said_beside_the_default_rotation() -> None:
+    """Planted: slow scaling gates are better, a balance loss is worse, fast gates are neither."""
+    made = made_results(dict(tangent=0.0, slow_router=-0.5, fast_router=0.0, balance_01=0.5))
+    assert "tangent" == made.baseline
+    said = script("answers").gates(judge(made))
+    assert said.startswith("own rates of the gates and a balance loss move RotMoLE with its ")
+    assert "(three settings, eight seeds, by intervals: one better (scaling gates at a rate" in said
+    assert " and one worse (a balance loss of 0.01 +0." in said
+    even = judge(made_results(dict(tangent=0.0, slow_router=0.0)))
+    assert script("answers").gates(even).endswith("by intervals: none decided)")
+
+
+def test_a_repeated_study_says_who_tuned_it_and_whether_it_claims(tmp_path: Path) -> None:
+    results, shifts = script("results"), dict(lora=0.0, moe_lora=0.5)
+    for seeds, ending in ((3, "three seeds: intervals, no claims."), (8, "eight seeds, 2 claims.")):
+        judgement = judge(made_results(shifts, seeds=range(seeds), rows=200))
+        write_judgement(judgement, tmp_path / "again.json")
+        study = results.Study("again", "again", 1, "another.yaml", "own metric")
+        text = results.shown(study, tmp_path, tmp_path)
+        assert text.startswith(f"**Again.** Rates tuned by another.yaml, {ending}")
+        assert "![differences-own-metric]" in text
+
+
 def test_too_few_seeds_for_a_claim_leave_what_intervals_decide(tmp_path: Path) -> None:
     effects = dict(lora=0.0, moe_lora=0.5, rotmole=-0.5, shared=0.0)
     judgement = judge(made_results(effects, seeds=range(3)))
