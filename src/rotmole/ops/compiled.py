@@ -22,6 +22,21 @@ from rotmole.ops.spec import Spec
 Result = TypeVar("Result")
 
 
+FEW_TOKENS = 32
+"""Tokens up to which it costs more to start an operation than what it computes."""
+
+
+def few(x_TD: Tensor) -> bool:
+    """Say whether fewer operations are worth a little more memory: where tokens are few.
+
+    Never under torch.compile, which makes its own kernels, for any number of tokens.
+
+    >>> few(torch.ones(1, 3)), few(torch.ones(1000, 3))
+    (True, False)
+    """
+    return not torch.compiler.is_compiling() and x_TD.shape[0] <= FEW_TOKENS
+
+
 def may_compile(spec: Spec, x_TD: Tensor) -> bool:
     """Say whether a layer asks for kernels and this call can use them.
 

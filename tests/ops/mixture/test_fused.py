@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from ops_cases import IN_RANK_SPACE, VARIANTS, Problem, Variant, assert_close, m
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from rotmole.ops import compiled
 from rotmole.ops.mixture import fused
 from rotmole.ops.mixture.banks import How
 from rotmole.ops.mixture.fused import GATES, can_fuse, fused_mixture
@@ -30,6 +32,14 @@ def _fusible(variant: Variant) -> bool:
 
 FUSED = [v for v in VARIANTS if _fusible(v)]
 every = pytest.mark.parametrize("variant", FUSED, ids=str)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["many", "few"], autouse=True)
+def tokens_are_few(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """Every test runs both as with many tokens and as with few, which take fewer operations."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled, "FEW_TOKENS", 10**9 if request.param else 0)
+        yield request.param
 
 
 def how_of(problem: Problem, dtype: torch.dtype | None = None, **changes: Any) -> How:
@@ -231,9 +241,12 @@ def test_given_weights_and_frozen_inputs(variant: Variant) -> None:
 @pytest.mark.parametrize("norm_topk_prob", [False, True])
 @pytest.mark.parametrize("dropped", [False, True])
 def test_what_is_kept_for_the_backward_pass(
-    variant: Variant, dropped: bool, norm_topk_prob: bool
+    variant: Variant, dropped: bool, norm_topk_prob: bool, tokens_are_few: bool
 ) -> None:
-    """x, its mask, the parameters, and only z, the gates' values and the chosen weights besides."""
+    """x, its mask, the parameters, and only z, the gates' values and the chosen weights besides.
+
+    Where tokens are few all experts' weights are kept, so that they need not be spread again.
+    """
     T, E, D, O, K = 64, 3, 40, 50, 2  # noqa: E741 - the legend's letter
     problem = make(variant, 7, T=T, E=E, K=K, D=D, O=O, dtype=torch.float32).leaves()
     router_ED = router_of(problem).detach().float().requires_grad_()
@@ -261,7 +274,8 @@ def test_what_is_kept_for_the_backward_pass(
         rows, few = 0, {"x": 2, "z": 0, "router": E}[variant.reading["rotation_input"]]
     softmax = 0 if norm_topk_prob else 4 * E
     kept_rows = 4 * E * (R + rows) + 4 * few
-    assert found == T * (kept_rows + 5 * K + softmax + (D if dropped else 0))
+    weights = 4 * E if tokens_are_few else 5 * K
+    assert found == T * (kept_rows + weights + softmax + (D if dropped else 0))
 
 
 @every

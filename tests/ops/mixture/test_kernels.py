@@ -140,7 +140,7 @@ def test_half_types_and_a_shared_expert(traced: list[Any]) -> None:
         total = (y_TO.float() ** 2).sum() + (logits_TE**2).sum()
         sides.append([y_TO, logits_TE, index_KT, *torch.autograd.grad(total, inputs)])
     assert len(traced) == 2
-    assert torch.equal(sides[0][2], sides[1][2])
+    assert torch.equal(sides[0].pop(2), sides[1].pop(2))  # numbers; eager, few have no small type
     for one, other in zip(*sides, strict=True):
         assert one.dtype == other.dtype
         assert_close(other.double(), one.double(), 3e-2)

@@ -61,6 +61,7 @@ TWINS = {
     "mixture.products:read_gate": "products:read_gate",
     "mixture.products:combine": "products:combine",
     "mixture.products:add_product": "products:add_product",
+    "mixture.products:scaled_product": "products:add_product",
     "mixture.dense:rotated": "method:rotated",
     "mixture.dense:mixture": "method:mixture",
     "mixture.radar:radar_sum": "method:radar",

@@ -56,6 +56,9 @@ def test_products() -> None:
     for banks in (([m], [B]), ([m, m[:1, :2]], [B, B[:1, :2]])):
         assert_close(products.combine_all(*banks), slow.combine_all(*banks), 1e-13)
     m_TN, B_NO = m.flatten(0, 1).T, B.flatten(0, 1)
+    for scale in (1.0, 1.7):
+        found = products.scaled_product(m_TN, B_NO, scale)
+        assert_close(found, slow.add_product(None, m_TN, B_NO, scale), 1e-13)
     for before in (None, base):
         found = products.add_product(before, m_TN, B_NO, 1.7)
         assert_close(found, slow.add_product(before, m_TN, B_NO, 1.7), 1e-13)
@@ -170,7 +173,7 @@ def test_passes_and_fused_mixture(
     wanted_TO, logits_TE = layer.layer(
         **arguments, gates=problem.gates, base_TO=base_TO, **settings
     )
-    y_TO, found_TE, saved = forward(how, parts)
+    y_TO, found_TE, _, saved = forward(how, parts)
     fused_TO, fused_TE, _ = fused_mixture(
         how, problem.x_TD, weights_of(problem, router_ED), keep_TD=keep_TD, base_TO=base_TO
     )

@@ -122,9 +122,10 @@ def check_gradient(
         routed.probability_TE, routed.selected_TE, sequence_T=row_T, mask_T=mask_T
     )
     slow_z = reference.router_z_loss(logits_TE, mask_T)
-    assert_close(found.balance, slow_balance, 1e-13)
-    assert_close(found.z, slow_z, 1e-13)
-    assert found.tokens == (N * S if mask_T is None else mask_T.sum())
+    tokens = N * S if mask_T is None else int(mask_T.sum())
+    assert found.tokens == tokens
+    assert_close(found.balance, slow_balance * tokens, 1e-13)
+    assert_close(found.z, slow_z * tokens, 1e-13)
     wanted = torch.zeros_like(logits_TE)
     loss = balance * slow_balance + z * slow_z
     if loss.requires_grad:

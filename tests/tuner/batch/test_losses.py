@@ -267,8 +267,9 @@ def test_the_record_does_not_grow_with_the_passes_nobody_reads(router: str) -> N
     passes(6)
     assert held() <= first
     assert state.count == 8 * 4
-    assert state.sums is not None
-    assert state.sums.grad_fn is None
+    sums = [each for each in state.sums if isinstance(each, torch.Tensor)]
+    assert sums
+    assert all(each.grad_fn is None for each in sums)
 
 
 def test_the_record_of_one_pass_through_one_layer_holds_no_graph() -> None:
@@ -279,5 +280,6 @@ def test_the_record_of_one_pass_through_one_layer_holds_no_graph() -> None:
     (state,) = balance_states(model)
     _loss(model, ids, mask).backward()
     assert state.count == 1
-    assert state.sums is not None
-    assert state.sums.grad_fn is None
+    sums = [each for each in state.sums if isinstance(each, torch.Tensor)]
+    assert sums
+    assert all(each.grad_fn is None for each in sums)

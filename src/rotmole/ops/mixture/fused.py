@@ -71,7 +71,7 @@ def _plain(how: How, parts: Parts) -> tuple[Tensor, Tensor | None]:
 
 def _forward(
     how: How, tensors: Sequence[Tensor | None]
-) -> tuple[Tensor, Tensor | None, list[Saved]]:
+) -> tuple[Tensor, Tensor | None, Tensor | None, list[Saved]]:
     return forward(how, Parts.of(tensors))
 
 
@@ -95,14 +95,13 @@ class _Fused(torch.autograd.Function):
     def forward(ctx: Any, how: How, *tensors: Tensor | None) -> Any:
         parts = Parts.of(tensors)
         if how.rotated is None and may_compile(how.spec, parts.x_TD):
-            y_TO, logits_TE, saved = compiled(_forward, how, detached(tensors))
+            y_TO, logits_TE, index_KT, saved = compiled(_forward, how, detached(tensors))
         else:
-            y_TO, logits_TE, saved = _forward(how, tensors)
+            y_TO, logits_TE, index_KT, saved = _forward(how, tensors)
         ctx.save_for_backward(*tensors[1:], *[tensor for bank in saved for tensor in bank])
         ctx.how, ctx.count = how, len(tensors) - 1
         ctx.base_dtype = None if parts.base_TO is None else parts.base_TO.dtype
         ctx.set_materialize_grads(False)
-        index_KT = saved[0].index_KT
         if index_KT is not None:
             ctx.mark_non_differentiable(index_KT)
         return y_TO, logits_TE, index_KT
@@ -180,8 +179,8 @@ def fused_mixture(
     Returns:
         [T, O] in how.dtype or base_TO's, whichever is wider; [T, E] logits or None, whose
         gradient, such as that of a balance loss, joins that of the weights; and [K, T] numbers of
-        the chosen experts, None if all are, if weights were given, or under torch.compile or
-        torch.func.
+        the chosen experts, of any integer type, None if all are, if weights were given, or under
+        torch.compile or torch.func.
 
     >>> x, weights = torch.ones(5, 3), Weights(torch.ones(2, 4, 3), torch.ones(2, 4, 6))
     >>> weights = weights._replace(router={"router_weight": torch.ones(2, 3)})

@@ -14,8 +14,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rotmole.ops.compiled import few
 from rotmole.ops.mixture.banks import Bank, Gradients, How, Parts, Saved
-from rotmole.ops.mixture.products import add_product, project, project_all, stack
+from rotmole.ops.mixture.products import (
+    add_product,
+    project,
+    project_all,
+    scaled_product,
+    stack,
+)
 from rotmole.ops.mixture.rank_space import Kind, Read, Small, Turned, turn_back, weigh
 from rotmole.ops.precision import at_least_float32
 from rotmole.ops.spec import Spec
@@ -72,13 +79,14 @@ def _read(how: How, parts: Parts) -> list[Read]:
 def _apply(x_TD: Tensor, weights: list[Tensor | None]) -> list[Tensor | None]:
     """Apply maps to x in one product, in x's type; results are in at least float32.
 
-    No result holds the memory of another.
+    No result holds the memory of another. Of few tokens every map reads its own copy of x: that is
+    cheaper than to put the maps together.
     """
     there = [weight.to(x_TD.dtype) for weight in weights if weight is not None]
     if not there:
         return weights
-    if len(there) == 1:
-        results = [at_least_float32(project(x_TD, there[0]))]
+    if len(there) == 1 or few(x_TD):
+        results = [at_least_float32(project(x_TD, weight)) for weight in there]
     else:
         results = [_own(value) for value in project_all(x_TD, there)]
     if len(results) == len(weights):
@@ -92,21 +100,25 @@ def _own(value: Tensor) -> Tensor:
     return wide.clone() if wide is value else wide
 
 
-def forward(how: How, parts: Parts) -> tuple[Tensor, Tensor | None, list[Saved]]:
-    """Return y [T, O] (the base's output added), the logits [T, E] or None, and what to keep."""
+def forward(how: How, parts: Parts) -> tuple[Tensor, Tensor | None, Tensor | None, list[Saved]]:
+    """Return what fused_mixture returns, and what to keep for the way back, bank by bank."""
     kind, smalls = _kind(how, parts)
     weighed = weigh(kind, smalls, _read(how, parts), parts.weight_TE, how.rotated)
     B_NO = stack([bank.B_ERO.flatten(0, 1) for _, bank in parts.banks(how.spec)]).to(how.dtype)
-    y_TO = add_product(parts.base_TO, weighed.m_NT.mT, B_NO)
+    y_TO = add_product(parts.base_TO, weighed.m_NT.mT, B_NO, kind.scale)
     logits_ET = weighed.logits_ET
-    return y_TO, None if logits_ET is None else logits_ET.mT, weighed.saved
+    logits_TE = None if logits_ET is None else logits_ET.mT
+    return y_TO, logits_TE, weighed.index_KT, weighed.saved
 
 
 def _kind(how: How, parts: Parts) -> tuple[Kind, list[Small]]:
     banks = parts.banks(how.spec)
     sizes = tuple((bank.B_ERO.shape[0], bank.B_ERO.shape[1]) for _, bank in banks)
     routes = tuple(bank.router_ED is not None for _, bank in banks)
-    kind = Kind(tuple(spec for spec, _ in banks), sizes, routes, how.dtype)
+    scales = {spec.scale for spec, _ in banks}
+    alike = len(scales) == 1 and not torch.compiler.is_compiling()  # which joins it to its kernels
+    scale = scales.pop() if alike else 1.0
+    kind = Kind(tuple(spec for spec, _ in banks), sizes, routes, how.dtype, scale, few(parts.x_TD))
     return kind, [Small.of(spec, bank) for spec, bank in banks]
 
 
@@ -145,10 +157,10 @@ def backward(
         _angle_again(spec, bank, kept, x_TD, parts.x_TD)
         for (spec, bank), kept in zip(banks, saved, strict=True)
     ]
-    dm_NT = B_NO @ dy_TO.mT
+    dm_NT = scaled_product(B_NO, dy_TO.mT, kind.scale)
     m_NT, turned = turn_back(kind, smalls, saved, angles, parts.weight_TE, dm_NT, dlogits_TE)
     sizes = [experts * rank for experts, rank in kind.sizes]
-    dB = _split(m_NT @ dy_TO, sizes)
+    dB = _split(scaled_product(m_NT, dy_TO, kind.scale), sizes)
     dx, maps = _linear(how, parts, x_TD, turned, needs_x)
     grads = [
         _bank_gradients(spec, bank, back, dB_NO, each)

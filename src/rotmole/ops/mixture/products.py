@@ -103,6 +103,17 @@ def combine_all(weighted: Sequence[Tensor], factors: Sequence[Tensor]) -> Tensor
     return m_NT.mT @ B_NO
 
 
+def scaled_product(m_XY: Tensor, n_YZ: Tensor, scale: float) -> Tensor:
+    """Return scale m n in one operation.
+
+    >>> scaled_product(torch.ones(5, 4), torch.ones(4, 6), 2.0)[0, 0]
+    tensor(8.)
+    """
+    if scale == 1:
+        return m_XY @ n_YZ
+    return torch.addmm(m_XY.new_empty(()), m_XY, n_YZ, beta=0, alpha=scale)
+
+
 def add_product(base_TO: Tensor | None, m_TN: Tensor, B_NO: Tensor, scale: float = 1.0) -> Tensor:
     """Return base + scale m B; if the types allow, the product adds to the base as it goes.
 
@@ -111,8 +122,7 @@ def add_product(base_TO: Tensor | None, m_TN: Tensor, B_NO: Tensor, scale: float
     """
     dtype = B_NO.dtype
     if base_TO is None or torch.promote_types(base_TO.dtype, dtype) != dtype:
-        y_TO = m_TN @ B_NO
-        y_TO = y_TO if scale == 1 else scale * y_TO
+        y_TO = scaled_product(m_TN, B_NO, scale)
         return y_TO if base_TO is None else base_TO + y_TO
     if base_TO.dtype == dtype:
         return torch.addmm(base_TO, m_TN, B_NO, alpha=scale)

@@ -29,12 +29,21 @@ class Kind(NamedTuple):
         sizes: (E, R) of each bank.
         routes: whether each bank has a router of its own.
         dtype: type of the products.
+        scale: the part of s that the products with B and its gradient multiply by; where all banks
+            have one s, it is all of s.
+        few: whether tokens are few, so that operations are saved rather than memory.
     """
 
     specs: tuple[Spec, ...]
     sizes: tuple[tuple[int, int], ...]
     routes: tuple[bool, ...]
     dtype: torch.dtype
+    scale: float = 1.0
+    few: bool = False
+
+    def factor(self, bank: int) -> float:
+        """Return what is left of a bank's s for its weights."""
+        return 1.0 if self.scale == self.specs[bank].scale else self.specs[bank].scale
 
 
 class Small(NamedTuple):
@@ -77,13 +86,16 @@ class Weighed(NamedTuple):
     """What the steps forward make.
 
     Attributes:
-        m_NT: s g_e R_e(x)[z_e] of all banks' experts, in the type of the products.
-        logits_ET: of the routed bank's router, or None.
+        m_NT: f g_e R_e(x)[z_e] of all banks' experts, in the type of the products; f is what the
+            products with B leave of s.
+        logits_ET, index_KT: of the routed bank's router, and the numbers of the experts that it
+            chose, or None.
         saved: what the way back needs, bank by bank.
     """
 
     m_NT: Tensor
     logits_ET: Tensor | None
+    index_KT: Tensor | None
     saved: list[Saved]
 
 
@@ -126,7 +138,7 @@ def weigh(
 ) -> Weighed:
     """Route, rotate and weigh the activations of all banks.
 
-        m_e = s g_e(x) R_e(x)[z_e]
+        m_e = f g_e(x) R_e(x)[z_e]
 
     Args:
         kind: of the layer.
@@ -139,26 +151,28 @@ def weigh(
     >>> weigh(kind, [Small(None, None, None)], [read], None).m_NT.shape
     torch.Size([8, 5])
     """
-    m_NT, saved, logits_ET = [], [], None
+    m_NT, saved, logits_ET, chosen_KT = [], [], None, None
     for i in range(len(reads)):
         given_TE = weight_TE if i == 0 else None
         wide = Read(*(None if part is None else at_least_float32(part) for part in reads[i]))  # type: ignore[arg-type] # z is there
-        m_ERT, kept = _weighted(kind.specs[i], kind.sizes[i], smalls[i], wide, given_TE, rotated)
+        m_ERT, index_KT, kept = _weighted(kind, i, smalls[i], wide, given_TE, rotated)
         m_NT.append(m_ERT.to(kind.dtype).flatten(0, 1))
         saved.append(kept)
-        logits_ET = wide.logits_ET if i == 0 else logits_ET
-    return Weighed(stack(m_NT), logits_ET, saved)
+        if i == 0:
+            logits_ET, chosen_KT = wide.logits_ET, index_KT
+    return Weighed(stack(m_NT), logits_ET, chosen_KT, saved)
 
 
 def _weighted(
-    spec: Spec,
-    size: tuple[int, int],
+    kind: Kind,
+    i: int,
     small: Small,
     read: Read,
     weight_TE: Tensor | None,
     rotated: list[Rotated] | None,
-) -> tuple[Tensor, Saved]:
-    """Return s g_e R_e(x)[z_e] of each expert of a bank, and what its way back needs."""
+) -> tuple[Tensor, Tensor | None, Saved]:
+    """Return f g_e R_e(x)[z_e] of each expert of bank i, whom it chose, and what is kept of it."""
+    spec, (experts, _) = kind.specs[i], kind.sizes[i]
     z_ERT, logits_ET, vector, angle, few_NT = read
     weight_KT = index_KT = probability_ET = None
     if spec.rotation_input == "router" and few_NT is None:
@@ -174,11 +188,11 @@ def _weighted(
             norm_topk_prob=spec.norm_topk_prob,
         )
         made_ET = spread_chosen(weight_KT, index_KT, len(logits_ET))
-        if index_KT is not None:
+        if index_KT is not None and not kind.few:
             index_KT = index_KT.to(torch.uint8 if len(logits_ET) <= 256 else torch.int32)
     rotate = ROTATIONS[spec.rotation].rotate
     assert rotate is not None
-    each_ERT = z_ERT.expand(size[0], -1, -1)  # one A may serve all experts
+    each_ERT = z_ERT.expand(experts, -1, -1)  # one A may serve all experts
     if spec.small_gates:
         few_NT = None if few_NT is None else few_NT.to(z_ERT.dtype)
         vector, angle = read_small_gates(small, few_NT, each_ERT)
@@ -187,14 +201,20 @@ def _weighted(
     if rotated is not None:
         rotated.append(Rotated(each_ERT, turned_ERT, gate, made_ET))
     weight_ET = made_ET if weight_TE is None else weight_TE.mT
+    factor = kind.factor(i)
     if weight_ET is None:
-        m_ERT = spec.scale * turned_ERT
+        m_ERT = _times(factor, turned_ERT)
     else:
-        m_ERT = (spec.scale * weight_ET).unsqueeze(1) * turned_ERT
+        m_ERT = _times(factor, weight_ET).unsqueeze(1) * turned_ERT
     if spec.small_gates:
         vector = angle = None  # computed again
     kept_angle = angle if vector is None else None
-    return m_ERT, Saved(z_ERT, vector, kept_angle, weight_KT, index_KT, probability_ET, few_NT)
+    kept = (made_ET, None) if kind.few else (weight_KT, index_KT)
+    return m_ERT, index_KT, Saved(z_ERT, vector, kept_angle, *kept, probability_ET, few_NT)
+
+
+def _times(factor: float, value: Tensor) -> Tensor:
+    return value if factor == 1 else factor * value
 
 
 def read_small_gates(
@@ -274,7 +294,8 @@ def _turned(
         weight_ET = spread_chosen(saved.weight_KT, saved.index_KT, experts)
     else:
         weight_ET = dm_ERT.new_ones(1, 1) if given_TE is None else given_TE.mT
-    G_E1T = (spec.scale * weight_ET).unsqueeze(1)
+    factor = kind.factor(i)
+    G_E1T = _times(factor, weight_ET).unsqueeze(1)
     z_ERT = saved.z_ERT.expand(experts, -1, -1)
     vector, angle = saved.vector_EVT, saved.angle_EMT if angle is None else angle
     if spec.small_gates:
@@ -289,24 +310,27 @@ def _turned(
     if len(saved.z_ERT) != len(dz):
         dz = dz.sum(0, keepdim=True)
     drouter_ET = dweight_TE = None
-    moved_E1T = gradient.weight_E1T
+    dweight_ET = _times(factor, gradient.weight_E1T).squeeze(1)
     if kind.routes[i]:
-        drouter_ET = _into_router(spec, saved, weight_ET, (G_E1T * moved_E1T).squeeze(1), back)
+        drouter_ET = _into_router(spec, saved, weight_ET, dweight_ET, back)
     elif given_TE is not None:
-        dweight_TE = spec.scale * moved_E1T.squeeze(1).mT
+        dweight_TE = dweight_ET.mT
     turned = Turned(dz, dvector, dangle, gradient.center_ER, back, drouter_ET, dweight_TE)
     return gradient.m_ERT, turned
 
 
 def _into_router(
-    spec: Spec, saved: Saved, weight_ET: Tensor, moved_ET: Tensor, back: SmallBack
+    spec: Spec, saved: Saved, weight_ET: Tensor, dweight_ET: Tensor, back: SmallBack
 ) -> Tensor:
-    """Return the gradient of the logits; moved is the weights' gradient times the weights."""
+    """Return the gradient of the logits, given that of the weights."""
     if spec.scoring == "sigmoid":
-        return moved_ET * (1 - weight_ET)
-    p_ET = weight_ET if saved.probability_ET is None else saved.probability_ET
-    # back through the softmax p: moved is p times p's gradient, 0 where not chosen
-    drouter_ET = torch.addcmul(moved_ET, p_ET, moved_ET.sum(0), value=-1)
+        return weight_ET * dweight_ET * (1 - weight_ET)
+    drouter_ET: Tensor
+    if saved.probability_ET is None:  # a softmax over the chosen; 0 where not chosen
+        drouter_ET = torch._softmax_backward_data(dweight_ET, weight_ET, 0, weight_ET.dtype)
+    else:
+        moved_ET, p_ET = weight_ET * dweight_ET, saved.probability_ET
+        drouter_ET = torch.addcmul(moved_ET, p_ET, moved_ET.sum(0), value=-1)
     if spec.rotation_input == "router" and back.few_NT is not None:
         drouter_ET = drouter_ET + back.few_NT
     return drouter_ET

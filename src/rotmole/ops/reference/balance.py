@@ -54,7 +54,10 @@ def router_z_loss(logits_TE: Tensor, mask_T: Tensor | None = None) -> Tensor:
 
 
 class BalanceGradient(NamedTuple):
-    """The gradient [E, T] of balance * load_balance_loss + z * router_z_loss, and both losses."""
+    """The gradient [E, T] of balance * load_balance_loss + z * router_z_loss.
+
+    Both losses stand beside it, times the tokens that count.
+    """
 
     logits_ET: Tensor
     balance: Tensor
@@ -91,7 +94,8 @@ def balance_gradient(
     )
     total = balance * losses[0] + z * losses[1] + 0 * leaf_ET.sum()
     (gradient_ET,) = torch.autograd.grad(total, leaf_ET)
-    return BalanceGradient(gradient_ET, *losses, len(counted(T, mask_T)))
+    tokens = len(counted(T, mask_T))
+    return BalanceGradient(gradient_ET, losses[0] * tokens, losses[1] * tokens, tokens)
 
 
 def usage(selected_TE: Tensor, mask_T: Tensor | None = None) -> Tensor:

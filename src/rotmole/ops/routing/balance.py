@@ -92,14 +92,14 @@ class BalanceGradient(NamedTuple):
 
     Attributes:
         logits_ET: [E, T] gradient of balance * load_balance_loss + z * router_z_loss.
-        balance, z: the two losses, scalars without their coefficients.
-        tokens: how many tokens count, a scalar.
+        balance, z: the two losses times the tokens that count, scalars without their coefficients.
+        tokens: how many tokens count; a tensor where a mask says so.
     """
 
     logits_ET: Tensor
     balance: Tensor
     z: Tensor
-    tokens: Tensor
+    tokens: int | Tensor
 
 
 def balance_gradient(
@@ -116,6 +116,7 @@ def balance_gradient(
 
         dloss/dp_te = E f_ne / tokens =: c_te  (n the sequence of t)
         dloss/dlogits_t = p_t (c_t - <p_t, c_t>) + 2 z logsumexp(logits_t) p_t / tokens
+        logsumexp(logits_t) = logits_te - log p_te, for any e
 
     It takes the selection that is already made. Without `sequence_T` the sequences are of one
     length and lie one after the other, so that sums over a sequence are sums over an axis.
@@ -139,24 +140,26 @@ def balance_gradient(
     """
     tokens = logits_ET.shape[1]
     spread = _Sequences(sequences, sequence_T)
-    experts = len(logits_ET)
-    p_ET = torch.softmax(logits_ET, dim=0)
-    lse_T = logits_ET.amax(0) - torch.log(p_ET.amax(0))  # the largest p is at least 1/E
-    counted_ET, square_T = p_ET, lse_T.square()
-    total = logits_ET.new_full((), tokens)
-    weight_T = None if mask_T is None else mask_T.reshape(-1).to(logits_ET.dtype)
+    log_ET = torch.log_softmax(logits_ET, dim=0)
+    p_ET, lse_T = log_ET.exp(), logits_ET[0] - log_ET[0]
+    counted_ET, counted_T = p_ET, lse_T
+    weight_T: Tensor | None = None
+    total: int | Tensor = tokens
+    per_token: float | Tensor = 1 / max(tokens, 1)
+    if mask_T is not None:
+        weight_T = mask_T.reshape(-1).to(logits_ET.dtype)
+        counted_ET, counted_T = p_ET * weight_T, lse_T * weight_T
+        total = weight_T.sum()
+        per_token = 1 / total.clamp(min=1)
+    load_EN = _loads(index_KT, spread, weight_T, like=p_ET)
+    loss = torch.vdot(load_EN.flatten(), spread.sums(counted_ET).flatten())
+    c_ET = spread.each(load_EN, balance * per_token, tokens)
     if weight_T is not None:
-        counted_ET, square_T, total = p_ET * weight_T, square_T * weight_T, weight_T.sum()
-        lse_T = lse_T * weight_T
-    share_EN = _shares(index_KT, spread, weight_T, like=p_ET)
-    per_token = 1 / total.clamp(min=1)
-    loss = experts * (share_EN * spread.sums(counted_ET)).sum() * per_token
-    moved_ET = spread.scaled(counted_ET, balance * experts * per_token * share_EN)
-    back_T = moved_ET.sum(0)
+        c_ET = c_ET * weight_T
+    grad_ET = torch._softmax_backward_data(c_ET, p_ET, 0, p_ET.dtype)
     if z:
-        back_T = back_T - (2 * z * per_token) * lse_T
-    grad_ET = torch.addcmul(moved_ET, p_ET, back_T, value=-1)
-    return BalanceGradient(grad_ET, loss, square_T.sum() * per_token, total)
+        grad_ET = torch.addcmul(grad_ET, p_ET, counted_T * per_token, value=2 * z)
+    return BalanceGradient(grad_ET, loss, torch.vdot(lse_T, counted_T), total)
 
 
 class _Sequences(NamedTuple):
@@ -167,34 +170,34 @@ class _Sequences(NamedTuple):
 
     def sums(self, value_ET: Tensor) -> Tensor:
         """Return [E, N], the sum over the tokens of each sequence."""
+        experts, tokens = value_ET.shape
         if self.number_T is None:
-            return value_ET.view(self._apart(value_ET)).sum(-1)
-        empty_EN = value_ET.new_zeros(len(value_ET), self.number)
+            return value_ET.view(experts, self.number, tokens // max(self.number, 1)).sum(-1)
+        empty_EN = value_ET.new_zeros(experts, self.number)
         return empty_EN.index_add(1, self.number_T, value_ET)
 
-    def scaled(self, value_ET: Tensor, factor_EN: Tensor) -> Tensor:
-        """Multiply every token's [E] by the factors of its sequence."""
+    def each(self, value_EN: Tensor, factor: float | Tensor, tokens: int) -> Tensor:
+        """Return [E, T], for every token the value of its sequence, times the factor."""
         if self.number_T is not None:
-            return value_ET * factor_EN[:, self.number_T]
-        value_ENS = value_ET.view(self._apart(value_ET))
-        return (value_ENS * factor_EN.unsqueeze(-1)).view_as(value_ET)
-
-    def _apart(self, value_ET: Tensor) -> tuple[int, int, int]:
-        experts, tokens = value_ET.shape
-        return experts, self.number, tokens // max(self.number, 1)
+            return value_EN[:, self.number_T] * factor
+        length = tokens // max(self.number, 1)
+        return (value_EN.unsqueeze(-1).expand(-1, -1, length) * factor).reshape(len(value_EN), tokens)
 
 
-def _shares(
+def _loads(
     index_KT: Tensor | None, spread: _Sequences, weight_T: Tensor | None, like: Tensor
 ) -> Tensor:
-    """Return [E, N], each expert's share of the choices made in each sequence."""
+    """Return [E, N], E times each expert's share of the choices made in each sequence."""
+    experts, tokens = like.shape
     if index_KT is None:
-        return like.new_full((len(like), spread.number), 1 / len(like))
-    chosen_ET = torch.zeros_like(like).scatter_(0, index_KT.long(), 1.0)
-    if weight_T is not None:
-        chosen_ET = chosen_ET * weight_T
-    chosen_EN = spread.sums(chosen_ET)
-    return chosen_EN / chosen_EN.sum(0).clamp(min=1)
+        return like.new_ones(experts, spread.number)
+    index_KT, chosen_ET = index_KT.long(), torch.zeros_like(like)
+    if weight_T is None and spread.number_T is None:  # as many choices in every sequence
+        choices = len(index_KT) * tokens / max(spread.number, 1)
+        return spread.sums(chosen_ET.scatter_(0, index_KT, experts / max(choices, 1)))
+    chosen_ET = chosen_ET.scatter_(0, index_KT, 1.0)
+    chosen_EN = spread.sums(chosen_ET if weight_T is None else chosen_ET * weight_T)
+    return chosen_EN * (experts / chosen_EN.sum(0).clamp(min=1))
 
 
 def usage(selected_TE: Tensor, mask_T: Tensor | None = None) -> Tensor:

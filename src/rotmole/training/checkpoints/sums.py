@@ -37,7 +37,7 @@ def save_sums(trainer: Trainer, checkpoint: Path) -> None:
         "logged_loss": trainer._total_loss_scalar,
         "logged_step": trainer._globalstep_last_logged,
         "balance": [
-            None if s.sums is None else {"count": s.count, "sums": s.sums.double().tolist()}
+            {"count": s.count, "sums": [float(each) for each in s.sums]} if s.count else None
             for s in balance_states(trainer.model)
         ],
     }
@@ -70,4 +70,4 @@ def _restore_balance(model: nn.Module, entries: list[Any], device: torch.device)
     for balance, entry in zip(balance_states(model), entries, strict=False):
         if entry is not None:
             balance.count = entry["count"]
-            balance.sums = torch.tensor(entry["sums"], dtype=torch.float32, device=device)
+            balance.sums = [*torch.tensor(entry["sums"], dtype=torch.float32, device=device)]

@@ -33,6 +33,20 @@ from rotmole.ops.transforms import is_transformed
 from rotmole.tuner.batch.batch import Batch, Layout
 from rotmole.tuner.batch.reading import TASKS
 
+Terms = tuple[Tensor, Tensor, float | Tensor, float | Tensor]
+"""One layer's balance, z and task loss, each times tokens, and tokens."""
+
+
+def _sum(so_far: float | Tensor, more: float | Tensor) -> float | Tensor:
+    """Add to what may lie on another device; a plain zero costs nothing."""
+    if isinstance(so_far, Tensor) and isinstance(more, Tensor):
+        more = more.to(so_far.device)
+    elif not isinstance(so_far, Tensor) and not so_far:
+        return more
+    elif not isinstance(more, Tensor) and not more:
+        return so_far
+    return so_far + more
+
 
 @dataclass(eq=False)
 class BalanceState:
@@ -46,14 +60,15 @@ class BalanceState:
         managed: True when somebody sets loss_scale at each step; silences the warning about it.
         wants_tasks: whether the localised loss is on, so that `pop` reports it.
         count: layers recorded since the last `pop`.
-        sums: of each loss times its tokens, and of the tokens, since the last `pop`.
+        sums: of the balance, z and task loss times their tokens, and of the tokens, since the last
+            `pop`; a loss that never ran has 0.
     """
 
     managed: bool = False
     wants_tasks: bool = False
     warned: bool = False
     count: int = 0
-    sums: Tensor | None = None
+    sums: list[float | Tensor] = field(default_factory=lambda: [0] * 4)
     scale_as_tensor: Tensor = field(default_factory=lambda: torch.ones(()))
     _scale: float | Tensor = 1.0
 
@@ -79,19 +94,20 @@ class BalanceState:
             {"router_aux_loss": 1 when balanced, "router_z_loss": ...} and, if it is on,
             "router_task_loss"; None if none ran.
         """
-        if self.sums is None:
+        if not self.count:
             return None
-        sums = self.sums if total is None else total(self.sums)
-        balance, z, task, tokens = sums.tolist()
-        self.count, self.sums = 0, None
+        like = next(each for each in self.sums if isinstance(each, Tensor))
+        sums = torch.stack([torch.as_tensor(each).to(like) for each in self.sums])
+        balance, z, task, tokens = (sums if total is None else total(sums)).tolist()
+        self.count, self.sums = 0, [0] * 4
         tokens = max(tokens, 1)
         means = {"router_aux_loss": balance / tokens, "router_z_loss": z / tokens}
         return means | ({"router_task_loss": task / tokens} if self.wants_tasks else {})
 
-    def record(self, terms: Tensor) -> None:
-        """Add one layer's [balance, z and task loss, each times tokens; tokens] for `pop`."""
+    def record(self, terms: Terms) -> None:
+        """Add one layer's balance, z and task loss, each times tokens, and tokens for `pop`."""
         self.count += 1
-        self.sums = terms if self.sums is None else self.sums + terms.to(self.sums.device)
+        self.sums = [_sum(*pair) for pair in zip(self.sums, terms, strict=True)]
 
     def warn_of_accumulation(self, router: Tensor) -> None:
         """Warn once when a gradient is already there and nobody said how many will come."""
@@ -154,7 +170,7 @@ class _Pass:
     row_T: Tensor | None
     router: Tensor | None
 
-    def loss(self, logits_TE: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+    def loss(self, logits_TE: Tensor, routing: Routing) -> tuple[Tensor, Terms]:
         """Return the weighted sum of the losses, and what `record` takes, by autograd."""
         weights, weight_T, count = self.weights, self.weight_T, len(logits_TE)
         balance = load_balance_loss(
@@ -166,7 +182,8 @@ class _Pass:
         )
         z = router_z_loss(logits_TE, weight_T)
         loss = weights.balance * balance + weights.z * z
-        task = torch.zeros_like(loss)
+        total = count if weight_T is None else weight_T.sum().to(balance)
+        terms: Terms = (balance.detach() * total, z.detach() * total, 0, total)
         if self.group_N is not None and self.row_T is not None:
             task = task_balance_loss(
                 routing.weight_TE,
@@ -177,20 +194,14 @@ class _Pass:
                 mask_T=weight_T,
             )
             loss = loss + weights.task * task
-        total = balance.new_tensor(count) if weight_T is None else weight_T.sum().to(balance)
-        return loss, _terms(balance, z, task, total)
+            terms = (*terms[:2], task.detach() * total, total)
+        return loss, terms
 
-    def record(self, terms: Tensor) -> None:
+    def record(self, terms: Terms) -> None:
         """Note that the backward pass came by."""
         self.state.record(terms)
         if self.router is not None:
             self.state.warn_of_accumulation(self.router)
-
-
-def _terms(balance: Tensor, z: Tensor, task: Tensor, tokens: Tensor) -> Tensor:
-    """Return what `BalanceState.record` takes."""
-    each = torch.stack([balance, z, task, torch.ones_like(balance)])
-    return each.detach() * tokens
 
 
 def same(output: Tensor) -> Tensor:
@@ -209,7 +220,7 @@ def _by_hand(
     sequences: int,
     weight_T: Tensor | None,
     sequence_T: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Terms]:
     """Return the gradient of a plain router's logits, and what `BalanceState.record` takes.
 
     Args:
@@ -227,8 +238,7 @@ def _by_hand(
         mask_T=weight_T,
         sequence_T=sequence_T,
     )
-    terms = _terms(gradient.balance, gradient.z, torch.zeros_like(gradient.z), gradient.tokens)
-    return gradient.logits_ET.mT, terms
+    return gradient.logits_ET.mT, (gradient.balance, gradient.z, 0, gradient.tokens)
 
 
 class _ActByHand(torch.autograd.Function):
@@ -252,7 +262,8 @@ class _ActByHand(torch.autograd.Function):
         as_kernels = may_compile(step.spec, logits_TE)
         gradient_TE, terms = compiled(_by_hand, *given) if as_kernels else _by_hand(*given)
         step.record(terms)
-        return grads[0], gradient_TE * ctx.scale, None, None
+        plain = not isinstance(ctx.scale, Tensor) and ctx.scale == 1
+        return grads[0], gradient_TE if plain else gradient_TE * ctx.scale, None, None
 
 
 class _ActByAutograd(torch.autograd.Function):
@@ -260,7 +271,7 @@ class _ActByAutograd(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, output: Tensor, loss: Tensor, scale: float | Tensor, terms: Tensor, step: Any
+        ctx: Any, output: Tensor, loss: Tensor, scale: float | Tensor, terms: Terms, step: Any
     ) -> Tensor:
         ctx.scale, ctx.terms, ctx.step, ctx.dtype = scale, terms, step, loss.dtype
         return same(output)
