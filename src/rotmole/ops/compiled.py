@@ -1,5 +1,7 @@
 """Kernels in place of many small operations: torch.compile for one pass of one kind of layer.
 
+`few` says where operations are worth saving without it.
+
 A kind is compiled once a process for every number of tokens, and once for a single one; torch keeps
 the code on disk, so the next process only loads it. Where there is no compiler (a C++ compiler on a
 CPU, Triton on a GPU), the operations are run one by one, with one warning.
