@@ -181,7 +181,8 @@ class _Sequences(NamedTuple):
         if self.number_T is not None:
             return value_EN[:, self.number_T] * factor
         length = tokens // max(self.number, 1)
-        return (value_EN.unsqueeze(-1).expand(-1, -1, length) * factor).reshape(len(value_EN), tokens)
+        value_ENS = value_EN.unsqueeze(-1).expand(-1, -1, length) * factor
+        return value_ENS.reshape(len(value_EN), tokens)
 
 
 def _loads(
