@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rotmole.ops.compiled import FEW_TOKENS
 from rotmole.ops.rotation.table import ROTATIONS
 
 # elementwise operations for each number of z, forward and backward, counted in
@@ -77,10 +78,11 @@ class Layer:
         """Kept for the backward pass besides x and parameters, of at most 256 experts.
 
         z and the vectors (where there are none, the angles) in float32, and of each chosen expert
-        its weight and one byte for its number.
+        its weight and one byte for its number; of few tokens all weights.
         """
         gate = self._rows("vector") or self._rows("angle")
-        return self.tokens * (4 * self.experts * (self.rank + gate) + 5 * self.top_k)
+        weights = 4 * self.experts if self.tokens <= FEW_TOKENS else 5 * self.top_k
+        return self.tokens * (4 * self.experts * (self.rank + gate) + weights)
 
     @property
     def gate_bytes(self) -> int:

@@ -102,14 +102,15 @@ def test_lora_has_as_many_parameters_as_the_mixture() -> None:
     assert common.lora_name(lora) == f"PEFT LoRA r={counts[1] // (64 + 96)}"
 
 
+@pytest.mark.parametrize("tokens", [8, 40])  # few, and many
 @pytest.mark.parametrize("mode", ["none", "tangent", "plane", "givens", "bias", "centroid"])
-def test_costs_on_paper_are_those_of_the_layer(mode: str) -> None:
+def test_costs_on_paper_are_those_of_the_layer(mode: str, tokens: int) -> None:
     import common
     import cost
     from peft import get_peft_model
     from torch.utils.flop_counter import FlopCounterMode
 
-    T, D, O, E, R, K = 8, 24, 40, 4, 6, 2  # noqa: E741 - the legend's letter
+    T, D, O, E, R, K = tokens, 24, 40, 4, 6, 2  # noqa: E741 - the legend's letter
     config = common.adapter_config(mode, (E, R, K), ["0"])
     layer = get_peft_model(nn.Sequential(nn.Linear(D, O)), config).base_model.model[0]
     paper = cost.Layer(T, D, O, E, K, R, mode)

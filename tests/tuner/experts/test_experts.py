@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 import tiny
 from rotmole import ConfigError, RotMoleConfig
 from rotmole.ops import ROTATIONS
+from rotmole.ops.compiled import FEW_TOKENS
 from rotmole.ops.initial import gaussian, sparse_mask, svd_segments
 from rotmole.ops.reference import method as reference
 from rotmole.tuner.config import RotMoleConfig as Config
@@ -112,17 +113,20 @@ class Products(TorchDispatchMode):
 
 
 def test_a_shared_A_is_multiplied_once_and_the_number_of_products_does_not_grow() -> None:
-    counted = {}
-    for number, shared in ((3, True), (9, True), (9, False)):
+    def counted(number: int, tokens: int, *, shared: bool) -> list[tuple[int, ...]]:
         module = one(share_A=shared, num_experts=number, rotation="none")
-        x = torch.randn(5, 7, dtype=torch.float64)
+        x = torch.randn(tokens, 7, dtype=torch.float64)
         with Products() as products:
             tiny.addition(module, x)
-        counted[number, shared] = products.shapes
-    rank, tokens, back = 4, 5, (5, 6)
-    assert counted[3, True] == [(rank + 3, tokens), back]  # A with the router, B
-    assert counted[9, True] == [(rank + 9, tokens), back]
-    assert counted[9, False] == [(9 * rank + 9, tokens), back]
+        return products.shapes
+
+    rank, few, many = 4, 5, FEW_TOKENS + 1
+    assert counted(3, many, shared=True) == [(rank + 3, many), (many, 6)]  # A with the router, B
+    assert counted(9, many, shared=True) == [(rank + 9, many), (many, 6)]
+    assert counted(9, many, shared=False) == [(9 * rank + 9, many), (many, 6)]
+    assert counted(3, few, shared=True) == [(rank, few), (3, few), (few, 6)]  # A, router, B
+    assert counted(9, few, shared=True) == [(rank, few), (9, few), (few, 6)]
+    assert counted(9, few, shared=False) == [(9 * rank, few), (9, few), (few, 6)]
 
 
 # Starts

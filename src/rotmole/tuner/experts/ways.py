@@ -294,14 +294,24 @@ def add(experts: Experts, ways: tuple[Way, ...], call: Call) -> Added:
         return way.add(experts, call)
     delta_TO, routed = way.add(experts, call._replace(base_TO=None))
     # first the difference: the addition alone may be 0
-    delta_TO = delta_TO - _start_addition(experts.spec, start, call.x_TD)
+    start_TO = _start_addition(experts.spec, start, call.x_TD, fused=way.add is _fused)
+    delta_TO = delta_TO - start_TO
     return _added(delta_TO, call), routed
 
 
-def _start_addition(spec: Spec, start: Weights, x_TD: Tensor) -> Tensor:
-    """Return what balanced gates would have added at the start: (s / E) sum_e B0_e^T A0_e x."""
+def _start_addition(spec: Spec, start: Weights, x_TD: Tensor, *, fused: bool) -> Tensor:
+    """Return what balanced gates would have added at the start: (s / E) sum_e B0_e^T A0_e x.
+
+    Args:
+        spec, start: of the layer, and its factors at the start.
+        x_TD: [T, D] layer input.
+        fused: whether the layer itself is computed by the fused function: then the difference of a
+            single expert to its start is exactly 0 at the start.
+    """
     x_TD = x_TD.to(start.A_ERD.dtype)
     experts = start.B_ERO.shape[0]  # a mixture that has grown had fewer
     even_TE = x_TD.new_full((x_TD.shape[0], experts), 1 / experts)
     plain = Spec(num_experts=experts, scale=spec.scale)
+    if fused:
+        return fused_mixture(How(plain, x_TD.dtype), x_TD, start, weight_TE=even_TE)[0]
     return mixture(plain, x_TD, x_TD, start, even_TE)
