@@ -85,6 +85,8 @@ def _by_experts(study: Judgement, measure: Measure) -> str:
     lines = [["E, K", WAYS[0], WAYS[1], "rotation minus none", WAYS[2], "pairs minus none"]]
     for (experts, chosen), names in FEW_EXPERTS.items():
         scores = [study.score(name, measure.name) if name else None for name in names]
+        if scores[:2] == [None, None]:  # the study has no such forms
+            continue
         cells = ["" if s is None else tables.figure(measure, s.value) for s in scores]
         apart = (difference(study, n, names[0], measure.name) if n else None for n in names[1:])
         turned, pairs = (written(found) if found is not None else "" for found in apart)
