@@ -102,7 +102,7 @@ def test_lora_has_as_many_parameters_as_the_mixture() -> None:
     assert common.lora_name(lora) == f"PEFT LoRA r={counts[1] // (64 + 96)}"
 
 
-@pytest.mark.parametrize("tokens", [8, 40])  # few, and many
+@pytest.mark.parametrize("tokens", [8, 80])  # few, and many
 @pytest.mark.parametrize("mode", ["none", "tangent", "plane", "givens", "bias", "centroid"])
 def test_costs_on_paper_are_those_of_the_layer(mode: str, tokens: int) -> None:
     import common

@@ -1,10 +1,10 @@
 """Kernels in place of many small operations: torch.compile for one pass of one kind of layer.
 
-`few` says where operations are worth saving without it.
-
 A kind is compiled once a process for every number of tokens, and once for a single one; torch keeps
 the code on disk, so the next process only loads it. Where there is no compiler (a C++ compiler on a
 CPU, Triton on a GPU), the operations are run one by one, with one warning.
+
+Without kernels, `few` says which calls are better off with fewer operations.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from rotmole.ops.spec import Spec
 Result = TypeVar("Result")
 
 
-FEW_TOKENS = 32
-"""Tokens up to which it costs more to start an operation than what it computes."""
+FEW_TOKENS = 64
+"""Tokens up to which a layer's time is the number of its operations."""
 
 
 def few(x_TD: Tensor) -> bool:

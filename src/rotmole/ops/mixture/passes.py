@@ -79,8 +79,8 @@ def _read(how: How, parts: Parts) -> list[Read]:
 def _apply(x_TD: Tensor, weights: list[Tensor | None]) -> list[Tensor | None]:
     """Apply maps to x in one product, in x's type; results are in at least float32.
 
-    No result holds the memory of another. Of few tokens every map reads its own copy of x: that is
-    cheaper than to put the maps together.
+    No result holds the memory of another. Where tokens are few, each map has a product of its own:
+    that is cheaper than to lay the maps together.
     """
     there = [weight.to(x_TD.dtype) for weight in weights if weight is not None]
     if not there:

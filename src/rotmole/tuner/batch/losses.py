@@ -38,13 +38,9 @@ Terms = tuple[Tensor, Tensor, float | Tensor, float | Tensor]
 
 
 def _sum(so_far: float | Tensor, more: float | Tensor) -> float | Tensor:
-    """Add to what may lie on another device; a plain zero costs nothing."""
+    """Add two numbers, which may lie on two devices."""
     if isinstance(so_far, Tensor) and isinstance(more, Tensor):
         more = more.to(so_far.device)
-    elif not isinstance(so_far, Tensor) and not so_far:
-        return more
-    elif not isinstance(more, Tensor) and not more:
-        return so_far
     return so_far + more
 
 

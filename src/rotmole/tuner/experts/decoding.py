@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rotmole.ops.compiled import few
 from rotmole.ops.mixture.packed import Pack, pack, packed_activations
 from rotmole.ops.mixture.products import add_product
 from rotmole.ops.spec import Spec
@@ -28,8 +29,6 @@ from rotmole.tuner.batch.stack import Stack
 
 if TYPE_CHECKING:
     from rotmole.tuner.experts.experts import Experts
-
-FEW_TOKENS = 64  # rows up to which packing pays: a layer's time is the number of its operations
 
 
 class _Group:
@@ -166,9 +165,7 @@ def decoding_of(x: Tensor, batch: Batch, stack: Stack) -> Decoding | None:
     """Return how a layer decodes its input, None if it is no decoding of one new token a row."""
     if x.dim() != 3 or x.shape[1] != 1 or torch.is_grad_enabled() or batch.cache is None:
         return None
-    if torch.compiler.is_compiling() or x.shape[0] > FEW_TOKENS:
-        return None
-    return Decoding(x, batch, stack)
+    return Decoding(x, batch, stack) if few(x) else None
 
 
 def may_pack(layer: Experts, call: Any) -> bool:

@@ -305,13 +305,13 @@ def _start_addition(spec: Spec, start: Weights, x_TD: Tensor, *, fused: bool) ->
     Args:
         spec, start: of the layer, and its factors at the start.
         x_TD: [T, D] layer input.
-        fused: whether the layer itself is computed by the fused function: then the difference of a
-            single expert to its start is exactly 0 at the start.
+        fused: whether the layer itself is computed by the fused function; then a single expert's
+            start is too, so that their difference at the start is exactly 0.
     """
     x_TD = x_TD.to(start.A_ERD.dtype)
     experts = start.B_ERO.shape[0]  # a mixture that has grown had fewer
     even_TE = x_TD.new_full((x_TD.shape[0], experts), 1 / experts)
     plain = Spec(num_experts=experts, scale=spec.scale)
-    if fused:
-        return fused_mixture(How(plain, x_TD.dtype), x_TD, start, weight_TE=even_TE)[0]
+    if fused and experts == 1:  # for more it would only make gradients that nobody wants
+        return fused_mixture(How(plain, x_TD.dtype), x_TD, start)[0]
     return mixture(plain, x_TD, x_TD, start, even_TE)
