@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from rotmole.ops import compiled
-from rotmole.ops.mixture import fused
+from rotmole.ops.mixture import fused, products
 from rotmole.ops.mixture.banks import How
 from rotmole.ops.mixture.fused import GATES, can_fuse, fused_mixture
 from rotmole.ops.reference import method as reference
@@ -34,12 +34,16 @@ FUSED = [v for v in VARIANTS if _fusible(v)]
 every = pytest.mark.parametrize("variant", FUSED, ids=str)
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["many", "few"], autouse=True)
+@pytest.fixture(scope="module", params=["many", "few", "turned"], autouse=True)
 def tokens_are_few(request: pytest.FixtureRequest) -> Iterator[bool]:
-    """Every test runs both as with many tokens and as with few, which take fewer operations."""
+    """Every test runs as with many tokens, as with few, which take fewer operations, and as wide.
+
+    Where inputs are many, products are turned.
+    """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiled, "FEW_TOKENS", 10**9 if request.param else 0)
-        yield request.param
+        patch.setattr(compiled, "FEW_TOKENS", 10**9 if request.param == "few" else 0)
+        patch.setattr(products, "TURNED_FROM", 1 if request.param == "turned" else 10**9)
+        yield request.param == "few"
 
 
 def how_of(problem: Problem, dtype: torch.dtype | None = None, **changes: Any) -> How:

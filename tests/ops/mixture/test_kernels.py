@@ -156,7 +156,7 @@ def test_packed_steps(variant: Variant, traced: list[Any]) -> None:
         for kernels in ("eager", "compiled"):
             spec = replace(how.spec, kernels=kernels)
             packed = pack(spec, [weights], torch.float64)
-            sides.append(packed_mixture(spec, problem.x_TD, packed, torch.float64))
+            sides.append(packed_mixture(problem.x_TD, packed))
         assert_close(sides[1], sides[0], 1e-12)
     assert len(traced) == 1
 

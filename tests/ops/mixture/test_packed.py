@@ -24,9 +24,9 @@ def test_outputs(variant: Variant, options: dict[str, Any]) -> None:
         how = how_of(problem, **options)
         packed = pack(how.spec, [weights_of(problem, router_ED)], torch.float64)
         wanted, _ = by_reference(how, problem, router_ED, None)
-        assert_close(packed_mixture(how.spec, problem.x_TD, packed, how.dtype), wanted, 1e-12)
+        assert_close(packed_mixture(problem.x_TD, packed), wanted, 1e-12)
         base_TO = torch.ones(T, 6, dtype=torch.float64)
-        found = packed_mixture(how.spec, problem.x_TD, packed, how.dtype, base_TO)
+        found = packed_mixture(problem.x_TD, packed, base_TO)
         assert_close(found, base_TO + wanted, 1e-12)
         assert (base_TO == 1).all()
 
@@ -39,9 +39,7 @@ def test_one_A_for_all_experts(variant: Variant) -> None:
     layer = weights_of(replace(problem, A_ERD=A_1RD), router_ED)
     many = replace(problem, A_ERD=A_1RD.expand(4, -1, -1))
     wanted, _ = by_reference(how, many, router_ED, None)
-    found = packed_mixture(
-        how.spec, problem.x_TD, pack(how.spec, [layer], torch.float64), how.dtype
-    )
+    found = packed_mixture(problem.x_TD, pack(how.spec, [layer], torch.float64))
     assert_close(found, wanted, 1e-12)
 
 
@@ -52,10 +50,10 @@ def test_layers_together_are_each_alone(variant: Variant, dtype: torch.dtype) ->
     problems = [make(variant, 7, T=3, E=4, K=2, D=5, O=width, dtype=dtype) for width in (6, 2, 9)]
     how, x_TD = how_of(problems[0]), problems[0].x_TD
     layers = [weights_of(p, router_of(p).detach().to(dtype)) for p in problems]
-    found = packed_activations(how.spec, x_TD, pack(how.spec, layers, dtype), how.dtype)
+    found = packed_activations(x_TD, pack(how.spec, layers, dtype))
     assert len(found) == 3
     for layer, m_TN in zip(layers, found, strict=True):
-        (alone_TN,) = packed_activations(how.spec, x_TD, pack(how.spec, [layer], dtype), how.dtype)
+        (alone_TN,) = packed_activations(x_TD, pack(how.spec, [layer], dtype))
         assert m_TN.dtype == dtype
         tolerance = 1e-12 if dtype == torch.float64 else 0.02
         assert_close(m_TN.double(), alone_TN.double(), tolerance)
@@ -67,15 +65,15 @@ def test_half_types_keep_gates_in_float32(variant: Variant) -> None:
     router_ED = router_of(problem).detach().bfloat16()
     how = how_of(problem)
     packed = pack(how.spec, [weights_of(problem, router_ED)], torch.bfloat16)
-    found = packed_mixture(how.spec, problem.x_TD, packed, how.dtype)
+    found = packed_mixture(problem.x_TD, packed)
     wanted, _ = run(how, problem, router_ED, None)
     assert found.dtype == torch.bfloat16
-    assert torch.equal(packed_mixture(how.spec, problem.x_TD.float(), packed, how.dtype), found)
+    assert torch.equal(packed_mixture(problem.x_TD.float(), packed), found)
     error = (found.float() - wanted.float()).norm() / wanted.float().norm()
     assert error < 0.01
     reads_x = "rotation_angle" in problem.gates and not variant.small
     apart = {"router", "angle"} if reads_x else {"router"}
-    assert {name: w.dtype for name, w in packed.banks[0].apart.items()} == dict.fromkeys(
+    assert {name: w.dtype for name, w in packed.apart[0].wide.items()} == dict.fromkeys(
         apart, torch.float32
     )
 
@@ -86,4 +84,4 @@ def test_equal_logits_choose_the_lower_index() -> None:
     router_ED = torch.zeros(6, 5, dtype=torch.float64)
     packed = pack(how.spec, [weights_of(problem, router_ED)], torch.float64)
     wanted, _ = by_reference(how, problem, router_ED, None)
-    assert_close(packed_mixture(how.spec, problem.x_TD, packed, how.dtype), wanted, 1e-13)
+    assert_close(packed_mixture(problem.x_TD, packed), wanted, 1e-13)

@@ -171,17 +171,17 @@ def test_packed(shared: Variant, gate: bool) -> None:
     wanted_TO, _ = case.slow(None, case.base_TO)
     x_TD, weights = case.problem.x_TD, case.weights(case.tensors())
     packed = pack(case.spec, [weights], torch.float64)
-    found = packed_mixture(case.spec, x_TD, packed, torch.float64, case.base_TO)
+    found = packed_mixture(x_TD, packed, case.base_TO)
     assert_close(found, wanted_TO, 1e-12)
     other = weights._replace(B_ERO=weights.B_ERO[..., :2])
     assert other.shared is not None
     other = other._replace(shared=other.shared._replace(B_ERO=other.shared.B_ERO[..., :2]))
     both = pack(case.spec, [weights, other], torch.float64)
-    for m_TN in packed_activations(case.spec, x_TD, both, torch.float64):
-        assert_close(m_TN, packed_activations(case.spec, x_TD, packed, torch.float64)[0], 1e-12)
+    for m_TN in packed_activations(x_TD, both):
+        assert_close(m_TN, packed_activations(x_TD, packed)[0], 1e-12)
     half = case.weights({name: tensor.bfloat16() for name, tensor in case.tensors().items()})
     base_TO, packed = case.base_TO.bfloat16(), pack(case.spec, [half], torch.bfloat16)
-    near = packed_mixture(case.spec, x_TD.bfloat16(), packed, torch.bfloat16, base_TO)
+    near = packed_mixture(x_TD.bfloat16(), packed, base_TO)
     error = (near.double() - wanted_TO).norm() / wanted_TO.norm()
     assert error < 0.03
 

@@ -52,6 +52,7 @@ TWINS = {
     "rotation.table:gate_shapes": "shapes:gate_shapes",
     "rotation.table:is_rotation": "rotation:is_rotation",
     "rotation.adjoint:adjoint": "rotation:adjoint",
+    "mixture.products:tokens_last": "products:project",
     "mixture.products:project": "products:project",
     "mixture.products:project_all": "products:project_all",
     "mixture.products:combine_all": "products:combine_all",

@@ -10,6 +10,7 @@ import torch
 from ops_cases import IN_RANK_SPACE, Problem, Variant, assert_close, make
 from torch import Tensor
 
+from rotmole.ops import compiled
 from rotmole.ops.mixture import block, products
 from rotmole.ops.mixture.banks import Bank, How, Parts
 from rotmole.ops.mixture.fused import GATES, can_compile, can_fuse, fused_mixture
@@ -62,6 +63,32 @@ def test_products() -> None:
     for before in (None, base):
         found = products.add_product(before, m_TN, B_NO, 1.7)
         assert_close(found, slow.add_product(before, m_TN, B_NO, 1.7), 1e-13)
+
+
+def test_products_of_many_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A product is turned where it pays, and nobody sees it but by its strides."""
+    monkeypatch.setattr(compiled, "FEW_TOKENS", 2)
+    monkeypatch.setattr(products, "TURNED_FROM", 5)
+    monkeypatch.setattr(products, "TURNED_UP_TO", 8)
+    x, weight = normal(0, 3, 5), normal(1, 2, 4, 5)
+    for turned, x_TD, weight_EMD in (
+        (True, x, weight),
+        (False, x[:, :4], weight[..., :4]),
+        (False, x[:2], weight),
+        (False, x, torch.cat([weight, weight[:1]])),
+        (False, x.bfloat16(), weight.bfloat16()),
+    ):
+        weight_ND, wanted = weight_EMD.flatten(0, 1), slow.project(x_TD, weight_EMD)
+        tolerance = 1e-13 if x_TD.dtype == torch.float64 else 0.02
+        for scale in (1.0, 1.7):
+            found = products.tokens_last(x_TD, weight_ND, scale)
+            assert found.is_contiguous() != turned
+            assert_close(found, scale * wanted.flatten(0, 1), tolerance)
+        for found in (
+            products.project(x_TD, weight_EMD), products.project_all(x_TD, [weight_EMD])[0]
+        ):  # fmt: skip
+            assert_close(found, wanted, tolerance)
+        assert products.project(x_TD, weight_EMD).is_contiguous()
 
 
 def test_dropped() -> None:
@@ -228,7 +255,7 @@ def test_packed_activations_and_mixture(
             reads_x = {} if down is None else {"rotation_down": down.unsqueeze(0)}
         named.append({"A": p.A_ERD, "router": router, **reads_x})
     assert torch.equal(packed.rows_ND, layer.pack(named))
-    activations = packed_activations(spec, x_TD, packed, torch.float64)
+    activations = packed_activations(x_TD, packed)
     for p, router, m_TN in zip(problems, routers, activations, strict=True):
         tensors = x_TD, p.A_ERD, p.B_ERO, p.gates
         wanted = layer.weighted_activations(
@@ -236,7 +263,7 @@ def test_packed_activations_and_mixture(
         )
         assert_close(m_TN, wanted, 1e-12)
         alone = pack(spec, [weights_of(p, router)], torch.float64)
-        found = packed_mixture(spec, x_TD, alone, torch.float64, base_TO)
+        found = packed_mixture(x_TD, alone, base_TO)
         wanted, _ = layer.layer(
             *tensors, router_ED=router, rotation=variant.rotation, scale=p.scale, top_k=2,
             base_TO=base_TO, rotation_input=reads, **options,

@@ -263,9 +263,9 @@ def test_the_first_reader_computes_for_the_others() -> None:
     x = torch.randn(3, 1, 6).double()
     counted = decoding.packed_activations
 
-    def count(spec: object, x_TD: torch.Tensor, packed: Pack, dtype: torch.dtype) -> object:
+    def count(x_TD: torch.Tensor, packed: Pack) -> object:
         calls.append(len(packed.B_NO))
-        return counted(spec, x_TD, packed, dtype)
+        return counted(x_TD, packed)
 
     def called(way: str) -> list[int]:
         inner.way = way

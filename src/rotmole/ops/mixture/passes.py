@@ -22,6 +22,7 @@ from rotmole.ops.mixture.products import (
     project_all,
     scaled_product,
     stack,
+    tokens_last,
 )
 from rotmole.ops.mixture.rank_space import Kind, Read, Small, Turned, turn_back, weigh
 from rotmole.ops.precision import at_least_float32
@@ -97,7 +98,7 @@ def _apply(x_TD: Tensor, weights: list[Tensor | None]) -> list[Tensor | None]:
 
 def _own(value: Tensor) -> Tensor:
     wide = at_least_float32(value)
-    return wide.clone() if wide is value else wide
+    return wide.clone(memory_format=torch.contiguous_format) if wide is value else wide
 
 
 def forward(how: How, parts: Parts) -> tuple[Tensor, Tensor | None, Tensor | None, list[Saved]]:
@@ -157,7 +158,7 @@ def backward(
         _angle_again(spec, bank, kept, x_TD, parts.x_TD)
         for (spec, bank), kept in zip(banks, saved, strict=True)
     ]
-    dm_NT = scaled_product(B_NO, dy_TO.mT, kind.scale)
+    dm_NT = tokens_last(dy_TO, B_NO, kind.scale).contiguous()
     m_NT, turned = turn_back(kind, smalls, saved, angles, parts.weight_TE, dm_NT, dlogits_TE)
     sizes = [experts * rank for experts, rank in kind.sizes]
     dB = _split(scaled_product(m_NT, dy_TO, kind.scale), sizes)

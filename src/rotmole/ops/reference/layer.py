@@ -136,13 +136,18 @@ def pack(layers: Sequence[Mapping[str, Tensor]]) -> Tensor:
 
     Returns:
         All rows of A, then of the router, of the vector and of the angle gate, of C; in each of
-        these expert by expert, and for each expert layer by layer.
+        these layer by layer and in each layer expert by expert, but those of the router expert by
+        expert and for each expert layer by layer.
     """
     rows = []
     for name in ("A", "router", "rotation_vector", "rotation_angle", "rotation_down"):
         if name not in layers[0]:
             continue
-        for e in range(len(layers[0][name])):
-            for weights in layers:
-                rows += list(weights[name][e].reshape(-1, weights[name].shape[-1]))
+        if name == "router":
+            experts = len(layers[0][name])
+            rows += [weights[name][e] for e in range(experts) for weights in layers]
+            continue
+        for weights in layers:
+            for of_expert in weights[name]:
+                rows += list(of_expert.reshape(-1, of_expert.shape[-1]))
     return torch.stack(rows)

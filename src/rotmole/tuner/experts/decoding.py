@@ -157,8 +157,7 @@ class Decoding:
         self, layers: Sequence[Experts], x_TD: Tensor, dtype: torch.dtype
     ) -> list[tuple[Tensor, Tensor]]:
         packed = self._group(layers[0]).pack(layers, dtype)
-        activations = packed_activations(layers[0].spec, x_TD, packed, dtype)
-        return list(zip(activations, packed.B_NO, strict=True))
+        return list(zip(packed_activations(x_TD, packed), packed.B_NO, strict=True))
 
 
 def decoding_of(x: Tensor, batch: Batch, stack: Stack) -> Decoding | None:
