@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from rotmole.comparison.judgement import BETTER, FEW, NONE, WORSE, Judgement
+from rotmole.comparison.judgement import BETTER, FEW, NONE, WORSE, Judgement, Measure
 from rotmole.comparison.scores import HELD_OUT, OWN
 from rotmole.evaluation.statistics.paired import Paired, paired
 from rotmole.units import count_word
@@ -186,16 +186,17 @@ def other_mixtures(studies: Studies) -> str:
     )
 
 
-def few_experts(study: Judgement) -> str:
-    """Say what rotation adds where experts are few, beside as many of them without."""
+def _turned(study: Judgement, measure: Measure) -> str:
+    """Say what rotation adds to as many experts without it, in one measure."""
     parts = []
     for column, name in ((1, "rotation gates"), (2, "RadarGate's pairs")):
         ways: dict[str, list[tuple[str, Paired]]] = {}
         for (experts, chosen), names in FEW_EXPERTS.items():
-            found = difference(study, names[column], names[0]) if names[column] else None
+            pair = names[column], names[0]
+            found = difference(study, *pair, measure.name) if names[column] else None
             if found is not None:
-                place = f"E = {experts}, K = {chosen}"
-                ways.setdefault(direction(found), []).append((place, found))
+                way = direction(found, higher_is_better=measure.higher_is_better)
+                ways.setdefault(way, []).append((f"E = {experts}, K = {chosen}", found))
         said = [
             f"{way} at {'; '.join(f'{place} ({written(found)})' for place, found in ways[way])}"
             for way in (BETTER, WORSE)
@@ -208,14 +209,30 @@ def few_experts(study: Judgement) -> str:
                 f"no difference was found at {count_word(len(values))} of {total} "
                 f"(means {min(values):+.3f} to {max(values):+.3f})"
             )
-        parts.append(f"for {name} {listed(said)}")
+        if said:
+            parts.append(f"for {name} {listed(said)}")
+    return "; ".join(parts)
+
+
+def few_experts(study: Judgement, again: Judgement | None = None) -> str:
+    """Say what rotation adds where experts are few, beside as many of them without.
+
+    Args:
+        study: the judgement of q3.yaml.
+        again: of the study that has the same methods' own metric; None if it was not run.
+    """
     ways_of_all = [verdict_of(estimate, verdict) for _, estimate, verdict in overall(study)]
     better, worse = (ways_of_all.count(way) for way in (BETTER, WORSE))
+    own = [m for m in again.measures if m.name == OWN] if again is not None else []
+    by_own = ""
+    if again is not None and own:
+        by_own = f" By {own[0].label}, trained again: {_turned(again, own[0])}."
     return (
         f"Few experts (1 to 8, one or two a token), {count_word(len(study.seeds))} seeds, by "
-        f"intervals, beside as many experts without rotation: {'; '.join(parts)}. Of all "
+        f"intervals, beside as many experts without rotation: {_turned(study, study.measures[0])}."
+        f"{by_own} Of all "
         f"{len(ways_of_all)} forms {count_word(better) if better else 'none'} "
-        f"{'are' if better > 1 else 'is'} better than one tuned LoRA and "
+        f"{'are' if better > 1 else 'is'} better than one tuned LoRA in NLL and "
         f"{count_word(worse) if worse else 'none'} {'are' if worse > 1 else 'is'} worse."
     )
 
@@ -427,9 +444,9 @@ def answers(
             against_lora(q1, where), rotation(q1), reasons(q1, inside),
             by_own_metrics(studies), rates(q1, studies.get("q4_gates")), unseen(studies),
         ]  # fmt: skip
-    few = few_experts(studies["q3"]) if "q3" in studies else (
-        "Open: whether rotation pays where experts are few (Q3) was not run."
-    )  # fmt: skip
+    few = "Open: whether rotation pays where experts are few (Q3) was not run."
+    if "q3" in studies:
+        few = few_experts(studies["q3"], studies.get("locale_match"))
     return [*first, other_mixtures(studies), few, forgetting(grown), regimes(studies)]
 
 

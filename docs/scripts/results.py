@@ -51,7 +51,8 @@ class Study(NamedTuple):
     Attributes:
         name: of the file in experiments/study.
         what: it does, in a few words.
-        minutes: of one core with bfloat16 instructions, beside another cell.
+        minutes: of one core beside another cell, where it has bfloat16 instructions; of titles by
+            chrF without.
         tuned_by: the study file that tuned the rates, where it is another one.
         drawn: the measure of its figure of differences.
     """
@@ -74,6 +75,7 @@ QUESTIONS = {
         Study("q2_qa", "mixed QA", 4),
         Study("q2_qa_again", "mixed QA again, with new seeds", 4, "q2_qa.yaml", HELD_OUT),
         Study("q2_titles", "titles in nine languages", 4),
+        Study("q2_titles_chrf", "titles again, by chrF", 20, "q2_titles.yaml", OWN),
     ],
     "q3": [Study("q3", "few experts", 1.6)],
     "q4": [Study("q4_gates", "rates of the gates and the balance loss", 1.6)],

@@ -131,7 +131,7 @@ def test_few_experts_are_compared_with_as_many_without_rotation(tmp_path: Path) 
     assert "no difference was found at one of three (means " in said
     pairs = shown("radar_pairs", "moe_lora")
     assert f"for RadarGate's pairs better at E = 4, K = 2 ({pairs})" in said
-    assert "Of all 6 forms one is better than one tuned LoRA and four are worse." in said
+    assert "Of all 6 forms one is better than one tuned LoRA in NLL and four are worse." in said
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     part = results.page(page, tmp_path, tmp_path).partition("<!-- q3 -->")[2]
     (line,) = [line for line in part.splitlines() if line.startswith("| 2, 1 |")]
@@ -150,6 +150,12 @@ def test_few_experts_have_their_own_metric_where_it_was_measured(tmp_path: Path)
     scores = [study.score(name, "own metric").value for name in ("none_e2_k1", "cayley_e2_k1")]
     assert line.startswith(f"| 2, 1 | {scores[0]:.3f} | {scores[1]:.3f} | +0.")
     assert "exact_match" not in script("results").few_experts(study, None, tmp_path)
+    answers = script("answers")
+    more = answers.difference(study, "cayley_e2_k1", "none_e2_k1", "own metric")
+    said = answers.few_experts(study, study)
+    shown = f"for rotation gates better at E = 2, K = 1 ({answers.written(more)})"
+    assert f"By exact_match, trained again: {shown}" in said
+    assert "exact_match" not in answers.few_experts(study)
 
 
 def test_gates_rates_are_said_beside_the_default_rotation() -> None:
