@@ -12,7 +12,8 @@ from rotmole.ops.precision import at_least_float32
 
 # Inputs from which, and rows up to which, a CPU is faster at x W^T, as LoRA multiplies, than at
 # W x^T, the copy that puts the result in place included: by a sixth at 1024 inputs and 28 rows, by
-# nothing at 576 inputs, at 100 rows or with few tokens (float32, one thread, AVX-512).
+# nothing at 576 inputs or at 100 rows (float32, one thread, AVX-512). For few tokens the copy is
+# one operation too many.
 TURNED_FROM, TURNED_UP_TO = 768, 64
 
 
