@@ -11,10 +11,11 @@ from rotmole.ops.compiled import few
 from rotmole.ops.precision import at_least_float32
 
 # Inputs from which, and rows up to which, a CPU is faster at x W^T, as LoRA multiplies, than at
-# W x^T, the copy that puts the result in place included: by a sixth at 1024 inputs and 28 rows, by
-# nothing at 576 inputs or at 100 rows (float32, one thread, AVX-512). For few tokens the copy is
-# one operation too many.
-TURNED_FROM, TURNED_UP_TO = 768, 64
+# W x^T, the copy that puts the result in place included: at 28 rows of 1024 inputs by 6 % on one
+# thread and 21 % on two, of 1536 inputs by up to half, at 48 rows likewise; at 576 inputs or from
+# 52 rows on it loses as often (float32, AVX-512). For few tokens the copy is one operation too
+# many.
+TURNED_FROM, TURNED_UP_TO = 768, 48
 
 
 def tokens_last(x_TD: Tensor, weight_ND: Tensor, scale: float = 1.0) -> Tensor:
