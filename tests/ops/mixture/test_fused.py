@@ -36,9 +36,10 @@ every = pytest.mark.parametrize("variant", FUSED, ids=str)
 
 @pytest.fixture(scope="module", params=["many", "few", "turned"], autouse=True)
 def tokens_are_few(request: pytest.FixtureRequest) -> Iterator[bool]:
-    """Every test runs as with many tokens, as with few, which take fewer operations, and as wide.
+    """Every test runs three times, each time computed another way, as the sizes of a layer decide.
 
-    Where inputs are many, products are turned.
+    With many tokens; with few, which take fewer operations; with products turned, as from many
+    inputs.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compiled, "FEW_TOKENS", 10**9 if request.param == "few" else 0)

@@ -194,7 +194,7 @@ def _activations(spec: Spec, layout: Layout, rows_NT: Tensor, read: Apart) -> Te
     z_NT, logits_NT = values["A"], values.get("router")
     if len(z_NT) < experts * layers * rank:  # one A for all experts
         z_NT = z_NT.view(layers, 1, rank, tokens).expand(-1, experts, -1, -1)
-    z_ERT = z_NT.reshape(experts * layers, rank, tokens)
+    z_ERT = z_NT.reshape(experts * layers, rank, tokens)  # here E counts all layers' experts
     gates: dict[str, Tensor] = {}
     for name in ("vector", "angle"):
         if name in values:
@@ -208,7 +208,8 @@ def _activations(spec: Spec, layout: Layout, rows_NT: Tensor, read: Apart) -> Te
     if logits_NT is not None:
         weight_ET = _weights(spec, logits_NT.view(experts, layers * tokens))
         weight_EL1T = weight_ET.view(experts, layers, 1, tokens)
-        m_ERT = m_ERT.reshape(layers, experts, rank, tokens) * weight_EL1T.transpose(0, 1)
+        m_LERT = m_ERT.reshape(layers, experts, rank, tokens)
+        m_ERT = (m_LERT * weight_EL1T.transpose(0, 1)).flatten(0, 1)
     return m_ERT.reshape(layers, experts * rank, tokens)
 
 
