@@ -106,6 +106,19 @@ def test_another_commit_is_told_and_paired():
     assert judged.facts["dtype"] == "float32"
 
 
+def test_a_method_that_was_trained_otherwise_is_told_and_paired():
+    results = made_results({"lora": 0, "same": -0.1, "short": 0.1, "others": 0.1})
+    changes = {"short": {"updates": 50, "tokens": 500}, "others": {"tokens": 1100}}
+    final = [replace(c, **changes.get(c.method, {})) for c in results.final]
+    lora = next(c for c in final if c.method == "lora")
+    judged = judge(replace(results, final=tuple(final)))
+    assert verdicts(judged)["short"] == "worse"
+    told = [note for note in judged.notes if "was not trained as lora was" in note]
+    assert [note.split()[0] for note in told] == ["short", "others"]
+    assert "50 updates on 500 tokens a cell" in told[0]
+    assert f"lora {lora.updates} updates on {lora.tokens:,} tokens." in told[0]
+
+
 def test_cells_that_scored_other_rows_are_not_paired():
     results = made_results({"lora": 0, "good": -0.1})
     first, *others = [c for c in results.final if c.method == "good"]

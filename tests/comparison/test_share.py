@@ -126,6 +126,24 @@ def test_one_method_under_two_names_is_equal_in_every_bit(study_yaml, tmp_path):
     assert found["moe"].rows != found["lora"].rows
 
 
+@pytest.mark.slow
+def test_half_the_updates_are_found_and_told(study_yaml, tmp_path):
+    """Real training: the judge finds a difference that was planted, and says what it comes of."""
+    method = "adapter: {peft_type: LORA, r: 16}"
+    changes = [
+        f"methods={{whole: {{{method}}}, half: {{{method}, training: {{max_steps: 8}}}}}}",
+        "baseline=whole", "base.training.max_steps=16", "base.training.eval_steps=8",
+        "base.training.save_steps=8",
+        "tune.grid={training.learning_rate: [1e-2]}", "metrics=[nll]", "seeds=[0, 1, 2, 3, 4, 5]",
+    ]  # fmt: skip
+    study = load_study(study_yaml, changes, output=tmp_path / "out")
+    assert work(study, fix_machine(study)).failed == {}
+    judged = judge(read_results(study.folder))
+    (found,) = (d for d in judged.differences if not d.task and d.measure == "nll")
+    assert (judged.claims, found.verdict) == (1, "worse")
+    assert any(note.startswith("half was not trained as whole was") for note in judged.notes)
+
+
 def test_methods_start_with_the_same_factors_where_shapes_agree(study_yaml, tmp_path):
     changes = [
         "tune=null", "seeds=[5]", "equal=none", "base.training.learning_rate=0", "baseline=a",

@@ -102,7 +102,15 @@ def judge(results: Results) -> Judgement:
         at_equal_flops=_at_budget(cells, pairs, results.baseline, _flops),
         curves=tuple(_curves(cells)),
         trials=tuple(_trials(results.tuning)),
-        notes=tuple([*notes, *_facts_notes(judged), *_plan_notes(results), *_cost_notes(cells)]),
+        notes=tuple(
+            [
+                *notes,
+                *_training_notes(cells, pairs, results.baseline),
+                *_facts_notes(judged),
+                *_plan_notes(results),
+                *_cost_notes(cells),
+            ]
+        ),
         clock=_clock(cells, pairs, results.baseline),
     )
 
@@ -204,6 +212,26 @@ def _facts_notes(cells: Sequence[Result]) -> list[str]:
         if len(values) > 1 and name not in PAIRING_FACTS:
             notes.append(f"The cells differ in {name}: {'; '.join(values)}.")
     return notes
+
+
+def _training_notes(cells: Cells, pairs: Mapping[str, Sequence[int]], baseline: str) -> list[str]:
+    """Name the methods that were trained longer, shorter or on other rows than the baseline."""
+
+    def amount(name: str, seeds: Sequence[int]) -> str:
+        chosen = [cells[name][seed] for seed in seeds]
+        updates, tokens = (fmean(c.updates for c in chosen), fmean(c.tokens for c in chosen))
+        return f"{updates:,.0f} updates on {tokens:,.0f} tokens"
+
+    return [
+        f"{name} was not trained as {baseline} was, so their difference is not the method's alone: "
+        f"{amount(name, seeds)} a cell, {baseline} {amount(baseline, seeds)}."
+        for name, seeds in pairs.items()
+        if any(_trained(cells[name][seed]) != _trained(cells[baseline][seed]) for seed in seeds)
+    ]
+
+
+def _trained(cell: Result) -> tuple[int, int]:
+    return cell.updates, cell.tokens
 
 
 def _plan_notes(results: Results) -> list[str]:
