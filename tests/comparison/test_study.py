@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rotmole.comparison.study import grown, is_study, load_study
+from rotmole.comparison.grid import grown, trials
+from rotmole.comparison.study import is_study, load_study
 from rotmole.errors import ConfigError
 from training_cases import run_file
 
@@ -106,6 +107,40 @@ def test_a_grid_that_no_run_takes(study_yaml):
     assert "tune.grid, method lora: training.learning_rate is -1" in text
 
 
+def test_a_grid_over_what_a_method_writes_itself(study_yaml):
+    text = problems(
+        study_yaml, "methods.lora.training={learning_rate: 0.1}", "tune.grid.scale=[1, 2]",
+        "methods.moe.adapter.lora_alpha=99",
+    )  # fmt: skip
+    assert "methods.lora.training.learning_rate is 0.1, and tune.grid tries its own" in text
+    assert (
+        "methods.moe.adapter.lora_alpha is 99, and tune.grid tries its own values of scale" in text
+    )
+    assert load_study(study_yaml, ["base.training.learning_rate=0.1"])  # for all, as a default
+
+
+@pytest.mark.parametrize(
+    ("equal", "key", "said"),
+    [
+        ("parameters", "num_experts", "3 makes its parameters "),
+        ("rank", "r", "3 makes its rank 3 in place of 8"),
+        ("active_rank", "top_k", "3 makes its active rank 24 in place of 16"),
+    ],
+)
+def test_a_grid_that_changes_what_is_made_equal(study_yaml, equal, key, said):
+    methods = "methods={a: {adapter: {rotation: none}}, b: {adapter: {rotation: plane}}}"
+    changes = [f"equal={equal}", f"tune.grid={{adapter.{key}: [3]}}", methods, "baseline=a"]
+    text = problems(study_yaml, *changes)
+    assert f"tune.grid, method b: adapter.{key} {said}" in text
+
+
+def test_a_grid_of_adapter_settings_that_leave_the_size(study_yaml):
+    study = load_study(study_yaml, ["tune.grid={adapter.lora_dropout: [0, 0.1]}"])
+    assert (
+        study.run_of("moe", settings={"adapter.lora_dropout": 0.1}).adapter["lora_dropout"] == 0.1
+    )
+
+
 def test_methods_that_need_trained_adapters_are_refused_by_name(study_yaml):
     text = problems(study_yaml, "equal=parameters", "methods.x={adapter: {peft_type: XLORA}}")
     assert "methods.x.adapter.peft_type: XLORA cannot be trained here: it needs trained" in text
@@ -181,7 +216,7 @@ def test_settings_without_effect_are_not_tried_twice(study_yaml):
         "hra: {adapter: {peft_type: HRA}}}"
     )
     study = load_study(study_yaml, [methods])
-    counts = {name: len(study.trials(name, grid)) for name in study.file.methods}
+    counts = {name: len(trials(study.adapter_of(name), grid)) for name in study.file.methods}
     assert counts == {"lora": 4, "moe": 4, "ours": 8, "hra": 2}
     run = study.run_of("ours", settings={"scale": 4.0, "optimizer.rotation_gate_lr": 1e-4})
     assert run.adapter["lora_alpha"] == 4 * run.adapter["r"]

@@ -353,6 +353,14 @@ def active_rank(config: Any) -> int:
     return int(chosen * config.r + shared)
 
 
+def size_in(equal: str, adapter: Mapping[str, Any], counter: Counter) -> int:
+    """Return what `equal:` makes alike of a method: parameters, rank or active rank."""
+    if equal == "parameters":
+        return counter.count(adapter)[0]
+    config = counter.shape(adapter)[1]
+    return active_rank(config) if equal == "active_rank" else int(config.r)
+
+
 def equal_rank(
     adapter: Mapping[str, Any], counter: Counter, scale: float | None, rank: int, *, active: bool
 ) -> Sized:

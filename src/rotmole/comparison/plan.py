@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rotmole.comparison.grid import grown, name_of, trials
 from rotmole.comparison.results import CELLS, FINAL, PLAN, TUNING, Result, read_cell
-from rotmole.comparison.study import Study, grown, name_of
+from rotmole.comparison.study import Study
 from rotmole.files import atomic_write_text
 
 FORMAT = 1
@@ -95,7 +96,7 @@ def _tuning(study: Study, grid: Mapping[str, Sequence[float]]) -> tuple[Cell, ..
         Cell(method, seed, TUNING, tuple(trial.items()))
         for seed in study.file.tune.seeds
         for method in study.file.methods
-        for trial in study.trials(method, grid)
+        for trial in trials(study.adapter_of(method), grid)
     )
 
 
@@ -118,7 +119,7 @@ def _best(
     chosen = {}
     for method in study.file.methods:
         best, lowest = {}, math.inf
-        for trial in study.trials(method, grid):
+        for trial in trials(study.adapter_of(method), grid):
             losses = [
                 result.nll
                 for seed in study.file.tune.seeds

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,16 +16,23 @@ from pydantic import ValidationError
 from rotmole.comparison.equal import (
     Counter,
     Sized,
-    active_rank,
     equal_parameters,
     equal_rank,
-    field_of,
     plain_size,
-    with_size,
+    size_in,
+)
+from rotmole.comparison.grid import (
+    GATES,
+    SCALE,
+    grid_problems,
+    has_no_gates,
+    in_trial,
+    resized,
+    trials,
 )
 from rotmole.comparison.results import NLL
 from rotmole.comparison.study_file import StudyFile
-from rotmole.config.adapter import adapter_hints, check_adapter
+from rotmole.config.adapter import adapter_hints
 from rotmole.config.load import lay_over, load_run, read_text
 from rotmole.config.paths import anchor_paths
 from rotmole.config.peft_types import OURS, peft_type_problem
@@ -37,16 +43,12 @@ from rotmole.data import data_problems
 from rotmole.errors import ConfigError, one_of
 from rotmole.models.preview import adapter_problems
 
-RATE = "training.learning_rate"
-SCALE = "scale"
 Notice = tuple[str, type[Warning]]
 _SECTIONS = ("model", "data", "training", "optimizer", "evaluation", "adapter")
 _FIXED = {
     "output_dir": "the cells' folders lie in the study's",
     "seed": "write seeds in the study file",
 }
-GATES = ("optimizer.scaling_gate_lr", "optimizer.rotation_gate_lr")
-"""Rates that have no effect on a method without such gates; it is trained once for all of them."""
 
 
 @dataclass
@@ -57,7 +59,7 @@ class Study:
         file: the study file with every default.
         where: its path, for messages.
         sized: method -> its adapter, the size decided.
-        problems: method -> why its size cannot be decided; such a study does not run.
+        trust_remote_code: let transformers run code that came with the model.
     """
 
     file: StudyFile
@@ -127,15 +129,11 @@ class Study:
             if own:
                 raw[name] = {**(raw.get(name) or {}), **own}
         for key, value in settings.items():
-            if key == SCALE:
-                adapter = _scaled(adapter, value)
-                continue
             place, _, name = key.partition(".")
-            if place == "adapter":
-                adapter[name] = value
-            elif not (key in GATES and _has_no_gates(adapter, key)):
+            rates_nothing = key in GATES and has_no_gates(adapter, key)
+            if key != SCALE and place != "adapter" and not rates_nothing:
                 raw[place] = {**(raw.get(place) or {}), name: value}
-        raw["adapter"] = adapter
+        raw["adapter"] = in_trial(adapter, settings)
         return raw
 
     def adapter_of(self, method: str) -> dict[str, Any]:
@@ -147,20 +145,6 @@ class Study:
         base, known = self.file.base.get("adapter") or {}, adapter_hints(kind)
         common = {k: base[k] for k in self.file.common if k in base and k in known}
         return common | own
-
-    def trials(self, method: str, grid: Mapping[str, Sequence[float]]) -> list[dict[str, float]]:
-        """Return the combinations of a grid; a setting without effect on a method has one value."""
-        adapter = self.adapter_of(method)
-        combinations: list[dict[str, float]] = [{}]
-        for key, values in grid.items():
-            kept = values
-            if key in GATES and _has_no_gates(adapter, key):
-                kept = []
-            if key == SCALE and ((size := field_of(adapter)) is None or not size.alpha):
-                kept = []
-            if kept:
-                combinations = [trial | {key: value} for trial in combinations for value in kept]
-        return combinations
 
 
 def load_study(
@@ -289,14 +273,7 @@ def _rules(file: StudyFile) -> list[str]:
                 f"tune.seeds: {', '.join(map(str, both))} are final seeds too; tune on others, so "
                 "that the final cells do not choose their own rates."
             )
-        for key, values in file.tune.grid.items():
-            if key != SCALE and key.partition(".")[0] not in ("training", "optimizer", "adapter"):
-                problems.append(
-                    f"tune.grid: {key!r} is no setting that is tuned; give training.learning_rate, "
-                    "optimizer.rotation_gate_lr, adapter.NAME or scale."
-                )
-            if len(set(values)) < len(values):
-                problems.append(f"tune.grid.{key}: values appear twice.")
+        problems += grid_problems(file.tune.grid, file.methods)
     return problems
 
 
@@ -372,8 +349,7 @@ def decide_sizes(study: Study) -> list[str]:
         target = plain[file.baseline].parameters
     rank = 0
     if file.equal in ("rank", "active_rank"):
-        config = counter.shape(adapters[file.baseline])[1]
-        rank = active_rank(config) if file.equal == "active_rank" else int(config.r)
+        rank = size_in(file.equal, adapters[file.baseline], counter)
     for name, adapter in adapters.items():
         try:
             sized = _size_of(study, name, adapter, plain, counter, scale, target, rank)
@@ -414,67 +390,17 @@ def _base_scale(adapter: Mapping[str, Any]) -> float | None:
 
 
 def _grid_problems(study: Study) -> list[str]:
-    """Make a run with each trial of each method."""
-    file = study.file
+    """Make a run with each trial of each method; none may change what is made equal."""
+    file, counter = study.file, Counter(study.model, study.trust_remote_code)
     if file.tune is None:
         return []
     problems: dict[str, None] = {}
     for method in file.methods:
-        for trial in study.trials(method, file.tune.grid):
+        for trial in trials(study.adapter_of(method), file.tune.grid):
             try:
                 study.run_of(method, settings=trial)
+                found = resized(study.sized[method].adapter, trial, file.equal, counter)
             except ConfigError as error:
-                problems |= {f"tune.grid, method {method}: {p}": None for p in error.problems}
+                found = error.problems
+            problems |= {f"tune.grid, method {method}: {p}": None for p in found}
     return list(problems)
-
-
-def _has_no_gates(adapter: Mapping[str, Any], key: str) -> bool:
-    """Tell whether a rate of gates has no effect on a method."""
-    if adapter.get("peft_type", OURS) != OURS:
-        return True
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        config = check_adapter(adapter)[1]
-    if config is None:
-        return False
-    name = "rotation" if key.endswith("rotation_gate_lr") else "num_experts"
-    return bool(getattr(config, name) == ("none" if name == "rotation" else 1))
-
-
-def _scaled(adapter: dict[str, Any], scale: float) -> dict[str, Any]:
-    """Return a method's settings with another alpha / rank; without an alpha they stay."""
-    size, config = field_of(adapter), check_adapter(adapter)[1]
-    if size is None or size.alpha is None or config is None:
-        return adapter
-    scaled = with_size(adapter, size, getattr(config, size.name), scale)
-    if "rank_pattern" in adapter:
-        scaled["alpha_pattern"] = {k: scale * rank for k, rank in adapter["rank_pattern"].items()}
-    return scaled
-
-
-def name_of(settings: Mapping[str, Any]) -> str:
-    """Return a trial's folder name.
-
-    >>> name_of({"training.learning_rate": 0.002, "scale": 4.0})
-    'learning_rate=0.002,scale=4'
-    """
-    parts = [f"{key.rpartition('.')[2]}={value:g}" for key, value in settings.items()]
-    return ",".join(parts) or "as_written"
-
-
-def grown(values: Sequence[float], best: float) -> float | None:
-    """Return the value that a grid lacks on the side of its best; None if the best lies inside.
-
-    The new value is as far from the edge, as a ratio, as the edge from its neighbour.
-
-    >>> grown([0.001, 0.002, 0.004], 0.004), grown([0.001, 0.002, 0.004], 0.002)
-    (0.008, None)
-    """
-    ordered = sorted(values)
-    if len(ordered) < 2 or best not in (ordered[0], ordered[-1]):
-        return None
-    edge, neighbour = (ordered[0], ordered[1]) if best == ordered[0] else ordered[-1:-3:-1]
-    if edge <= 0 or neighbour <= 0:
-        return None
-    value = edge * edge / neighbour
-    return float(f"{value:.6g}") if math.isfinite(value) else None

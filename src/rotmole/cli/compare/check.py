@@ -18,6 +18,7 @@ from rotmole.cli.rows import Rows, load_rows, print_rows
 from rotmole.cli.screen import note
 from rotmole.comparison.cells import check_metrics
 from rotmole.comparison.cost import flops_per_token
+from rotmole.comparison.grid import trials
 from rotmole.comparison.plan import make_plan
 from rotmole.comparison.shared import SharedSources
 from rotmole.comparison.study import Study, load_study
@@ -161,8 +162,10 @@ def price_of(
         times = updates // (max(updates * every, 1) if every < 1 else every)
         scored = times * sum(lengths["validation"]) + sum(lengths[study.file.split])
         cell = updates * seconds + each * scored
-    trials = len(study.trials(method, study.file.tune.grid)) if study.file.tune else 0
-    tuning = trials * len(study.file.tune.seeds) if study.file.tune else 0
+    tuning = 0
+    if study.file.tune is not None:
+        tried = trials(study.adapter_of(method), study.file.tune.grid)
+        tuning = len(tried) * len(study.file.tune.seeds)
     tokens = updates * batch * mean
     operations = flops_per_token(run, _columns(loaded))
     return Price(
