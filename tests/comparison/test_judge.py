@@ -106,6 +106,17 @@ def test_another_commit_is_told_and_paired():
     assert judged.facts["dtype"] == "float32"
 
 
+@pytest.mark.parametrize(
+    ("split", "said"),
+    [("validation", "Where these choose settings"), ("train", "rows that they were trained on")],
+)
+def test_other_rows_than_those_of_the_test_split_are_told(split, said):
+    results = made_results({"lora": 0, "good": -0.1})
+    assert not any("are scored on" in note for note in judge(results).notes)
+    (note,) = judge(replace(results, plan={"split": split})).notes
+    assert said in note
+
+
 def test_a_method_that_was_trained_otherwise_is_told_and_paired():
     results = made_results({"lora": 0, "same": -0.1, "short": 0.1, "others": 0.1})
     changes = {"short": {"updates": 50, "tokens": 500}, "others": {"tokens": 1100}}

@@ -45,6 +45,13 @@ from rotmole.units import count_word
 VALIDATION = Measure(NLL, "validation NLL", higher_is_better=False)
 UNSEEN = Measure(HELD_OUT, "NLL of held-out tasks", higher_is_better=False)
 
+OTHER_SPLITS = {
+    "train": "The final cells are scored on the rows that they were trained on.",
+    "validation": "The final cells are scored on validation rows. Where these choose settings or "
+    "weights too, all methods look better than they are on other rows.",
+}
+"""What has to be known of a study that is not scored on test rows."""
+
 PAIRING_FACTS = ("dtype", "device", "threads", "processor")
 """Cells that differ in one of these are not paired."""
 
@@ -236,6 +243,8 @@ def _trained(cell: Result) -> tuple[int, int]:
 
 def _plan_notes(results: Results) -> list[str]:
     notes = []
+    if results.seeds and (note := OTHER_SPLITS.get(results.plan.get("split", ""))):
+        notes.append(note)
     if edge := results.plan.get("on_edge"):
         notes.append(f"The best settings lie on the edge of the tuning grid for {', '.join(edge)}.")
     if count := len(results.missing):
