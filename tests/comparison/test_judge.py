@@ -81,7 +81,7 @@ def test_a_baseline_that_is_not_equal_leaves_no_claim():
     assert verdicts(judged) == {"good": "not equal"}
 
 
-@pytest.mark.parametrize("fact", ["dtype", "device", "threads", "processor"])
+@pytest.mark.parametrize("fact", ["dtype", "device", "threads", "processor", "data"])
 def test_cells_on_other_terms_are_not_paired(fact):
     results = made_results({"lora": 0, "good": -0.1})
     final = [
@@ -92,6 +92,15 @@ def test_cells_on_other_terms_are_not_paired(fact):
     assert judged.difference("good", "nll").estimate.n == 7
     assert any(note.startswith(f"good, seed 3, is not paired with lora: {fact} is")
                for note in judged.notes)  # fmt: skip
+
+
+def test_tuning_on_different_data_is_told():
+    results = made_results({"lora": 0, "good": -0.1})
+    first, *others = results.tuning
+    odd = replace(first, facts=FACTS | {"data": "other"})
+    assert not judge(results).notes
+    (note,) = judge(replace(results, tuning=(odd, *others))).notes
+    assert "tuning cells of seed 100 were trained on different data" in note
 
 
 def test_another_commit_is_told_and_paired():

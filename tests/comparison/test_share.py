@@ -22,7 +22,7 @@ from rotmole.comparison.share import check_cells, fix_machine, work
 from rotmole.comparison.study import load_study
 from rotmole.errors import ConfigError, InputError, NonFiniteError
 from rotmole.training.run import train
-from study_cases import figures
+from study_cases import figures, write_study
 
 
 def test_every_cell_is_done_and_described(done):
@@ -271,6 +271,33 @@ def test_a_metric_more_scores_finished_cells_again_without_training(
     assert {s.measure for s in judge(after).scores} == {"nll", "own metric"}
     monkeypatch.setattr("rotmole.comparison.share.run_cell", None)
     assert work(more, fix_machine(more)).failed == {}
+
+
+def test_cells_of_other_rows_are_not_paired_and_scored_no_more(tmp_path):
+    """Rows that change in the middle of a study."""
+    path = write_study(tmp_path, tune=None, seeds=[0])
+    study = load_study(path)
+    machine = fix_machine(study)
+    assert work(study, machine).failed == {}
+    assert judge(read_results(study.folder)).difference("moe", "nll").estimate.n == 1
+    shutil.rmtree(study.folder / "cells" / "final" / "moe")
+    edit(tmp_path / "data" / "sums.train.jsonl")
+    assert work(study, machine).failed == {}
+    judged = judge(read_results(study.folder))
+    assert judged.difference("moe", "nll").verdict == "not paired"
+    assert any(
+        note.startswith("moe, seed 0, is not paired with lora: data") for note in judged.notes
+    )
+    before = figures(study.folder)
+    edit(tmp_path / "data" / "sums.test.jsonl")
+    failed = work(load_study(path, ["metrics=[nll, greedy_match]"]), machine).failed
+    assert len(failed) == 2
+    assert all("the test rows of sums have changed since" in said for said in failed.values())
+    assert figures(study.folder) == before
+
+
+def edit(rows: Path) -> None:
+    rows.write_text(rows.read_text(encoding="utf-8").replace("plus", "and"), encoding="utf-8")
 
 
 def test_a_cell_belongs_to_one_process(done):

@@ -22,7 +22,8 @@ from rotmole.comparison.shared import SharedSources
 from rotmole.comparison.study import Study
 from rotmole.config.load import resolved_yaml, sft_arguments
 from rotmole.config.schema import RunFile
-from rotmole.errors import ConfigError, NonFiniteError, RotMoleError, one_of
+from rotmole.data import fingerprint
+from rotmole.errors import ConfigError, InputError, NonFiniteError, RotMoleError, one_of
 from rotmole.evaluation.evaluate import evaluate
 from rotmole.evaluation.files import RESULT, origin, write_files
 from rotmole.evaluation.metrics import METRICS, default_metrics
@@ -298,6 +299,7 @@ def _score(study: Study, runs: Sequence[RunFile], folder: Path, sources: SharedS
     """
     run, *_ = runs
     loaded = sources.model(run.model, lambda text: None)
+    _check_rows(run, _rows(run, loaded.tokenizer, folder, sources), folder)
     rows, metrics = {}, {}
     for part in runs:
         for task, examples in _rows(part, loaded.tokenizer, folder, sources).items():
@@ -329,6 +331,19 @@ def _rows(
             "write another split in the study file"
         )
     return rows
+
+
+def _check_rows(run: RunFile, rows: Mapping[str, Sequence[Any]], folder: Path) -> None:
+    """Refuse to score other rows than those that were there when a cell was trained."""
+    split = run.evaluation.split
+    content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    there = content["data"]["splits"].get(split, {})
+    now = {task: fingerprint({task: examples}) for task, examples in rows.items()}
+    if changed := [task for task in now if now[task] != there.get(task, {}).get("sha256")]:
+        raise InputError(
+            f"the {split} rows of {', '.join(changed)} have changed since {folder} was trained; "
+            "bring them back, or delete that folder, which is then made anew"
+        )
 
 
 def check_metrics(study: Study, run: RunFile, rows: Mapping[str, Sequence[Any]]) -> None:

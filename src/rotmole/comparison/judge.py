@@ -52,7 +52,7 @@ OTHER_SPLITS = {
 }
 """What has to be known of a study that is not scored on test rows."""
 
-PAIRING_FACTS = ("dtype", "device", "threads", "processor")
+PAIRING_FACTS = ("dtype", "device", "threads", "processor", "data")
 """Cells that differ in one of these are not paired."""
 
 Cells = Mapping[str, Mapping[int, Result]]
@@ -245,6 +245,12 @@ def _plan_notes(results: Results) -> list[str]:
     notes = []
     if results.seeds and (note := OTHER_SPLITS.get(results.plan.get("split", ""))):
         notes.append(note)
+    for seed in dict.fromkeys(cell.seed for cell in results.tuning):
+        if len({cell.facts.get("data") for cell in results.tuning if cell.seed == seed}) > 1:
+            notes.append(
+                f"The tuning cells of seed {seed} were trained on different data, so their losses "
+                "do not say which settings are best."
+            )
     if edge := results.plan.get("on_edge"):
         notes.append(f"The best settings lie on the edge of the tuning grid for {', '.join(edge)}.")
     if count := len(results.missing):

@@ -20,7 +20,7 @@ from typing import Any
 from rotmole.errors import InputError
 from rotmole.evaluation.files import PREDICTIONS, RESULT
 from rotmole.training.callbacks.metrics import read_metrics
-from rotmole.training.folder.layout import METRICS
+from rotmole.training.folder.layout import MANIFEST, METRICS
 
 PLAN, CELL, CELLS = "plan.json", "cell.json", "cells"
 NLL = "nll"
@@ -83,8 +83,8 @@ class Result:
         train_seconds: of training alone, resumes included.
         flops: floating-point operations of training, an estimate; None if they are not known.
         nll: validation loss of the weights that are the result; infinite where training diverged.
-        facts: dtype, device, threads, processor, versions, commit: cells that differ in them are
-            not paired.
+        facts: dtype, device, threads, processor, data: cells that differ in them are not paired;
+            versions, commit, platform.
         rows: "task/id" -> scores on the test split; empty while tuning.
         figures: task -> metric -> figure of the whole task on the test split; empty while tuning.
         curve: validations, in order.
@@ -184,6 +184,7 @@ def read_cell(folder: Path) -> Result | None:
     flops = content["flops"]
     each = None if flops is None else flops / max(content["updates"], 1)
     nll = content.pop("nll")
+    content["facts"] |= _data(folder)
     return Result(
         **{name: content[name] for name in _PLAIN},
         nll=math.inf if nll is None else nll,
@@ -198,6 +199,15 @@ _PLAIN = (
     "method", "stage", "seed", "settings", "rate", "parameters", "gate_parameters", "difference",
     "equal", "updates", "tokens", "train_seconds", "flops", "facts",
 )  # fmt: skip
+
+
+def _data(folder: Path) -> dict[str, str]:
+    """Return the fact that identifies the rows of a cell, all splits; of a seed it is the same."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {"data": manifest["data"]["sha256"][:12]}
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
