@@ -51,7 +51,7 @@ def write_cell(study: Path, method: str, seed: int, nll: float) -> str:
     (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"0" * 1000)
     run = run_file(study / "tiny", study, folder, max_steps=4, eval_steps=0.5, weight_decay=0.1)
     counts = {"trainable_parameters": 64, "all_parameters": 5000, "adapted_modules": 2}
-    rows = {"splits": {"train": {"film": {"rows": 30, "sha256": "ab"}}}}
+    rows = {"sha256": "cd", "splits": {"train": {"film": {"rows": 30, "sha256": "ab"}}}}
     (folder / "manifest.json").write_text(manifest(run, rows, counts), encoding="utf-8")
     (folder / "run.yaml").write_text(resolved_yaml(run), encoding="utf-8")
     log = [

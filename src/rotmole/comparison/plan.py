@@ -169,6 +169,7 @@ def write_plan(study: Study, plan: Plan, facts: Mapping[str, Any]) -> Path:
                 "equal": sized.equal,
                 "rounded": sized.rounded,
                 "raised_layers": sized.raised,
+                "written": study.written(name),
             }
             for name, sized in study.sized.items()
         },

@@ -136,6 +136,12 @@ class Study:
         raw["adapter"] = in_trial(adapter, settings)
         return raw
 
+    def written(self, method: str) -> dict[str, Any]:
+        """Return what the study file says of a method: full name -> value."""
+        section = self.file.methods[method]
+        places = {name: getattr(section, name) for name in ("adapter", "training", "optimizer")}
+        return {f"{place}.{name}": v for place, own in places.items() for name, v in own.items()}
+
     def adapter_of(self, method: str) -> dict[str, Any]:
         """Return the settings of a method's adapter: the common ones, and its own over them."""
         own = self.file.methods[method].adapter

@@ -87,6 +87,25 @@ def test_every_number_of_the_tables_is_on_the_page_and_in_the_text(judged, figur
         assert remark in text
 
 
+def test_the_page_says_what_each_method_is(judged):
+    """Names alone do not: what the study file says of a method, and its size."""
+    assert tables.methods(judged) == []  # made-up studies have no file
+    planned = {
+        "lora": {"written": {"adapter.peft_type": "LORA", "adapter.r": 26},
+                 "solved": None, "value": None, "raised_layers": 0},
+        "slow": {"written": {"adapter.preset": "moe_lora", "optimizer.scaling_gate_lr": 2e-4},
+                 "solved": "r", "value": 3, "raised_layers": 21},
+    }  # fmt: skip
+    judged = replace(judged, study={**judged.study, "methods": planned})
+    assert tables.methods(judged)[1:] == [
+        ["lora", "peft_type LORA, r 26", ""],
+        ["slow", "preset moe_lora, optimizer.scaling_gate_lr 0.0002", "r 3, 4 in 21 layers"],
+    ]
+    none = Drawn([], [])
+    for text in (html(judged, "Title", none), markdown(judged, "Title", none)):
+        assert "preset moe_lora, optimizer.scaling_gate_lr 0.0002" in text
+
+
 def test_names_are_text_and_no_markup():
     judged = judge(made_results({"<b>lora</b>": 0.0, "a|b": 0.1}))
     page = html(judged, "<i>title</i>", drawn(judged))

@@ -60,6 +60,7 @@ def _tables(judgement: Judgement) -> dict[str, Any]:
     clock = judgement.clock
     return {
         "headline": judgement.headline,
+        "methods": tables.methods(judgement),
         "overview": tables.overview(judgement),
         "differences": [(m.label, tables.differences(judgement, m)) for m in judgement.measures],
         "remarks": tables.remarks(judgement),
@@ -88,6 +89,8 @@ def markdown(judgement: Judgement, title: str, figures: Drawn) -> str:
     for measure in judgement.measures:
         if by_task := tables.by_task(judgement, measure):
             text += [f"## {measure.label} by task", tables.markdown(by_task)]
+    if parts["methods"]:
+        text += ["## The methods", tables.markdown(parts["methods"])]
     text += ["## Figures", *map(_linked, figures.plain)]
     text += ["## At equal operations", _BUDGET_NOTE, tables.markdown(parts["operations"])]
     if parts["trials"]:

@@ -178,6 +178,24 @@ def remarks(judgement: Judgement) -> list[str]:
     return [*lines, *judgement.notes]
 
 
+def methods(judgement: Judgement) -> Lines:
+    """What each method is: its settings in the study file, and the size that was solved for it.
+
+    Empty where study.json does not say it, as of studies that were judged earlier.
+    """
+    lines = [["method", "settings", "solved"]]
+    for name, planned in judgement.study.get("methods", {}).items():
+        if "written" not in planned:
+            return []
+        settings = [f"{k.removeprefix('adapter.')} {v}" for k, v in planned["written"].items()]
+        solved = f"{planned['solved']} {planned['value']}" if planned["solved"] else ""
+        if planned["raised_layers"]:
+            layers = planned["raised_layers"]
+            solved += f", {planned['value'] + 1} in {layers} layer{'s' * (layers > 1)}"
+        lines.append([name, ", ".join(settings), solved])
+    return lines if len(lines) > 1 else []
+
+
 def _by_verdict(judgement: Judgement, verdict: str) -> Iterable[tuple[Measure, list[Difference]]]:
     for measure in judgement.measures:
         decided = [
