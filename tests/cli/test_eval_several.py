@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from rotmole_cli import main
 from tiny_folders import write_base_model
@@ -75,6 +75,12 @@ def test_two_runs_by_row(shared, capsys):
     line = next(line for line in printed.splitlines() if "r4-0" in line and "overall" in line)
     assert line.split()[2] == "5"  # rows within the limit
     assert not (shared / "r2-0" / "eval.json").exists()  # several targets leave no files
+    said = " ".join(printed.split())
+    config = LlamaConfig.from_pretrained(shared / "model")
+    kept = config.num_key_value_heads * config.hidden_size // config.num_attention_heads
+    each = 3 * config.hidden_size + kept  # q and v, in and out
+    assert f"r2-0 {2 * each * config.num_hidden_layers:,}; " in said  # counted in the file
+    assert "r4-0 has +100.0 % trainable parameters beside" in said
 
 
 def test_two_methods_by_seed_as_json_and_in_files(shared, tmp_path, capsys):

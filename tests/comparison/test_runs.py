@@ -8,8 +8,15 @@ import numpy as np
 import pytest
 
 from judged_cases import made_cell
-from rotmole.comparison.results import Row
-from rotmole.comparison.runs import Run, check_same_rows, compare_runs
+from rotmole.comparison.results import Row, read_results
+from rotmole.comparison.runs import (
+    Run,
+    Trained,
+    check_same_rows,
+    compare_runs,
+    trained,
+    unequal,
+)
 from rotmole.data.examples import Example
 from rotmole.errors import InputError
 
@@ -106,3 +113,27 @@ def test_other_rows_are_refused(other, words):
     with pytest.raises(InputError, match=words) as caught:
         check_same_rows({"a": ROWS, "b": other})
     assert "--config RUN.yaml" in str(caught.value)
+
+
+def test_what_tells_runs_apart_beside_their_methods():
+    first = Trained(1000, 100, 5000, "rows")
+    assert unequal(Trained(1015, 100, 5000, "rows"), first) == []
+    assert unequal(Trained(700, 50, 5000, "others"), first) == [
+        "-30.0 % trainable parameters", "other training rows",
+        "another number of updates or tokens",
+    ]  # fmt: skip
+    assert unequal(replace(first, tokens=4999), first) == ["another number of updates or tokens"]
+    assert unequal(Trained(), first) == []  # nothing is known
+    assert unequal(first, Trained(0)) == []  # a base model alone
+
+
+def test_how_a_run_came_about_is_read_from_its_folder(done):
+    cells = {cell.method: cell for cell in read_results(done[0].folder).final if cell.seed == 0}
+    found = {name: trained(cell.folder / "adapter") for name, cell in cells.items()}
+    for name, cell in cells.items():
+        assert found[name].parameters == cell.parameters
+        assert (found[name].updates, found[name].tokens) == (cell.updates, cell.tokens)
+    assert found["lora"].data == found["moe"].data
+    checkpoint = next(cells["moe"].folder.glob("checkpoint-*"))
+    assert trained(checkpoint) == replace(found["moe"], updates=None, tokens=None)
+    assert trained(None) == Trained(parameters=0)

@@ -6,16 +6,26 @@ differences say which run is better on such rows, and nothing of other training 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from math import prod
+from pathlib import Path
 from typing import Literal
 
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+
 from rotmole.comparison.differences import ByUnit, claimed, measures_of, paired_differences
+from rotmole.comparison.equal import TOLERANCE
 from rotmole.comparison.judgement import FEW, Difference, Measure
 from rotmole.comparison.results import Row
 from rotmole.comparison.scores import own_metrics, row_scores, scores
 from rotmole.data.examples import Example
 from rotmole.errors import InputError
+from rotmole.training.callbacks.metrics import read_metrics
+from rotmole.training.folder.layout import ADAPTER, MANIFEST, METRICS
+from rotmole.tuner.storage.weights import read_header
 
 FEW_ROWS = "too few rows for a claim"
 """The verdict where rows are the unit."""
@@ -39,6 +49,22 @@ class Run:
     seed: int | None
     rows: Mapping[str, Row] = field(repr=False)
     figures: Mapping[str, Mapping[str, float]] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How the adapter of a run came about, as its run folder says; None where that is not known.
+
+    Attributes:
+        parameters: trainable; those in the adapter's file where there is no run folder.
+        updates, tokens: that the run had made and seen at the end.
+        data: a checksum of its training rows.
+    """
+
+    parameters: int | None = None
+    updates: int | None = None
+    tokens: int | None = None
+    data: str | None = None
 
 
 @dataclass(frozen=True)
@@ -116,6 +142,43 @@ def _by_seed(runs: Sequence[Run]) -> dict[str, dict[int, Run]]:
 
 def _label(names: Sequence[str]) -> str:
     return f"{names[0]} and {len(names) - 1} more"
+
+
+def trained(adapter: Path | None) -> Trained:
+    """Read how the adapter of a run folder, or another one, came about; None is a base model."""
+    if adapter is None:
+        return Trained(parameters=0)
+    folder = adapter.resolve().parent
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        file = adapter / SAFETENSORS_WEIGHTS_NAME
+        header = read_header(file).values() if file.is_file() else []
+        return Trained(parameters=sum(prod(entry.shape) for entry in header) or None)
+    # a checkpoint has not made all updates
+    logs = read_metrics(folder / METRICS) if adapter.resolve().name == ADAPTER else []
+    train = json.dumps(manifest["data"]["splits"].get("train"), sort_keys=True)
+    return Trained(
+        parameters=manifest["adapter"]["trainable_parameters"],
+        updates=max((log.get("step", 0) for log in logs), default=None),
+        tokens=max((log.get("num_input_tokens_seen", 0) for log in logs), default=None),
+        data=sha256(train.encode()).hexdigest()[:12],
+    )
+
+
+def unequal(here: Trained, first: Trained) -> list[str]:
+    """Say what tells a run from the first one beside its method, as far as it is known."""
+    reasons = []
+    if here.parameters and first.parameters:
+        apart = here.parameters / first.parameters - 1
+        if abs(apart) > TOLERANCE:
+            reasons.append(f"{100 * apart:+.1f} % trainable parameters")
+    if here.data and first.data and here.data != first.data:
+        reasons.append("other training rows")
+    amounts = [(one.updates, one.tokens) for one in (here, first)]
+    if amounts[0] != amounts[1] and None not in (here.updates, first.updates):
+        reasons.append("another number of updates or tokens")
+    return reasons
 
 
 def check_same_rows(examples: Mapping[str, Examples]) -> None:

@@ -21,7 +21,14 @@ from rotmole.cli.screen import note, progress
 from rotmole.comparison.judgement import Measure
 from rotmole.comparison.pages.tables import interval
 from rotmole.comparison.results import figures_of, rows_of
-from rotmole.comparison.runs import Run, RunDifferences, check_same_rows, compare_runs
+from rotmole.comparison.runs import (
+    Run,
+    RunDifferences,
+    check_same_rows,
+    compare_runs,
+    trained,
+    unequal,
+)
 from rotmole.comparison.shared import SharedSources
 from rotmole.config.schema import RunFile
 from rotmole.config.training import longest_row
@@ -189,6 +196,7 @@ def _deliver(
         "adapters": {name: str(p.adapter) if p.adapter else None for name, p in places.items()},
         "models": {name: p.model.name for name, p in places.items()},
         "chosen_on_these_rows": chosen,
+        "trained": {name: asdict(trained(place.adapter)) for name, place in places.items()},
         "paired": asdict(found),
     }
     files = [] if output is None else write_files(report, facts, output.expanduser())
@@ -207,9 +215,28 @@ def _deliver(
         "too good; --split test scores others if there are some."
         for name in chosen
     ]
-    print_lines([*_remarks(found, places), *advice, *footnotes(report)[1:]])
+    print_lines([*_remarks(found, places), *_trainings(places), *advice, *footnotes(report)[1:]])
     if files:
         print(f"written: {', '.join(map(str, files))}")
+
+
+def _trainings(places: dict[str, Target]) -> list[str]:
+    """Say how the adapters came about, and what but their methods tells them from the first."""
+    known = {name: trained(place.adapter) for name, place in places.items()}
+    first = next(iter(known))
+    parts = []
+    for name, run in known.items():
+        said = "-" if run.parameters is None else f"{run.parameters:,}"
+        amount = "" if run.updates is None else f", {run.updates} updates, {run.tokens:,} tokens"
+        parts.append(f"{name} {said}{amount}")
+    lines = [f"trainable parameters: {'; '.join(parts)}"]
+    for name, run in known.items():
+        if reasons := unequal(run, known[first]):
+            lines.append(
+                f"{name} has {' and '.join(reasons)} beside {first}: their difference is not that "
+                "of their methods alone."
+            )
+    return lines
 
 
 def _lines(found: RunDifferences, one: Measure) -> list[list[str]]:
