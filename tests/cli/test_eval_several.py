@@ -102,6 +102,14 @@ def test_two_methods_by_seed_as_json_and_in_files(shared, tmp_path, capsys):
     assert overall["estimate"]["value"] == pytest.approx(expected)
 
 
+def test_runs_of_several_seeds_stand_beside_the_baselines_of_their_seed(shared, capsys):
+    assert run(shared, "r2-0", "r2-1", "r4-0", "r4-1") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for seed in (0, 1):
+        assert f"r4-{seed} has +100.0 % trainable parameters beside {shared}/r2-{seed}:" in said
+    assert said.count("trainable parameters beside") == 2
+
+
 def test_a_run_scores_as_it_does_alone(shared, tmp_path, capsys):
     assert run(shared, "r2-0", "r4-1", "--json", "--output", str(tmp_path / "both")) == 0
     both = json.loads(capsys.readouterr().out)["systems"]

@@ -215,15 +215,22 @@ def _deliver(
         "too good; --split test scores others if there are some."
         for name in chosen
     ]
-    print_lines([*_remarks(found, places), *_trainings(places), *advice, *footnotes(report)[1:]])
+    print_lines(
+        [*_remarks(found, places), *_trainings(found, places), *advice, *footnotes(report)[1:]]
+    )
     if files:
         print(f"written: {', '.join(map(str, files))}")
 
 
-def _trainings(places: dict[str, Target]) -> list[str]:
-    """Say how the adapters came about, and what but their methods tells them from the first."""
+def _trainings(found: RunDifferences, places: dict[str, Target]) -> list[str]:
+    """Say how the adapters came about, and what but their methods tells them from the baseline's.
+
+    Where runs are paired by seed, each stands beside the baseline's run of its seed.
+    """
     known = {name: trained(place.adapter) for name, place in places.items()}
-    first = next(iter(known))
+    seeds = {name: _trained(place)[1] for name, place in places.items()}
+    first, *others = found.members[found.baseline]
+    of_seed = {seeds[name]: name for name in (first, *others)} if found.unit == "seed" else {}
     parts = []
     for name, run in known.items():
         said = "-" if run.parameters is None else f"{run.parameters:,}"
@@ -231,9 +238,10 @@ def _trainings(places: dict[str, Target]) -> list[str]:
         parts.append(f"{name} {said}{amount}")
     lines = [f"trainable parameters: {'; '.join(parts)}"]
     for name, run in known.items():
-        if reasons := unequal(run, known[first]):
+        beside = of_seed.get(seeds[name], first)
+        if name not in others and (reasons := unequal(run, known[beside])):
             lines.append(
-                f"{name} has {' and '.join(reasons)} beside {first}: their difference is not that "
+                f"{name} has {' and '.join(reasons)} beside {beside}: their difference is not that "
                 "of their methods alone."
             )
     return lines
