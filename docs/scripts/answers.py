@@ -324,7 +324,7 @@ OWN_METRICS = {
     "q2_glue": "mixed GLUE",
     "q2_qa": "mixed QA",
     "q2_qa_again": "mixed QA again, with new seeds",
-    "q2_titles": "titles in nine languages",
+    "q2_titles_chrf": "titles in nine languages",
     "q7a_match": "the 36 tasks with 0.3 M parameters",
     "q7b_contradictions": "tasks that contradict each other",
     "q7e_down": "the 36 tasks with down_proj adapted",
