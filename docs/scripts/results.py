@@ -121,7 +121,8 @@ def table(judgement: Judgement) -> str:
     for line in lines[1:]:
         joined.append([*line, *found.get(line[0], ["baseline", *[""] * (len(header) - 1)])])
     for measure in judgement.measures[1:]:
-        apart = {line[0]: line[1] for line in tables.differences(judgement, measure)[1:]}
+        head, *body = tables.differences(judgement, measure)
+        apart = {line[0]: line[head.index("difference")] for line in body}
         what = "held-out tasks" if measure.name == HELD_OUT else measure.label
         joined[0].append(f"difference, {what}")
         for line in joined[1:]:
