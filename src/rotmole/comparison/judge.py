@@ -84,6 +84,7 @@ def judge(results: Results) -> Judgement:
         for name, seeds in cells.items()
     }
     pairs, notes = _pairs(cells, results.baseline)
+    notes += _training_notes(cells, pairs, results.baseline)
     differences = tuple(paired_differences(by_cell, pairs, results.baseline))
     measures: tuple[Measure, ...] = (VALIDATION,)
     claims = 0
@@ -109,15 +110,7 @@ def judge(results: Results) -> Judgement:
         at_equal_flops=_at_budget(cells, pairs, results.baseline, _flops),
         curves=tuple(_curves(cells)),
         trials=tuple(_trials(results.tuning)),
-        notes=tuple(
-            [
-                *notes,
-                *_training_notes(cells, pairs, results.baseline),
-                *_facts_notes(judged),
-                *_plan_notes(results),
-                *_cost_notes(cells),
-            ]
-        ),
+        notes=tuple([*notes, *_facts_notes(judged), *_plan_notes(results), *_cost_notes(cells)]),
         clock=_clock(cells, pairs, results.baseline),
     )
 
