@@ -58,6 +58,7 @@ def test_what_it_shows(folder, tmp_path, capsys):
     assert all(len(line) <= 80 for line in shown[:-1] if not line.startswith("model"))
     lines = [line.split() for line in shown]
     assert ["modules", "2", "x", "q_proj", "[32", "->", "32]"] in lines
+    assert "twice       films: 3 of 3 validation rows are training rows too" in shown
     assert ["modules", "2", "x", "v_proj", "[32", "->", "16]"] in lines
     experts = 2 * 2 * 4 * (32 + 32 + 32 + 16)  # layers, experts, rank, widths
     scaling, rotation = 2 * 2 * 2 * 32, 2 * 2 * 2 * 4 * 32

@@ -296,6 +296,36 @@ def test_cells_of_other_rows_are_not_paired_and_scored_no_more(tmp_path):
     assert figures(study.folder) == before
 
 
+def test_scored_rows_that_are_training_rows_are_counted_and_told(done, tmp_path):
+    assert [cell.repeated for cell in read_results(done[0].folder).final] == [{}] * 4
+    path = write_study(tmp_path, tune=None, seeds=[0])
+    data = tmp_path / "data"
+    test = (data / "sums.train.jsonl").read_text().splitlines(keepends=True)[:2]
+    with (data / "sums.test.jsonl").open("a", encoding="utf-8") as file:
+        file.writelines(test)
+    held_out = {"source": "jsonl", "files": {"test": str(data / "colours.train.jsonl")}}
+    study = load_study(path, [f"held_out={{seen: {json.dumps(held_out)}}}"])
+    assert work(study, fix_machine(study)).failed == {}
+    (note,) = (n for n in judge(read_results(study.folder)).notes if n.startswith("Rows that were"))
+    assert note.endswith("trained on as well: sums 2 of 8, seen 30 of 30.")
+
+
+def test_tasks_without_rows_to_score_are_told_or_refused_before_training(tmp_path, monkeypatch):
+    path = write_study(tmp_path, tune=None, seeds=[0])
+    file = str(tmp_path / "data" / "sums.train.jsonl")
+    files = f"base.data.tasks.sums.files={{train: {file}, validation: {file}}}"
+    study = load_study(path, [files], output=tmp_path / "one")
+    assert work(study, fix_machine(study)).failed == {}
+    results = read_results(study.folder)
+    assert {row.task for row in results.final[0].rows.values()} == {"colours"}
+    assert "Tasks without rows to score, left out: sums." in judge(results).notes
+    monkeypatch.setattr("rotmole.comparison.cells.train", None)
+    held_out = f"held_out={{seen: {{source: jsonl, files: {{train: {file}}}}}}}"
+    study = load_study(path, [held_out], output=tmp_path / "two")
+    failed = list(work(study, fix_machine(study)).failed.values())
+    assert [said[:34] for said in failed] == ["no task has rows in split 'test'; "] * 2
+
+
 def edit(rows: Path) -> None:
     rows.write_text(rows.read_text(encoding="utf-8").replace("plus", "and"), encoding="utf-8")
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rotmole.config.schema import DataSection
-from rotmole.data import Example, data_fingerprint, fingerprint, mix
+from rotmole.data import Example, data_fingerprint, fingerprint, mix, repeated
 from rotmole.data.mixture import shares
 
 
@@ -83,6 +83,16 @@ def test_fingerprint_knows_content_and_order_but_not_place():
     ]:
         changed = {"a": [replace(rows["a"][0], **{field: value}), *rows["a"][1:]], "b": rows["b"]}
         assert before != fingerprint(changed)
+
+
+def test_rows_of_another_split_are_found_in_any_task():
+    train = examples(a=3, b=2)
+    rows = {
+        "a": [replace(train["b"][1], id="9", origin="elsewhere"), Example("a", "", "1", "a", "0x")],
+        "c": [Example("c", "", "0", "a0", "y")],
+    }
+    assert repeated(rows, train) == {"a": 2}  # the text is what is learnt, wherever it is split
+    assert repeated(rows, {}) == {}
 
 
 def test_data_fingerprint_names_library_versions_only_where_they_matter():

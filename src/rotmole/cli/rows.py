@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from rotmole.config.schema import RunFile, Split
-from rotmole.data import Example, encode, encode_all, load_splits
+from rotmole.data import Example, encode, encode_all, load_splits, repeated
 from rotmole.data.encode import IGNORED
 from rotmole.errors import DataError
 from rotmole.models.limits import check_readable
@@ -169,6 +169,20 @@ def _counts(rows: Rows) -> tuple[int, ...]:
     return len(lengths), sum(lengths), rows.learnt, rows.answers, longest, cut
 
 
+def _repeated(loaded: Sequence[Rows]) -> Iterator[str]:
+    """Say which rows are trained on and scored as well."""
+    by_split: dict[str, dict[str, list[Example]]] = {}
+    for rows in loaded:
+        by_split.setdefault(rows.split, {})[rows.task] = rows.examples
+    train = by_split.pop("train", {})
+    for split, tasks in by_split.items():
+        for task, count in repeated(tasks, train).items():
+            yield (
+                f"twice       {_elided(task, 30)}: {count:,} of {len(tasks[task]):,} {split} rows "
+                "are training rows too"
+            )
+
+
 def _parts(rows: Rows, tokenizer: Any) -> Iterator[tuple[bool, bool, str]]:
     """Yield the stretches of the first row: whether an answer, whether learnt, the text."""
     example, encoded = rows.examples[0], rows.encoded[0]
@@ -215,6 +229,8 @@ def print_rows(loaded: Sequence[Rows], tokenizer: Any) -> None:
     """Print how many rows there are, and the first row of each task."""
     if loaded:
         print_table(loaded)
+    for line in _repeated(loaded):
+        print(line)
     first: dict[str, Rows] = {}
     for rows in loaded:
         first.setdefault(rows.task, rows)

@@ -22,7 +22,7 @@ from rotmole.comparison.shared import SharedSources
 from rotmole.comparison.study import Study
 from rotmole.config.load import resolved_yaml, sft_arguments
 from rotmole.config.schema import RunFile
-from rotmole.data import fingerprint
+from rotmole.data import fingerprint, repeated
 from rotmole.errors import ConfigError, InputError, NonFiniteError, RotMoleError, one_of
 from rotmole.evaluation.evaluate import evaluate
 from rotmole.evaluation.files import RESULT, origin, write_files
@@ -195,9 +195,13 @@ def run_cell(
     (folder / FAILED).unlink(missing_ok=True)
     if differing := changes(study, cell, machine):
         raise ConfigError(differing)
-    if study.file.seeds and {*study.file.metrics} - {NLL}:
+    scored = [run]
+    if study.file.held_out:
+        scored.append(run_of(study, cell, machine, held_out=True))
+    if study.file.seeds:  # training takes long
         tokenizer = load_tokenizer(run.model, trust_remote_code=study.trust_remote_code)
-        check_metrics(study, run, _rows(run, tokenizer, folder, sources))
+        *_, rows = [_rows(part, tokenizer, folder, sources) for part in reversed(scored)]
+        check_metrics(study, run, rows)
     try:
         trained = _trained(study, run, folder, sources, callbacks)
     except NonFiniteError as error:
@@ -205,10 +209,7 @@ def run_cell(
             raise
         trained = _diverged(study, cell, folder, error)
     if cell.stage == FINAL:
-        runs = [run]
-        if study.file.held_out:
-            runs.append(run_of(study, cell, machine, held_out=True))
-        _score(study, runs, folder, sources)
+        trained = {**trained, **_score(study, scored, folder, sources)}
     seconds = round(time.monotonic() - started + earlier, 3)
     content = _described(study, cell, run, trained) | {
         "seconds": seconds,
@@ -291,23 +292,28 @@ def _diverged(study: Study, cell: Cell, folder: Path, error: NonFiniteError) -> 
     }
 
 
-def _score(study: Study, runs: Sequence[RunFile], folder: Path, sources: SharedSources) -> None:
+def _score(
+    study: Study, runs: Sequence[RunFile], folder: Path, sources: SharedSources
+) -> dict[str, Any]:
     """Score the split that the study names, once.
 
     Args:
         runs: the cell's, and the same with the tasks that it did not train on, if there are some.
+
+    Returns:
+        "repeated": task -> how many of its rows are training rows too, if any; "left_out": tasks
+        that have no row to score.
     """
     run, *_ = runs
     loaded = sources.model(run.model, lambda text: None)
+    train = sources.examples(run, loaded.tokenizer, run_date(folder))["train"]
     _check_rows(run, _rows(run, loaded.tokenizer, folder, sources), folder)
     rows, metrics = {}, {}
     for part in runs:
         for task, examples in _rows(part, loaded.tokenizer, folder, sources).items():
             rows[task], metrics[task] = examples, _metrics(study, part, task, examples)
     section = run.evaluation.model_copy(update={"before": False})
-    shown = {}
-    if section.examples_in_prompt:
-        shown = sources.examples(run, loaded.tokenizer, run_date(folder))["train"]
+    shown = train if section.examples_in_prompt else {}
     model = with_adapter(loaded.model, folder / ADAPTER)
     take_endings(model, folder / ADAPTER)
     model.eval()
@@ -317,6 +323,8 @@ def _score(study: Study, runs: Sequence[RunFile], folder: Path, sources: SharedS
         max_length=sft_arguments(run)["max_length"],
     )  # fmt: skip
     write_files(report, origin(run, folder / ADAPTER, loaded.name, loaded.note), folder)
+    left_out = [task for part in runs for task in part.data.tasks if task not in rows]
+    return {"repeated": repeated(rows, train), "left_out": left_out}
 
 
 def _rows(

@@ -238,6 +238,10 @@ def _plan_notes(results: Results) -> list[str]:
     notes = []
     if results.seeds and (note := OTHER_SPLITS.get(results.plan.get("split", ""))):
         notes.append(note)
+    if left_out := dict.fromkeys(task for cell in results.final for task in cell.left_out):
+        notes.append(f"Tasks without rows to score, left out: {', '.join(left_out)}.")
+    if repeated := _repeated(results.final):
+        notes.append(f"Rows that were scored and trained on as well: {repeated}.")
     for seed in dict.fromkeys(cell.seed for cell in results.tuning):
         if len({cell.facts.get("data") for cell in results.tuning if cell.seed == seed}) > 1:
             notes.append(
@@ -250,6 +254,17 @@ def _plan_notes(results: Results) -> list[str]:
         counted = "1 cell is" if count == 1 else f"{count} cells are"
         notes.append(f"{counted} not finished: {', '.join(results.missing)}.")
     return notes
+
+
+def _repeated(cells: Sequence[Result]) -> str:
+    """Say how many scored rows of each task are training rows too: the most of any cell."""
+    tasks = dict.fromkeys(task for cell in cells for task in cell.repeated)
+    parts = []
+    for task in tasks:
+        worst = max(cells, key=lambda cell: cell.repeated.get(task, 0))
+        total = sum(row.task == task for row in worst.rows.values())
+        parts.append(f"{task} {worst.repeated[task]} of {total}")
+    return ", ".join(parts)
 
 
 def _method(name: str, seeds: Mapping[int, Result]) -> Method:

@@ -89,6 +89,8 @@ class Result:
         figures: task -> metric -> figure of the whole task on the test split; empty while tuning.
         curve: validations, in order.
         folder: the run folder.
+        repeated: task -> how many of the scored rows are training rows too.
+        left_out: tasks that have no row in the split that was scored.
     """
 
     method: str
@@ -110,6 +112,8 @@ class Result:
     figures: Mapping[str, Mapping[str, float]] = field(repr=False)
     curve: Sequence[Point] = field(repr=False)
     folder: Path
+    repeated: Mapping[str, int] = field(default_factory=dict)
+    left_out: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -192,6 +196,8 @@ def read_cell(folder: Path) -> Result | None:
         figures=_figures(folder / RESULT) if content["stage"] == FINAL else {},
         curve=tuple(_curve(folder / METRICS, each)),
         folder=folder,
+        repeated=content.get("repeated", {}),
+        left_out=tuple(content.get("left_out", ())),
     )
 
 

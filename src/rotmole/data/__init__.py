@@ -11,7 +11,7 @@ from rotmole.data.encode import (
 )
 from rotmole.data.examples import Example
 from rotmole.data.load import data_problems, load_examples, load_splits
-from rotmole.data.mixture import data_fingerprint, fingerprint, mix
+from rotmole.data.mixture import data_fingerprint, fingerprint, mix, repeated
 from rotmole.data.packing import PackedCollator, PackedRows, model_inputs, pack, row_sums
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "mix",
     "model_inputs",
     "pack",
+    "repeated",
     "row_sums",
     "tokenize_pair",
     "tokenize_pairs",

@@ -87,6 +87,23 @@ def fingerprint(examples: Mapping[str, Sequence[Example]]) -> str:
     return digest.hexdigest()
 
 
+def repeated(
+    rows: Mapping[str, Sequence[Example]], among: Mapping[str, Sequence[Example]]
+) -> dict[str, int]:
+    """Count the rows that are rows of another split too, with the same prompt and answer.
+
+    Args:
+        rows: task -> those that are looked for.
+        among: task -> those of the other split, of any task.
+
+    Returns:
+        Task -> how many; without tasks that have none.
+    """
+    known = {row.prompt + row.completion for part in among.values() for row in part}
+    counts = {t: sum(row.prompt + row.completion in known for row in rows[t]) for t in rows}
+    return {task: count for task, count in counts.items() if count}
+
+
 def data_fingerprint(data: DataSection, examples: Mapping[str, Examples]) -> dict[str, Any]:
     """Return what identifies the data of a run.
 

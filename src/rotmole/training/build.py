@@ -136,6 +136,8 @@ def build(
     origin = None if checkpoints is None else checkpoints.origin
     date = today() if origin is None else run_date(origin.parent)
     examples = sources.examples(run, base.tokenizer, date)
+    if not any(examples["train"].values()):
+        raise DataError("no task has a row in its train split; name files: {train: ...}.")
     model = sources.adapted(run, base.model, resumes=origin is not None)
     validation = validation_rows(run, examples["validation"])
     used = {"train": examples["train"], "validation": validation}
@@ -174,14 +176,8 @@ def all_examples(run: RunFile, tokenizer: Any, *, date: str | None = None) -> Ex
 
     Returns:
         split -> task -> rows; a split without rows is empty.
-
-    Raises:
-        DataError: no task has a row to train on.
     """
-    examples = load_splits(run.data, seed=run.seed, tokenizer=tokenizer, date=date)
-    if not any(examples["train"].values()):
-        raise DataError("no task has a row in its train split; name files: {train: ...}.")
-    return examples
+    return load_splits(run.data, seed=run.seed, tokenizer=tokenizer, date=date)
 
 
 def add_adapter(run: RunFile, base: Any, *, resumes: bool = False) -> PeftModel:

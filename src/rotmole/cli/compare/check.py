@@ -96,9 +96,13 @@ def check_study(path: Path, overrides: Sequence[str], *, trust_remote_code: bool
     return 0
 
 
-def study_rows(study: Study) -> tuple[list[Rows], list[DataError], Any]:
-    """Return the rows of a study, the faults of its files and rows, and its tokenizer."""
-    run = study.run_of(study.file.baseline, seed=study.file.first_seed)
+def study_rows(study: Study, *, held_out: bool = False) -> tuple[list[Rows], list[DataError], Any]:
+    """Return the rows of a study, the faults of its files and rows, and its tokenizer.
+
+    Args:
+        held_out: those of the tasks that no cell trains on.
+    """
+    run = study.run_of(study.file.baseline, seed=study.file.first_seed, held_out=held_out)
     model = preview(
         run.model, run.adapter_config, torch.float32, trust_remote_code=study.trust_remote_code
     )
@@ -109,7 +113,11 @@ def study_rows(study: Study) -> tuple[list[Rows], list[DataError], Any]:
 
 def _print_rows(study: Study) -> list[Rows]:
     loaded, faults, tokenizer = study_rows(study)
-    print_rows(loaded, tokenizer)
+    unseen: list[Rows] = []
+    if study.file.held_out:
+        rows, more, _ = study_rows(study, held_out=True)
+        unseen, faults = [r for r in rows if r.split == study.file.split], faults + more
+    print_rows([*loaded, *unseen], tokenizer)
     if faults:
         raise together(faults)
     for split in ("train", study.file.split):
@@ -117,6 +125,8 @@ def _print_rows(study: Study) -> list[Rows]:
             raise DataError(
                 f"no task has a row in its {split} split; name files: {{{split}: ...}}."
             )
+    if study.file.held_out and not unseen:
+        raise DataError(f"no task of held_out has a row in its {study.file.split} split.")
     run = study.run_of(study.file.baseline, seed=study.file.first_seed)
     scored = {rows.task: rows.examples for rows in loaded if rows.split == study.file.split}
     check_metrics(study, run, scored)
