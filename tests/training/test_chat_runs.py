@@ -21,7 +21,7 @@ from rotmole.data.chat import today
 from rotmole.errors import InputError
 from rotmole.evaluation import generate_text
 from rotmole.evaluation.target import find_target, load_target
-from rotmole.training.build import all_examples
+from rotmole.training.build import Sources
 from rotmole.training.changes import check_answers, loaded_facts
 from rotmole.training.folder.manifest import run_date
 from rotmole.training.run import train
@@ -134,9 +134,9 @@ def test_answers_end_where_they_ended_in_training(finished: Path, tmp_path: Path
 def test_a_run_that_learnt_last_answers_is_named(finished: Path, tmp_path: Path) -> None:
     words = AutoTokenizer.from_pretrained(finished / "model")
     run = chat_run(finished, TURN)
-    every = all_examples(run, words, date="2025-02-03")
+    every = Sources().examples(run, words, "2025-02-03")
     run.data.tasks["chat"].loss_on = "last"
-    last = all_examples(run, words, date="2025-02-03")
+    last = Sources().examples(run, words, "2025-02-03")
     place = checkpoint(tmp_path, 5, **loaded_facts(data_fingerprint(run.data, last), torch.float32))
     with pytest.raises(InputError, match=r"learns all answers\. Set data\.tasks\.chat\.loss_on"):
         check_answers(place, every["train"])

@@ -198,7 +198,7 @@ def run_cell(
     scored = [run]
     if study.file.held_out:
         scored.append(run_of(study, cell, machine, held_out=True))
-    if study.file.seeds:  # training takes long
+    if study.file.seeds:  # before training, which takes long
         tokenizer = load_tokenizer(run.model, trust_remote_code=study.trust_remote_code)
         *_, rows = [_rows(part, tokenizer, folder, sources) for part in reversed(scored)]
         check_metrics(study, run, rows)

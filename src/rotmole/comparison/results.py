@@ -208,7 +208,7 @@ _PLAIN = (
 
 
 def _data(folder: Path) -> dict[str, str]:
-    """Return the fact that identifies the rows of a cell, all splits; of a seed it is the same."""
+    """Return the checksum of all rows of a cell as a fact; methods have it in common in a seed."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):

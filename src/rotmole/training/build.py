@@ -98,8 +98,14 @@ class Sources:
         return load_model(section, trust_remote_code=self.trust_remote_code, say=say)
 
     def examples(self, run: RunFile, tokenizer: Any, date: str) -> ExamplesBySplit:
-        """Load every split that the tasks have."""
-        return all_examples(run, tokenizer, date=date)
+        """Load every split that the tasks have: split -> task -> rows; without rows it is empty.
+
+        Args:
+            run: the run.
+            tokenizer: the model's.
+            date: ISO date that chat templates see as today's.
+        """
+        return load_splits(run.data, seed=run.seed, tokenizer=tokenizer, date=date)
 
     def adapted(self, run: RunFile, base: Any, *, resumes: bool) -> PeftModel:
         """Put the run's adapter on a base model; arguments as of `add_adapter`."""
@@ -164,20 +170,6 @@ def validation_rows(
         places = within_limit(groups, limit, seed=f"{run.seed}|{task}|while training|")
         chosen[task] = [rows[i] for i in places]
     return {task: rows for task, rows in chosen.items() if rows}
-
-
-def all_examples(run: RunFile, tokenizer: Any, *, date: str | None = None) -> ExamplesBySplit:
-    """Load every split that the tasks have.
-
-    Args:
-        run: the run.
-        tokenizer: the model's.
-        date: ISO date that chat templates see as today's; None is today's.
-
-    Returns:
-        split -> task -> rows; a split without rows is empty.
-    """
-    return load_splits(run.data, seed=run.seed, tokenizer=tokenizer, date=date)
 
 
 def add_adapter(run: RunFile, base: Any, *, resumes: bool = False) -> PeftModel:

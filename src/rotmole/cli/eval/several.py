@@ -162,13 +162,13 @@ def _runs(report: Report, places: dict[str, Target]) -> list[Run]:
     content = to_json(report)
     runs = []
     for name, place in places.items():
-        method, seed = _trained(place)
+        method, seed = _method_and_seed(place)
         rows, figures = rows_of(lines, name), figures_of(content, name)
         runs.append(Run(name, method or name, seed, rows, figures))
     return runs
 
 
-def _trained(place: Target) -> tuple[str, int | None]:
+def _method_and_seed(place: Target) -> tuple[str, int | None]:
     """Return what a run was trained with but for its seed, and the seed; ("", None) if unknown."""
     if place.adapter is None:
         return "", None
@@ -216,19 +216,19 @@ def _deliver(
         for name in chosen
     ]
     print_lines(
-        [*_remarks(found, places), *_trainings(found, places), *advice, *footnotes(report)[1:]]
+        [*_remarks(found, places), *_amounts(found, places), *advice, *footnotes(report)[1:]]
     )
     if files:
         print(f"written: {', '.join(map(str, files))}")
 
 
-def _trainings(found: RunDifferences, places: dict[str, Target]) -> list[str]:
+def _amounts(found: RunDifferences, places: dict[str, Target]) -> list[str]:
     """Say how the adapters came about, and what but their methods tells them from the baseline's.
 
     Where runs are paired by seed, each stands beside the baseline's run of its seed.
     """
     known = {name: trained(place.adapter) for name, place in places.items()}
-    seeds = {name: _trained(place)[1] for name, place in places.items()}
+    seeds = {name: _method_and_seed(place)[1] for name, place in places.items()}
     first, *others = found.members[found.baseline]
     of_seed = {seeds[name]: name for name in (first, *others)} if found.unit == "seed" else {}
     parts = []
