@@ -61,6 +61,17 @@ def test_ids_begin_with_the_name_and_are_all_found(svg):
     assert set(re.findall(r'(?:url\(#|href="#)([^")]+)', svg)) <= ids
 
 
+def test_a_rounding_of_another_processor_changes_no_id(svg):
+    """matplotlib hashes coordinates, and the last digit of one is the processor's."""
+
+    def shifted(figure) -> None:
+        paint(figure)
+        figure.set_figwidth(figure.get_figwidth() * (1 + 1e-13))
+
+    there = draw(shifted, name="lines", label='a "figure" <of> lines', height=3)
+    assert re.findall(r'id="[^"]+', there) == re.findall(r'id="[^"]+', svg)
+
+
 def test_text_stays_text(svg):
     assert "$x_3 &amp; Ω≈漢" in svg
     assert "DejaVu" not in svg

@@ -98,14 +98,30 @@ def cells(study: dict[str, Any]) -> int:
     return len(study["methods"]) * (trials * len(tune.get("seeds", [])) + len(study["seeds"]))
 
 
-def missing(study: Study) -> str:
-    """Say what a study that was not run would take."""
-    content = yaml.safe_load((STUDIES / f"{study.name}.yaml").read_text(encoding="utf-8"))
-    count = cells(content)
+def missing(study: Study, judgement: Judgement | None = None) -> str:
+    """Say what a study that was not run would take, or the cells of it that were not.
+
+    Args:
+        study: with the minutes of a cell.
+        judgement: of the cells that were run; None where there are none.
+
+    Returns:
+        A sentence; "" where no cell is missing.
+    """
+    if judgement is None:
+        content = yaml.safe_load((STUDIES / f"{study.name}.yaml").read_text(encoding="utf-8"))
+        count = cells(content)
+        which = f"{count} cells"
+    else:
+        count = len(judgement.missing)
+        methods = dict.fromkeys(name.split("/")[2] for name in judgement.missing)
+        which = f"{count} cells left ({', '.join(methods)})"
+    if not count:
+        return ""
     hours = count * study.minutes / 60
     return (
-        f"**Not run yet: {study.what}.** `rotmole compare experiments/study/{study.name}.yaml` has "
-        f"{count} cells, about {hours:.1f} hours of one core."
+        f"**Not run yet: {study.what}.** `rotmole compare experiments/study/{study.name}.yaml` "
+        f"has {which}, about {hours:.1f} hours of one core."
     )
 
 
@@ -131,7 +147,7 @@ def table(judgement: Judgement) -> str:
 
 
 def shown(study: Study, results: Path, pictures: Path) -> str:
-    """Return a study's table and figure, or what is missing."""
+    """Return a study's table and figure, and what is missing."""
     path = results / f"{study.name}.json"
     if not path.is_file():
         return missing(study)
@@ -154,7 +170,8 @@ def shown(study: Study, results: Path, pictures: Path) -> str:
         (pictures / picture).write_text(standalone(drawing.svg) + "\n", encoding="utf-8")
         parts.append(f"![{drawing.name}](pictures/{picture})\n\n{drawing.caption}")
     parts.append("\n".join(f"- {remark}" for remark in tables.remarks(judgement)))
-    return "\n\n".join([*parts, tables.facts(judgement.facts)])
+    parts.append(tables.facts(judgement.facts))
+    return "\n\n".join(part for part in [*parts, missing(study, judgement)] if part)
 
 
 def known(results: Path) -> dict[str, Judgement]:

@@ -57,6 +57,7 @@ _STYLE: dict[str, Any] = {
 }  # fmt: skip
 
 
+_HASHED = re.compile(r"[a-zA-Z]+?[0-9a-f]{10}")
 _PDF: dict[str, Any] = {"pdf.fonttype": 42}  # TrueType, which publishers ask for
 _LIGHT_OF = dict(zip(_NAMES, (*_COMMON["light"], *_LIGHT), strict=True))
 
@@ -85,7 +86,7 @@ def draw(
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     buffer = io.BytesIO()
-    with _painted(paint, height, width, {"svg.hashsalt": name}) as figure:
+    with _painted(paint, height, width, {}) as figure:
         FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
     return _for_page(buffer.getvalue().decode("utf-8"), name, label, description)
 
@@ -143,7 +144,7 @@ def _take_light_colors(artist: Any) -> None:
 def _for_page(text: str, name: str, label: str, description: str) -> str:
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'(\sid="|url\(#|xlink:href="#)', rf"\g<1>{name}-", text)
+    text = _named(text, name)
     text = re.sub(r"'DejaVu Sans'.*?sans-serif", "system-ui, sans-serif", text)
     for color, variable in _NAMES.items():
         text = text.replace(color, f"var(--{variable})")
@@ -157,6 +158,22 @@ def _for_page(text: str, name: str, label: str, description: str) -> str:
     end = text.index(">") + 1
     head = f'<svg role="img" aria-labelledby="{names}" style="stroke-linejoin: round"'
     return f"{head}{text[len('<svg') : end]}\n{words}{text[end:]}".strip()
+
+
+def _named(text: str, name: str) -> str:
+    """Begin every id with a name, and number those that matplotlib makes by hashing coordinates.
+
+    Processors round coordinates differently, and one digit changes a whole hash.
+    """
+    numbered: dict[str, str] = {}
+
+    def named(match: re.Match[str]) -> str:
+        old = match[2]
+        if _HASHED.fullmatch(old):
+            old = numbered.setdefault(old, f"{old[:-10]}{len(numbered)}")
+        return f"{match[1]}{name}-{old}"
+
+    return re.sub(r'(\sid="|url\(#|xlink:href="#)([^")]+)', named, text)
 
 
 def standalone(svg: str) -> str:

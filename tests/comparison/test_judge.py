@@ -155,6 +155,7 @@ def test_missing_cells_are_named_and_the_rest_is_judged():
     judged = judge(replace(results, final=final, missing=("cells/final/good/seed-2",)))
     assert judged.difference("good", "nll").estimate.n == 7
     assert judged.notes == ("1 cell is not finished: cells/final/good/seed-2.",)
+    assert judged.missing == ("cells/final/good/seed-2",)
 
 
 def test_without_the_baseline_nothing_is_judged():

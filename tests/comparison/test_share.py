@@ -10,7 +10,7 @@ from statistics import fmean
 
 import pytest
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import warm
 from rotmole.comparison.cells import cell_lock, failure, is_done
@@ -324,6 +324,39 @@ def test_tasks_without_rows_to_score_are_told_or_refused_before_training(tmp_pat
     study = load_study(path, [held_out], output=tmp_path / "two")
     failed = list(work(study, fix_machine(study)).failed.values())
     assert [said[:34] for said in failed] == ["no task has rows in split 'test'; "] * 2
+
+
+def test_cells_of_another_base_or_other_held_out_rows_are_not_paired(tmp_path):
+    """Weights of the base, or rows that are scored alone, that change in the middle of a study."""
+    (tmp_path / "unseen").mkdir()
+    unseen = tmp_path / "unseen" / "sums.jsonl"
+    path = write_study(tmp_path, tune=None, seeds=[0])
+    shutil.copy(tmp_path / "data" / "sums.test.jsonl", unseen)
+    task = {"source": "jsonl", "files": {"test": str(unseen)}}
+    study = load_study(path, [f"held_out.unseen={json.dumps(task)}"])
+    machine = fix_machine(study)
+    lora, moe = (study.folder / "cells" / "final" / name for name in ("lora", "moe"))
+    weights = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(weights)
+    changed = {name: tensor + (name == "model.norm.weight") for name, tensor in tensors.items()}
+
+    def reason() -> str:
+        assert work(study, machine).failed == {}
+        note = judge(read_results(study.folder)).notes[-1]
+        return note.removeprefix("moe, seed 0, is not paired with lora: ")
+
+    assert work(study, machine).failed == {}
+    assert judge(read_results(study.folder)).difference("moe", "nll").estimate.n == 1
+    shutil.rmtree(moe)
+    edit(unseen)
+    assert reason().startswith("held out rows is ")
+    shutil.rmtree(lora)
+    save_file(changed, weights, metadata={"format": "pt"})
+    assert reason().startswith("base weights is ")
+    more = load_study(path, [f"held_out.unseen={json.dumps(task)}", "metrics=[nll, greedy_match]"])
+    ((cell, said),) = work(more, machine).failed.items()
+    assert cell.method == "moe"
+    assert "the weights of the base model have changed since" in said
 
 
 def edit(rows: Path) -> None:

@@ -320,6 +320,20 @@ def test_a_finished_study_has_its_table_and_its_figure(tmp_path: Path) -> None:
     assert "Not run yet" in text.partition("<!-- q6 -->")[2]
 
 
+def test_a_study_with_cells_left_says_what_they_cost(tmp_path: Path) -> None:
+    left = tuple(f"cells/final/shared/seed-{seed}" for seed in range(3))
+    found = replace(made_results({"lora": 0.0, "moe_lora": 0.25}), missing=left)
+    write_judgement(judge(found), tmp_path / "q3.json")
+    results = script("results")
+    (q3,) = results.QUESTIONS["q3"]
+    part = results.shown(q3, tmp_path, tmp_path)
+    assert "| moe_lora |" in part
+    hours = 3 * q3.minutes / 60
+    assert part.endswith(
+        f"q3.yaml` has 3 cells left (shared), about {hours:.1f} hours of one core."
+    )
+
+
 def test_the_cells_of_a_study_are_counted_as_the_plan_does() -> None:
     study = {"methods": {"a": {}, "b": {}}, "seeds": [0, 1, 2]}
     assert script("results").cells(study) == 6

@@ -209,7 +209,7 @@ def run_cell(
             raise
         trained = _diverged(study, cell, folder, error)
     if cell.stage == FINAL:
-        trained = {**trained, **_score(study, scored, folder, sources)}
+        trained = {**trained, **_score(study, scored, folder, sources, trained)}
     seconds = round(time.monotonic() - started + earlier, 3)
     content = _described(study, cell, run, trained) | {
         "seconds": seconds,
@@ -273,6 +273,7 @@ def _trained(
         "peak_memory_bytes": result.metrics.get("peak_memory_bytes"),
         "flops": None if each is None else each * tokens,
         "nll": nll if nll is not None and math.isfinite(nll) else None,
+        "base_weights": sources.base_weights,
     }
     atomic_write_text(notes, json.dumps(content, indent=1) + "\n")
     return content
@@ -293,19 +294,30 @@ def _diverged(study: Study, cell: Cell, folder: Path, error: NonFiniteError) -> 
 
 
 def _score(
-    study: Study, runs: Sequence[RunFile], folder: Path, sources: SharedSources
+    study: Study,
+    runs: Sequence[RunFile],
+    folder: Path,
+    sources: SharedSources,
+    trained: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Score the split that the study names, once.
 
     Args:
         runs: the cell's, and the same with the tasks that it did not train on, if there are some.
+        trained: what `_trained` says.
 
     Returns:
         "repeated": task -> how many of its rows are training rows too, if any; "left_out": tasks
-        that have no row to score.
+        that have no row to score; "held_out_rows": a checksum of the rows of tasks that it did not
+        train on, None where there are none.
     """
     run, *_ = runs
     loaded = sources.model(run.model, lambda text: None)
+    if trained.get("base_weights") not in (None, sources.base_weights):
+        raise InputError(
+            f"the weights of the base model have changed since {folder} was trained; bring them "
+            "back, or delete that folder, which is then made anew"
+        )
     train = sources.examples(run, loaded.tokenizer, run_date(folder))["train"]
     _check_rows(run, _rows(run, loaded.tokenizer, folder, sources), folder)
     rows, metrics = {}, {}
@@ -324,7 +336,12 @@ def _score(
     )  # fmt: skip
     write_files(report, origin(run, folder / ADAPTER, loaded.name, loaded.note), folder)
     left_out = [task for part in runs for task in part.data.tasks if task not in rows]
-    return {"repeated": repeated(rows, train), "left_out": left_out}
+    unseen = {task: examples for task, examples in rows.items() if task not in run.data.tasks}
+    return {
+        "repeated": repeated(rows, train),
+        "left_out": left_out,
+        "held_out_rows": fingerprint(unseen)[:12] if unseen else None,
+    }
 
 
 def _rows(

@@ -36,7 +36,7 @@ from rotmole.comparison.judgement import (
     Score,
     Trial,
 )
-from rotmole.comparison.results import NLL, TUNING, Point, Result, Results
+from rotmole.comparison.results import NLL, SCORED_FACTS, TUNING, Point, Result, Results
 from rotmole.comparison.scores import HELD_OUT, Scores, own_metrics, scores
 from rotmole.errors import InputError
 from rotmole.evaluation.statistics.paired import seeds_needed
@@ -52,7 +52,7 @@ OTHER_SPLITS = {
 }
 """What has to be known of a study that is not scored on test rows."""
 
-PAIRING_FACTS = ("dtype", "device", "threads", "processor", "data")
+PAIRING_FACTS = ("dtype", "device", "threads", "processor", "data", *SCORED_FACTS)
 """Cells that differ in one of these are not paired."""
 
 Cells = Mapping[str, Mapping[int, Result]]
@@ -112,6 +112,7 @@ def judge(results: Results) -> Judgement:
         trials=tuple(_trials(results.tuning)),
         notes=tuple([*notes, *_facts_notes(judged), *_plan_notes(results), *_cost_notes(cells)]),
         clock=_clock(cells, pairs, results.baseline),
+        missing=results.missing,
     )
 
 
@@ -191,8 +192,9 @@ def _unlike(cell: Result, other: Result) -> str:
     """Say why two cells cannot be paired; "" if they can."""
     for fact in PAIRING_FACTS:
         here, there = cell.facts.get(fact), other.facts.get(fact)
-        if here != there:
-            return f"{fact} is {here} and {there}"
+        older = fact in SCORED_FACTS and None in (here, there)
+        if here != there and not older:
+            return f"{fact.replace('_', ' ')} is {here} and {there}"
     if cell.rows.keys() != other.rows.keys():
         return f"they scored other rows ({len(cell.rows)} and {len(other.rows)})"
     return ""

@@ -185,6 +185,7 @@ class Judgement:
         curves, trials: of final and of tuning cells.
         notes: what else has to be known, in sentences.
         clock: the figures that depend on the clock.
+        missing: names of cells that are planned and not finished.
     """
 
     headline: str
@@ -204,6 +205,7 @@ class Judgement:
     trials: tuple[Trial, ...]
     notes: tuple[str, ...]
     clock: Clock
+    missing: tuple[str, ...] = ()
     format: int = field(default=FORMAT)
 
     def score(self, method: str, measure: str, task: str = "", group: str = "") -> Score | None:

@@ -188,7 +188,9 @@ def read_cell(folder: Path) -> Result | None:
     flops = content["flops"]
     each = None if flops is None else flops / max(content["updates"], 1)
     nll = content.pop("nll")
-    content["facts"] |= _data(folder)
+    content["facts"] |= _data(folder) | {
+        name: content[name] for name in SCORED_FACTS if content.get(name) is not None
+    }
     return Result(
         **{name: content[name] for name in _PLAIN},
         nll=math.inf if nll is None else nll,
@@ -201,6 +203,8 @@ def read_cell(folder: Path) -> Result | None:
     )
 
 
+SCORED_FACTS = ("base_weights", "held_out_rows")
+"""Checksums in cell.json; those of older cells have none."""
 _PLAIN = (
     "method", "stage", "seed", "settings", "rate", "parameters", "gate_parameters", "difference",
     "equal", "updates", "tokens", "train_seconds", "flops", "facts",

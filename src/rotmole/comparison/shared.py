@@ -28,7 +28,7 @@ class SharedSources(Sources):
         super().__init__(trust_remote_code=trust_remote_code)
         self._section: ModelSection | None = None
         self._loaded: LoadedModel | None = None
-        self._sum = 0
+        self._sum, self._weights = 0, 0
         self._rows: dict[tuple[int, str, str], ExamplesBySplit] = {}
 
     def model(self, section: ModelSection, say: Callable[[str], None]) -> LoadedModel:
@@ -41,9 +41,18 @@ class SharedSources(Sources):
             loaded = super().model(section, say)
             self._loaded, self._section = loaded, section
             self._sum = _checksum(loaded.model)
+            self._weights = _checksum(loaded.model, buffers=False)
         tensors = [*loaded.model.parameters(), *loaded.model.buffers()]
         model = copy.deepcopy(loaded.model, {id(tensor): tensor for tensor in tensors})
         return LoadedModel(model, loaded.tokenizer, loaded.name, loaded.note)
+
+    @property
+    def base_weights(self) -> str | None:
+        """A checksum of the base model's weights; None where it is loaded for every run.
+
+        Buffers are not in it: they are computed, and processors round differently.
+        """
+        return None if self._loaded is None else f"{self._weights % 2**48:012x}"
 
     def examples(self, run: RunFile, tokenizer: Any, date: str) -> ExamplesBySplit:
         """Return the rows of a seed; they are never changed."""
@@ -60,10 +69,11 @@ class SharedSources(Sources):
         return model
 
 
-def _checksum(model: nn.Module) -> int:
+def _checksum(model: nn.Module, *, buffers: bool = True) -> int:
     """Return the sum of the bits of all weights, as integers, each tensor by its place."""
     total = 0
-    for place, tensor in enumerate([*model.parameters(), *model.buffers()]):
+    tensors = [*model.parameters(), *(model.buffers() if buffers else ())]
+    for place, tensor in enumerate(tensors):
         kind = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
         bits = tensor.detach().contiguous().view(kind[tensor.element_size()])
         total += (place + 1) * int(bits.sum(dtype=torch.int64))
