@@ -135,7 +135,8 @@ def table(judgement: Judgement) -> str:
     header = tables.differences(judgement, nll)[0][1:]
     joined = [[*lines[0], *header]]
     for line in lines[1:]:
-        joined.append([*line, *found.get(line[0], ["baseline", *[""] * (len(header) - 1)])])
+        own = ["baseline" if title == "difference" else "" for title in header]
+        joined.append([*line, *found.get(line[0], own)])
     for measure in judgement.measures[1:]:
         head, *body = tables.differences(judgement, measure)
         apart = {line[0]: line[head.index("difference")] for line in body}
