@@ -43,6 +43,8 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rotmole.ops.compiled import _kernels
+
 WIDTHS = (8, 576, 576)  # T, D, O
 REPEATS = 20  # steps of a round: one takes less than a millisecond
 EAGER, TOKEN = "operations, forward and backward", "operations, one token"
@@ -123,9 +125,17 @@ def with_names(step: Step) -> int:
     """Count the kernels of a step that compiles, each with its name in the profile."""
     from torch._inductor import config  # only here: the others do without the compiler
 
-    torch._dynamo.reset()
+    forget()
     with config.patch({"cpp.enable_kernel_profile": True}):
-        return kernels(step)
+        found = kernels(step)
+    forget()
+    return found
+
+
+def forget() -> None:
+    """Let what is compiled be compiled anew, with the settings of then."""
+    torch._dynamo.reset()
+    _kernels.cache_clear()
 
 
 def compiled(step: Callable[[nn.Module], Step], layer: nn.Module) -> int:
@@ -196,18 +206,23 @@ def measure_compiled(case: Case, mode: str, lora_kernels: int, **more: Any) -> R
     return counted(str(case), named(mode, more), COMPILED, against, count, lora_kernels)
 
 
-def measure_kernels(case: Case, mode: str, **more: Any) -> list[Row]:
-    """Count what ours with `kernels: compiled` starts beside what LoRA, eager, does."""
+def measure_kernels(case: Case, mode: str, rounds: int, **more: Any) -> list[Row]:
+    """Count and time what ours with `kernels: compiled` starts beside what LoRA, eager, does."""
     ours = case.ours(mode, kernels="compiled", **more)
     lora = case.lora(ours)
-    counts = with_names(case.step(ours)), operations(case.step(lora))
+    both = case.step(ours), case.step(lora)
     row, against = (str(case), f"{named(mode, more)}, kernels compiled"), lora_name(lora)
-    rows = [counted(*row, KERNELS, against, *counts)]
+    rows = [
+        counted(*row, KERNELS, against, with_names(both[0]), operations(both[1])),
+        fixed((*row, FIXED), against, *both, rounds),
+    ]
     if more:
         return rows
     x = case.x.detach()[:1, :1]
-    counts = with_names(one_token(ours.eval(), x)), operations(one_token(lora.eval(), x))
-    return [*rows, counted(*row, TOKEN_KERNELS, against, *counts)]
+    both = one_token(ours.eval(), x), one_token(lora.eval(), x)
+    rows.append(counted(*row, TOKEN_KERNELS, against, with_names(both[0]), operations(both[1])))
+    rows.append(fixed((*row, FIXED_TOKEN), against, *both, rounds))
+    return rows
 
 
 def others(given: Any, case: Case) -> dict[str, tuple[Bench, nn.Module]]:
@@ -274,7 +289,7 @@ def main() -> int:
     lora = case.lora(case.ours("none"))
     lora_kernels = compiled(case.step, lora)
     for mode, more in modes:
-        rows += measure_kernels(case, mode, **more)
+        rows += measure_kernels(case, mode, given.rounds, **more)
     for mode, more in modes:
         rows.append(measure_compiled(case, mode, lora_kernels, **more))
         finish(rows, given)

@@ -156,7 +156,11 @@ def measure(case: Case, modes: tuple[str, ...], rounds: int, balanced: tuple[str
     variants += [
         (f"{name}, kernels compiled", m, more | {"kernels": "compiled"})
         for m in balanced
-        for name, more in ((m, {}), (f"{m}, shared expert", SHARED))
+        for name, more in (
+            (m, {}),
+            (f"{m}, balance loss on", {"router_aux_loss_coef": BALANCE}),
+            (f"{m}, shared expert", SHARED),
+        )
     ]
     if case.kind == "bfloat16 with float32 adapters" and fast:
         variants += [(f"{m}, compute_dtype input", m, {"compute_dtype": "input"}) for m in balanced]

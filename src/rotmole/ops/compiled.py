@@ -1,8 +1,9 @@
-"""Kernels in place of many small operations: torch.compile for one pass of one kind of layer.
+"""Kernels in place of many small operations: torch's compilers for one pass of one kind of layer.
 
-A kind is compiled once a process for every number of tokens, and once for a single one; torch keeps
-the code on disk, so the next process only loads it. Where there is no compiler (a C++ compiler on a
-CPU, Triton on a GPU), the operations are run one by one, with one warning.
+A kind is compiled once for every number of tokens, and once for a single one: on a CPU ahead of
+time (packages.py), elsewhere by torch.compile. The code is kept on disk, so the next process only
+loads it. Where there is no compiler (a C++ compiler on a CPU, Triton on a GPU), the operations are
+run one by one, with one warning.
 
 Without kernels, `few` says which calls are better off with fewer operations.
 """
@@ -19,10 +20,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from rotmole.ops.packages import Packages
 from rotmole.ops.spec import Spec
 
-Result = TypeVar("Result")
-
+Kind = TypeVar("Kind")
+Pass = Callable[[Kind, Sequence[Tensor | None]], tuple[Any, ...]]
 
 FEW_TOKENS = 64
 """Tokens up to which a layer's time is the number of its operations."""
@@ -49,51 +51,64 @@ def may_compile(spec: Spec, x_TD: Tensor) -> bool:
     return not (torch.compiler.is_compiling() or is_in_torch_dispatch_mode())
 
 
-def detached(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Return the tensors apart from autograd, as `compiled` wants them."""
-    return [None if tensor is None else tensor.detach() for tensor in tensors]
-
-
 class _Kernels:
     """One function for one kind of layer, compiled when it is first called."""
 
-    def __init__(self, function: Callable[..., Any], kind: Any) -> None:
-        def step(*tensors: Any) -> Any:
-            return function(kind, *tensors)
+    def __init__(self, function: Pass[Any], kind: Any, letters: Sequence[str], device: str) -> None:
+        def step(tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
+            return function(kind, tensors)
 
-        # code of its own: torch counts how often it compiles a piece of code, and stops at a few
-        own = FunctionType(step.__code__.replace(), step.__globals__, closure=step.__closure__)
         self.plain = step
-        self.fast: Callable[..., Any] | None = torch.compile(own, dynamic=True, fullgraph=True)
+        self.fast: Callable[..., tuple[Any, ...]] | None
+        self.fast = Packages(step, letters) if device == "cpu" else _followed(step)
 
-    def __call__(self, *tensors: Any) -> Any:
+    def __call__(self, tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
         if self.fast is None:
-            return self.plain(*tensors)
+            return self.plain(tensors)
         try:
-            return self.fast(*tensors)
+            return self.fast(tensors)
         except Exception as error:
-            result = self.plain(*tensors)  # an error of the layer's own comes out here
+            result = self.plain(tensors)  # an error of the layer's own comes out here
             self.fast = None
             lines = str(error).strip().splitlines() or [type(error).__name__]
             warnings.warn(
-                f"kernels: compiled, but torch.compile failed ({lines[0]}); the layer is computed "
-                "operation by operation, with the same results",
+                f"kernels: compiled, but torch's compiler failed ({lines[0]}); the layer is "
+                "computed operation by operation, with the same results",
                 RuntimeWarning,
                 stacklevel=2,
             )
             return result
 
 
+def _followed(step: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    # code of its own: torch counts how often it compiles a piece of code, and stops at a few
+    own = FunctionType(step.__code__.replace(), step.__globals__, closure=step.__closure__)
+    fast = torch.compile(own, dynamic=True, fullgraph=True)
+    return lambda tensors: fast([None if each is None else each.detach() for each in tensors])
+
+
 _kernels = cache(_Kernels)
 
 
-def compiled(function: Callable[..., Result], kind: Any, *tensors: Any) -> Result:
-    """Return function(kind, *tensors), by kernels that are made of it for each kind.
+def compiled(
+    function: Pass[Kind], kind: Kind, tensors: Sequence[Tensor | None], letters: Sequence[str]
+) -> tuple[Any, ...]:
+    """Return function(kind, tensors), by kernels that are made of it for each kind.
 
     Args:
-        function: pure, of tensors and sequences of tensors.
+        function: pure; returns tensors, None and constants.
         kind: hashable; what does not change from call to call.
-        tensors: none that autograd follows.
+        tensors: of which the first that is there says where all are; autograd follows none.
+        letters: one for each dimension of each tensor (packages.py), as its name ends.
     """
-    result: Result = _kernels(function, kind)(*tensors)
-    return result
+    device = next(tensor.device.type for tensor in tensors if tensor is not None)
+    return _kernels(function, kind, tuple(letters), device)(tensors)
+
+
+def letters_of(fields: Sequence[str]) -> tuple[str, ...]:
+    """Return the letters for a tensor's dimensions that its name ends with.
+
+    >>> letters_of(["x_TD", "few_NT"])
+    ('TD', 'NT')
+    """
+    return tuple(field.rpartition("_")[2] for field in fields)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ from test_fused import FUSED, gradients, how_of, leaves, router_of, run, weights
 from torch.utils.flop_counter import FlopCounterMode
 
 from rotmole.ops import compiled as module
+from rotmole.ops import packages
 from rotmole.ops.compiled import may_compile
 from rotmole.ops.mixture.banks import How
 from rotmole.ops.mixture.fused import can_compile, fused_mixture
@@ -27,10 +29,18 @@ from rotmole.ops.spec import Spec, Weights
 COMPILED = [v for v in FUSED if can_compile(v.rotation)]
 
 
-@pytest.fixture
-def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
-    """Let torch follow the steps as it does to compile them, without its compiler, and count."""
+@pytest.fixture(params=["cpu", "cuda"])
+def traced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """Let torch follow the steps as it does to compile them, without its compiler, and count.
+
+    As on a CPU, where they are exported, and as elsewhere, by torch.compile.
+    """
     made: list[Any] = []
+
+    def exported(program: Any) -> Any:
+        made.append(program)
+        run = program.module()
+        return lambda given: [*run(*given)]
 
     def followed(function: Any, **options: Any) -> Any:
         assert options == {"dynamic": True, "fullgraph": True}
@@ -38,16 +48,19 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
         return torch_compile(function, backend="eager", **options)
 
     torch_compile = torch.compile
-    monkeypatch.setattr(module, "_kernels", partial(_new, {}))
+    monkeypatch.setattr(module, "_kernels", partial(_new, {}, request.param))
+    monkeypatch.setattr(packages, "_load", exported)
     monkeypatch.setattr(torch, "compile", followed)
     yield made
     torch._dynamo.reset()
 
 
-def _new(known: dict[Any, Any], *key: Any) -> Any:
-    if key not in known:
-        known[key] = module._Kernels(*key)
-    return known[key]
+def _new(known: dict[Any, Any], device: str, *key: Any) -> Any:
+    *key, own = key
+    assert own == "cpu"
+    if tuple(key) not in known:
+        known[tuple(key)] = module._Kernels(*key, device)
+    return known[tuple(key)]
 
 
 def agree(how: How, problem: Problem, drops: bool, tolerance: float) -> None:
@@ -147,7 +160,7 @@ def test_half_types_and_a_shared_expert(traced: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("variant", ORDINARY, ids=str)
-def test_packed_steps(variant: Variant, traced: list[Any]) -> None:
+def test_packed_steps(variant: Variant, traced: list[Any], request: pytest.FixtureRequest) -> None:
     """A single token is compiled apart from more of them."""
     for tokens in (1, 3, 5):
         problem = make(variant, 2, T=tokens, E=4, K=2, D=5, O=6)
@@ -158,7 +171,7 @@ def test_packed_steps(variant: Variant, traced: list[Any]) -> None:
             packed = pack(spec, [weights], torch.float64)
             sides.append(packed_mixture(problem.x_TD, packed))
         assert_close(sides[1], sides[0], 1e-12)
-    assert len(traced) == 1
+    assert len(traced) == (1 if request.node.callspec.params["traced"] == "cuda" else 2)
 
 
 @pytest.mark.parametrize("experts", [2, 4, 9])
@@ -182,26 +195,54 @@ def test_counting_finds_what_sorting_finds(experts: int) -> None:
         assert int(found_KT.max()) < experts
 
 
-def test_without_a_compiler_it_is_eager_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    def none(graph: Any, inputs: Any) -> Any:
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_without_a_compiler_it_is_eager_with_one_warning(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*graph: Any) -> Any:
         raise RuntimeError("no C++ compiler found")
 
-    monkeypatch.setattr(module, "_kernels", partial(_new, {}))
+    monkeypatch.setattr(module, "_kernels", partial(_new, {}, device))
+    monkeypatch.setattr(packages, "_load", none)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=none))
     problem = make(COMPILED[0], 2, T=3, E=4, K=2, D=5, O=6).leaves()
-    with pytest.warns(RuntimeWarning, match="torch.compile failed") as said:
+    with pytest.warns(RuntimeWarning, match="torch's compiler failed") as said:
         agree(how_of(problem), problem, False, 0.0)
-    assert len([w for w in said if "torch.compile failed" in str(w.message)]) == 2  # there and back
+    assert len([w for w in said if "compiler failed" in str(w.message)]) == 2  # there and back
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         agree(how_of(problem), problem, False, 0.0)
 
 
+# inductor uses what torch itself deprecates
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_threads_share_kernels(mode: Any) -> None:
+    """All of them call at once, before anything is compiled, as a server's threads do."""
+    problem = make(COMPILED[0], 2, T=9, E=4, K=2, D=5, O=6)
+    how, weights = how_of(problem), weights_of(problem, router_of(problem).detach())
+    module._kernels.cache_clear()
+
+    def outputs(kernels: str) -> list[torch.Tensor]:
+        fast = how._replace(spec=replace(how.spec, kernels=kernels))
+        with mode():
+            return [fused_mixture(fast, problem.x_TD[n:], weights)[0] for n in (0, 3, 0, 8, 7)]
+
+    wanted = outputs("eager")
+    with ThreadPoolExecutor(4) as pool, warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        for found in pool.map(outputs, ["compiled"] * 8):
+            for one, other in zip(wanted, found, strict=True):
+                assert_close(other, one, 1e-12)
+
+
 def test_an_error_of_the_layer_is_its_own(traced: list[Any]) -> None:
     """It comes out as it is, and the kernels stay."""
     spec = Spec(num_experts=2, top_k=2, kernels="compiled")
+    tensors = [torch.ones(2, 3), torch.ones(2, 3)]
     with pytest.raises(RuntimeError, match=r"size|shape"):
-        module.compiled(lambda kind, a, b: a @ b, spec, torch.ones(2, 3), torch.ones(2, 3))
+        module.compiled(lambda kind, both: (both[0] @ both[1],), spec, tensors, ["TD", "TD"])
 
 
 def test_when_kernels_are_made() -> None:

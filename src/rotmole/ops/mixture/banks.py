@@ -6,11 +6,13 @@ The routed experts of a layer are one bank, its shared expert another.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from rotmole.ops.compiled import letters_of
 from rotmole.ops.rotation.table import Gate
 from rotmole.ops.spec import Spec
 
@@ -133,3 +135,15 @@ class Gradients(NamedTuple):
     def flat(self) -> tuple[Tensor | None, ...]:
         """Return them in the order of Parts.flat."""
         return (*self[:5], *self.routed, *(self.shared or ()))
+
+
+@cache
+def letters_forward(banks: int) -> tuple[str, ...]:
+    """Return the letters of the tensors of Parts.flat."""
+    return letters_of([*Parts._fields[:5], *Bank._fields * banks])
+
+
+@cache
+def letters_backward(banks: int) -> tuple[str, ...]:
+    """Return those, what is saved of each bank, and the gradients of y and of the logits."""
+    return (*letters_forward(banks), *letters_of(Saved._fields) * banks, "TO", "TE")

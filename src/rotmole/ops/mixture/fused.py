@@ -15,8 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rotmole.ops.compiled import compiled, detached, may_compile
-from rotmole.ops.mixture.banks import Bank, How, Parts, Saved
+from rotmole.ops.compiled import compiled, may_compile
+from rotmole.ops.mixture.banks import (
+    Bank,
+    How,
+    Parts,
+    Saved,
+    letters_backward,
+    letters_forward,
+)
 from rotmole.ops.mixture.dense import mixture
 from rotmole.ops.mixture.passes import backward, dropped, forward
 from rotmole.ops.precision import without_autocast
@@ -69,23 +76,26 @@ def _plain(how: How, parts: Parts) -> tuple[Tensor, Tensor | None]:
     return y_TO, logits_TE if routes else None
 
 
-def _forward(
-    how: How, tensors: Sequence[Tensor | None]
-) -> tuple[Tensor, Tensor | None, Tensor | None, list[Saved]]:
-    return forward(how, Parts.of(tensors))
+def _forward(how: How, tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Return y, the router's logits, the chosen experts' numbers, and what to keep."""
+    *made, saved = forward(how, Parts.of(tensors))
+    return (*made, *(tensor for bank in saved for tensor in bank))
 
 
 def _backward(
-    kind: tuple[How, bool],
-    tensors: Sequence[Tensor | None],
-    kept: Sequence[Tensor | None],
-    dy_TO: Tensor | None,
-    dlogits_TE: Tensor | None,
+    kind: tuple[How, bool, int], tensors: Sequence[Tensor | None]
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients in the order of Parts.flat; kind: how, and whether x wants one."""
-    (how, needs_x), each = kind, len(Saved._fields)
+    """Return the gradients in the order of Parts.flat.
+
+    Args:
+        kind: how, whether x wants a gradient, and how many tensors there are in Parts.flat.
+        tensors: those, what is saved of each bank, and the gradients of y and of the logits.
+    """
+    (how, needs_x, count), each = kind, len(Saved._fields)
+    *kept, dy_TO, dlogits_TE = tensors[count:]
     saved = [Saved(*kept[i : i + each]) for i in range(0, len(kept), each)]  # type: ignore[arg-type] # z is there
-    return backward(how, Parts.of(tensors), saved, dy_TO, dlogits_TE, needs_x=needs_x).flat()
+    parts = Parts.of(tensors[:count])
+    return backward(how, parts, saved, dy_TO, dlogits_TE, needs_x=needs_x).flat()
 
 
 class _Fused(torch.autograd.Function):
@@ -94,12 +104,15 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, how: How, *tensors: Tensor | None) -> Any:
         parts = Parts.of(tensors)
-        if how.rotated is None and may_compile(how.spec, parts.x_TD):
-            y_TO, logits_TE, index_KT, saved = compiled(_forward, how, detached(tensors))
-        else:
-            y_TO, logits_TE, index_KT, saved = _forward(how, tensors)
-        ctx.save_for_backward(*tensors[1:], *[tensor for bank in saved for tensor in bank])
         ctx.how, ctx.count = how, len(tensors) - 1
+        ctx.banks = 1 if parts.shared is None else 2
+        if how.rotated is None and may_compile(how.spec, parts.x_TD):
+            y_TO, logits_TE, index_KT, *kept = compiled(
+                _forward, how, tensors, letters_forward(ctx.banks)
+            )
+        else:
+            y_TO, logits_TE, index_KT, *kept = _forward(how, tensors)
+        ctx.save_for_backward(*tensors[1:], *kept)
         ctx.base_dtype = None if parts.base_TO is None else parts.base_TO.dtype
         ctx.set_materialize_grads(False)
         if index_KT is not None:
@@ -110,18 +123,18 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         dy_TO, dlogits_TE, _ = grads
         _, needs_base, needs_x, *_ = ctx.needs_input_grad  # in the order of forward: how, Parts
-        kept, count = ctx.saved_tensors, ctx.count
-        tensors, kept = (None, *kept[:count]), kept[count:]
+        tensors, count = (None, *ctx.saved_tensors), ctx.count + 1
         gradients: list[Tensor | None]
         if torch.is_grad_enabled():  # second derivatives are wanted
-            gradients = _differentiable(ctx, Parts.of(tensors), dy_TO, dlogits_TE)
+            gradients = _differentiable(ctx, Parts.of(tensors[:count]), dy_TO, dlogits_TE)
         else:
-            kind = ctx.how._replace(rotated=None), needs_x
-            if may_compile(ctx.how.spec, tensors[1]):
-                grads_of = compiled(_backward, kind, detached(tensors), kept, dy_TO, dlogits_TE)
+            how, tensors = ctx.how._replace(rotated=None), (*tensors, dy_TO, dlogits_TE)
+            if may_compile(how.spec, tensors[1]):
+                # one package for all layers, though the first one's input wants no gradient
+                kind, letters = (how, True, count), letters_backward(ctx.banks)
+                gradients = [*compiled(_backward, kind, tensors, letters)]
             else:
-                grads_of = _backward(kind, tensors, kept, dy_TO, dlogits_TE)
-            gradients = [*grads_of]
+                gradients = [*_backward((how, needs_x, count), tensors)]
         if needs_base and dy_TO is not None:
             gradients[0] = dy_TO.to(ctx.base_dtype)
         return None, *gradients

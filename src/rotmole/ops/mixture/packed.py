@@ -55,11 +55,13 @@ class PackedKind(NamedTuple):
     Attributes:
         specs, layouts: of each bank.
         dtype: type of the products.
+        names: of each bank, those of what lies apart: wide, then small.
     """
 
     specs: tuple[Spec, ...]
     layouts: tuple[Layout, ...]
     dtype: torch.dtype
+    names: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]
 
 
 class Pack(NamedTuple):
@@ -104,7 +106,8 @@ def pack(spec: Spec, layers: Sequence[Weights], dtype: torch.dtype) -> Pack:
             torch.cat([B, layer.B_ERO.detach().to(dtype).flatten(0, 1)])
             for B, layer in zip(B_NO, shared, strict=True)
         ]
-    kind = PackedKind(tuple(specs), tuple(layouts), dtype)
+    names = tuple((tuple(bank.wide), tuple(bank.small)) for bank in aparts)
+    kind = PackedKind(tuple(specs), tuple(layouts), dtype, names)
     return Pack(kind, torch.cat(rows), aparts, B_NO)
 
 
@@ -165,24 +168,45 @@ def packed_activations(x_TD: Tensor, packed: Pack) -> tuple[Tensor, ...]:
     with without_autocast(x_TD):
         x_DT = x_TD.mT
         rows_NT = packed.rows_ND @ (x_DT if x_DT.dtype == kind.dtype else x_DT.to(kind.dtype))
-        read = [
-            bank._replace(wide={n: w @ x_DT.to(w.dtype) for n, w in bank.wide.items()})
-            for bank in packed.apart
-        ]
+        tensors: list[Tensor | None] = [rows_NT]
+        for bank in packed.apart:
+            tensors += [weight @ x_DT.to(weight.dtype) for weight in bank.wide.values()]
+            tensors += [*bank.small.values(), bank.center_ER]
         if may_compile(kind.specs[0], x_TD):
-            return compiled(_weighed, kind, rows_NT, read).unbind()
-        return _weighed(kind, rows_NT, read).unbind()
+            letters = ["RT"]  # only tokens are free
+            for wide, small in kind.names:
+                letters += ["RT"] * len(wide) + ["LERR"] * len(small) + ["ER"]
+            (m_LTN,) = compiled(_weighed, kind, tensors, letters)
+        else:
+            (m_LTN,) = _weighed(kind, tensors)
+        return m_LTN.unbind()  # type: ignore[no-any-return] # a tensor, as torch does not say
 
 
-def _weighed(kind: PackedKind, rows_NT: Tensor, reads: Sequence[Apart]) -> Tensor:
-    """Return the weighted activations of all banks, [L, T, N], without the first one's scale."""
+def _weighed(kind: PackedKind, tensors: Sequence[Tensor | None]) -> tuple[Tensor]:
+    """Return the weighted activations of all banks, [L, T, N], without the first one's scale.
+
+    Args:
+        kind: of the pack.
+        tensors: values [N, T] of rows_ND, then for each bank those of what is wide, its small
+            gates, and its learned vectors or None.
+    """
     parts: list[Tensor] = []
-    for spec, layout, read in zip(kind.specs, kind.layouts, reads, strict=True):
+    rows_NT, start = tensors[0], 1
+    assert rows_NT is not None
+    for spec, layout, (wide, small) in zip(kind.specs, kind.layouts, kind.names, strict=True):
+        middle = start + len(wide)
+        stop = middle + len(small)
+        read = Apart(
+            dict(zip(wide, tensors[start:middle], strict=True)),  # type: ignore[arg-type] # are there
+            dict(zip(small, tensors[middle:stop], strict=True)),  # type: ignore[arg-type] # likewise
+            tensors[stop],
+        )
+        start = stop + 1
         m_LNT = _activations(spec, layout, rows_NT, read)
         factor = spec.scale / kind.specs[0].scale
         parts.append(m_LNT if not parts else factor * m_LNT)
     both = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-    return both.to(kind.dtype).mT
+    return (both.to(kind.dtype).mT,)
 
 
 def _activations(spec: Spec, layout: Layout, rows_NT: Tensor, read: Apart) -> Tensor:

@@ -14,7 +14,7 @@ gradient twice, so with a balance loss on PyTorch refuses one (create_graph=True
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from rotmole.errors import DataError
-from rotmole.ops.compiled import compiled, may_compile
+from rotmole.ops.compiled import compiled, letters_of, may_compile
 from rotmole.ops.routing.balance import balance_gradient, load_balance_loss, router_z_loss
 from rotmole.ops.routing.route import select_by
 from rotmole.ops.routing.selection import Routed, Routing
@@ -210,31 +210,33 @@ def same(output: Tensor) -> Tensor:
 
 
 def _by_hand(
-    kind: tuple[float, float],
-    logits_TE: Tensor,
-    index_KT: Tensor | None,
-    sequences: int,
-    weight_T: Tensor | None,
-    sequence_T: Tensor | None,
-) -> tuple[Tensor, Terms]:
-    """Return the gradient of a plain router's logits, and what `BalanceState.record` takes.
+    kind: tuple[float, float], tensors: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """Return what balance_gradient does; in place of a number of tokens that a shape says, None.
 
     Args:
         kind: coefficients of the balance and the z loss.
-        logits_TE, index_KT: scores, and the experts that they chose.
-        sequences, weight_T, sequence_T: see `balance_gradient`.
+        tensors: as BY_HAND names them: scores [E, N, T / N] of a plain router, for N sequences of
+            one length, or [E, T]; the experts that they chose; how much each token counts; each
+            token's sequence, where they are of several lengths, and N zeros.
     """
-    balance, z = kind
+    (balance, z), (logits, index_KT, weight_T, sequence_T, zero_N) = kind, tensors
+    assert logits is not None
     gradient = balance_gradient(
-        logits_TE.mT,
+        logits.flatten(1),
         index_KT,
-        sequences=sequences,
+        # len would fix the number, for kernels
+        sequences=logits.shape[1] if zero_N is None else zero_N.shape[0],
         balance=balance,
         z=z,
         mask_T=weight_T,
         sequence_T=sequence_T,
     )
-    return gradient.logits_ET.mT, (gradient.balance, gradient.z, 0, gradient.tokens)
+    tokens = gradient.tokens if isinstance(gradient.tokens, Tensor) else None
+    return gradient.logits_ET.mT, gradient.balance, gradient.z, tokens
+
+
+BY_HAND = letters_of(["logits_ENT", "index_KT", "weight_T", "sequence_T", "zero_N"])
 
 
 class _ActByHand(torch.autograd.Function):
@@ -253,11 +255,18 @@ class _ActByHand(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (logits_TE, index_KT), step = ctx.saved_tensors, ctx.step
         sequences, sequence_T = step.tokens.sequences, step.tokens.sequence_T
+        logits, zero_N, letters = logits_TE.mT, None, BY_HAND
+        if sequence_T is None:
+            logits = logits.unflatten(1, (sequences, len(logits_TE) // max(sequences, 1)))
+        else:
+            zero_N, letters = logits.new_zeros(sequences), ("ET", *BY_HAND[1:])
         kind = step.weights.balance, step.weights.z
-        given = (kind, logits_TE.detach(), index_KT, sequences, step.weight_T, sequence_T)
-        as_kernels = may_compile(step.spec, logits_TE)
-        gradient_TE, terms = compiled(_by_hand, *given) if as_kernels else _by_hand(*given)
-        step.record(terms)
+        given = (logits, index_KT, step.weight_T, sequence_T, zero_N)
+        if may_compile(step.spec, logits_TE):
+            gradient_TE, balance, z, tokens = compiled(_by_hand, kind, given, letters)
+        else:
+            gradient_TE, balance, z, tokens = _by_hand(kind, given)
+        step.record((balance, z, 0, len(logits_TE) if tokens is None else tokens))
         plain = not isinstance(ctx.scale, Tensor) and ctx.scale == 1
         return grads[0], gradient_TE if plain else gradient_TE * ctx.scale, None, None
 

@@ -344,9 +344,9 @@ class Settings:
         metadata=_about(
             choice(("eager", "compiled")),
             "How the steps between the matrix products (routing, rotating, weighing, and back) are "
-            "computed: operation by operation (eager), or by kernels that torch.compile makes of "
-            "them once (compiled), which needs a C++ compiler, or Triton on a GPU, and takes some "
-            "seconds at the start. The results are the same to rounding. For rotation none, "
+            "computed: operation by operation (eager), or by kernels that torch's compilers make "
+            "of them once (compiled), which needs a C++ compiler, or Triton on a GPU, and takes "
+            "some seconds at the start. The results are the same to rounding. For rotation none, "
             "tangent, plane and givens; without a compiler it is eager, with a warning. "
             "docs/performance.md says when it pays.",
             example="compiled",
