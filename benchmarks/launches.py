@@ -109,8 +109,11 @@ def _is_kernel(event: Any) -> bool:
     """Say whether a profiled event is a generated kernel, or an operation that none contains."""
 
     def starts(name: str) -> bool:
-        return "cpp_fused" in name or (
-            name.startswith("aten::") and launches(name.removeprefix("aten::"))
+        # a package, of kernels: compiled, calls products by the name of aoti_torch_
+        return (
+            name.startswith("aoti_torch_")
+            or "cpp_fused" in name
+            or (name.startswith("aten::") and launches(name.removeprefix("aten::")))
         )
 
     parent = event.cpu_parent

@@ -95,10 +95,12 @@ def test_kernels_train_a_model_as_its_operations_do(
     losses = {"router_aux_loss_coef": 0.1, "router_z_loss_coef": 0.01}
     eager, fast = (_adapted("tangent", kernels=name, **losses) for name in ("eager", "compiled"))
     fast.load_state_dict(eager.state_dict())
-    for rows, length in ((2, 7), (3, 7), (2, 11)):
+    for rows, length, pads in ((2, 7, 2), (3, 7, 2), (2, 11, 2), (2, 7, 0), (3, 11, 0)):
         ids = tiny.tokens(rows, length)
-        mask = torch.ones_like(ids)
-        mask[0, :2] = 0
+        mask = None
+        if pads:
+            mask = torch.ones_like(ids)
+            mask[0, :pads] = 0
         sides = []
         for model in (eager, fast):
             model.zero_grad()
@@ -111,7 +113,7 @@ def test_kernels_train_a_model_as_its_operations_do(
             torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-6)
         for one, other in zip(sides[0][1], sides[1][1], strict=True):
             assert other == pytest.approx(one, rel=1e-5)
-    assert len(made) == 3  # there and back, for all widths; the losses
+    assert len(made) == 4  # there and back, for all widths; the losses, with a mask and without
     _kernels.cache_clear()
 
 

@@ -146,6 +146,8 @@ def balance_gradient(
     weight_T: Tensor | None = None
     total: int | Tensor = tokens
     per_token: float | Tensor = 1 / max(tokens, 1)
+    if torch.compiler.is_compiling():  # a kernel has no fraction of a number that is not known yet
+        per_token = logits_ET.new_ones(()) / max(tokens, 1)
     if mask_T is not None:
         weight_T = mask_T.reshape(-1).to(logits_ET.dtype)
         counted_ET, counted_T = p_ET * weight_T, lse_T * weight_T
@@ -193,7 +195,8 @@ def _loads(
     if index_KT is None:
         return like.new_ones(experts, spread.number)
     index_KT, chosen_ET = index_KT.long(), torch.zeros_like(like)
-    if weight_T is None and spread.number_T is None:  # as many choices in every sequence
+    of_one_length = weight_T is None and spread.number_T is None  # as many choices in each
+    if of_one_length and not torch.compiler.is_compiling():
         choices = len(index_KT) * tokens / max(spread.number, 1)
         return spread.sums(chosen_ET.scatter_(0, index_KT, experts / max(choices, 1)))
     chosen_ET = chosen_ET.scatter_(0, index_KT, 1.0)
