@@ -1,7 +1,7 @@
 """What lies between the matrix products of the fused passes: routing, rotating, weighing, and back.
 
 All of it acts on T E R numbers and fewer, in some thirty to a hundred small operations. With
-`kernels: compiled` torch.compile makes a few kernels of them (ops/compiled.py).
+`kernels: compiled` a few kernels are made of them (ops/compiled.py).
 """
 
 from __future__ import annotations
