@@ -51,7 +51,7 @@ def may_compile(spec: Spec, x_TD: Tensor) -> bool:
     return not (torch.compiler.is_compiling() or is_in_torch_dispatch_mode())
 
 
-class _Kernels:
+class Kernels:
     """One function for one kind of layer, compiled when it is first called."""
 
     def __init__(self, function: Pass[Any], kind: Any, letters: Sequence[str], device: str) -> None:
@@ -63,6 +63,7 @@ class _Kernels:
         self.fast = Packages(step, letters) if device == "cpu" else _followed(step)
 
     def __call__(self, tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
+        """Return what the function returns; autograd follows no tensor."""
         if self.fast is None:
             return self.plain(tensors)
         try:
@@ -87,22 +88,29 @@ def _followed(step: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, 
     return lambda tensors: fast([None if each is None else each.detach() for each in tensors])
 
 
-_kernels = cache(_Kernels)
+_kernels = cache(Kernels)
+
+
+def kernels_of(
+    function: Pass[Kind], kind: Kind, letters: Sequence[str], tensors: Sequence[Tensor | None]
+) -> Kernels:
+    """Return what computes function(kind, tensors) by kernels that are made of it for each kind.
+
+    Args:
+        function: pure; returns tensors, None and constants.
+        kind: hashable; what does not change from call to call.
+        letters: one for each dimension of each tensor (packages.py), as its name ends.
+        tensors: of which the first that is there says where all are.
+    """
+    device = next(tensor.device.type for tensor in tensors if tensor is not None)
+    return _kernels(function, kind, tuple(letters), device)
 
 
 def compiled(
     function: Pass[Kind], kind: Kind, tensors: Sequence[Tensor | None], letters: Sequence[str]
 ) -> tuple[Any, ...]:
-    """Return function(kind, tensors), by kernels that are made of it for each kind.
-
-    Args:
-        function: pure; returns tensors, None and constants.
-        kind: hashable; what does not change from call to call.
-        tensors: of which the first that is there says where all are; autograd follows none.
-        letters: one for each dimension of each tensor (packages.py), as its name ends.
-    """
-    device = next(tensor.device.type for tensor in tensors if tensor is not None)
-    return _kernels(function, kind, tuple(letters), device)(tensors)
+    """Return function(kind, tensors) by the kernels of its kind; autograd follows no tensor."""
+    return kernels_of(function, kind, letters, tensors)(tensors)
 
 
 def letters_of(fields: Sequence[str]) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from rotmole.tuner.experts.blocks import BlockCall, BlockPart
 from rotmole.tuner.experts.decoding import decoding_of
 from rotmole.tuner.experts.experts import Experts, spec_of
 from rotmole.tuner.experts.initial import draw, take_segments
-from rotmole.tuner.experts.ways import Call, Way, add, ways_for
+from rotmole.tuner.experts.ways import Call, Way, add, add_ahead, ways_for
 from rotmole.tuner.targets import linear_widths
 
 if TYPE_CHECKING:
@@ -119,6 +119,8 @@ class RotMoleLayer(BaseTunerLayer):  # type: ignore[misc] # peft ships no types
 
     def block_part(self, active: list[str]) -> BlockPart | None:
         """Return what this layer is in a block-routed block; such an adapter must act alone."""
+        if not self.rotmole_blocks:
+            return None
         parts = [self.rotmole_blocks[name] for name in active if name in self.rotmole_blocks]
         if parts and len(active) > 1:
             raise ModelError(
@@ -141,16 +143,21 @@ class RotMoleLayer(BaseTunerLayer):  # type: ignore[misc] # peft ships no types
         """
         experts, stack = self.experts(adapter_name), self.rotmole_stack
         batch = self._batch() if block is None else block.batch
+        ways, dropout = self.rotmole_ways[adapter_name], self.rotmole_dropout[adapter_name]
+        if block is None:
+            done = add_ahead(experts, ways, result, x, dropout, batch)
+            if done is not None:
+                return done
         call = Call(
             x,
             x.reshape(-1, self.in_features),
-            self.rotmole_dropout[adapter_name],
+            dropout,
             tokens_for_router(experts.spec, batch, x) if experts.has_router else NO_TOKENS,
             base_TO=result.reshape(-1, self.out_features) if block is None else None,
             decoding=decoding_of(x, batch, stack) if block is None else None,
             block=block,
         )
-        y_TO, routed = experts(add, self.rotmole_ways[adapter_name], call)
+        y_TO, routed = experts(add, ways, call)
         lead = x.shape[:-1] if block is None else block.lead()
         y = y_TO.reshape(*lead, self.out_features)
         result = y if block is None else result + y

@@ -73,9 +73,9 @@ def test_half_types_keep_gates_in_float32(variant: Variant) -> None:
     assert error < 0.01
     reads_x = "rotation_angle" in problem.gates and not variant.small
     apart = {"router", "angle"} if reads_x else {"router"}
-    assert {name: w.dtype for name, w in packed.apart[0].wide.items()} == dict.fromkeys(
-        apart, torch.float32
-    )
+    wide = packed.kind.names[0][0]
+    assert set(wide) == apart
+    assert {w.dtype for w in packed.fixed[1 : 1 + len(wide)] if w is not None} == {torch.float32}
 
 
 def test_equal_logits_choose_the_lower_index() -> None:

@@ -254,7 +254,7 @@ def test_packed_activations_and_mixture(
             down = p.gates.get("rotation_down")
             reads_x = {} if down is None else {"rotation_down": down.unsqueeze(0)}
         named.append({"A": p.A_ERD, "router": router, **reads_x})
-    assert torch.equal(packed.rows_ND, layer.pack(named))
+    assert torch.equal(packed.fixed[0], layer.pack(named))
     activations = packed_activations(x_TD, packed)
     for p, router, m_TN in zip(problems, routers, activations, strict=True):
         tensors = x_TD, p.A_ERD, p.B_ERO, p.gates

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rotmole.ops.compiled import compiled, may_compile
+from rotmole.ops.compiled import Kernels, kernels_of, may_compile
 from rotmole.ops.mixture.products import add_product
 from rotmole.ops.precision import at_least_float32, without_autocast
 from rotmole.ops.rotation.table import ROTATIONS, Gate
@@ -39,7 +39,7 @@ class Apart(NamedTuple):
     """What of one bank, the routed experts or the shared one, is not in rows_ND.
 
     Attributes:
-        wide: name -> [N, D] rows that are computed in a wider type; in a call [N, T], their values.
+        wide: name -> [N, D] rows that are computed in a wider type; when read, values [N, T].
         small: name -> [L, E, rows, N] gate that reads few numbers in place of x.
         center_ER: [L E, R] learned vectors, or None.
     """
@@ -50,7 +50,7 @@ class Apart(NamedTuple):
 
 
 class PackedKind(NamedTuple):
-    """What the steps after the products have to know besides tensors.
+    """What the steps have to know besides tensors.
 
     Attributes:
         specs, layouts: of each bank.
@@ -71,16 +71,18 @@ class Pack(NamedTuple):
     lies together. Those of the router lie expert by expert, since experts are compared.
 
     Attributes:
-        kind: of the steps after the products.
-        rows_ND: [N, D] all A, vector gates, and what else is computed in the same type.
-        apart: of the routed experts, then of the shared one if there is one.
+        kind: of the steps.
+        fixed: what the steps take besides x: [N, D] all A, vector gates, and what else is computed
+            in the same type; then for each bank the rows of what is wide, its small gates, and its
+            learned vectors or None.
         B_NO: the layers' output factors in that type; N = E R, plus R of the shared expert.
+        kernels: the steps in one, for a layer that asks for it.
     """
 
     kind: PackedKind
-    rows_ND: Tensor
-    apart: list[Apart]
+    fixed: list[Tensor | None]
     B_NO: list[Tensor]
+    kernels: Kernels | None
 
 
 def pack(spec: Spec, layers: Sequence[Weights], dtype: torch.dtype) -> Pack:
@@ -108,7 +110,14 @@ def pack(spec: Spec, layers: Sequence[Weights], dtype: torch.dtype) -> Pack:
         ]
     names = tuple((tuple(bank.wide), tuple(bank.small)) for bank in aparts)
     kind = PackedKind(tuple(specs), tuple(layouts), dtype, names)
-    return Pack(kind, torch.cat(rows), aparts, B_NO)
+    fixed: list[Tensor | None] = [torch.cat(rows)]
+    letters = ["TD", "RD"]
+    for bank in aparts:
+        fixed += [*bank.wide.values(), *bank.small.values(), bank.center_ER]
+        letters += ["RD"] * len(bank.wide) + ["LERR"] * len(bank.small) + ["ER"]
+    wanted = spec.kernels == "compiled"
+    kernels = kernels_of(_weighed, kind, letters, fixed) if wanted else None
+    return Pack(kind, fixed, B_NO, kernels)
 
 
 def _pack_bank(
@@ -164,21 +173,12 @@ def packed_activations(x_TD: Tensor, packed: Pack) -> tuple[Tensor, ...]:
     Returns:
         [T, E R] in the type of the products for each layer, [T, E R + R_0] with a shared expert.
     """
-    kind = packed.kind
+    tensors = [x_TD, *packed.fixed]
     with without_autocast(x_TD):
-        x_DT = x_TD.mT
-        rows_NT = packed.rows_ND @ (x_DT if x_DT.dtype == kind.dtype else x_DT.to(kind.dtype))
-        tensors: list[Tensor | None] = [rows_NT]
-        for bank in packed.apart:
-            tensors += [weight @ x_DT.to(weight.dtype) for weight in bank.wide.values()]
-            tensors += [*bank.small.values(), bank.center_ER]
-        if may_compile(kind.specs[0], x_TD):
-            letters = ["RT"]  # only tokens are free
-            for wide, small in kind.names:
-                letters += ["RT"] * len(wide) + ["LERR"] * len(small) + ["ER"]
-            (m_LTN,) = compiled(_weighed, kind, tensors, letters)
+        if packed.kernels is not None and may_compile(packed.kind.specs[0], x_TD):
+            (m_LTN,) = packed.kernels(tensors)
         else:
-            (m_LTN,) = _weighed(kind, tensors)
+            (m_LTN,) = _weighed(packed.kind, tensors)
         return m_LTN.unbind()  # type: ignore[no-any-return] # a tensor, as torch does not say
 
 
@@ -187,20 +187,25 @@ def _weighed(kind: PackedKind, tensors: Sequence[Tensor | None]) -> tuple[Tensor
 
     Args:
         kind: of the pack.
-        tensors: values [N, T] of rows_ND, then for each bank those of what is wide, its small
-            gates, and its learned vectors or None.
+        tensors: [T, D] the layers' input, then what is fixed.
     """
     parts: list[Tensor] = []
-    rows_NT, start = tensors[0], 1
-    assert rows_NT is not None
+    x_TD, rows_ND, start = tensors[0], tensors[1], 2
+    assert x_TD is not None
+    assert rows_ND is not None
+    x_DT = x_TD.mT
+    rows_NT = rows_ND @ (x_DT if x_DT.dtype == kind.dtype else x_DT.to(kind.dtype))
     for spec, layout, (wide, small) in zip(kind.specs, kind.layouts, kind.names, strict=True):
         middle = start + len(wide)
         stop = middle + len(small)
-        read = Apart(
-            dict(zip(wide, tensors[start:middle], strict=True)),  # type: ignore[arg-type] # are there
-            dict(zip(small, tensors[middle:stop], strict=True)),  # type: ignore[arg-type] # likewise
-            tensors[stop],
-        )
+        weights = dict(zip(wide, tensors[start:middle], strict=True))
+        values = {
+            name: weight_ND @ x_DT.to(weight_ND.dtype)
+            for name, weight_ND in weights.items()
+            if weight_ND is not None  # all are there
+        }
+        gates = dict(zip(small, tensors[middle:stop], strict=True))
+        read = Apart(values, gates, tensors[stop])  # type: ignore[arg-type] # are there
         start = stop + 1
         m_LNT = _activations(spec, layout, rows_NT, read)
         factor = spec.scale / kind.specs[0].scale

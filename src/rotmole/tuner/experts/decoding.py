@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rotmole.ops.compiled import few
 from rotmole.ops.mixture.packed import Pack, pack, packed_activations
@@ -71,7 +71,7 @@ class _Read(NamedTuple):
     Attributes:
         x, version: the tensor, weakly, and its version.
         spec, dtype: of the first reader; others share its work if theirs are equal.
-        leader: the first reader.
+        leader, group: the first reader, and its group.
         ahead: follower -> (activations, its B), taken away by the follower's call.
     """
 
@@ -80,12 +80,18 @@ class _Read(NamedTuple):
     spec: Spec
     dtype: torch.dtype
     leader: Experts
+    group: _Group
     ahead: dict[Experts, tuple[Tensor, Tensor]]
 
     def is_of(self, x: Tensor, spec: Spec, dtype: torch.dtype) -> bool:
         """Whether this is what was read before, unchanged since, with an equal spec."""
         same = self.x() is x and self.version == x._version
         return same and self.dtype == dtype and self.spec == spec
+
+    def take(self, layer: Experts) -> tuple[Tensor, Tensor] | None:
+        """Return what is computed already for a layer that came, for this once."""
+        self.group.awaited.discard(layer)
+        return self.ahead.pop(layer, None)
 
 
 class Decoding:
@@ -133,16 +139,15 @@ class Decoding:
             return self._compute([layer], x_TD, dtype)[0]
         last: _Read | None = self.batch.last_read
         if last is not None and layer is not last.leader and last.is_of(x, spec, dtype):
-            group = self._group(last.leader)
-            group.awaited.discard(layer)
-            result = last.ahead.pop(layer, None)
+            result = last.take(layer)
             if result is None:  # it reads the same and is not known yet
-                if layer not in group.followers and _shapes(layer) == _shapes(last.leader):
-                    group.followers.append(layer)
+                if layer not in last.group.followers and _shapes(layer) == _shapes(last.leader):
+                    last.group.followers.append(layer)
                 return self._compute([layer], x_TD, dtype)[0]
             return result
         group = self._group(layer)
-        group.followers = [one for one in group.followers if one not in group.awaited]
+        if group.awaited:
+            group.followers = [one for one in group.followers if one not in group.awaited]
         followers = [one for one in group.followers if _fits(one, layer, x_TD)]
         group.awaited = set(followers)
         first, *others = self._compute([layer, *followers], x_TD, dtype)
@@ -150,7 +155,7 @@ class Decoding:
         for follower in ahead:
             self._group(follower).packed = None  # a second copy of its weights
         version = x._version
-        self.batch.last_read = _Read(weakref.ref(x), version, spec, dtype, layer, ahead)
+        self.batch.last_read = _Read(weakref.ref(x), version, spec, dtype, layer, group, ahead)
         return first
 
     def _compute(
@@ -158,6 +163,29 @@ class Decoding:
     ) -> list[tuple[Tensor, Tensor]]:
         packed = self._group(layers[0]).pack(layers, dtype)
         return list(zip(packed_activations(x_TD, packed), packed.B_NO, strict=True))
+
+
+def computed_ahead(
+    layer: Experts, x: Tensor, dropout: nn.Module, batch: Batch, dtype: torch.dtype
+) -> tuple[Tensor, Tensor] | None:
+    """Return what the first reader of x has computed for a layer; None if it no longer fits.
+
+    Args:
+        layer: the adapter's parameters, in batch.last_read.ahead.
+        x: the layer's input as the model gave it.
+        dropout: the adapter's.
+        batch: at hand.
+        dtype: type of the products.
+
+    Returns:
+        (weighted activations [T, N], the layer's B [N, O]), for this one call.
+    """
+    read: _Read = batch.last_read
+    if layer.training or dropout.training or torch.is_grad_enabled():
+        return None
+    if not read.is_of(x, layer.spec, dtype):
+        return None
+    return read.take(layer)
 
 
 def decoding_of(x: Tensor, batch: Batch, stack: Stack) -> Decoding | None:

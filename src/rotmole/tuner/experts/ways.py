@@ -21,12 +21,14 @@ from rotmole.ops.mixture.banks import How, Rotated
 from rotmole.ops.mixture.dense import mixture
 from rotmole.ops.mixture.fused import can_fuse, fused_mixture
 from rotmole.ops.mixture.grouped import grouped_mixture
+from rotmole.ops.mixture.products import add_product
 from rotmole.ops.routing.route import route
 from rotmole.ops.routing.selection import Routed
 from rotmole.ops.spec import NO_TOKENS, Spec, Tokens, Weights
 from rotmole.ops.transforms import is_transformed
+from rotmole.tuner.batch.batch import Batch
 from rotmole.tuner.experts.blocks import BlockCall
-from rotmole.tuner.experts.decoding import Decoding, may_pack
+from rotmole.tuner.experts.decoding import Decoding, computed_ahead, may_pack
 from rotmole.tuner.experts.experts import Experts
 
 Added = tuple[Tensor, Routed | None]
@@ -236,9 +238,10 @@ def _may_group(experts: Experts, call: Call) -> bool:
     return experts.spec.dispatch == "grouped" or not torch.compiler.is_compiling()
 
 
+PACKED = Way("packed", _packs, may_pack, _by_packs)
 WAYS = (
     Way("block", _any_layer, _is_in_block, _by_block),
-    Way("packed", _packs, may_pack, _by_packs),
+    PACKED,
     Way("grouped", _is_grouped, _may_group, _by_groups),
     Way("fused", _fuses, _any_call, _fused),
     Way("dense", _any_layer, _any_call, _dense),
@@ -297,6 +300,39 @@ def add(experts: Experts, ways: tuple[Way, ...], call: Call) -> Added:
     start_TO = _start_addition(experts.spec, start, call.x_TD, fused=way.add is _fused)
     delta_TO = delta_TO - start_TO
     return _added(delta_TO, call), routed
+
+
+def add_ahead(
+    experts: Experts,
+    ways: tuple[Way, ...],
+    base: Tensor,
+    x: Tensor,
+    dropout: nn.Module,
+    batch: Batch,
+) -> Tensor | None:
+    """Return base plus the addition, if an earlier layer of this decoding step computed it.
+
+    The short way for most layers of such a step, whose time is that of Python; what a layer
+    subtracts with init_weights "svd" is left to `add`.
+
+    Args:
+        experts, ways: as for `add`.
+        base: [..., O] W x.
+        x: [..., D] the layer's input as the model gave it.
+        dropout: the adapter's.
+        batch: at hand.
+    """
+    if batch.last_read is None or experts not in batch.last_read.ahead or PACKED not in ways:
+        return None
+    if experts.residual() is not None:
+        return None
+    dtype = compute_dtype(x, experts.expert_A, experts.spec)
+    found = computed_ahead(experts, x, dropout, batch, dtype)
+    if found is None:
+        return None
+    m_TN, B_NO = found
+    base_TO = base.reshape(-1, B_NO.shape[1])
+    return add_product(base_TO, m_TN, B_NO, experts.spec.scale).view(base.shape)
 
 
 def _start_addition(spec: Spec, start: Weights, x_TD: Tensor, *, fused: bool) -> Tensor:
