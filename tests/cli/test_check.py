@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 
 import rotmole.config
 import tiny_folders
+from lanes import first_then_slow
 from rotmole_cli import main
 
 TEMPLATES = sorted(Path(rotmole.config.__file__).parent.glob("templates/*.yaml"))
@@ -255,7 +256,7 @@ def test_a_run_without_a_row_to_train_on(folder, tmp_path, capsys):
     assert "no task has a row in its train split" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("template", first_then_slow(TEMPLATES), ids=lambda path: path.stem)
 def test_every_template_passes(template, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     raw = yaml.safe_load(template.read_text())

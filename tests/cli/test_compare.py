@@ -29,6 +29,7 @@ def study_yaml(tmp_path_factory) -> Path:
     return write_study(tmp_path_factory.mktemp("compare"), tune=None, seeds=[0, 1])
 
 
+@pytest.mark.slow
 def test_a_study_from_end_to_end(study_yaml, tmp_path, capfd):
     """Two processes; what fails is named with the command that repeats it, and goes on."""
     words = ["compare", str(study_yaml), "--output", str(tmp_path / "out"), "--jobs", "2"]

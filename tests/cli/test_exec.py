@@ -22,6 +22,7 @@ sys.exit(7)
 """
 
 
+@pytest.mark.slow
 def test_a_file_gets_its_arguments_and_gives_its_exit_code(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
     (tmp_path / "beside.py").write_text("", encoding="utf-8")

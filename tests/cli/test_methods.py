@@ -12,6 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from lanes import first_then_slow
 from rotmole import RotMoleConfig
 from rotmole.config.load import load_run
 from rotmole.models.preview import preview, trainable_by_role
@@ -43,7 +44,7 @@ def adapter_section(name: str) -> str:
     return json.dumps(fields)
 
 
-@pytest.mark.parametrize("name", list(PRESETS))
+@pytest.mark.parametrize("name", first_then_slow(PRESETS))
 def test_every_preset_trains_twenty_steps(name: str, run_yaml: Path, tmp_path: Path) -> None:
     """The loss falls, what is trained moves, what is frozen does not, and all of it is saved."""
     words = [f"output_dir={tmp_path / 'run'}", f"adapter={adapter_section(name)}"]

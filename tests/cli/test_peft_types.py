@@ -12,6 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from lanes import first_then_slow
 from rotmole.evaluation.target import find_target, load_target
 from rotmole_cli import main
 from training_cases import settings, write_data, write_model
@@ -40,7 +41,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter" / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", first_then_slow(METHODS))
 def test_check_train_resume_eval_generate(name, root, tmp_path, capsys):
     file = str(root / f"{name}.yaml")
     assert main(["check", file]) == 0

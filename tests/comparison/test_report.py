@@ -143,6 +143,7 @@ def test_peft_reads_settings_and_results(study):
     assert content["run_info"]["train_config"] == training
 
 
+@pytest.mark.slow
 def test_a_study_that_was_trained_is_reported(done, tmp_path):
     study, _ = done
     results = read_results(study.folder)

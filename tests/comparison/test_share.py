@@ -115,6 +115,7 @@ def without_clock(folder, to):
     return content
 
 
+@pytest.mark.slow
 def test_one_method_under_two_names_is_equal_in_every_bit(study_yaml, tmp_path):
     """The second runs in a process, and from a base model, that have been used before."""
     methods = ["methods.again={adapter: {preset: moe_lora}}", "tune=null", "seeds=[5]"]
@@ -144,6 +145,7 @@ def test_half_the_updates_are_found_and_told(study_yaml, tmp_path):
     assert any(note.startswith("half was not trained as whole was") for note in judged.notes)
 
 
+@pytest.mark.slow
 def test_methods_start_with_the_same_factors_where_shapes_agree(study_yaml, tmp_path):
     changes = [
         "tune=null", "seeds=[5]", "equal=none", "base.training.learning_rate=0", "baseline=a",
@@ -194,6 +196,7 @@ def test_a_metric_that_no_task_has_is_refused_before_training(study_yaml, tmp_pa
     assert not [*study.folder.rglob("checkpoint-*")]
 
 
+@pytest.mark.slow
 def test_a_cell_that_diverges_while_tuning_is_not_chosen(study_yaml, tmp_path, monkeypatch):
     def diverges(run, **kwargs):
         if run.training["learning_rate"] == 2e-2:
@@ -231,6 +234,7 @@ def test_dtype_and_threads_are_fixed_once(done, study_yaml):
     assert fix_machine(undecided, jobs=2)["threads"] == 1
 
 
+@pytest.mark.slow
 def test_more_seeds_keep_what_is_done(done, study_yaml, tmp_path):
     study, _ = done
     folder = shutil.copytree(study.folder, tmp_path / "more")
@@ -243,6 +247,7 @@ def test_more_seeds_keep_what_is_done(done, study_yaml, tmp_path):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_metric_more_scores_finished_cells_again_without_training(
     done, study_yaml, tmp_path, monkeypatch
 ):
@@ -273,6 +278,7 @@ def test_a_metric_more_scores_finished_cells_again_without_training(
     assert work(more, fix_machine(more)).failed == {}
 
 
+@pytest.mark.slow
 def test_cells_of_other_rows_are_not_paired_and_scored_no_more(tmp_path):
     """Rows that change in the middle of a study."""
     path = write_study(tmp_path, tune=None, seeds=[0])
@@ -296,6 +302,7 @@ def test_cells_of_other_rows_are_not_paired_and_scored_no_more(tmp_path):
     assert figures(study.folder) == before
 
 
+@pytest.mark.slow
 def test_scored_rows_that_are_training_rows_are_counted_and_told(done, tmp_path):
     assert [cell.repeated for cell in read_results(done[0].folder).final] == [{}] * 4
     path = write_study(tmp_path, tune=None, seeds=[0])
@@ -326,6 +333,7 @@ def test_tasks_without_rows_to_score_are_told_or_refused_before_training(tmp_pat
     assert [said[:34] for said in failed] == ["no task has rows in split 'test'; "] * 2
 
 
+@pytest.mark.slow
 def test_cells_of_another_base_or_other_held_out_rows_are_not_paired(tmp_path):
     """Weights of the base, or rows that are scored alone, that change in the middle of a study."""
     (tmp_path / "unseen").mkdir()

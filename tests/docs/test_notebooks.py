@@ -47,6 +47,7 @@ def test_it_is_kept_without_outputs(file: Path) -> None:
         assert cell["execution_count"] is None
 
 
+@pytest.mark.slow
 def test_its_files_and_commands_are_taken(file: Path, tmp_path: Path) -> None:
     files = commands = 0
     for cell in cells(file):

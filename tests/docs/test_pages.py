@@ -69,6 +69,7 @@ def test_the_results_are_those_of_the_committed_studies(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.slow
 def test_every_studys_own_tables_and_figures_are_those_of_its_file(tmp_path: Path) -> None:
     results = script("results")
     results.write_studies(to=tmp_path)

@@ -11,6 +11,7 @@ from evaluation_cases import make_model, make_tokenizer
 from peft import PromptTuningConfig, get_peft_model
 from transformers import Gemma2Config, Gemma2ForCausalLM, MambaConfig, MambaForCausalLM
 
+from lanes import first_then_slow
 from rotmole import RotMoleConfig
 from rotmole.evaluation import decoding, generation
 from rotmole.evaluation.decoding import can_leave
@@ -64,7 +65,7 @@ def counted(monkeypatch):
 
 
 @pytest.mark.parametrize("pad", [False, True], ids=["pad is eos", "own pad"])
-@pytest.mark.parametrize("size", [1, 3, 8, 64])
+@pytest.mark.parametrize("size", first_then_slow([3, 1, 8, 64]))
 def test_leaving_and_joining_change_no_token(size, pad, counted, monkeypatch):
     tokenizer = make_tokenizer(pad=pad)
     model = frequent_ends(make_model(tokenizer), tokenizer)
@@ -84,6 +85,7 @@ def test_leaving_and_joining_change_no_token(size, pad, counted, monkeypatch):
     assert {text.ended for text in texts} == {True, False}
 
 
+@pytest.mark.slow
 def test_stop_strings_and_lines_end_rows_of_joined_batches(model, tokenizer):
     model = frequent_ends(model, tokenizer)
     rows = rows_of(tokenizer)

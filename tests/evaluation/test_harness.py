@@ -62,6 +62,7 @@ def ours(model, tokenizer):
     return figures, [answer.log_likelihoods for answer in system.answers["films"]]
 
 
+@pytest.mark.slow
 def test_figures_and_log_likelihoods_are_ours(model, tokenizer, tasks):
     adapted = get_peft_model(
         model, LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
@@ -88,6 +89,7 @@ def test_figures_and_log_likelihoods_are_ours(model, tokenizer, tasks):
     assert likelihoods["base"] != likelihoods["adapter"]
 
 
+@pytest.mark.slow
 def test_unknown_tasks_and_folders(tasks, monkeypatch):
     with pytest.raises(InputError, match="no task 'flims'; did you mean 'films'"):
         check_harness(["flims"], tasks)

@@ -26,6 +26,7 @@ LANES = {"data": pytest.mark.heavy, "names": pytest.mark.heavy}
     "target",
     [pytest.param(name, marks=LANES.get(name, [])) for name in TARGETS],
 )
+@pytest.mark.slow
 def test_nothing_breaks(place: Place, target: str) -> None:
     cases, check = TARGETS[target](place)
 

@@ -43,6 +43,7 @@ def with_validation(settings: dict, folder: Path) -> dict:
     return settings
 
 
+@pytest.mark.slow
 def test_offline_from_start_to_end_and_nothing_is_unpickled_but_the_trainers_own_state(
     command: Command, settings: dict, tmp_path: Path
 ) -> None:
@@ -71,6 +72,7 @@ def test_offline_from_start_to_end_and_nothing_is_unpickled_but_the_trainers_own
     assert {path.name for path in written} <= {"training_args.bin"}
 
 
+@pytest.mark.slow
 def test_a_cut_run_goes_on_to_the_straight_runs_losses_and_weights(
     command: Command, settings: dict, tmp_path: Path
 ) -> None:
@@ -101,6 +103,7 @@ def test_a_cut_run_goes_on_to_the_straight_runs_losses_and_weights(
         assert not [name for name, value in weights.items() if not value.equal(found[name])]
 
 
+@pytest.mark.slow
 def test_rows_20_21_and_25_by_the_command(command: Command, settings: dict, tmp_path: Path) -> None:
     """The newest two damaged, the last one's optimizer gone, then another rank and top_k."""
     out = Path(settings["output_dir"])
@@ -154,6 +157,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", ["ünïcödé 模型", "with space", "наборы'\"$(x)"])
+@pytest.mark.slow
 def test_paths_in_any_script(command: Command, settings: dict, tmp_path: Path, name: str) -> None:
     odd = tmp_path / name
     shutil.copytree(settings["model"]["name"], odd / "base")

@@ -137,6 +137,7 @@ def test_the_checks_run_on_a_device(tmp_path: Path) -> None:
     assert not failed
 
 
+@pytest.mark.slow
 def test_a_part_whose_processes_fail_has_failed(tmp_path: Path) -> None:
     assert lane.run_checks("cpu", 2, tmp_path, ["--no-such-option"]) == (
         {},

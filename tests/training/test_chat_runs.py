@@ -69,6 +69,7 @@ def finished(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_date_belongs_to_the_run(finished: Path) -> None:
     manifest = json.loads((finished / "run" / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["date"] == run_date(finished / "run") == "2025-02-03"

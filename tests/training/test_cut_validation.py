@@ -77,6 +77,7 @@ def once(model_folder, data_folder) -> Callable[..., TrainResult]:
 
 
 @pytest.mark.parametrize(("step", "updates"), [(2, 6), (6, 6), (7, 7)])  # 7: for the end's sake
+@pytest.mark.slow
 def test_a_cut_validation_is_made_up_for_to_the_last_bit(once, tmp_path, step, updates):
     straight = once(tmp_path / "straight", max_steps=updates)
     strike = Strike(step)
@@ -99,6 +100,7 @@ def test_a_cut_validation_is_made_up_for_to_the_last_bit(once, tmp_path, step, u
 
 @pytest.mark.filterwarnings("ignore:training.*has no effect:UserWarning")
 @pytest.mark.parametrize("step", [2, 5])
+@pytest.mark.slow
 def test_a_stop_writes_one_checkpoint_and_leaves_it_in_peace(once, tmp_path, monkeypatch, step):
     """Also where the end of an epoch would log, validate and save: a stop amid one is no end."""
     begun = []
@@ -131,6 +133,7 @@ def test_a_second_cut_validates_once_more(once, tmp_path):
         assert [path.name for path in checkpoints(tmp_path / "cut")] == ["checkpoint-2"]
 
 
+@pytest.mark.slow
 def test_a_best_that_the_late_validation_finds_is_the_result(once, tmp_path):
     """The highest loss counts as the best here, so the first validation finds it."""
     more = {"metric_for_best_model": "eval_loss", "greater_is_better": True}
@@ -142,6 +145,7 @@ def test_a_best_that_the_late_validation_finds_is_the_result(once, tmp_path):
     assert {path.name for path in checkpoints(tmp_path / "cut")} == {"checkpoint-2", "checkpoint-6"}
 
 
+@pytest.mark.slow
 def test_a_cut_before_the_first_update_leaves_nothing_half_done(once, tmp_path):
     cut = once(tmp_path / "cut", Strike(0), eval_on_start=True)
     assert (cut.interrupted, cut.steps) == (signal.SIGTERM, 0)

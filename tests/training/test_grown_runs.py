@@ -54,6 +54,7 @@ def logits(target: Path) -> torch.Tensor:
         return model(input_ids=torch.arange(3, 15).reshape(2, 6)).logits
 
 
+@pytest.mark.slow
 def test_the_folder_is_trained_on_and_scored_as_it_is(old, grown, capsys):
     torch.testing.assert_close(logits(grown), logits(old.run_dir), rtol=0, atol=1e-5)
     run = load_run(grown / "run.yaml")
@@ -74,6 +75,7 @@ def test_the_folder_is_trained_on_and_scored_as_it_is(old, grown, capsys):
     assert resolved["adapter"]["num_experts"] == 5
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_resumes_bit_for_bit(grown, tmp_path):
     changed = ["training.save_steps=1", "training.eval_steps=1", "training.max_steps=4"]
 

@@ -237,6 +237,7 @@ def test_a_model_that_mixes_rows_is_refused(setting, data_folder, tmp_path, mode
 
 
 @pytest.mark.parametrize("setting", ["packing", "padding_free"])
+@pytest.mark.slow
 def test_a_run_counts_every_row_once(setting, model_folder, data_folder, tmp_path):
     """One epoch: its tokens, its validation by task, and the rows of an update by name."""
     results = {}
@@ -288,6 +289,7 @@ def test_a_resume_knows_whether_rows_were_joined(model_folder, data_folder, tmp_
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo's
+@pytest.mark.slow
 def test_a_compiled_model_knows_the_task_of_each_packed_row(built):
     """While tracing, how many rows a batch of packs has is not known."""
     batch = batches(built)["packs"]

@@ -177,6 +177,7 @@ def test_an_unfinished_run_is_not_overwritten(model_folder, data_folder, tmp_pat
     assert (tmp_path / "cut" / "checkpoint-5").is_dir()
 
 
+@pytest.mark.slow
 def test_a_finished_run_that_goes_on_is_unfinished_until_it_ends(
     model_folder, data_folder, tmp_path
 ):
@@ -198,6 +199,7 @@ def test_a_finished_run_that_goes_on_is_unfinished_until_it_ends(
     assert not (tmp_path / UNFINISHED).exists()
 
 
+@pytest.mark.slow
 def test_a_finished_run_survives_a_successor_that_dies(model_folder, data_folder, tmp_path, caplog):
     def run(**more):
         given = run_file(

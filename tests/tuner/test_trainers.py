@@ -13,6 +13,7 @@ from peft import PeftModel
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import tiny
+from lanes import first_then_slow
 from rotmole import balance_states
 from rotmole.ops import load_balance_loss, select
 from rotmole.training.callbacks.balance import BalanceCallback
@@ -61,7 +62,7 @@ def _routers(model: PeftModel) -> dict[str, torch.Tensor]:
     return {n: w for n, w in weights(model).items() if n.endswith("default.router_weight")}
 
 
-@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize("name", first_then_slow(TRAINERS))
 def test_every_trainer_feels_the_balance_loss_and_resumes_bit_equal(
     name: str, tmp_path: Path
 ) -> None:

@@ -269,6 +269,7 @@ def test_runs_stand_side_by_side_and_names_are_text_and_no_markup(inspection):
     assert page.words.count("runs/made") >= 4  # in the glance and in three tables of losses
 
 
+@pytest.mark.slow
 def test_120_layers_with_many_experts_and_tasks_stay_below_half_a_megabyte(tmp_path):
     large = made_inspection(
         layers=120, modules=("q_proj", "k_proj", "v_proj", "o_proj"), experts=8,
@@ -296,6 +297,7 @@ def test_a_bare_record_has_a_page(inspection):
     assert {a["href"] for a in page.all("a")} == {"#verdict", "#made"}
 
 
+@pytest.mark.slow
 def test_pages_and_figures_come_from_the_record_alone(inspection, tmp_path):
     record = Inspection.read(inspection.write(tmp_path))
     few = replace(bare(record), layers=(replace(record.layers[0], usage={}, static=None),))

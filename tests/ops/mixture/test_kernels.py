@@ -29,7 +29,7 @@ from rotmole.ops.spec import Spec, Weights
 COMPILED = [v for v in FUSED if can_compile(v.rotation)]
 
 
-@pytest.fixture(params=["cpu", "cuda"])
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.slow)])
 def traced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     """Let torch follow the steps as it does to compile them, without its compiler, and count.
 
@@ -59,7 +59,7 @@ def _new(known: dict[Any, Any], device: str, *key: Any) -> Any:
     *key, own = key
     assert own == "cpu"
     if tuple(key) not in known:
-        known[tuple(key)] = module._Kernels(*key, device)
+        known[tuple(key)] = module.Kernels(*key, device)
     return known[tuple(key)]
 
 

@@ -141,6 +141,7 @@ SHORT = {
 
 
 @pytest.mark.parametrize("name", HIDDEN)
+@pytest.mark.slow
 def test_no_state_hides_from_a_resume(model_folder, data_folder, tmp_path, name):
     """Cut before a short update, or in the epoch after it; every buffer is compared too."""
     content = settings(model_folder, data_folder, tmp_path / "straight", **SHORT)
@@ -176,6 +177,7 @@ def test_no_state_hides_from_a_resume(model_folder, data_folder, tmp_path, name)
         assert not [key for key, value in ours.items() if not torch.equal(value, theirs[key])]
 
 
+@pytest.mark.slow
 def test_the_balance_loss_between_log_lines_is_carried(straight, cut, again):
     """The line after a cut is a mean over updates before and after it."""
     folder = cut(6)
@@ -303,6 +305,7 @@ def test_a_learning_rate_of_nought_changes_no_weight(cut, again, schedule):
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
+@pytest.mark.slow
 def test_a_longer_run_follows_its_own_schedule_at_once(cut, again):
     """The first update too: linear from 0.02, at update 18 of 40 after 2 of warm-up."""
     folder = cut(17, keep=1)
@@ -369,6 +372,7 @@ def test_a_best_that_is_damaged_at_the_end_costs_no_result(straight, cut, again,
     assert all(torch.equal(value, last[name]) for name, value in ours.items())
 
 
+@pytest.mark.slow
 def test_a_poisoned_layer_is_named_with_its_rows(model_folder, data_folder, tmp_path):
     """Exit 3 before the update; the checkpoint before it is whole and training goes on from it."""
 

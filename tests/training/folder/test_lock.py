@@ -106,6 +106,7 @@ print(runs)
 """
 
 
+@pytest.mark.slow
 def test_processes_that_come_and_go_are_never_inside_together(tmp_path):
     """The lock's file is removed while others open it."""
     words = [sys.executable, "-c", BARE + HAMMER, str(tmp_path)]

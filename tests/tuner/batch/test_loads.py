@@ -101,6 +101,7 @@ def test_it_moves_once_against_the_load_of_all_micro_batches(reentrant: bool | N
     assert update_router_bias(model) == 0  # said once
 
 
+@pytest.mark.slow
 def test_a_compiled_model_counts_nothing_and_says_so() -> None:
     model = _adapted().train()
     compiled = torch.compile(model, backend="eager")

@@ -54,6 +54,7 @@ LOADERS = {
 }
 
 
+@pytest.mark.slow
 def test_a_fresh_process_computes_the_same_logits_with_every_loader(
     folders: tuple[Path, Path, torch.Tensor], tmp_path: Path
 ) -> None:
