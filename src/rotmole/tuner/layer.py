@@ -119,8 +119,6 @@ class RotMoleLayer(BaseTunerLayer):  # type: ignore[misc] # peft ships no types
 
     def block_part(self, active: list[str]) -> BlockPart | None:
         """Return what this layer is in a block-routed block; such an adapter must act alone."""
-        if not self.rotmole_blocks:
-            return None
         parts = [self.rotmole_blocks[name] for name in active if name in self.rotmole_blocks]
         if parts and len(active) > 1:
             raise ModelError(
@@ -222,15 +220,16 @@ class Linear(nn.Module, RotMoleLayer):
         if self.disable_adapters:
             plain: Tensor = self.base_layer(x, *args, **kwargs)
             return plain
-        active = [name for name in self.active_adapters if name in self.rotmole_experts]  # type: ignore[union-attr] # hidden by nn.Module
-        part = self.block_part(active)
+        here = self.rotmole_experts
+        active = [name for name in self.active_adapters if name in here]  # type: ignore[union-attr] # hidden by nn.Module
+        part = self.block_part(active) if self.rotmole_blocks else None
         block = None if part is None else BlockCall(part, self._batch(), x)
         read = x if block is None else block.read()
         result: Tensor = self.base_layer(read, *args, **kwargs)
         dtype = result.dtype
         for adapter_name in active:
             result = self.add(result, x, adapter_name, block)
-        return result.to(dtype)
+        return result if result.dtype == dtype else result.to(dtype)
 
     def _replicate_for_data_parallel(self) -> Any:
         raise ModelError(

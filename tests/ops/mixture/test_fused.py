@@ -156,8 +156,8 @@ def test_first_and_second_derivatives(variant: Variant, dropped: bool) -> None:
         changed = problem.map(lambda name, t: named.get(name, t))
         return run(how_of(problem), changed, named["router"], keep_TD, named["base"])
 
-    # along random directions: entry by entry, test_outputs_and_every_gradient compares the first pass
-    # with autograd through the reference; the second pass is the slow twin's, checked so elsewhere
+    # along random directions: entry by entry test_outputs_and_every_gradient compares the first
+    # pass with autograd through the reference; the second is the slow twin's, checked elsewhere
     assert torch.autograd.gradcheck(function, tuple(inputs.values()), fast_mode=True)
     assert torch.autograd.gradgradcheck(function, tuple(inputs.values()), fast_mode=True)
     # that looks at one pass alone, and would not see that it is of another function

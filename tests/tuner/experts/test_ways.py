@@ -272,7 +272,7 @@ def test_the_first_reader_computes_for_the_others() -> None:
     calls: list[int] = []
     inner, caches = model.base_model.model, [Cache()]
     x = torch.randn(3, 1, 6).double()
-    counted = decoding.packed_activations
+    counted = decoding.packed_additions
 
     def count(x_TD: torch.Tensor, packed: Pack) -> object:
         calls.append(len(packed.B_NO))
@@ -282,7 +282,7 @@ def test_the_first_reader_computes_for_the_others() -> None:
         inner.way = way
         calls.clear()
         with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(decoding, "packed_activations", count)
+            patch.setattr(decoding, "packed_additions", count)
             model(x.clone(), past_key_values=caches[-1])
         return list(calls)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rotmole.ops.compiled import Kernels, kernels_of, may_compile
-from rotmole.ops.mixture.products import add_product
+from rotmole.ops.mixture.products import add_product, scaled_product
 from rotmole.ops.precision import at_least_float32, without_autocast
 from rotmole.ops.rotation.table import ROTATIONS, Gate
 from rotmole.ops.routing.selection import choose, spread_chosen
@@ -76,7 +76,7 @@ class Pack(NamedTuple):
             in the same type; then for each bank the rows of what is wide, its small gates, and its
             learned vectors or None.
         B_NO: the layers' output factors in that type; N = E R, plus R of the shared expert.
-        kernels: the steps in one, for a layer that asks for it.
+        kernels: the steps and the products with B in one, for a layer that asks for it.
     """
 
     kind: PackedKind
@@ -115,8 +115,9 @@ def pack(spec: Spec, layers: Sequence[Weights], dtype: torch.dtype) -> Pack:
     for bank in aparts:
         fixed += [*bank.wide.values(), *bank.small.values(), bank.center_ER]
         letters += ["RD"] * len(bank.wide) + ["LERR"] * len(bank.small) + ["ER"]
-    wanted = spec.kernels == "compiled"
-    kernels = kernels_of(_weighed, kind, letters, fixed) if wanted else None
+    kernels = None
+    if spec.kernels == "compiled":
+        kernels = kernels_of(_additions, kind, [*letters, *["RO"] * len(B_NO)], fixed)
     return Pack(kind, fixed, B_NO, kernels)
 
 
@@ -173,13 +174,55 @@ def packed_activations(x_TD: Tensor, packed: Pack) -> tuple[Tensor, ...]:
     Returns:
         [T, E R] in the type of the products for each layer, [T, E R + R_0] with a shared expert.
     """
-    tensors = [x_TD, *packed.fixed]
     with without_autocast(x_TD):
-        if packed.kernels is not None and may_compile(packed.kind.specs[0], x_TD):
-            (m_LTN,) = packed.kernels(tensors)
-        else:
-            (m_LTN,) = _weighed(packed.kind, tensors)
-        return m_LTN.unbind()  # type: ignore[no-any-return] # a tensor, as torch does not say
+        (m_LTN,) = _weighed(packed.kind, [x_TD, *packed.fixed])
+        return m_LTN.unbind()
+
+
+class Addition(NamedTuple):
+    """What one layer adds to W x, as far as it is computed.
+
+    Attributes:
+        value: [T, O] all of it, the scale included, without B; else [T, N] what is still to be
+            multiplied with B and the scale.
+        B_NO: [N, O] the layer's output factors, or None.
+    """
+
+    value: Tensor
+    B_NO: Tensor | None
+
+    def to(self, base_TO: Tensor | None, scale: float) -> Tensor:
+        """Return the sum of base_TO [T, O], if there is one, and the addition."""
+        if self.B_NO is not None:
+            return add_product(base_TO, self.value, self.B_NO, scale)
+        return self.value if base_TO is None else base_TO + self.value
+
+
+def packed_additions(x_TD: Tensor, packed: Pack) -> list[Addition]:
+    """Return what each layer adds, without gradients: by kernels all of it, else all but B.
+
+    Args:
+        x_TD: [T, D] the layers' input.
+        packed: their weights.
+
+    Returns:
+        One for each layer. A product that adds to W x as it goes is one operation less than one
+        before an addition, but kernels have no W x of layers that did not come yet.
+    """
+    if packed.kernels is None or not may_compile(packed.kind.specs[0], x_TD):
+        return [*map(Addition, packed_activations(x_TD, packed), packed.B_NO)]
+    with without_autocast(x_TD):
+        added = packed.kernels([x_TD, *packed.fixed, *packed.B_NO])
+    return [Addition(value_TO, None) for value_TO in added]
+
+
+def _additions(kind: PackedKind, tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """Return what each layer adds, [T, O]; tensors: as for _weighed, then each layer's B."""
+    layers = kind.layouts[0].sizes[1]
+    (m_LTN,) = _weighed(kind, tensors[:-layers])
+    pairs = zip(m_LTN.unbind(), tensors[-layers:], strict=True)
+    scale = kind.specs[0].scale
+    return tuple(scaled_product(m_TN, B_NO, scale) for m_TN, B_NO in pairs if B_NO is not None)
 
 
 def _weighed(kind: PackedKind, tensors: Sequence[Tensor | None]) -> tuple[Tensor]:
@@ -297,5 +340,5 @@ def packed_mixture(x_TD: Tensor, packed: Pack, base_TO: Tensor | None = None) ->
     >>> packed_mixture(torch.ones(5, 3), packed).shape
     torch.Size([5, 6])
     """
-    (m_TN,) = packed_activations(x_TD, packed)
-    return add_product(base_TO, m_TN, packed.B_NO[0], packed.kind.specs[0].scale)
+    (addition,) = packed_additions(x_TD, packed)
+    return addition.to(base_TO, packed.kind.specs[0].scale)

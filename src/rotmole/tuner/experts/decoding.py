@@ -21,8 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from rotmole.ops.compiled import few
-from rotmole.ops.mixture.packed import Pack, pack, packed_activations
-from rotmole.ops.mixture.products import add_product
+from rotmole.ops.mixture.packed import Addition, Pack, pack, packed_additions
 from rotmole.ops.spec import Spec
 from rotmole.tuner.batch.batch import Batch
 from rotmole.tuner.batch.stack import Stack
@@ -72,7 +71,7 @@ class _Read(NamedTuple):
         x, version: the tensor, weakly, and its version.
         spec, dtype: of the first reader; others share its work if theirs are equal.
         leader, group: the first reader, and its group.
-        ahead: follower -> (activations, its B), taken away by the follower's call.
+        ahead: follower -> what it adds, taken away by the follower's call.
     """
 
     x: weakref.ref[Tensor]
@@ -81,14 +80,14 @@ class _Read(NamedTuple):
     dtype: torch.dtype
     leader: Experts
     group: _Group
-    ahead: dict[Experts, tuple[Tensor, Tensor]]
+    ahead: dict[Experts, Addition]
 
     def is_of(self, x: Tensor, spec: Spec, dtype: torch.dtype) -> bool:
         """Whether this is what was read before, unchanged since, with an equal spec."""
         same = self.x() is x and self.version == x._version
         return same and self.dtype == dtype and self.spec == spec
 
-    def take(self, layer: Experts) -> tuple[Tensor, Tensor] | None:
+    def take(self, layer: Experts) -> Addition | None:
         """Return what is computed already for a layer that came, for this once."""
         self.group.awaited.discard(layer)
         return self.ahead.pop(layer, None)
@@ -127,13 +126,9 @@ class Decoding:
         Returns:
             [T, O], as packed_mixture.
         """
-        m_TN, B_NO = self._activation(layer, x_TD, dtype)
-        return add_product(base_TO, m_TN, B_NO, layer.spec.scale)
+        return self._addition(layer, x_TD, dtype).to(base_TO, layer.spec.scale)
 
-    def _activation(
-        self, layer: Experts, x_TD: Tensor, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        """Return the layer's weighted activations and the B that they are multiplied with."""
+    def _addition(self, layer: Experts, x_TD: Tensor, dtype: torch.dtype) -> Addition:
         x, spec = self.x, layer.spec
         if x.is_inference():  # has no version: a change between two readers would not be seen
             return self._compute([layer], x_TD, dtype)[0]
@@ -152,7 +147,7 @@ class Decoding:
         group.awaited = set(followers)
         first, *others = self._compute([layer, *followers], x_TD, dtype)
         ahead = dict(zip(followers, others, strict=True))
-        for follower in ahead:
+        for follower in followers:
             self._group(follower).packed = None  # a second copy of its weights
         version = x._version
         self.batch.last_read = _Read(weakref.ref(x), version, spec, dtype, layer, group, ahead)
@@ -160,15 +155,15 @@ class Decoding:
 
     def _compute(
         self, layers: Sequence[Experts], x_TD: Tensor, dtype: torch.dtype
-    ) -> list[tuple[Tensor, Tensor]]:
+    ) -> list[Addition]:
         packed = self._group(layers[0]).pack(layers, dtype)
-        return list(zip(packed_activations(x_TD, packed), packed.B_NO, strict=True))
+        return packed_additions(x_TD, packed)
 
 
 def computed_ahead(
     layer: Experts, x: Tensor, dropout: nn.Module, batch: Batch, dtype: torch.dtype
-) -> tuple[Tensor, Tensor] | None:
-    """Return what the first reader of x has computed for a layer; None if it no longer fits.
+) -> Addition | None:
+    """Return what the first reader of x found that a layer adds; None if it no longer fits.
 
     Args:
         layer: the adapter's parameters, in batch.last_read.ahead.
@@ -178,7 +173,7 @@ def computed_ahead(
         dtype: type of the products.
 
     Returns:
-        (weighted activations [T, N], the layer's B [N, O]), for this one call.
+        For this one call.
     """
     read: _Read = batch.last_read
     if layer.training or dropout.training or torch.is_grad_enabled():

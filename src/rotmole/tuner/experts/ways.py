@@ -21,7 +21,6 @@ from rotmole.ops.mixture.banks import How, Rotated
 from rotmole.ops.mixture.dense import mixture
 from rotmole.ops.mixture.fused import can_fuse, fused_mixture
 from rotmole.ops.mixture.grouped import grouped_mixture
-from rotmole.ops.mixture.products import add_product
 from rotmole.ops.routing.route import route
 from rotmole.ops.routing.selection import Routed
 from rotmole.ops.spec import NO_TOKENS, Spec, Tokens, Weights
@@ -312,8 +311,8 @@ def add_ahead(
 ) -> Tensor | None:
     """Return base plus the addition, if an earlier layer of this decoding step computed it.
 
-    The short way for most layers of such a step, whose time is that of Python; what a layer
-    subtracts with init_weights "svd" is left to `add`.
+    The short way for most layers of such a step, whose time is that of Python. It is left to `add`
+    to subtract what a layer does with init_weights "svd", and to be seen by hooks.
 
     Args:
         experts, ways: as for `add`.
@@ -324,15 +323,15 @@ def add_ahead(
     """
     if batch.last_read is None or experts not in batch.last_read.ahead or PACKED not in ways:
         return None
-    if experts.residual() is not None:
+    if experts._forward_pre_hooks or experts._forward_hooks or experts.residual() is not None:
         return None
     dtype = compute_dtype(x, experts.expert_A, experts.spec)
     found = computed_ahead(experts, x, dropout, batch, dtype)
     if found is None:
         return None
-    m_TN, B_NO = found
-    base_TO = base.reshape(-1, B_NO.shape[1])
-    return add_product(base_TO, m_TN, B_NO, experts.spec.scale).view(base.shape)
+    if found.B_NO is None:
+        return base + found.value.view(base.shape)
+    return found.to(base.reshape(len(found.value), -1), experts.spec.scale).view(base.shape)
 
 
 def _start_addition(spec: Spec, start: Weights, x_TD: Tensor, *, fused: bool) -> Tensor:
