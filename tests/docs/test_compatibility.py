@@ -30,7 +30,7 @@ def test_every_test_it_names_exists() -> None:
 
 
 def _cases(file: str) -> set[str]:
-    """Ids of all tests of a file, read from their parametrize marks: every value is a string."""
+    """Ids of all tests of a file, from their parametrize marks: strings, or params of one."""
     spec = importlib.util.spec_from_file_location(Path(file).stem, ROOT / file)
     assert spec is not None
     assert spec.loader is not None
@@ -42,7 +42,8 @@ def _cases(file: str) -> set[str]:
     for name, test in vars(module).items():
         if name.startswith("test_"):
             marks = [m for m in getattr(test, "pytestmark", []) if m.name == "parametrize"]
-            ids = [f"[{value}]" for value in marks[0].args[1]] if marks else [""]
+            cases = marks[0].args[1] if marks else []
+            ids = [f"[{getattr(case, 'values', [case])[0]}]" for case in cases] or [""]
             found |= {f"{file}::{name}{case}" for case in ids}
     return found
 

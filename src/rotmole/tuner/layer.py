@@ -22,7 +22,7 @@ from rotmole.tuner.experts.blocks import BlockCall, BlockPart
 from rotmole.tuner.experts.decoding import decoding_of
 from rotmole.tuner.experts.experts import Experts, spec_of
 from rotmole.tuner.experts.initial import draw, take_segments
-from rotmole.tuner.experts.ways import Call, Way, add, add_ahead, ways_for
+from rotmole.tuner.experts.ways import Call, Way, add, add_decoded, ways_for
 from rotmole.tuner.targets import linear_widths
 
 if TYPE_CHECKING:
@@ -142,17 +142,18 @@ class RotMoleLayer(BaseTunerLayer):  # type: ignore[misc] # peft ships no types
         experts, stack = self.experts(adapter_name), self.rotmole_stack
         batch = self._batch() if block is None else block.batch
         ways, dropout = self.rotmole_ways[adapter_name], self.rotmole_dropout[adapter_name]
-        if block is None:
-            done = add_ahead(experts, ways, result, x, dropout, batch)
-            if done is not None:
-                return done
+        decoding = decoding_of(x, batch, stack) if block is None else None
+        if decoding is not None:
+            decoded = add_decoded(experts, ways, result, dropout, decoding)
+            if decoded is not None:
+                return decoded
         call = Call(
             x,
             x.reshape(-1, self.in_features),
             dropout,
             tokens_for_router(experts.spec, batch, x) if experts.has_router else NO_TOKENS,
             base_TO=result.reshape(-1, self.out_features) if block is None else None,
-            decoding=decoding_of(x, batch, stack) if block is None else None,
+            decoding=decoding,
             block=block,
         )
         y_TO, routed = experts(add, ways, call)

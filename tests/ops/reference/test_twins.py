@@ -86,6 +86,7 @@ TWINS = {
     "mixture.grouped:grouped_mixture": "method:mixture",
     "mixture.packed:pack": "layer:pack",
     "mixture.packed:packed_activations": "layer:weighted_activations",
+    "mixture.packed:packed_additions": "layer:layer",
     "mixture.packed:packed_mixture": "layer:layer",
     "mixture.block:slot_experts": "block:slot_experts",
     "mixture.block:slot_additions": "block:slot_additions",

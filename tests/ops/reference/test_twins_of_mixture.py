@@ -15,7 +15,7 @@ from rotmole.ops.mixture import block, products
 from rotmole.ops.mixture.banks import Bank, How, Parts
 from rotmole.ops.mixture.fused import GATES, can_compile, can_fuse, fused_mixture
 from rotmole.ops.mixture.grouped import chosen_dots, chosen_outer, chosen_sum, grouped_mixture
-from rotmole.ops.mixture.packed import pack, packed_activations, packed_mixture
+from rotmole.ops.mixture.packed import pack, packed_activations, packed_additions, packed_mixture
 from rotmole.ops.mixture.passes import backward, dropped, forward
 from rotmole.ops.mixture.radar import radar_pairs_weights, radar_sum
 from rotmole.ops.mixture.rank_space import Kind, Read, Small, read_small_gates, turn_back, weigh
@@ -255,8 +255,8 @@ def test_packed_activations_and_mixture(
             reads_x = {} if down is None else {"rotation_down": down.unsqueeze(0)}
         named.append({"A": p.A_ERD, "router": router, **reads_x})
     assert torch.equal(packed.fixed[0], layer.pack(named))
-    activations = packed_activations(x_TD, packed)
-    for p, router, m_TN in zip(problems, routers, activations, strict=True):
+    activations, additions = packed_activations(x_TD, packed), packed_additions(x_TD, packed)
+    for p, router, m_TN, addition in zip(problems, routers, activations, additions, strict=True):
         tensors = x_TD, p.A_ERD, p.B_ERO, p.gates
         wanted = layer.weighted_activations(
             *tensors, router, rotation=variant.rotation, top_k=2, rotation_input=reads, **options
@@ -269,6 +269,7 @@ def test_packed_activations_and_mixture(
             base_TO=base_TO, rotation_input=reads, **options,
         )  # fmt: skip
         assert_close(found, wanted, 1e-12)
+        assert_close(addition.to(base_TO, spec.scale), wanted, 1e-12)
 
 
 @every

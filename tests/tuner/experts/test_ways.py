@@ -307,6 +307,31 @@ def test_the_first_reader_computes_for_the_others() -> None:
     assert not next(m for m in model.modules() if isinstance(m, RotMoleLayer)).rotmole_stack.packs
 
 
+@pytest.mark.parametrize("which", ["before", "after", "of all modules"])
+def test_who_hooks_experts_sees_each_call_of_a_decoding_step(which: str) -> None:
+    model, layers = attention("alike")
+    seen: list[torch.nn.Module] = []
+
+    def see(module: torch.nn.Module, *_: object) -> None:
+        seen.append(module)
+
+    handles = {
+        "before": lambda: [one.register_forward_pre_hook(see) for one in layers.values()],
+        "after": lambda: [one.register_forward_hook(see) for one in layers.values()],
+        "of all modules": lambda: [torch.nn.modules.module.register_module_forward_hook(see)],
+    }[which]()
+    cache, x = Cache(), torch.randn(3, 1, 6).double()
+    try:
+        with torch.no_grad():
+            for _ in range(3):
+                seen.clear()
+                model(x.clone(), past_key_values=cache)
+                assert [one for one in seen if one in layers.values()] == list(layers.values())
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 @pytest.mark.parametrize("change", ["in place", "another tensor", "dropout", "training"])
 def test_a_change_of_one_reader_is_seen_by_all(name: str, change: str) -> None:

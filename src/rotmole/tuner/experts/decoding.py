@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -103,49 +103,39 @@ class Decoding:
     """
 
     def __init__(self, x: Tensor, batch: Batch, stack: Stack) -> None:
-        self.x, self.batch = x, batch
-        self.groups: dict[Experts, _Group] = stack.packs.setdefault(batch.cache, {})
+        self.x, self.batch, self.stack = x, batch, stack
 
     def _group(self, layer: Experts) -> _Group:
-        group = self.groups.get(layer)
+        groups: dict[Experts, _Group] = self.stack.packs.setdefault(self.batch.cache, {})
+        group = groups.get(layer)
         if group is None:
-            group = self.groups[layer] = _Group()
+            group = groups[layer] = _Group()
         return group
 
-    def add(
-        self, layer: Experts, x_TD: Tensor, dtype: torch.dtype, base_TO: Tensor | None
-    ) -> Tensor:
-        """Return what a layer adds to W x, or their sum, by packed weights; may_pack must hold.
+    def addition(self, layer: Experts, dtype: torch.dtype) -> Addition:
+        """Return what a layer adds to W x, by packed weights; may_pack must hold.
 
         Args:
             layer: the adapter's parameters, with a plain scaling gate.
-            x_TD: [T, D] x without its middle axis.
             dtype: type of the products.
-            base_TO: [T, O] W x; None leaves it out.
-
-        Returns:
-            [T, O], as packed_mixture.
         """
-        return self._addition(layer, x_TD, dtype).to(base_TO, layer.spec.scale)
-
-    def _addition(self, layer: Experts, x_TD: Tensor, dtype: torch.dtype) -> Addition:
         x, spec = self.x, layer.spec
         if x.is_inference():  # has no version: a change between two readers would not be seen
-            return self._compute([layer], x_TD, dtype)[0]
+            return self._compute([layer], dtype)[0]
         last: _Read | None = self.batch.last_read
         if last is not None and layer is not last.leader and last.is_of(x, spec, dtype):
             result = last.take(layer)
             if result is None:  # it reads the same and is not known yet
                 if layer not in last.group.followers and _shapes(layer) == _shapes(last.leader):
                     last.group.followers.append(layer)
-                return self._compute([layer], x_TD, dtype)[0]
+                return self._compute([layer], dtype)[0]
             return result
         group = self._group(layer)
         if group.awaited:
             group.followers = [one for one in group.followers if one not in group.awaited]
-        followers = [one for one in group.followers if _fits(one, layer, x_TD)]
+        followers = [one for one in group.followers if _fits(one, layer, x)]
         group.awaited = set(followers)
-        first, *others = self._compute([layer, *followers], x_TD, dtype)
+        first, *others = self._compute([layer, *followers], dtype)
         ahead = dict(zip(followers, others, strict=True))
         for follower in followers:
             self._group(follower).packed = None  # a second copy of its weights
@@ -153,34 +143,9 @@ class Decoding:
         self.batch.last_read = _Read(weakref.ref(x), version, spec, dtype, layer, group, ahead)
         return first
 
-    def _compute(
-        self, layers: Sequence[Experts], x_TD: Tensor, dtype: torch.dtype
-    ) -> list[Addition]:
+    def _compute(self, layers: Sequence[Experts], dtype: torch.dtype) -> list[Addition]:
         packed = self._group(layers[0]).pack(layers, dtype)
-        return packed_additions(x_TD, packed)
-
-
-def computed_ahead(
-    layer: Experts, x: Tensor, dropout: nn.Module, batch: Batch, dtype: torch.dtype
-) -> Addition | None:
-    """Return what the first reader of x found that a layer adds; None if it no longer fits.
-
-    Args:
-        layer: the adapter's parameters, in batch.last_read.ahead.
-        x: the layer's input as the model gave it.
-        dropout: the adapter's.
-        batch: at hand.
-        dtype: type of the products.
-
-    Returns:
-        For this one call.
-    """
-    read: _Read = batch.last_read
-    if layer.training or dropout.training or torch.is_grad_enabled():
-        return None
-    if not read.is_of(x, layer.spec, dtype):
-        return None
-    return read.take(layer)
+        return packed_additions(self.x.reshape(-1, self.x.shape[-1]), packed)
 
 
 def decoding_of(x: Tensor, batch: Batch, stack: Stack) -> Decoding | None:
@@ -190,20 +155,20 @@ def decoding_of(x: Tensor, batch: Batch, stack: Stack) -> Decoding | None:
     return Decoding(x, batch, stack) if few(x) else None
 
 
-def may_pack(layer: Experts, call: Any) -> bool:
-    """Whether packing pays, the layer's weights stand still, and a change would be seen."""
-    if call.decoding is None or layer.training or call.dropout.training:
+def may_pack(layer: Experts, dropout: nn.Module) -> bool:
+    """Whether a decoding layer's weights stand still, and a change of them would be seen."""
+    if layer.training or dropout.training:
         return False
     return not layer.expert_A.is_inference()  # those have no version by which to see a change
 
 
-def _fits(layer: Experts, leader: Experts, x_TD: Tensor) -> bool:
+def _fits(layer: Experts, leader: Experts, x: Tensor) -> bool:
     """Whether the leader may compute for a layer now, out of that layer's own call.
 
     Until their own call, weights can lie elsewhere (offloaded) or in parts (sharded).
     """
     ours, theirs = leader.expert_A, layer.expert_A
-    here = theirs.device == x_TD.device and type(theirs) is type(ours)
+    here = theirs.device == x.device and type(theirs) is type(ours)
     still = not (layer.training or theirs.is_inference())
     return here and still and theirs.shape == ours.shape
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from rotmole.errors import ModelError
 from rotmole.ops.mixture.banks import How, Rotated
@@ -25,9 +26,8 @@ from rotmole.ops.routing.route import route
 from rotmole.ops.routing.selection import Routed
 from rotmole.ops.spec import NO_TOKENS, Spec, Tokens, Weights
 from rotmole.ops.transforms import is_transformed
-from rotmole.tuner.batch.batch import Batch
 from rotmole.tuner.experts.blocks import BlockCall
-from rotmole.tuner.experts.decoding import Decoding, computed_ahead, may_pack
+from rotmole.tuner.experts.decoding import Decoding, may_pack
 from rotmole.tuner.experts.experts import Experts
 
 Added = tuple[Tensor, Routed | None]
@@ -136,7 +136,8 @@ def _by_block(experts: Experts, call: Call, spec: Spec | None = None) -> Added:
 def _by_packs(experts: Experts, call: Call) -> Added:
     assert call.decoding is not None
     dtype = compute_dtype(call.x_TD, experts.expert_A, experts.spec)
-    return call.decoding.add(experts, call.x_TD, dtype, call.base_TO), None
+    addition = call.decoding.addition(experts, dtype)
+    return addition.to(call.base_TO, experts.spec.scale), None
 
 
 def _routed(experts: Experts, call: Call, weights: Weights) -> Routed | None:
@@ -237,7 +238,11 @@ def _may_group(experts: Experts, call: Call) -> bool:
     return experts.spec.dispatch == "grouped" or not torch.compiler.is_compiling()
 
 
-PACKED = Way("packed", _packs, may_pack, _by_packs)
+def _decodes(experts: Experts, call: Call) -> bool:
+    return call.decoding is not None and may_pack(experts, call.dropout)
+
+
+PACKED = Way("packed", _packs, _decodes, _by_packs)
 WAYS = (
     Way("block", _any_layer, _is_in_block, _by_block),
     PACKED,
@@ -301,37 +306,37 @@ def add(experts: Experts, ways: tuple[Way, ...], call: Call) -> Added:
     return _added(delta_TO, call), routed
 
 
-def add_ahead(
-    experts: Experts,
-    ways: tuple[Way, ...],
-    base: Tensor,
-    x: Tensor,
-    dropout: nn.Module,
-    batch: Batch,
-) -> Tensor | None:
-    """Return base plus the addition, if an earlier layer of this decoding step computed it.
+def _is_awaited(experts: Experts) -> bool:
+    """Whether a call of the module does more than its forward: hooks, or another forward."""
+    if experts._forward_pre_hooks or experts._forward_hooks or "forward" in experts.__dict__:
+        return True
+    return bool(_has_any_global_hook())  # type: ignore[no-untyped-call] # torch's own types
 
-    The short way for most layers of such a step, whose time is that of Python. It is left to `add`
-    to subtract what a layer does with init_weights "svd", and to be seen by hooks.
+
+def add_decoded(
+    experts: Experts, ways: tuple[Way, ...], base: Tensor, dropout: nn.Module, decoding: Decoding
+) -> Tensor | None:
+    """Return base plus the addition of a layer in a decoding step, None if it is left to `add`.
+
+    The short way, because the time of such a step is that of Python. It is left to `add` to
+    subtract what a layer does with init_weights "svd", and to be called by its module where
+    somebody waits for that: hooks, and what brings offloaded or sharded weights.
 
     Args:
         experts, ways: as for `add`.
-        base: [..., O] W x.
-        x: [..., D] the layer's input as the model gave it.
+        base: [N, 1, O] W x.
         dropout: the adapter's.
-        batch: at hand.
+        decoding: of the layer's input.
     """
-    if batch.last_read is None or experts not in batch.last_read.ahead or PACKED not in ways:
+    if PACKED not in ways or _is_awaited(experts):
         return None
-    if experts._forward_pre_hooks or experts._forward_hooks or experts.residual() is not None:
+    if experts.residual() is not None or not may_pack(experts, dropout):
         return None
-    dtype = compute_dtype(x, experts.expert_A, experts.spec)
-    found = computed_ahead(experts, x, dropout, batch, dtype)
-    if found is None:
-        return None
-    if found.B_NO is None:
-        return base + found.value.view(base.shape)
-    return found.to(base.reshape(len(found.value), -1), experts.spec.scale).view(base.shape)
+    dtype = compute_dtype(decoding.x, experts.expert_A, experts.spec)
+    addition = decoding.addition(experts, dtype)
+    if addition.B_NO is None:
+        return base + addition.value.view(base.shape)
+    return addition.to(base.reshape(len(base), -1), experts.spec.scale).view(base.shape)
 
 
 def _start_addition(spec: Spec, start: Weights, x_TD: Tensor, *, fused: bool) -> Tensor:
