@@ -154,13 +154,9 @@ def measure(case: Case, modes: tuple[str, ...], rounds: int, balanced: tuple[str
     variants += [(f"{m}, balance loss on", m, {"router_aux_loss_coef": BALANCE}) for m in balanced]
     variants += [(f"{m}, shared expert", m, SHARED) for m in balanced]
     variants += [
-        (f"{name}, kernels compiled", m, more | {"kernels": "compiled"})
-        for m in balanced
-        for name, more in (
-            (m, {}),
-            (f"{m}, balance loss on", {"router_aux_loss_coef": BALANCE}),
-            (f"{m}, shared expert", SHARED),
-        )
+        (f"{name}, kernels compiled", mode, more | {"kernels": "compiled"})
+        for name, mode, more in variants
+        if mode in MODES
     ]
     if case.kind == "bfloat16 with float32 adapters" and fast:
         variants += [(f"{m}, compute_dtype input", m, {"compute_dtype": "input"}) for m in balanced]
