@@ -174,16 +174,19 @@ def test_packed_steps(variant: Variant, traced: list[Any], request: pytest.Fixtu
     assert len(traced) == (1 if request.node.callspec.params["traced"] == "cuda" else 2)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("compiles", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("experts", [2, 4, 9])
-def test_counting_finds_what_sorting_finds(experts: int) -> None:
+def test_counting_finds_what_sorting_finds(experts: int, compiles: bool) -> None:
     """Ties go to the lower number, and what is no number counts as the largest, as in a sort."""
+    count = torch.compile(_numbers_by_counting) if compiles else _numbers_by_counting
     torch.manual_seed(experts)
     score_ET = torch.randint(0, 4, (experts, 200)).double()
     score_ET[0, ::7] = torch.inf
     score_ET[1, ::5] = torch.nan
     score_ET[0, ::35] = -torch.inf
     for k in range(1, experts + 1):
-        found_KT = _numbers_by_counting(score_ET, k)
+        found_KT = count(score_ET, k)
         if not score_ET[:, 1].isnan().any():
             wanted = method.best(score_ET[:, 1].tolist(), k)
             assert found_KT[:, 1].tolist() == wanted

@@ -175,8 +175,7 @@ def packed_activations(x_TD: Tensor, packed: Pack) -> tuple[Tensor, ...]:
         [T, E R] in the type of the products for each layer, [T, E R + R_0] with a shared expert.
     """
     with without_autocast(x_TD):
-        (m_LTN,) = _weighed(packed.kind, [x_TD, *packed.fixed])
-        return m_LTN.unbind()
+        return _weighed(packed.kind, [x_TD, *packed.fixed]).unbind()
 
 
 class Addition(NamedTuple):
@@ -219,13 +218,13 @@ def packed_additions(x_TD: Tensor, packed: Pack) -> list[Addition]:
 def _additions(kind: PackedKind, tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
     """Return what each layer adds, [T, O]; tensors: as for _weighed, then each layer's B."""
     layers = kind.layouts[0].sizes[1]
-    (m_LTN,) = _weighed(kind, tensors[:-layers])
+    m_LTN = _weighed(kind, tensors[:-layers])
     pairs = zip(m_LTN.unbind(), tensors[-layers:], strict=True)
     scale = kind.specs[0].scale
     return tuple(scaled_product(m_TN, B_NO, scale) for m_TN, B_NO in pairs if B_NO is not None)
 
 
-def _weighed(kind: PackedKind, tensors: Sequence[Tensor | None]) -> tuple[Tensor]:
+def _weighed(kind: PackedKind, tensors: Sequence[Tensor | None]) -> Tensor:
     """Return the weighted activations of all banks, [L, T, N], without the first one's scale.
 
     Args:
@@ -254,7 +253,7 @@ def _weighed(kind: PackedKind, tensors: Sequence[Tensor | None]) -> tuple[Tensor
         factor = spec.scale / kind.specs[0].scale
         parts.append(m_LNT if not parts else factor * m_LNT)
     both = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-    return (both.to(kind.dtype).mT,)
+    return both.to(kind.dtype).mT
 
 
 def _activations(spec: Spec, layout: Layout, rows_NT: Tensor, read: Apart) -> Tensor:
