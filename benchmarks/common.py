@@ -244,8 +244,9 @@ def _commit() -> str:
             return ""
         return done.stdout.strip()
 
-    changed = "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
-    return (git("rev-parse", "--short", "HEAD") or "unknown") + changed
+    measured = (":(top)src", ":(top,glob)benchmarks/*.py", ":(top)constraints.txt")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", *measured)
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("+changes" if changed else "")
 
 
 NUMBERS = ("value", "low_10", "high_90", "ours", "baseline")
