@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import signal
 from pathlib import Path
 
@@ -41,6 +42,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_finish() -> None:
+    # pytest hands its handlers, three times a test, to each logger that passes nothing on
+    for name, logger in logging.root.manager.loggerDict.items():
+        if name.split(".")[0] == "torch" and isinstance(logger, logging.Logger):
+            logger.propagate = True
     gc.freeze()  # every trainer collects garbage: not in all the modules that are imported by now
 
 

@@ -61,6 +61,7 @@ def test_dry_run_writes_nothing(study_yaml, capsys):
     assert sorted(study_yaml.parent.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_one_command_for_each_cell(study_yaml, tmp_path, capfd):
     """One of the methods has operations that cannot be counted."""
     words = ["compare", str(study_yaml), "seeds=[3]", "--output", str(tmp_path / "a b"),

@@ -160,6 +160,7 @@ def test_a_study_that_was_trained_is_reported(done, tmp_path):
     assert "second" not in text  # no figure of the clock anywhere else
 
 
+@pytest.mark.slow
 def test_a_study_without_final_seeds_is_a_screen(done, tmp_path):
     whole, _ = done
     shutil.copytree(whole.folder / "cells" / "tuning", tmp_path / "screen" / "cells" / "tuning")

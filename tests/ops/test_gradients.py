@@ -11,6 +11,8 @@ from ops_cases import VARIANTS, Problem, Variant, make, problems
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
+from lanes import first_then_slow
+
 Check = Callable[..., bool]
 
 
@@ -38,7 +40,7 @@ def test_gradgradcheck(variant: Variant) -> None:
     check(gradgradcheck, make(variant, 21, T=1, E=2, K=2, R=4, D=1, O=2))
 
 
-@pytest.mark.parametrize("order", [gradcheck, gradgradcheck])
+@pytest.mark.parametrize("order", first_then_slow([gradcheck, gradgradcheck]))
 @given(data=st.data())
 def test_projected_derivatives_over_random_shapes(order: Check, data: st.DataObject) -> None:
     variant = data.draw(st.sampled_from(VARIANTS))

@@ -397,8 +397,9 @@ def spread_chosen(weight_KT: Tensor, index_KT: Tensor | None, experts: int) -> T
     if index_KT is None:
         return weight_KT
     if torch.compiler.is_compiling():  # no kernel can scatter while it computes
-        each_E1 = torch.arange(experts, device=index_KT.device)[:, None]
-        parts = zip(index_KT.unsqueeze(1), weight_KT.unsqueeze(1), strict=True)
+        dtype = weight_KT.dtype  # of numbers too: a compiler has no quick kernel for several types
+        each_E1 = torch.arange(experts, device=index_KT.device)[:, None].to(dtype)
+        parts = zip(index_KT.to(dtype).unsqueeze(1), weight_KT.unsqueeze(1), strict=True)
         return sum(
             (torch.where(index == each_E1, weight, 0.0) for index, weight in parts),
             start=weight_KT.new_zeros(()),
