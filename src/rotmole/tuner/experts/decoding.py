@@ -2,9 +2,9 @@
 
 At one token a layer's time is the number of its operations. So weights are packed
 (rotmole.ops.mixture.packed), and layers that read the very same tensor, as q, k and v do, share all
-steps but the last: the first of them computes for the others too. The layers of a group are
-observed, not configured: a layer that is called with the tensor of the call before joins the group
-of that call's first layer, and one that fails to come leaves it.
+steps but the last, by kernels the last too: the first of them computes for the others. The layers
+of a group are observed, not configured: a layer that is called with the tensor of the call before
+joins the group of that call's first layer, and one that fails to come leaves it.
 
 Packs live as long as one generation: they are kept by its key-value cache, and dropped when the
 cache begins another or an adapter is deleted. What the layers of one step share lives in the
