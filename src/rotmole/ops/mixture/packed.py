@@ -65,7 +65,7 @@ class PackedKind(NamedTuple):
 
 
 class Pack(NamedTuple):
-    """Weights of L layers laid out for packed_activations.
+    """Weights of L layers laid out for packed_additions.
 
     Rows lie layer by layer, in each layer expert by expert, so that what a layer multiplies with B
     lies together. Those of the router lie expert by expert, since experts are compared.

@@ -108,8 +108,8 @@ def _numbers_by_counting(score_ET: Tensor, top_k: int) -> Tensor:
 
     A compiler makes one kernel of it, but none of a sort.
     """
-    # what is no number is the largest, as in a sort; isnan and whole numbers would take a kernel
-    # five times as long, since its compiler computes them one by one
+    # NaN counts as the largest, as in a sort; inductor vectorizes neither isnan nor integers on a
+    # CPU, and the kernel would take five times as long with them
     score_ET = torch.where(score_ET.eq(score_ET), score_ET, torch.inf)
     each_E = torch.arange(len(score_ET), device=score_ET.device)
     one_1ET, other_E1T = score_ET.unsqueeze(0), score_ET.unsqueeze(1)
@@ -397,7 +397,7 @@ def spread_chosen(weight_KT: Tensor, index_KT: Tensor | None, experts: int) -> T
     if index_KT is None:
         return weight_KT
     if torch.compiler.is_compiling():  # no kernel can scatter while it computes
-        dtype = weight_KT.dtype  # of numbers too: a compiler has no quick kernel for several types
+        dtype = weight_KT.dtype  # inductor vectorizes no comparison of mixed types on a CPU
         each_E1 = torch.arange(experts, device=index_KT.device)[:, None].to(dtype)
         parts = zip(index_KT.to(dtype).unsqueeze(1), weight_KT.unsqueeze(1), strict=True)
         return sum(
